@@ -1,0 +1,96 @@
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from tpllm.checkpoint import resolve_model
+from tpllm.tokenizer import Tokenizer
+
+EXPECTED = json.loads((Path(__file__).parent / "data" / "expected.json").read_text())["items"]
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    return Tokenizer(resolve_model(None))
+
+
+def test_a_batch_of_texts_gives_the_ids_of_transformers(tokenizer):
+    items = [item for item in EXPECTED if item["kind"] == "text"]
+    assert tokenizer.encode_batch([item["text"] for item in items]) == [
+        item["prompt_ids"] for item in items
+    ]
+
+
+@pytest.mark.parametrize("text", ["", "naïve — 日本 🙂", "a\n\n  b\t", "x " * 5000])
+def test_text_survives_the_round_trip(tokenizer, text):
+    assert tokenizer.decode(tokenizer.encode_batch([text])[0]) == text
+
+
+def test_an_empty_batch_is_an_empty_batch(tokenizer):
+    assert tokenizer.encode_batch([]) == []
+    assert tokenizer.decode_batch([]) == []
+
+
+def test_special_tokens_are_left_out_unless_asked_for(tokenizer):
+    ids = tokenizer.encode_batch(["hi<|im_end|>"])[0]
+    assert tokenizer.decode(ids) == "hi"
+    assert tokenizer.decode_batch([ids, []], skip_special_tokens=False) == ["hi<|im_end|>", ""]
+
+
+def test_ids_beyond_the_tokenizer_give_no_text(tokenizer):
+    assert tokenizer.decode([4096, 100_000]) == ""
+
+
+def test_a_chat_becomes_the_prompt_of_its_next_answer(tokenizer):
+    messages = [
+        {"role": "user", "content": "What is 1 + 1?"},
+        {"role": "assistant", "content": "2"},
+        {"role": "user", "content": "hi"},
+    ]
+    assert tokenizer.has_chat_template
+    text = tokenizer.render_chat(messages)
+    assert text.endswith("<|im_end|>\n<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n")
+    ids = tokenizer.apply_chat_template(messages)
+    assert all(type(id_) is int for id_ in ids)
+    assert tokenizer.decode(ids, skip_special_tokens=False) == text
+
+
+def test_a_lone_surrogate_is_refused(tokenizer):
+    with pytest.raises(ValueError, match="prompt 1 holds a lone surrogate"):
+        tokenizer.encode_batch(["fine", "\ud800"])
+
+
+@pytest.mark.parametrize(
+    "messages, message",
+    [
+        ([], "must be a list of at least one message"),
+        ("hi", "messages='hi' must be a list"),
+        ({"role": "user", "content": "hi"}, "must be a list"),
+        (["hi"], r"messages\[0\]='hi' must be"),
+        ([{"role": "user"}], r"messages\[0\]=.* must be"),
+        ([{"role": "user", "content": 5}], "chat template of tiny-qwen3 does not take these"),
+    ],
+)
+def test_wrong_messages_are_refused(tokenizer, messages, message):
+    with pytest.raises(ValueError, match=message):
+        tokenizer.apply_chat_template(messages)
+
+
+def test_a_tokenizer_without_template_says_so(tmp_path):
+    shutil.copy(resolve_model(None) / "tokenizer.json", tmp_path)
+    config = json.loads((resolve_model(None) / "tokenizer_config.json").read_text())
+    del config["chat_template"]
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    plain = Tokenizer(tmp_path)
+    assert not plain.has_chat_template
+    with pytest.raises(ValueError, match="has no chat template"):
+        plain.apply_chat_template([{"role": "user", "content": "hi"}])
+
+
+@pytest.mark.parametrize("content", ["", "{", "{}"])
+def test_a_damaged_tokenizer_is_refused_at_first_use(tmp_path, content):
+    (tmp_path / "tokenizer.json").write_text(content)
+    tokenizer = Tokenizer(tmp_path)
+    with pytest.raises(ValueError, match="no tokenizer can be read from .*; name another with"):
+        tokenizer.load()

@@ -1,0 +1,53 @@
+"""tpllm: large language models across the GPUs of one machine, from one Python object.
+
+    from tpllm import LLM, SamplingParams
+
+    with LLM("Qwen/Qwen3-8B", tensor_parallel_size=2) as llm:
+        print(llm.generate("The capital of France is")[0].outputs[0].text)
+
+Names are resolved when first used, so `import tpllm` takes milliseconds: it loads no torch, no
+transformers and no numpy.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from tpllm.errors import UnknownSettingError, WorkerError
+    from tpllm.llm import LLM
+    from tpllm.outputs import CompletionOutput, RequestOutput
+    from tpllm.sampling_params import SamplingParams
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "LLM",
+    "CompletionOutput",
+    "RequestOutput",
+    "SamplingParams",
+    "UnknownSettingError",
+    "WorkerError",
+    "__version__",
+]
+
+_HOME = {
+    "LLM": "tpllm.llm",
+    "CompletionOutput": "tpllm.outputs",
+    "RequestOutput": "tpllm.outputs",
+    "SamplingParams": "tpllm.sampling_params",
+    "UnknownSettingError": "tpllm.errors",
+    "WorkerError": "tpllm.errors",
+}
+
+
+def __getattr__(name: str) -> object:
+    """Import a public name from its home at first use (PEP 562), and keep it."""
+    if name not in _HOME:
+        raise AttributeError(f"module 'tpllm' has no attribute {name!r}")
+    value: object = getattr(import_module(_HOME[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

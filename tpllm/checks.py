@@ -1,0 +1,76 @@
+"""Checks of one value from outside: it comes back in its plain Python type, or is refused by name.
+
+Every function takes the name that the message should blame (a keyword, or `config.json: field`)
+and raises ValueError. A bool is never taken for a number, and numpy's numbers are taken as numbers.
+"""
+
+import json
+import math
+from collections.abc import Sequence
+from numbers import Integral, Real
+from pathlib import Path
+from typing import Any
+
+MAX_INT32 = 2**31 - 1
+
+
+def check_int(name: str, value: object, minimum: int, maximum: int = MAX_INT32) -> int:
+    """`value` as an int within `minimum` .. `maximum`, both included."""
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise ValueError(f"{name}={value!r} must be a whole number")
+    number = int(value)
+    if number < minimum:
+        raise ValueError(f"{name}={number} must be at least {minimum}")
+    if number > maximum:
+        raise ValueError(f"{name}={number} must be at most {maximum}")
+    return number
+
+
+def check_seed(name: str, value: object) -> int:
+    """`value` as a 64-bit seed, signed or unsigned."""
+    return check_int(name, value, minimum=-(2**63), maximum=2**64 - 1)
+
+
+def check_number(name: str, value: object) -> float:
+    """`value` as a finite float."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise ValueError(f"{name}={value!r} must be a number")
+    try:
+        number = float(value)
+    except OverflowError:
+        number = math.inf
+    if not math.isfinite(number):
+        raise ValueError(f"{name}={number} must be finite")
+    return number
+
+
+def check_bool(name: str, value: object) -> bool:
+    """`value`, which must be True or False."""
+    if not isinstance(value, bool):
+        raise ValueError(f"{name}={value!r} must be True or False")
+    return value
+
+
+def check_choice(name: str, value: object, choices: Sequence[str]) -> str:
+    """`value`, which must be one of `choices`."""
+    if not isinstance(value, str) or value not in choices:
+        raise ValueError(f"{name}={value!r} must be one of {', '.join(map(repr, choices))}")
+    return value
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it holds something other than one JSON object.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist or is not a file")
+    try:
+        content = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:  # bad JSON, bad UTF-8, endless nesting
+        raise ValueError(f"{path} is not valid JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} must hold a JSON object, not a {type(content).__name__}")
+    return content

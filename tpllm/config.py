@@ -1,0 +1,193 @@
+"""EngineConfig: the settings of an engine after every "auto" and None is settled and checked.
+
+The caller's process resolves it once, reading config.json, safetensors headers and NVML; the
+workers get the same object as JSON.
+"""
+
+import json
+import os
+from dataclasses import asdict, dataclass, field, fields
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Self
+
+from tpllm.checkpoint import check_checkpoint, resolve_model
+from tpllm.checks import MAX_INT32
+from tpllm.devices import Gpu, visible_gpus
+from tpllm.model_config import ModelConfig
+from tpllm.settings import Settings
+from tpllm.tokenizer import TOKENIZER_FILES
+
+HALF_DTYPES = ("bfloat16", "float16")
+FLASH_ATTN_PAGE = 256  # flash-attn 2 reads the paged cache in blocks of a multiple of this
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineConfig(Settings):
+    """Settings made concrete for one model on this machine.
+
+    Attributes (besides those of Settings):
+        device: "cuda" or "cpu"
+        dtype: "bfloat16", "float16" or "float32"
+        max_model_len: most tokens of prompt and output together
+        kv_block_size: tokens in a block of the KV cache
+        folder: the checkpoint, absolute
+        tokenizer_folder: the tokenizer's folder; None to work on token ids alone
+        model_config: what the checkpoint's config.json says
+    """
+
+    max_model_len: int = field()  # field(): required here, without the default of Settings
+    kv_block_size: int = field()
+    folder: Path
+    tokenizer_folder: Path | None
+    model_config: ModelConfig
+
+    @classmethod
+    def resolve(cls, model: str | os.PathLike[str] | None = None, **settings: Any) -> Self:
+        """Check the keywords of LLM against each other, the model and this machine.
+
+        Raises:
+            ValueError, FileNotFoundError: naming the setting or file, its value and the mend.
+            UnknownSettingError: there is no such keyword.
+        """
+        wanted = Settings(**{"model": model, **settings})
+        weights = wanted.load_format == "auto"
+        folder = resolve_model(wanted.model, weights=weights)
+        model_config = ModelConfig.from_folder(folder, name=_hub_name(wanted.model))
+        model_config.check_parallel(wanted.tensor_parallel_size)
+        device, gpus = _resolve_device(wanted)
+        dtype = _resolve_dtype(wanted, device, gpus, model_config)
+        concrete = {
+            "device": device,
+            "dtype": dtype,
+            "max_model_len": _resolve_max_model_len(wanted, model_config),
+            "kv_block_size": _resolve_kv_block_size(wanted, device, dtype),
+            "folder": folder,
+            "tokenizer_folder": _resolve_tokenizer(wanted, folder),
+            "model_config": model_config,
+        }
+        config = cls(**{f.name: getattr(wanted, f.name) for f in fields(Settings)} | concrete)
+        if weights:
+            check_checkpoint(folder, model_config)
+        return config
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if (self.num_kv_blocks or 0) * self.kv_block_size > MAX_INT32:
+            raise ValueError(
+                f"num_kv_blocks={self.num_kv_blocks} of kv_block_size={self.kv_block_size} hold "
+                f"more than the {MAX_INT32} tokens that 32-bit slots can count; lower num_kv_blocks"
+            )
+
+    @property
+    def max_blocks_per_seq(self) -> int:
+        """Blocks of a sequence of `max_model_len` tokens: the width of a block table."""
+        return -(-self.max_model_len // self.kv_block_size)
+
+    def to_json(self) -> str:
+        """All fields, as `from_json` reads them."""
+        return json.dumps(asdict(self), default=str)  # default: paths
+
+    @classmethod
+    def from_json(cls, text: str) -> Self:
+        """The very object that `to_json` wrote. Nothing is read from disk again."""
+        values = json.loads(text)
+        model_config = values["model_config"]
+        model_config["eos_token_ids"] = tuple(model_config["eos_token_ids"])
+        values["model_config"] = ModelConfig(**model_config)
+        values["folder"] = Path(values["folder"])
+        if values["tokenizer_folder"] is not None:
+            values["tokenizer_folder"] = Path(values["tokenizer_folder"])
+        return cls(**values)
+
+
+def uses_flash_attn(device: str, dtype: str) -> bool:
+    """Whether attention runs on flash-attn: half precision on a GPU, with the package there."""
+    return device == "cuda" and dtype in HALF_DTYPES and find_spec("flash_attn") is not None
+
+
+def _hub_name(model: str | None) -> str | None:
+    """The model's part of a Hugging Face id, whose folder is named after a commit."""
+    return None if model is None or os.path.isdir(os.path.expanduser(model)) else Path(model).name
+
+
+def _resolve_device(wanted: Settings) -> tuple[str, list[Gpu]]:
+    """The device's kind: "cuda" with the GPUs that its ranks take in order, or "cpu" with none."""
+    if wanted.device == "cpu":
+        return "cpu", []
+    gpus = visible_gpus()
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    hint = "" if visible is None else f" (CUDA_VISIBLE_DEVICES={visible!r})"
+    if not gpus:
+        if wanted.device == "auto":
+            return "cpu", []
+        raise ValueError(
+            f"device='cuda' finds no GPU{hint}: it needs an NVIDIA driver and a build of torch "
+            "with CUDA; use device='cpu'"
+        )
+    ranks = wanted.tensor_parallel_size
+    if ranks > len(gpus):
+        raise ValueError(
+            f"tensor_parallel_size={ranks} is more than the number of visible GPUs, "
+            f"{len(gpus)}{hint}; use at most {len(gpus)}, or device='cpu'"
+        )
+    return "cuda", gpus[:ranks]
+
+
+def _resolve_dtype(
+    wanted: Settings, device: str, gpus: list[Gpu], model_config: ModelConfig
+) -> str:
+    dtype = wanted.dtype
+    if dtype == "auto":
+        dtype = model_config.dtype if device == "cuda" else "float32"
+    for rank, gpu in enumerate(gpus):
+        if dtype == "bfloat16" and gpu.compute_capability < (8, 0):
+            major, minor = gpu.compute_capability
+            raise ValueError(
+                f"dtype='bfloat16' needs compute capability 8.0, and GPU {rank} ({gpu.name}) has "
+                f"{major}.{minor}; use dtype='float16' or dtype='float32'"
+            )
+    return dtype
+
+
+def _resolve_max_model_len(wanted: Settings, model_config: ModelConfig) -> int:
+    limit = model_config.max_position_embeddings
+    length = limit if wanted.max_model_len is None else wanted.max_model_len
+    if length > limit:
+        raise ValueError(
+            f"max_model_len={length} is more than max_position_embeddings={limit} of "
+            f"{model_config.name}; use at most {limit}"
+        )
+    return length
+
+
+def _resolve_kv_block_size(wanted: Settings, device: str, dtype: str) -> int:
+    size = wanted.kv_block_size
+    if size is None:
+        return FLASH_ATTN_PAGE if device == "cuda" and dtype in HALF_DTYPES else 16
+    if uses_flash_attn(device, dtype):
+        if size % FLASH_ATTN_PAGE:
+            raise ValueError(
+                f"kv_block_size={size} is no multiple of {FLASH_ATTN_PAGE}, which flash-attn needs "
+                f"for dtype={dtype!r} on a GPU; use kv_block_size={FLASH_ATTN_PAGE}"
+            )
+    elif size & (size - 1):
+        raise ValueError(
+            f"kv_block_size={size} is no power of two; use kv_block_size={1 << size.bit_length()}"
+        )
+    return size
+
+
+def _resolve_tokenizer(wanted: Settings, folder: Path) -> Path | None:
+    if wanted.skip_tokenizer_init:
+        return None
+    if wanted.tokenizer is not None:
+        folder = resolve_model(wanted.tokenizer, setting="tokenizer", weights=False)
+    if any((folder / name).is_file() for name in TOKENIZER_FILES):
+        return folder
+    if wanted.tokenizer is None and wanted.load_format == "dummy":
+        return None  # dummy weights make no words anyway: config.json alone is enough
+    raise FileNotFoundError(
+        f"{folder} has no tokenizer ({TOKENIZER_FILES[0]}); name its folder with tokenizer=, "
+        "or pass token ids and skip_tokenizer_init=True"
+    )

@@ -1,0 +1,89 @@
+"""Which GPUs the workers will see, asked of NVML: no torch, and no CUDA context in this process."""
+
+import os
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """A GPU, or a slice of one in multi-instance mode."""
+
+    name: str
+    uuid: str
+    compute_capability: tuple[int, int]
+
+
+def visible_gpus() -> list[Gpu]:
+    """The GPUs that CUDA would offer here, in order; none without a driver or a CUDA torch.
+
+    CUDA_VISIBLE_DEVICES is read as CUDA reads it: indices, or prefixes of UUIDs; the first entry
+    that names no GPU ends the list, so that "" and "-1" leave none.
+    """
+    if not _torch_has_cuda():
+        return []
+    import pynvml
+
+    try:
+        pynvml.nvmlInit()
+    except pynvml.NVMLError:
+        return []
+    try:
+        handles = [pynvml.nvmlDeviceGetHandleByIndex(i) for i in range(_count(pynvml))]
+        gpus = [_describe(pynvml, handle) for handle in handles]
+        wanted = os.environ.get("CUDA_VISIBLE_DEVICES")
+        return gpus if wanted is None else _select(pynvml, gpus, wanted)
+    except pynvml.NVMLError:
+        return []
+    finally:
+        pynvml.nvmlShutdown()
+
+
+def _torch_has_cuda() -> bool:
+    try:
+        return not version("torch").endswith("+cpu")
+    except PackageNotFoundError:
+        return False
+
+
+def _count(pynvml: Any) -> int:
+    count: int = pynvml.nvmlDeviceGetCount()
+    return count
+
+
+def _describe(pynvml: Any, handle: Any) -> Gpu:
+    major, minor = pynvml.nvmlDeviceGetCudaComputeCapability(handle)
+    return Gpu(
+        name=pynvml.nvmlDeviceGetName(handle),
+        uuid=pynvml.nvmlDeviceGetUUID(handle),
+        compute_capability=(major, minor),
+    )
+
+
+def _select(pynvml: Any, gpus: list[Gpu], wanted: str) -> list[Gpu]:
+    selected: list[Gpu] = []
+    for entry in wanted.split(","):
+        gpu = _find(pynvml, gpus, entry.strip())
+        if gpu is None or gpu in selected:  # CUDA offers nothing at all if one is named twice
+            return [] if gpu else selected
+        selected.append(gpu)
+    return selected
+
+
+def _find(pynvml: Any, gpus: list[Gpu], entry: str) -> Gpu | None:
+    if entry.isdecimal():
+        return gpus[int(entry)] if int(entry) < len(gpus) else None
+    if entry.startswith("MIG-"):
+        return _find_slice(pynvml, entry)
+    matches = [gpu for gpu in gpus if entry.startswith("GPU-") and gpu.uuid.startswith(entry)]
+    return matches[0] if len(matches) == 1 else None
+
+
+def _find_slice(pynvml: Any, uuid: str) -> Gpu | None:
+    try:
+        handle = pynvml.nvmlDeviceGetHandleByUUID(uuid)
+        whole = _describe(pynvml, pynvml.nvmlDeviceGetDeviceHandleFromMigDeviceHandle(handle))
+    except pynvml.NVMLError:
+        return None
+    return Gpu(whole.name, uuid, whole.compute_capability)

@@ -1,0 +1,148 @@
+"""ModelConfig: what a checkpoint's config.json says of the model, checked field by field.
+
+Everything here is plain Python: a model that we cannot run is refused before any worker starts.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+from tpllm.checks import read_json
+from tpllm.hf_config import read_fields, refuse_unimplemented
+
+# Architecture (config.json's word) -> where its class is.
+ARCHITECTURES = {"Qwen3ForCausalLM": "tpllm.models.qwen3:Qwen3ForCausalLM"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """A model's shapes and constants, under the names of Hugging Face's config.json.
+
+    Attributes:
+        name: for messages; the checkpoint folder's name or the last part of a Hub id
+        dtype: of the checkpoint's weights: "float16", "bfloat16" or "float32"
+        eos_token_ids: every token that ends a text, those of generation_config.json first
+    """
+
+    name: str
+    architecture: str
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    rms_norm_eps: float
+    rope_theta: float
+    max_position_embeddings: int
+    tie_word_embeddings: bool
+    attention_bias: bool
+    initializer_range: float
+    dtype: str
+    eos_token_ids: tuple[int, ...]
+
+    @classmethod
+    def from_folder(cls, folder: Path, name: str | None = None) -> Self:
+        """Read config.json, and the end tokens of generation_config.json where there is one.
+
+        Raises:
+            FileNotFoundError: the folder has no config.json.
+            ValueError: a field is missing, out of range, or asks for what we do not implement.
+        """
+        path = folder / "config.json"
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"{folder} has no config.json; give the folder of a Hugging Face checkpoint"
+            )
+        config = read_json(path)
+        architecture = _check_architecture(path, config)
+        refuse_unimplemented(str(path), config)
+        return cls(
+            name=name or folder.resolve().name,
+            architecture=architecture,
+            **read_fields(folder, config),
+        )
+
+    def check_parallel(self, tensor_parallel_size: int) -> None:
+        """Check that the model can be split over so many ranks.
+
+        Query heads and the MLP are cut evenly. KV heads are cut evenly too, or, with fewer of them
+        than ranks, each is held by the same number of ranks.
+
+        Raises:
+            ValueError: it cannot; the message lists the sizes that can.
+        """
+        conflict = self._conflict(tensor_parallel_size)
+        if conflict is not None:
+            sizes = [
+                size
+                for size in range(1, self.num_attention_heads + 1)
+                if self._conflict(size) is None
+            ]
+            raise ValueError(
+                f"tensor_parallel_size={tensor_parallel_size} {conflict} of {self.name}; "
+                f"use one of {sizes}"
+            )
+
+    def _conflict(self, tp: int) -> str | None:
+        kv_heads = self.num_key_value_heads
+        if self.num_attention_heads % tp:
+            return f"does not divide num_attention_heads={self.num_attention_heads}"
+        if kv_heads % tp and tp % kv_heads:
+            return f"neither divides nor is a multiple of num_key_value_heads={kv_heads}"
+        if self.intermediate_size % tp:
+            return f"does not divide intermediate_size={self.intermediate_size}"
+        return None
+
+    def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shape of every tensor of the checkpoint, [out_features, in_features] for a linear.
+
+        A tied checkpoint has no lm_head.weight (some carry a copy, which is then not read).
+        """
+        hidden = self.hidden_size
+        shapes: dict[str, tuple[int, ...]] = {
+            "model.embed_tokens.weight": (self.vocab_size, hidden),
+            "model.norm.weight": (hidden,),
+        }
+        if not self.tie_word_embeddings:
+            shapes["lm_head.weight"] = (self.vocab_size, hidden)
+        layer = self._layer_shapes()
+        for i in range(self.num_hidden_layers):
+            shapes |= {f"model.layers.{i}.{name}": shape for name, shape in layer.items()}
+        return shapes
+
+    def _layer_shapes(self) -> dict[str, tuple[int, ...]]:
+        hidden, inner = self.hidden_size, self.intermediate_size
+        queries = self.num_attention_heads * self.head_dim
+        keys = self.num_key_value_heads * self.head_dim
+        projections = {
+            "self_attn.q_proj": (queries, hidden),
+            "self_attn.k_proj": (keys, hidden),
+            "self_attn.v_proj": (keys, hidden),
+            "self_attn.o_proj": (hidden, queries),
+        }
+        shapes: dict[str, tuple[int, ...]] = {
+            "input_layernorm.weight": (hidden,),
+            "self_attn.q_norm.weight": (self.head_dim,),
+            "self_attn.k_norm.weight": (self.head_dim,),
+            "post_attention_layernorm.weight": (hidden,),
+            "mlp.gate_proj.weight": (inner, hidden),
+            "mlp.up_proj.weight": (inner, hidden),
+            "mlp.down_proj.weight": (hidden, inner),
+        }
+        for name, shape in projections.items():
+            shapes[f"{name}.weight"] = shape
+            if self.attention_bias:
+                shapes[f"{name}.bias"] = shape[:1]
+        return shapes
+
+
+def _check_architecture(path: Path, config: dict[str, Any]) -> str:
+    named = config.get("architectures")
+    for architecture in named if isinstance(named, list) else []:
+        if isinstance(architecture, str) and architecture in ARCHITECTURES:
+            return architecture
+    raise ValueError(
+        f"{path}: architectures={named!r} is not implemented; tpllm runs {', '.join(ARCHITECTURES)}"
+    )

@@ -1,0 +1,118 @@
+"""Settings: the keywords of LLM as a caller writes them, each with its default and its check."""
+
+import os
+from dataclasses import dataclass, fields
+from typing import Any, Self
+
+from tpllm.checks import (
+    MAX_INT32,
+    check_bool,
+    check_choice,
+    check_int,
+    check_number,
+    check_seed,
+)
+from tpllm.errors import refuse_unknown_settings
+
+DEVICES = ("auto", "cuda", "cpu")
+DTYPES = ("auto", "bfloat16", "float16", "float32")
+LOAD_FORMATS = ("auto", "dummy")
+
+# Smallest and largest value of each whole number. The largest are far beyond use, and keep what is
+# allocated for them (and every slot number, an int32) within bounds.
+RANGES = {
+    "tensor_parallel_size": (1, 1024),
+    "max_model_len": (1, 2**28),
+    "max_num_seqs": (1, 2**16),
+    "max_num_batched_tokens": (1, 2**22),
+    "num_kv_blocks": (2, MAX_INT32),  # one block takes the writes of padding
+    "kv_block_size": (1, 2**16),
+}
+OPTIONAL = ("max_model_len", "num_kv_blocks", "kv_block_size")  # of these, None is a value
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """Every keyword of LLM. Names and meanings are vLLM's where vLLM has the same thing.
+
+    Attributes:
+        model: local folder or Hugging Face id; None for the small model that ships with tpllm
+        tensor_parallel_size: ranks the model is split over, one process and one GPU each
+        device: "cuda" or "cpu"; "auto" takes GPUs where there are any
+        dtype: of weights and KV cache. "auto" is the checkpoint's on a GPU, float32 on the CPU:
+            16 bits are emulated on most CPUs, slower as well as less exact
+        max_model_len: most tokens of prompt and output together; None for the model's limit
+        max_num_seqs: most sequences in one step
+        max_num_batched_tokens: most tokens in one step; longer prompts are computed in chunks
+        gpu_memory_utilization: share of each GPU's memory for weights, KV cache and the rest
+        num_kv_blocks: blocks of the KV cache; None for as many as fit
+        kv_block_size: tokens in a block; None for 256 in half precision on a GPU, otherwise 16
+        enable_prefix_caching: whether prompts that start alike share the KV of their start
+        enforce_eager: whether to do without CUDA graphs, which start slower and then run faster
+        load_format: "auto" reads the checkpoint's weights, "dummy" draws random ones and needs
+            only config.json
+        tokenizer: local folder or Hugging Face id; None for the model's own
+        skip_tokenizer_init: whether to do without a tokenizer: token ids in, token ids out
+        seed: 64-bit; what requests without a seed of their own are drawn from
+
+    Raises:
+        ValueError: a value is out of range, or not of its type.
+        UnknownSettingError: there is no such keyword.
+    """
+
+    model: str | None = None
+    tensor_parallel_size: int = 1
+    device: str = "auto"
+    dtype: str = "auto"
+    max_model_len: int | None = None
+    max_num_seqs: int = 256
+    max_num_batched_tokens: int = 16384
+    gpu_memory_utilization: float = 0.9
+    num_kv_blocks: int | None = None
+    kv_block_size: int | None = None
+    enable_prefix_caching: bool = True
+    enforce_eager: bool = False
+    load_format: str = "auto"
+    tokenizer: str | None = None
+    skip_tokenizer_init: bool = False
+    seed: int = 0
+
+    def __new__(cls, *args: Any, **settings: Any) -> Self:
+        refuse_unknown_settings("LLM", settings, (field.name for field in fields(cls)))
+        return super().__new__(cls)
+
+    def __post_init__(self) -> None:
+        self._keep("model", _check_path("model", self.model))
+        self._keep("tokenizer", _check_path("tokenizer", self.tokenizer))
+        check_choice("device", self.device, DEVICES)
+        check_choice("dtype", self.dtype, DTYPES)
+        check_choice("load_format", self.load_format, LOAD_FORMATS)
+        for name in ("enable_prefix_caching", "enforce_eager", "skip_tokenizer_init"):
+            check_bool(name, getattr(self, name))
+        for name, (minimum, maximum) in RANGES.items():
+            value = getattr(self, name)
+            if value is not None or name not in OPTIONAL:
+                self._keep(name, check_int(name, value, minimum, maximum))
+        self._keep("seed", check_seed("seed", self.seed))
+        share = check_number("gpu_memory_utilization", self.gpu_memory_utilization)
+        if not 0 < share <= 1:
+            raise ValueError(f"gpu_memory_utilization={share} must be more than 0 and at most 1")
+        self._keep("gpu_memory_utilization", share)
+        if self.max_num_seqs > self.max_num_batched_tokens:
+            raise ValueError(
+                f"max_num_seqs={self.max_num_seqs} is more than "
+                f"max_num_batched_tokens={self.max_num_batched_tokens}, and each sequence of a "
+                "step needs a token; lower max_num_seqs or raise max_num_batched_tokens"
+            )
+
+    def _keep(self, name: str, value: object) -> None:
+        object.__setattr__(self, name, value)  # the dataclass is frozen for everyone else
+
+
+def _check_path(name: str, value: object) -> str | None:
+    if value is None:
+        return None
+    path = os.fspath(value) if isinstance(value, os.PathLike) else value
+    if not isinstance(path, str) or not path:
+        raise ValueError(f"{name}={value!r} must be a folder or a Hugging Face id")
+    return path
