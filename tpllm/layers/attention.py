@@ -1,0 +1,289 @@
+"""Causal attention over a paged KV cache, behind one small interface with several backends.
+
+N tokens, P prefill sequences, S decode sequences, B blocks per sequence, H query heads, K key/value
+heads, D head_dim. A step's tokens are ordered: first one for each decode sequence, then the prefill
+chunks one after the other. Keys and values of all of them are in the cache before attention runs.
+
+Caches are [num_blocks, block_size, K, D]. A block table lists a sequence's blocks in order, padded
+with -1; token t of the sequence lies in block `table[t // block_size]`.
+"""
+
+import importlib.util
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+# Tokens whose pages plain torch gathers at once for decode rows, to bound the copy's memory.
+_GATHERED_TOKENS = 1 << 17
+
+
+@dataclass
+class PrefillBatch:
+    """Sequences of which this step computes many tokens each, packed one after the other.
+
+    Attributes:
+        cu_seqlens_q: [P + 1] int32, running sum of the numbers of new tokens
+        cu_seqlens_k: [P + 1] int32, running sum of the context lengths, new tokens included
+        max_seqlen_q: most new tokens of a sequence
+        max_seqlen_k: longest context, in tokens
+        block_tables: [P, B] int32, padded with -1
+        has_context: True if some sequence's new tokens come after tokens already in the cache
+    """
+
+    cu_seqlens_q: Tensor
+    cu_seqlens_k: Tensor
+    max_seqlen_q: int
+    max_seqlen_k: int
+    block_tables: Tensor
+    has_context: bool
+
+
+@dataclass
+class AttentionBatch:
+    """What attention needs to know of a step.
+
+    Attributes:
+        slot_mapping: [N] int32, the cache slot of each token's key and value
+        num_decode: S; the first S tokens are one each of S sequences
+        context_lens: [S] int32, tokens each of them may see, itself included
+        block_tables: [S, B] int32, padded with -1
+        prefill: the remaining tokens, or None if there are none
+    """
+
+    slot_mapping: Tensor
+    num_decode: int
+    context_lens: Tensor
+    block_tables: Tensor
+    prefill: PrefillBatch | None
+
+
+class AttentionBackend(Protocol):
+    """One implementation of attention for the two shapes of work.
+
+    Attributes:
+        name: for messages
+        capturable: True if `decode` may be captured in a CUDA graph
+        block_size_multiple: the cache's block_size must be a multiple of this, in tokens
+    """
+
+    name: str
+    capturable: bool
+    block_size_multiple: int
+
+    def decode(
+        self, q: Tensor, k_cache: Tensor, v_cache: Tensor, batch: AttentionBatch, scale: float
+    ) -> Tensor:
+        """One query per sequence against its cached context: q and result [S, H, D]."""
+        ...
+
+    def prefill(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        k_cache: Tensor,
+        v_cache: Tensor,
+        batch: PrefillBatch,
+        scale: float,
+    ) -> Tensor:
+        """Chunks of queries, each causal within its sequence: q and result [Np, H, D].
+
+        k and v [Np, K, D] are those of the new tokens alone, also found in the cache.
+        """
+        ...
+
+
+class FlashAttention2Backend:
+    """flash-attn 2, for fp16 and bf16 on CUDA; the package is imported when one is made.
+
+    Source: Dao (2023), https://arxiv.org/abs/2307.08691
+    """
+
+    name = "flash-attn-2"
+    capturable = True
+    block_size_multiple = 256
+
+    def __init__(self) -> None:
+        from flash_attn import flash_attn_varlen_func, flash_attn_with_kvcache
+
+        self._varlen = flash_attn_varlen_func
+        self._with_kvcache = flash_attn_with_kvcache
+
+    def decode(
+        self, q: Tensor, k_cache: Tensor, v_cache: Tensor, batch: AttentionBatch, scale: float
+    ) -> Tensor:
+        out: Tensor = self._with_kvcache(
+            q.unsqueeze(1),  # [S, 1, H, D]
+            k_cache,
+            v_cache,
+            cache_seqlens=batch.context_lens,
+            block_table=batch.block_tables,
+            softmax_scale=scale,
+            causal=True,
+        )
+        return out.squeeze(1)
+
+    def prefill(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        k_cache: Tensor,
+        v_cache: Tensor,
+        batch: PrefillBatch,
+        scale: float,
+    ) -> Tensor:
+        block_table = None
+        if batch.has_context:  # otherwise the new tokens are the whole context: skip the paging
+            k, v, block_table = k_cache, v_cache, batch.block_tables
+        out: Tensor = self._varlen(
+            q,
+            k,
+            v,
+            batch.cu_seqlens_q,
+            batch.cu_seqlens_k,
+            batch.max_seqlen_q,
+            batch.max_seqlen_k,
+            softmax_scale=scale,
+            causal=True,
+            block_table=block_table,
+        )
+        return out
+
+
+class TorchAttentionBackend:
+    """Plain torch on gathered pages: the reference, the CPU path, and fp32 on GPUs."""
+
+    name = "torch"
+    capturable = False  # reads lengths on the host
+    block_size_multiple = 1
+
+    def decode(
+        self, q: Tensor, k_cache: Tensor, v_cache: Tensor, batch: AttentionBatch, scale: float
+    ) -> Tensor:
+        num_kv_heads, head_dim = k_cache.shape[2:]
+        num_blocks = -(-int(batch.context_lens.max()) // k_cache.shape[1])
+        num_slots = num_blocks * k_cache.shape[1]
+        tables = batch.block_tables[:, :num_blocks].clamp(min=0)  # padding is masked below
+        seen = torch.arange(num_slots, device=q.device) < batch.context_lens.unsqueeze(1)
+        # the query heads of a key/value head are as many queries: [S, K, H / K, D]
+        grouped = q.reshape(q.shape[0], num_kv_heads, -1, head_dim)
+        out = torch.empty_like(grouped)
+        rows_at_once = max(1, _GATHERED_TOKENS // num_slots)
+        for first in range(0, q.shape[0], rows_at_once):
+            rows = slice(first, first + rows_at_once)
+            unseen = ~seen[rows, :, None, None]  # [s, num_slots, 1, 1]
+            # zeroed, not just masked: a weight of zero does not silence a NaN
+            k = k_cache[tables[rows]].flatten(1, 2).masked_fill_(unseen, 0).transpose(1, 2)
+            v = v_cache[tables[rows]].flatten(1, 2).masked_fill_(unseen, 0).transpose(1, 2)
+            mask = seen[rows, None, None, :]
+            out[rows] = F.scaled_dot_product_attention(grouped[rows], k, v, mask, scale=scale)
+        return out.view_as(q)
+
+    def prefill(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        k_cache: Tensor,
+        v_cache: Tensor,
+        batch: PrefillBatch,
+        scale: float,
+    ) -> Tensor:
+        out = torch.empty_like(q, memory_format=torch.contiguous_format)
+        q_bounds, k_bounds = batch.cu_seqlens_q.tolist(), batch.cu_seqlens_k.tolist()
+        for row in range(len(q_bounds) - 1):
+            new = slice(q_bounds[row], q_bounds[row + 1])
+            context_len = k_bounds[row + 1] - k_bounds[row]
+            row_k, row_v = k[new], v[new]
+            if context_len > new.stop - new.start:
+                row_k = gather_pages(k_cache, batch.block_tables[row], context_len)
+                row_v = gather_pages(v_cache, batch.block_tables[row], context_len)
+            out[new] = causal_attention(q[new], row_k, row_v, scale)
+        return out
+
+
+def gather_pages(cache: Tensor, block_table: Tensor, context_len: int) -> Tensor:
+    """The first `context_len` tokens of a sequence with block_table [B]: [context_len, K, D]."""
+    num_blocks = -(-context_len // cache.shape[1])
+    return cache[block_table[:num_blocks]].flatten(0, 1)[:context_len]
+
+
+def causal_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """Attention of one sequence: q [Lq, H, D], the newest of the Lk tokens of k and v [Lk, K, D].
+
+    The last query sees every key, the one before it all but the last, and so on.
+    """
+    q_len, num_heads, head_dim = q.shape
+    k_len, num_kv_heads = k.shape[:2]
+    group = num_heads // num_kv_heads  # query heads that share a key/value head
+    # Key/value heads are the batch and their query heads the heads. With `enable_gqa` instead, fp32
+    # on a GPU falls back to a [H, Lq, Lk] matrix of scores: 34 GB for 16k tokens and 32 heads.
+    q = q.view(q_len, num_kv_heads, group, head_dim).permute(1, 2, 0, 3)  # [K, group, Lq, D]
+    k = k.transpose(0, 1).unsqueeze(1).expand(-1, group, -1, -1)  # [K, group, Lk, D], no copy
+    v = v.transpose(0, 1).unsqueeze(1).expand(-1, group, -1, -1)
+    mask = None
+    if 1 < q_len < k_len:  # SDPA's own causal mask is aligned to the top left
+        mask = torch.ones(q_len, k_len, dtype=torch.bool, device=q.device).tril(k_len - q_len)
+    is_causal = 1 < q_len == k_len
+    out = F.scaled_dot_product_attention(q, k, v, mask, is_causal=is_causal, scale=scale)
+    return out.permute(2, 0, 1, 3).reshape(q_len, num_heads, head_dim)
+
+
+def choose_backend(device: torch.device, dtype: torch.dtype, head_dim: int) -> AttentionBackend:
+    """The fastest backend that runs here: flash-attn 2 where it can, else plain torch."""
+    if (
+        device.type == "cuda"
+        and dtype in (torch.float16, torch.bfloat16)
+        and head_dim % 8 == 0
+        and head_dim <= 256
+        and torch.cuda.get_device_capability(device) >= (8, 0)
+        and importlib.util.find_spec("flash_attn") is not None
+    ):
+        return FlashAttention2Backend()
+    return TorchAttentionBackend()
+
+
+class Attention(nn.Module):
+    """Attention of a layer over a mixed step: decode rows first, then prefill chunks.
+
+    Heads are this rank's own. Softmax scores are scaled by head_dim ** -0.5.
+    """
+
+    def __init__(
+        self, num_heads: int, num_kv_heads: int, head_dim: int, backend: AttentionBackend
+    ) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.num_kv_heads = num_kv_heads
+        self.head_dim = head_dim
+        self.scale = head_dim**-0.5
+        self.backend = backend
+
+    def forward(
+        self, qkv: Tensor, k_cache: Tensor, v_cache: Tensor, batch: AttentionBatch
+    ) -> Tensor:
+        """Attend from qkv [N, (H + 2K) * D], already rotated and stored: [N, H * D]."""
+        heads = qkv.view(qkv.shape[0], -1, self.head_dim)  # [N, H + 2K, D]
+        q, k, v = heads.split([self.num_heads, self.num_kv_heads, self.num_kv_heads], dim=1)
+        num_decode = batch.num_decode
+        parts = []
+        if num_decode:
+            parts.append(self.backend.decode(q[:num_decode], k_cache, v_cache, batch, self.scale))
+        if batch.prefill is not None:
+            parts.append(
+                self.backend.prefill(
+                    q[num_decode:],
+                    k[num_decode:],
+                    v[num_decode:],
+                    k_cache,
+                    v_cache,
+                    batch.prefill,
+                    self.scale,
+                )
+            )
+        out = parts[0] if len(parts) == 1 else torch.cat(parts)  # [N, H, D]
+        return out.flatten(1)

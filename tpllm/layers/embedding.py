@@ -1,0 +1,82 @@
+"""Embedding and LM head, split over the TP group by vocabulary.
+
+N tokens, S sequences, E hidden_size, V vocab_size, Vl = ceil(V / tp.size).
+
+Rank r holds the rows of token ids [r * Vl, (r + 1) * Vl). Where tp.size does not divide V the last
+ids do not exist: their rows are zero. No prompt asks for them, and the sampler gives their logits
+no chance.
+
+Source: Megatron-LM (2019), section 3, https://arxiv.org/abs/1909.08053
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tpllm.layers.weights import WeightSource, empty_parameter, fill
+from tpllm.parallel.collectives import all_reduce
+from tpllm.parallel.group import TPGroup
+
+
+class _VocabParallel(nn.Module):
+    """A band of vocabulary rows: weight [Vl, E]."""
+
+    def __init__(
+        self, vocab_size: int, hidden_size: int, *, tp: TPGroup, dtype: torch.dtype
+    ) -> None:
+        super().__init__()
+        self.tp = tp
+        self.vocab_size = vocab_size
+        self.local_vocab_size = -(-vocab_size // tp.size)
+        self.vocab_start = tp.rank * self.local_vocab_size
+        self.weight = empty_parameter(
+            self.local_vocab_size, hidden_size, dtype=dtype, device=tp.device
+        )
+
+    def load(self, weights: WeightSource, name: str) -> None:
+        """Read this rank's rows; of a small vocabulary the last ranks may hold only padding."""
+        start = min(self.vocab_start, self.vocab_size)
+        stop = min(self.vocab_start + self.local_vocab_size, self.vocab_size)
+        if start < stop:
+            rows = weights.read(f"{name}.weight", rows=slice(start, stop))
+            fill(self.weight[: stop - start], rows, f"{name}.weight")
+        self.weight[stop - start :].zero_()
+
+
+class VocabParallelEmbedding(_VocabParallel):
+    """Token embedding: each rank looks up the ids it holds, and one all-reduce joins them.
+
+    Shapes:
+        input [N] int32, equal on every rank, 0 <= id < V
+        output [N, E], equal on every rank
+        weight [Vl, E], this rank's shard
+    """
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        if self.tp.size == 1:
+            return F.embedding(input_ids, self.weight)
+        ids = input_ids - self.vocab_start
+        local_ids = ids.clamp(0, self.local_vocab_size - 1)
+        x = F.embedding(local_ids, self.weight)  # [N, E]
+        x.masked_fill_((ids != local_ids).unsqueeze(-1), 0)
+        return all_reduce(x, self.tp)
+
+
+class ParallelLMHead(_VocabParallel):
+    """Scores of this rank's band of the vocabulary; they are never gathered, see the sampler.
+
+    Column j of the output scores token id `vocab_start + j`; ids from V on are padding.
+
+    Shapes:
+        input [S, E], equal on every rank
+        output [S, Vl], this rank's slice
+        weight [Vl, E], this rank's shard
+    """
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return F.linear(hidden, self.weight)
+
+    def tie_to(self, embedding: VocabParallelEmbedding) -> None:
+        """Share the embedding's weight (`tie_word_embeddings`); only the embedding is loaded."""
+        assert embedding.weight.shape == self.weight.shape
+        self.weight = embedding.weight

@@ -1,0 +1,215 @@
+"""Linear layers split over the TP group, by output features (column) or input features (row).
+
+A block of the model is a column-parallel layer, something elementwise or per head, then a
+row-parallel layer: one all-reduce a block. "Column" and "row" are those of Y = X A; weights are
+stored transposed, [out_features, in_features], so a column-parallel shard is a band of weight rows.
+
+Source: Megatron-LM (2019), section 3, https://arxiv.org/abs/1909.08053
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tpllm.layers.weights import WeightSource, divide, empty_parameter, fill, shard
+from tpllm.parallel.collectives import all_reduce
+from tpllm.parallel.group import TPGroup
+
+
+class _ColumnParallel(nn.Module):
+    """One weight made of bands, each read from `rows` of its own checkpoint tensor."""
+
+    def __init__(
+        self, in_features: int, bands: list[slice], *, tp: TPGroup, dtype: torch.dtype, bias: bool
+    ) -> None:
+        super().__init__()
+        self.bands = bands
+        self.band_sizes = [rows.stop - rows.start for rows in bands]
+        local_out = sum(self.band_sizes)
+        self.weight = empty_parameter(local_out, in_features, dtype=dtype, device=tp.device)
+        self.bias = empty_parameter(local_out, dtype=dtype, device=tp.device) if bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight, self.bias)
+
+    def _load_bands(self, weights: WeightSource, names: Sequence[str]) -> None:
+        parameters = {"weight": self.weight, "bias": self.bias}
+        for suffix, parameter in parameters.items():
+            if parameter is None:
+                continue
+            targets = parameter.split(self.band_sizes)
+            for target, rows, name in zip(targets, self.bands, names, strict=True):
+                tensor_name = f"{name}.{suffix}"
+                fill(target, weights.read(tensor_name, rows=rows), tensor_name)
+
+
+class ColumnParallelLinear(_ColumnParallel):
+    """Linear layer whose output features are split across the TP group.
+
+    Rank r holds the r-th of `tp.size` equal bands of weight rows and computes that slice of the
+    output from the whole input, so the forward needs no communication. Follow it with
+    `RowParallelLinear`, which takes the slice in and joins the ranks with one all-reduce.
+
+    Shapes:
+        input [N, in_features], equal on every rank
+        output [N, out_features / tp.size], this rank's slice
+        weight [out_features / tp.size, in_features], this rank's shard
+
+    Raises:
+        ValueError: `tp.size` does not divide `out_features`.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        tp: TPGroup,
+        dtype: torch.dtype,
+        bias: bool = False,
+    ) -> None:
+        rows = shard(out_features, tp, "out_features")
+        super().__init__(in_features, [rows], tp=tp, dtype=dtype, bias=bias)
+
+    def load(self, weights: WeightSource, name: str) -> None:
+        self._load_bands(weights, [name])
+
+
+class MergedColumnParallelLinear(_ColumnParallel):
+    """Several column-parallel layers over the same input, computed as one matmul (gate and up).
+
+    Shapes, with `out_features` the sizes of the parts:
+        input [N, in_features], equal on every rank
+        output [N, sum(out_features) / tp.size]: this rank's slice of each part, side by side
+        weight [sum(out_features) / tp.size, in_features]
+
+    Raises:
+        ValueError: `tp.size` does not divide the size of a part.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: list[int],
+        *,
+        tp: TPGroup,
+        dtype: torch.dtype,
+        bias: bool = False,
+    ) -> None:
+        bands = [shard(size, tp, "out_features") for size in out_features]
+        super().__init__(in_features, bands, tp=tp, dtype=dtype, bias=bias)
+
+    def load(self, weights: WeightSource, names: Sequence[str]) -> None:
+        """Read the parts, `names` in the order of `out_features`."""
+        self._load_bands(weights, names)
+
+
+class QKVParallelLinear(_ColumnParallel):
+    """Query, key and value projections as one matmul, split by whole heads.
+
+    Rank r holds the r-th band of query heads and the KV heads they attend to. Where there are fewer
+    KV heads than ranks, each KV head lives on `tp.size / num_kv_heads` neighbouring ranks, equal on
+    all of them; their caches hold the same keys and values.
+
+    Shapes, with h and k the local head counts (`local_num_heads`, `local_num_kv_heads`):
+        input [N, hidden_size], equal on every rank
+        output [N, (h + 2 * k) * head_dim]: queries, keys, values
+        weight [(h + 2 * k) * head_dim, hidden_size]
+
+    Raises:
+        ValueError: `tp.size` does not divide `num_heads`, or neither of `tp.size` and
+            `num_kv_heads` divides the other.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        *,
+        tp: TPGroup,
+        dtype: torch.dtype,
+        bias: bool = False,
+    ) -> None:
+        heads = shard(num_heads, tp, "num_attention_heads")
+        kv_heads = kv_head_shard(num_kv_heads, tp)
+        query_rows, kv_rows = _rows(heads, head_dim), _rows(kv_heads, head_dim)
+        bands = [query_rows, kv_rows, kv_rows]
+        super().__init__(hidden_size, bands, tp=tp, dtype=dtype, bias=bias)
+        self.local_num_heads = heads.stop - heads.start
+        self.local_num_kv_heads = kv_heads.stop - kv_heads.start
+
+    def load(self, weights: WeightSource, names: Sequence[str]) -> None:
+        """Read the parts, `names` being those of the query, key and value projection."""
+        self._load_bands(weights, names)
+
+
+def kv_head_shard(num_kv_heads: int, tp: TPGroup) -> slice:
+    """The KV heads this rank holds: its band of them, or one shared with its neighbours.
+
+    Raises:
+        ValueError: neither of `tp.size` and `num_kv_heads` divides the other.
+    """
+    if num_kv_heads >= tp.size:
+        return shard(num_kv_heads, tp, "num_key_value_heads")
+    if tp.size % num_kv_heads:
+        # Some rank's query heads would attend to two KV heads, half of each.
+        raise ValueError(
+            f"a TP group of {tp.size} ranks is no multiple of num_key_value_heads={num_kv_heads}"
+        )
+    head = tp.rank * num_kv_heads // tp.size
+    return slice(head, head + 1)
+
+
+def _rows(heads: slice, head_dim: int) -> slice:
+    """Weight rows of a range of heads."""
+    return slice(heads.start * head_dim, heads.stop * head_dim)
+
+
+class RowParallelLinear(nn.Module):
+    """Linear layer whose input features are split across the TP group; ends in one all-reduce.
+
+    Rank r holds the r-th of `tp.size` equal bands of weight columns and takes the slice of the
+    input that a column-parallel layer left there. Its matmul is one term of the output, and the
+    all-reduce is the sum.
+
+    Shapes:
+        input [N, in_features / tp.size], this rank's slice
+        output [N, out_features], equal on every rank
+        weight [out_features, in_features / tp.size], this rank's shard
+
+    Raises:
+        ValueError: `tp.size` does not divide `in_features`.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        tp: TPGroup,
+        dtype: torch.dtype,
+        bias: bool = False,
+    ) -> None:
+        super().__init__()
+        self.tp = tp
+        self.cols = shard(in_features, tp, "in_features")
+        local_in = divide(in_features, tp, "in_features")
+        self.weight = empty_parameter(out_features, local_in, dtype=dtype, device=tp.device)
+        # The bias is rank 0's alone, inside its matmul: on every rank, the sum would hold it
+        # tp.size times.
+        has_bias = bias and tp.rank == 0
+        self.bias = (
+            empty_parameter(out_features, dtype=dtype, device=tp.device) if has_bias else None
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return all_reduce(F.linear(x, self.weight, self.bias), self.tp)
+
+    def load(self, weights: WeightSource, name: str) -> None:
+        fill(self.weight, weights.read(f"{name}.weight", cols=self.cols), f"{name}.weight")
+        if self.bias is not None:
+            fill(self.bias, weights.read(f"{name}.bias"), f"{name}.bias")

@@ -1,0 +1,117 @@
+"""RMSNorm with the residual addition folded in: one kernel, one pass over memory.
+
+N tokens, E hidden_size.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor, nn
+
+from tpllm.layers.weights import WeightSource, empty_parameter, fill
+
+
+def rms_norm_reference(
+    x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None
+) -> Tensor:
+    """What `rms_norm_triton` computes, in plain torch."""
+    if residual is not None:
+        residual += x
+        x = residual
+    x_fp32 = x.float()
+    normed = x_fp32 * torch.rsqrt(x_fp32.square().mean(-1, keepdim=True) + eps)
+    return normed.to(x.dtype) * weight
+
+
+@triton.jit
+def _rms_norm_kernel(
+    x_ptr: tl.tensor,  # [N, E]
+    residual_ptr: tl.tensor,  # [N, E], read and written if HAS_RESIDUAL
+    weight_ptr: tl.tensor,  # [E]
+    out_ptr: tl.tensor,  # [N, E]
+    x_stride: tl.tensor,
+    residual_stride: tl.tensor,
+    out_stride: tl.tensor,
+    eps: tl.tensor,
+    E: tl.constexpr,
+    BLOCK: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
+) -> None:
+    row = tl.program_id(0).to(tl.int64)  # int64: row * stride passes 2**31 in long batches
+    cols = tl.arange(0, BLOCK)  # [BLOCK]
+    mask = cols < E
+    x = tl.load(x_ptr + row * x_stride + cols, mask=mask, other=0.0).to(tl.float32)
+    if HAS_RESIDUAL:
+        residual_ptrs = residual_ptr + row * residual_stride + cols
+        x += tl.load(residual_ptrs, mask=mask, other=0.0).to(tl.float32)
+        # The norm sees the sum as it is stored: rounded, as transformers has it.
+        x = x.to(residual_ptr.dtype.element_ty)
+        tl.store(residual_ptrs, x, mask=mask)
+        x = x.to(tl.float32)
+    normed = x * tl.rsqrt(tl.sum(x * x) / E + eps)
+    normed = normed.to(out_ptr.dtype.element_ty).to(tl.float32)
+    weight = tl.load(weight_ptr + cols, mask=mask, other=0.0).to(tl.float32)
+    tl.store(out_ptr + row * out_stride + cols, normed * weight, mask=mask)
+
+
+def rms_norm_triton(
+    x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None
+) -> Tensor:
+    """Normalise each row of x to a root mean square of 1, then scale its columns by `weight`.
+
+    With a residual, `residual += x` in place first, and that sum is what is normalised.
+    The mean is taken in fp32; the sum and the normalised row are rounded to x's dtype, as
+    transformers does.
+
+    Shapes: x, residual, result [N, E], last dimension contiguous; weight [E]; one dtype for all.
+    """
+    N, E = x.shape
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    block = triton.next_power_of_2(E)
+    _rms_norm_kernel[(N,)](
+        x,
+        x if residual is None else residual,
+        weight,
+        out,
+        x.stride(0),
+        0 if residual is None else residual.stride(0),
+        out.stride(0),
+        eps,
+        E=E,
+        BLOCK=block,
+        HAS_RESIDUAL=residual is not None,
+        # 8 half-precision elements, one 16-byte load, for each thread.
+        num_warps=min(max(block // 256, 1), 16),
+    )
+    return out
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm over the hidden size, preceded by the residual addition.
+
+    The residual stream is written in place: `x, residual = norm(x, residual)` leaves the running
+    sum in `residual` and its normalised form in `x`. The first norm of a model has no residual
+    yet and makes its input the stream, so that input must not be used by anyone else.
+
+    Shapes:
+        x, residual and both results [N, E], in the layer's dtype
+        weight [E], the same on every rank
+
+    Source: Zhang and Sennrich (2019), https://arxiv.org/abs/1910.07467
+    """
+
+    def __init__(
+        self, hidden_size: int, eps: float, *, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = empty_parameter(hidden_size, dtype=dtype, device=device)
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Return (normed, residual), the residual now holding the sum that was normalised."""
+        rms_norm = rms_norm_triton if x.is_cuda else rms_norm_reference
+        normed = rms_norm(x, self.weight, self.eps, residual)
+        return normed, x if residual is None else residual
+
+    def load(self, weights: WeightSource, name: str) -> None:
+        fill(self.weight, weights.read(f"{name}.weight"), f"{name}.weight")

@@ -1,0 +1,207 @@
+"""Everything between the QKV projection and attention: QK-norm, rotary embedding, KV cache store.
+
+One kernel and one pass over memory, where separate steps would take one each. N tokens,
+H query heads, K key/value heads, D head_dim, L positions.
+
+Sources: RoFormer (2021), https://arxiv.org/abs/2104.09864, in the "rotate half" pairing of
+GPT-NeoX; per-head norms of q and k as in the Qwen3 Technical Report, https://arxiv.org/abs/2505.09388
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+_MAX_HEADS_PER_PROGRAM = 8
+
+
+def rotary_cos_sin(head_dim: int, max_positions: int, theta: float, device: torch.device) -> Tensor:
+    """Table of the rotation at every position: [max_positions, head_dim] fp32, cosines | sines.
+
+    Position p turns pair i, made of elements i and i + D/2, by the angle p * theta ** (-2i / D).
+    """
+    # The angles are rounded as transformers rounds them, in fp32: at position 30,000 they are off
+    # by 1e-3, and more exact ones would part from the model everyone compares with.
+    exponents = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
+    frequencies = (1.0 / theta**exponents).to(device)  # [D/2]
+    positions = torch.arange(max_positions, dtype=torch.float32, device=device)
+    angles = positions[:, None] * frequencies  # [L, D/2]
+    return torch.cat([angles.cos(), angles.sin()], dim=-1)  # [L, D]
+
+
+def qk_norm_rope_store_reference(
+    qkv: Tensor,
+    q_weight: Tensor,
+    k_weight: Tensor,
+    eps: float,
+    positions: Tensor,
+    cos_sin: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    slot_mapping: Tensor,
+    num_heads: int,
+    num_kv_heads: int,
+) -> None:
+    """What `qk_norm_rope_store` does, in plain torch."""
+    num_tokens, head_dim = qkv.shape[0], cos_sin.shape[1]
+    heads = qkv.view(num_tokens, num_heads + 2 * num_kv_heads, head_dim)
+    q, k, v = heads.split([num_heads, num_kv_heads, num_kv_heads], dim=1)  # views of qkv
+    cos, sin = cos_sin[positions].unsqueeze(1).chunk(2, dim=-1)  # [N, 1, D/2] each
+    for x, weight in ((q, q_weight), (k, k_weight)):
+        x_fp32 = x.float()
+        normed = x_fp32 * torch.rsqrt(x_fp32.square().mean(-1, keepdim=True) + eps)
+        low, high = (normed * weight.float()).chunk(2, dim=-1)
+        x.copy_(torch.cat([low * cos - high * sin, high * cos + low * sin], dim=-1))
+    k_cache.view(-1, num_kv_heads, head_dim)[slot_mapping] = k
+    v_cache.view(-1, num_kv_heads, head_dim)[slot_mapping] = v
+
+
+@triton.jit
+def _qk_norm_rope_store_kernel(
+    qkv_ptr: tl.tensor,  # [N, (H + 2K) * D]
+    q_weight_ptr: tl.tensor,  # [D]
+    k_weight_ptr: tl.tensor,  # [D]
+    positions_ptr: tl.tensor,  # [N]
+    cos_sin_ptr: tl.tensor,  # [L, D]
+    k_cache_ptr: tl.tensor,  # [slots, K, D]
+    v_cache_ptr: tl.tensor,  # [slots, K, D]
+    slot_mapping_ptr: tl.tensor,  # [N]
+    qkv_stride: tl.tensor,
+    eps: tl.tensor,
+    H: tl.constexpr,
+    K: tl.constexpr,
+    D: tl.constexpr,
+    HEADS: tl.constexpr,  # heads a program, a power of two
+    HALF: tl.constexpr,  # D / 2, rounded up to a power of two
+) -> None:
+    """One program: HEADS of a token's H + K heads; those with keys carry their values along."""
+    token = tl.program_id(0)
+    head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)[:, None]  # [HEADS, 1], q then k
+    col = tl.arange(0, HALF)[None, :]  # [1, HALF], column of a pair's low element
+    in_half = col < D // 2
+    mask = (head < H + K) & in_half  # [HEADS, HALF]
+    is_key = head >= H  # [HEADS, 1]
+    key_mask = mask & is_key
+
+    # int64: token * stride and slot * K * D pass 2**31 in long batches and large caches.
+    low_ptrs = qkv_ptr + token.to(tl.int64) * qkv_stride + head * D + col
+    high_ptrs = low_ptrs + D // 2
+    low = tl.load(low_ptrs, mask=mask, other=0.0).to(tl.float32)
+    high = tl.load(high_ptrs, mask=mask, other=0.0).to(tl.float32)
+
+    mean_square = (tl.sum(low * low, axis=1) + tl.sum(high * high, axis=1)) / D  # [HEADS]
+    scale = tl.rsqrt(mean_square + eps)[:, None]
+    q_weight = q_weight_ptr + col
+    k_weight = k_weight_ptr + col
+    weight_low = tl.where(
+        is_key,
+        tl.load(k_weight, mask=in_half, other=0.0).to(tl.float32),
+        tl.load(q_weight, mask=in_half, other=0.0).to(tl.float32),
+    )
+    weight_high = tl.where(
+        is_key,
+        tl.load(k_weight + D // 2, mask=in_half, other=0.0).to(tl.float32),
+        tl.load(q_weight + D // 2, mask=in_half, other=0.0).to(tl.float32),
+    )
+    low = low * scale * weight_low
+    high = high * scale * weight_high
+
+    cos_ptrs = cos_sin_ptr + tl.load(positions_ptr + token).to(tl.int64) * D + col
+    cos = tl.load(cos_ptrs, mask=in_half, other=0.0)
+    sin = tl.load(cos_ptrs + D // 2, mask=in_half, other=0.0)
+    roped_low = low * cos - high * sin
+    roped_high = high * cos + low * sin
+    tl.store(low_ptrs, roped_low, mask=mask)
+    tl.store(high_ptrs, roped_high, mask=mask)
+
+    slot = tl.load(slot_mapping_ptr + token).to(tl.int64)
+    cache_offsets = slot * (K * D) + (head - H) * D + col
+    tl.store(k_cache_ptr + cache_offsets, roped_low, mask=key_mask)
+    tl.store(k_cache_ptr + cache_offsets + D // 2, roped_high, mask=key_mask)
+    # In qkv the value of a head lies K heads after its key.
+    value_low = tl.load(low_ptrs + K * D, mask=key_mask, other=0.0)
+    value_high = tl.load(high_ptrs + K * D, mask=key_mask, other=0.0)
+    tl.store(v_cache_ptr + cache_offsets, value_low, mask=key_mask)
+    tl.store(v_cache_ptr + cache_offsets + D // 2, value_high, mask=key_mask)
+
+
+def qk_norm_rope_store_triton(
+    qkv: Tensor,
+    q_weight: Tensor,
+    k_weight: Tensor,
+    eps: float,
+    positions: Tensor,
+    cos_sin: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    slot_mapping: Tensor,
+    num_heads: int,
+    num_kv_heads: int,
+) -> None:
+    """Launch the kernel; see `qk_norm_rope_store`."""
+    assert k_cache.is_contiguous() and v_cache.is_contiguous()
+    head_dim = cos_sin.shape[1]
+    normed_heads = num_heads + num_kv_heads
+    heads_per_program = min(_MAX_HEADS_PER_PROGRAM, triton.next_power_of_2(normed_heads))
+    grid = (qkv.shape[0], triton.cdiv(normed_heads, heads_per_program))
+    _qk_norm_rope_store_kernel[grid](
+        qkv,
+        q_weight,
+        k_weight,
+        positions,
+        cos_sin,
+        k_cache,
+        v_cache,
+        slot_mapping,
+        qkv.stride(0),
+        eps,
+        H=num_heads,
+        K=num_kv_heads,
+        D=head_dim,
+        HEADS=heads_per_program,
+        HALF=triton.next_power_of_2(head_dim // 2),
+    )
+
+
+def qk_norm_rope_store(
+    qkv: Tensor,
+    q_weight: Tensor,
+    k_weight: Tensor,
+    eps: float,
+    positions: Tensor,
+    cos_sin: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    slot_mapping: Tensor,
+    num_heads: int,
+    num_kv_heads: int,
+) -> None:
+    """Norm and rotate the queries and keys in qkv in place, and put keys and values in the cache.
+
+    Each head's D elements are RMS-normalised, scaled by its weight and turned by the token's
+    position. All of it happens in fp32, with one rounding to qkv's dtype at the end.
+
+    Args:
+        qkv: [N, (H + 2K) * D], queries | keys | values, contiguous; changed in place
+        q_weight, k_weight: [D], scales of the norms
+        eps: added to the mean square
+        positions: [N] int32, each token's index in its sequence, below L
+        cos_sin: [L, D] fp32, from `rotary_cos_sin`
+        k_cache, v_cache: [num_blocks, block_size, K, D], contiguous; written at slot_mapping
+        slot_mapping: [N] int32, block * block_size + offset of each token, never negative
+        num_heads, num_kv_heads: H and K of this rank
+    """
+    apply = qk_norm_rope_store_triton if qkv.is_cuda else qk_norm_rope_store_reference
+    apply(
+        qkv,
+        q_weight,
+        k_weight,
+        eps,
+        positions,
+        cos_sin,
+        k_cache,
+        v_cache,
+        slot_mapping,
+        num_heads,
+        num_kv_heads,
+    )

@@ -1,0 +1,231 @@
+"""Draw the next token of every sequence from logits that are split over the ranks by vocabulary.
+
+S sequences, V vocab_size, Vl ids on this rank, M stop ids a sequence, C candidates.
+
+Temperature sampling by Gumbel-max: the largest of `logit + T * gumbel(seed, position, id)` is
+distributed as softmax(logits / T), and a maximum can be taken slice by slice. Each rank finds its
+best (score, id) of every sequence, and only these pairs cross the link, never the logits. The noise
+belongs to the id, not to the batch or the rank, so a seed draws the same token on any number of
+GPUs. Multiplying the noise by T, rather than dividing the logit, cannot overflow at a tiny T.
+
+Pairs travel as int32 [C, 2, S]: plane 0 holds the bits of the fp32 scores, plane 1 the ids.
+
+Source: Maddison, Tarlow, Minka (2014), "A* Sampling", https://arxiv.org/abs/1411.0030, section 2
+"""
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from tpllm.layers.gumbel import (
+    gumbel_from_bits,
+    gumbel_reference,
+    noise_bits,
+    noise_bits_reference,
+)
+from tpllm.parallel.collectives import all_gather
+from tpllm.parallel.group import TPGroup
+
+_TILE = 2048  # ids a program: 75 programs for one sequence of Qwen3, so that they fill a GPU
+_NO_ID = tl.constexpr(2**31 - 1)  # above every token id
+
+
+@dataclass
+class SamplingBatch:
+    """How to draw the next token of each of S sequences; all contiguous, equal on every rank.
+
+    Attributes:
+        temperatures: [S] fp32, 0 for the most likely token
+        seeds: [S, 2] int32, low and high word of each sequence's 64-bit seed
+        positions: [S] int32, index in its sequence of the token being drawn
+        min_positions: [S] int32; before this position the stop ids cannot be drawn
+        stop_ids: [S, M] int32, padded with -1
+    """
+
+    temperatures: Tensor
+    seeds: Tensor
+    positions: Tensor
+    min_positions: Tensor
+    stop_ids: Tensor
+
+
+def local_candidates_reference(
+    logits: Tensor, batch: SamplingBatch, vocab_start: int, vocab_size: int
+) -> Tensor:
+    """What `local_candidates_triton` computes, in plain torch, with the whole slice as one tile."""
+    local_size = logits.shape[1]
+    scores = logits.to(torch.float32, copy=True)  # [S, Vl]
+    random_rows = (batch.temperatures > 0).nonzero().squeeze(1)
+    if random_rows.numel():
+        bits = noise_bits_reference(
+            batch.seeds[random_rows], batch.positions[random_rows], vocab_start, local_size
+        )
+        temperatures = batch.temperatures[random_rows].unsqueeze(1)
+        scores[random_rows] += temperatures * gumbel_reference(bits)
+    scores[:, max(vocab_size - vocab_start, 0) :] = -torch.inf
+    early = (batch.positions < batch.min_positions).unsqueeze(1)  # [S, 1]
+    stop_cols = batch.stop_ids - vocab_start  # [S, M]
+    banned = early & (batch.stop_ids >= 0) & (stop_cols >= 0) & (stop_cols < local_size)
+    scores[banned.nonzero()[:, 0], stop_cols[banned]] = -torch.inf
+    scores.masked_fill_(scores.isnan(), -torch.inf)
+    best_scores, best_cols = scores.max(dim=1)  # the first of equal ones
+    best_ids = (best_cols + vocab_start).int()
+    return torch.stack([best_scores.view(torch.int32), best_ids]).unsqueeze(0)  # [1, 2, S]
+
+
+def best_candidate_reference(candidates: Tensor) -> Tensor:
+    """What `best_candidate_triton` computes, in plain torch."""
+    scores, ids = candidates[:, 0].view(torch.float32), candidates[:, 1]  # [C, S] each
+    best_scores = scores.amax(dim=0)
+    best_ids = ids.masked_fill(scores != best_scores, _NO_ID.value).amin(dim=0)
+    return torch.stack([best_scores.view(torch.int32), best_ids])  # [2, S]
+
+
+@triton.jit
+def _best(scores: tl.tensor, ids: tl.tensor) -> tuple[tl.tensor, tl.tensor]:
+    """The highest score, and the lowest id among those that reach it."""
+    best_score = tl.max(scores, axis=0)
+    return best_score, tl.min(tl.where(scores == best_score, ids, _NO_ID), axis=0)
+
+
+@triton.jit
+def _store_pair(
+    pair_ptr: tl.tensor, num_rows: tl.tensor, score: tl.tensor, token_id: tl.tensor
+) -> None:
+    tl.store(pair_ptr, score.to(tl.int32, bitcast=True))
+    tl.store(pair_ptr + num_rows, token_id)
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def _local_candidates_kernel(
+    logits_ptr: tl.tensor,  # [S, Vl]
+    temperatures_ptr: tl.tensor,  # [S]
+    seeds_ptr: tl.tensor,  # [S, 2]
+    positions_ptr: tl.tensor,  # [S]
+    min_positions_ptr: tl.tensor,  # [S]
+    stop_ids_ptr: tl.tensor,  # [S, M]
+    candidates_ptr: tl.tensor,  # [tiles, 2, S]
+    logits_stride: tl.tensor,
+    num_rows: tl.tensor,
+    local_size: tl.tensor,  # Vl
+    num_stop_ids: tl.tensor,  # M
+    aligned_start: tl.tensor,  # the rank's first id, rounded down to a multiple of 4
+    shift: tl.tensor,  # by so many
+    vocab_size: tl.tensor,
+    TILE: tl.constexpr,
+) -> None:
+    row, tile = tl.program_id(0), tl.program_id(1)
+    first_id = aligned_start + tile * TILE
+    ids = first_id + tl.arange(0, TILE)  # [TILE]
+    cols = tile * TILE + tl.arange(0, TILE) - shift
+    mask = (cols >= 0) & (cols < local_size)
+    logits_row_ptr = logits_ptr + row.to(tl.int64) * logits_stride  # int64: S * Vl passes 2**31
+    scores = tl.load(logits_row_ptr + cols, mask=mask, other=-float("inf")).to(tl.float32)
+
+    position = tl.load(positions_ptr + row)
+    temperature = tl.load(temperatures_ptr + row)
+    if temperature > 0.0:  # for the whole program: a greedy row pays for no noise
+        seed_low, seed_high = tl.load(seeds_ptr + 2 * row), tl.load(seeds_ptr + 2 * row + 1)
+        bits = noise_bits(seed_low, seed_high, position, first_id, TILE)
+        scores += temperature * gumbel_from_bits(bits)
+
+    # A NaN would win or lose by accident and could leave no id at all: it counts as -inf.
+    scores = tl.where((ids < vocab_size) & (scores == scores), scores, -float("inf"))
+    if position < tl.load(min_positions_ptr + row):
+        i = 0
+        while i < num_stop_ids:  # the interpreter takes no range() of an argument
+            stop_id = tl.load(stop_ids_ptr + row * num_stop_ids + i)
+            scores = tl.where(ids == stop_id, -float("inf"), scores)
+            i += 1
+    # Lanes outside the slice stand for ids of other ranks: they must not win a tie of -inf either.
+    score, token_id = _best(scores, tl.where(mask, ids, _NO_ID))
+    _store_pair(candidates_ptr + tile * 2 * num_rows + row, num_rows, score, token_id)
+
+
+def local_candidates_triton(
+    logits: Tensor, batch: SamplingBatch, vocab_start: int, vocab_size: int
+) -> Tensor:
+    """Best (score, id) of each tile of this rank's ids, for each sequence: [tiles, 2, S] int32.
+
+    Column j of logits [S, Vl], last dimension contiguous, scores id vocab_start + j. Ids from
+    vocab_size on, stop ids before their time, and NaN logits score -inf. Ties go to the lowest id.
+    """
+    num_rows, local_size = logits.shape
+    shift = vocab_start % 4  # a Philox call makes the noise of 4 ids: tiles begin at a whole one
+    num_tiles = triton.cdiv(local_size + shift, _TILE)
+    candidates = batch.stop_ids.new_empty(num_tiles, 2, num_rows)
+    _local_candidates_kernel[(num_rows, num_tiles)](
+        logits,
+        batch.temperatures,
+        batch.seeds,
+        batch.positions,
+        batch.min_positions,
+        batch.stop_ids,
+        candidates,
+        logits.stride(0),
+        num_rows,
+        local_size,
+        batch.stop_ids.shape[1],
+        vocab_start - shift,
+        shift,
+        vocab_size,
+        TILE=_TILE,
+    )
+    return candidates
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def _best_candidate_kernel(
+    candidates_ptr: tl.tensor,  # [C, 2, S]
+    best_ptr: tl.tensor,  # [2, S]
+    num_rows: tl.tensor,
+    num_candidates: tl.tensor,
+    BLOCK: tl.constexpr,
+) -> None:
+    row = tl.program_id(0)
+    candidate = tl.arange(0, BLOCK)  # [BLOCK]
+    mask = candidate < num_candidates
+    pair_ptrs = candidates_ptr + candidate * 2 * num_rows + row
+    score_bits = tl.load(pair_ptrs, mask=mask, other=0)
+    scores = tl.where(mask, score_bits.to(tl.float32, bitcast=True), -float("inf"))
+    ids = tl.load(pair_ptrs + num_rows, mask=mask, other=_NO_ID)
+    score, token_id = _best(scores, ids)
+    _store_pair(best_ptr + row, num_rows, score, token_id)
+
+
+def best_candidate_triton(candidates: Tensor) -> Tensor:
+    """Best of each sequence's C candidates [C, 2, S], ties to the lowest id: [2, S] int32."""
+    num_candidates, _, num_rows = candidates.shape
+    best = candidates.new_empty(2, num_rows)
+    _best_candidate_kernel[(num_rows,)](
+        candidates,
+        best,
+        num_rows,
+        num_candidates,
+        BLOCK=triton.next_power_of_2(num_candidates),
+    )
+    return best
+
+
+def sample(
+    logits: Tensor, batch: SamplingBatch, vocab_start: int, vocab_size: int, tp: TPGroup
+) -> Tensor:
+    """Draw one token id for each sequence: [S] int32, the same on every rank.
+
+    Args:
+        logits: [S, Vl] of any floating dtype, this rank's slice, last dimension contiguous
+        batch: temperatures, seeds and the rest, equal on every rank
+        vocab_start: id of the slice's first column
+        vocab_size: V; ids from V on are padding and are never drawn
+    """
+    if logits.is_cuda:
+        local_candidates, best_candidate = local_candidates_triton, best_candidate_triton
+    else:
+        local_candidates, best_candidate = local_candidates_reference, best_candidate_reference
+    candidates = local_candidates(logits, batch, vocab_start, vocab_size)  # [C, 2, S]
+    if tp.size > 1:
+        candidates = all_gather(best_candidate(candidates), tp)  # [tp.size, 2, S]
+    return best_candidate(candidates)[1]

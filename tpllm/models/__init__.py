@@ -1,0 +1,1 @@
+"""Models: how the layers are wired, and where their weights come from."""

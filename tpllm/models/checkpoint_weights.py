@@ -1,0 +1,101 @@
+"""Where a model's weights come from: a checkpoint's safetensors files, or random numbers.
+
+Both are a `WeightSource` (see `tpllm.layers.weights`). Tensors carry the names of Hugging Face's
+checkpoints, such as `model.layers.0.mlp.up_proj.weight`.
+"""
+
+import json
+import zlib
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from tpllm.model_config import ModelConfig
+
+WEIGHTS_NAME = "model.safetensors"
+INDEX_NAME = "model.safetensors.index.json"  # which file holds which tensor, if there are many
+
+
+class SafetensorsWeights:
+    """The safetensors files of a local checkpoint folder, opened once and read slice by slice.
+
+    Files are memory-mapped, so only the bytes of a slice come from disk, and ranks on a host share
+    one copy in the page cache. On the CPU a returned tensor is a view of the file.
+
+    Args:
+        folder: holds `model.safetensors.index.json` and the files it names, or else
+            `model.safetensors`; what `tpllm.checkpoint` checks is what is read here
+        device: where tensors are returned. The CPU also suits layers on a GPU: they copy straight
+            from the mapped file into their parameters, without a second buffer on the GPU.
+
+    Raises:
+        FileNotFoundError: a file is missing.
+    """
+
+    def __init__(self, folder: Path, device: torch.device | str = "cpu") -> None:
+        self.folder = folder
+        self.device = str(device)
+        self._file_of: dict[str, Any]  # tensor name -> open file; safe_open has no type
+        index = folder / INDEX_NAME
+        if index.exists():
+            weight_map: dict[str, str] = json.loads(index.read_text())["weight_map"]
+            opened = {file: self._open(file) for file in set(weight_map.values())}
+            self._file_of = {name: opened[file] for name, file in weight_map.items()}
+        else:
+            whole = self._open(WEIGHTS_NAME)
+            self._file_of = dict.fromkeys(whole.keys(), whole)
+
+    def _open(self, file: str) -> Any:
+        # Never closed by hand: the mapping ends with the last tensor that views it.
+        return safe_open(self.folder / file, framework="pt", device=self.device)
+
+    def read(self, name: str, rows: slice | None = None, cols: slice | None = None) -> Tensor:
+        """Tensor `name`, or only its `rows` and `cols`.
+
+        Raises:
+            ValueError: no file of the folder holds `name`.
+        """
+        if name not in self._file_of:
+            raise ValueError(f"checkpoint {self.folder} has no tensor {name}")
+        return _cut(self._file_of[name].get_slice(name), rows, cols)
+
+
+class DummyWeights:
+    """Random weights of a model's shapes, to measure speed or test without a checkpoint.
+
+    Weights are normal(0, `initializer_range`), norms are 1. The full tensor is drawn from a seed
+    made of its name and then cut, so every TP size runs the same model (on one kind of device: the
+    CPU's random numbers are not the GPU's).
+    """
+
+    def __init__(self, config: ModelConfig, device: torch.device, dtype: torch.dtype) -> None:
+        self.shapes = config.tensor_shapes()
+        self.std = config.initializer_range
+        self.device = device
+        self.dtype = dtype
+
+    def read(self, name: str, rows: slice | None = None, cols: slice | None = None) -> Tensor:
+        """Tensor `name`, or only its `rows` and `cols`.
+
+        Raises:
+            ValueError: the model has no tensor `name`.
+        """
+        if name not in self.shapes:
+            raise ValueError(f"the model has no tensor {name}")
+        full = torch.empty(self.shapes[name], device=self.device, dtype=self.dtype)
+        if name.endswith("norm.weight"):
+            full.fill_(1)
+        else:
+            generator = torch.Generator(self.device).manual_seed(zlib.crc32(name.encode()))
+            full.normal_(0, self.std, generator=generator)
+        return _cut(full, rows, cols)
+
+
+def _cut(tensor: Any, rows: slice | None, cols: slice | None) -> Tensor:
+    """Rows and columns of a tensor or of a safetensors slice; a 1-D tensor has no columns."""
+    index = (rows or slice(None),) if cols is None else (rows or slice(None), cols)
+    cut: Tensor = tensor[index]
+    return cut

@@ -1,0 +1,263 @@
+"""Qwen3, dense: a decoder-only transformer with grouped-query attention and per-head QK-norm.
+
+Shape letters: N tokens, S sequences, H query heads, K key/value heads, D head_dim, E hidden_size,
+I intermediate_size, V vocab_size. H, K and I are this rank's share inside a block; hidden states
+[N, E] are whole and equal on every rank.
+
+The N tokens are those of all sequences in a step, one after the other, without padding; `batch`
+says which token belongs to which sequence. The residual stream travels beside the hidden states, so
+that each norm adds and normalises in one pass over memory.
+
+Source: Qwen3 Technical Report (2025), https://arxiv.org/abs/2505.09388
+"""
+
+import torch
+from torch import Tensor, nn
+
+from tpllm.layers.activation import silu_and_mul
+from tpllm.layers.attention import Attention, AttentionBackend, AttentionBatch
+from tpllm.layers.embedding import ParallelLMHead, VocabParallelEmbedding
+from tpllm.layers.linear import (
+    MergedColumnParallelLinear,
+    QKVParallelLinear,
+    RowParallelLinear,
+    kv_head_shard,
+)
+from tpllm.layers.norm import RMSNorm
+from tpllm.layers.rotary import qk_norm_rope_store, rotary_cos_sin
+from tpllm.layers.weights import WeightSource, empty_parameter, fill
+from tpllm.model_config import ModelConfig
+from tpllm.parallel.group import TPGroup
+
+KVCache = tuple[Tensor, Tensor]  # keys and values of a layer, each [num_blocks, block_size, K, D]
+
+
+class Qwen3Attention(nn.Module):
+    """Project to heads, norm and rotate q and k, store k and v in the cache, attend, project."""
+
+    def __init__(
+        self, config: ModelConfig, tp: TPGroup, dtype: torch.dtype, backend: AttentionBackend
+    ) -> None:
+        super().__init__()
+        heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+        self.head_dim = config.head_dim
+        self.eps = config.rms_norm_eps
+        self.qkv_proj = QKVParallelLinear(
+            config.hidden_size,
+            heads,
+            kv_heads,
+            config.head_dim,
+            tp=tp,
+            dtype=dtype,
+            bias=config.attention_bias,
+        )
+        self.o_proj = RowParallelLinear(
+            heads * config.head_dim,
+            config.hidden_size,
+            tp=tp,
+            dtype=dtype,
+            bias=config.attention_bias,
+        )
+        self.q_norm = empty_parameter(config.head_dim, dtype=dtype, device=tp.device)
+        self.k_norm = empty_parameter(config.head_dim, dtype=dtype, device=tp.device)
+        self.num_heads = self.qkv_proj.local_num_heads
+        self.num_kv_heads = self.qkv_proj.local_num_kv_heads
+        self.attention = Attention(self.num_heads, self.num_kv_heads, config.head_dim, backend)
+
+    def forward(
+        self,
+        x: Tensor,
+        positions: Tensor,
+        cos_sin: Tensor,
+        batch: AttentionBatch,
+        kv_cache: KVCache,
+    ) -> Tensor:
+        qkv = self.qkv_proj(x)  # [N, (H + 2K) * D]
+        qk_norm_rope_store(
+            qkv,
+            self.q_norm,
+            self.k_norm,
+            self.eps,
+            positions,
+            cos_sin,
+            *kv_cache,
+            batch.slot_mapping,
+            self.num_heads,
+            self.num_kv_heads,
+        )
+        x = self.attention(qkv, *kv_cache, batch)  # [N, H * D]
+        x = self.o_proj(x)  # [N, E]
+        return x
+
+    def load(self, weights: WeightSource, name: str) -> None:
+        self.qkv_proj.load(weights, [f"{name}.{part}_proj" for part in "qkv"])
+        self.o_proj.load(weights, f"{name}.o_proj")
+        fill(self.q_norm, weights.read(f"{name}.q_norm.weight"), f"{name}.q_norm.weight")
+        fill(self.k_norm, weights.read(f"{name}.k_norm.weight"), f"{name}.k_norm.weight")
+
+
+class Qwen3MLP(nn.Module):
+    """SwiGLU: `down(silu(gate(x)) * up(x))`."""
+
+    def __init__(self, config: ModelConfig, tp: TPGroup, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.gate_up_proj = MergedColumnParallelLinear(
+            config.hidden_size, [config.intermediate_size] * 2, tp=tp, dtype=dtype
+        )
+        self.down_proj = RowParallelLinear(
+            config.intermediate_size, config.hidden_size, tp=tp, dtype=dtype
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = silu_and_mul(self.gate_up_proj(x))  # [N, I]
+        x = self.down_proj(x)  # [N, E]
+        return x
+
+    def load(self, weights: WeightSource, name: str) -> None:
+        self.gate_up_proj.load(weights, [f"{name}.gate_proj", f"{name}.up_proj"])
+        self.down_proj.load(weights, f"{name}.down_proj")
+
+
+class Qwen3DecoderLayer(nn.Module):
+    """Attention, then MLP, each behind a norm and added to the residual stream by the next one."""
+
+    def __init__(
+        self, config: ModelConfig, tp: TPGroup, dtype: torch.dtype, backend: AttentionBackend
+    ) -> None:
+        super().__init__()
+        self.input_layernorm = _norm(config, tp, dtype)
+        self.self_attn = Qwen3Attention(config, tp, dtype, backend)
+        self.post_attention_layernorm = _norm(config, tp, dtype)
+        self.mlp = Qwen3MLP(config, tp, dtype)
+
+    def forward(
+        self,
+        x: Tensor,
+        residual: Tensor | None,
+        positions: Tensor,
+        cos_sin: Tensor,
+        batch: AttentionBatch,
+        kv_cache: KVCache,
+    ) -> tuple[Tensor, Tensor]:
+        x, residual = self.input_layernorm(x, residual)
+        x = self.self_attn(x, positions, cos_sin, batch, kv_cache)
+        x, residual = self.post_attention_layernorm(x, residual)
+        return self.mlp(x), residual
+
+    def load(self, weights: WeightSource, name: str) -> None:
+        self.input_layernorm.load(weights, f"{name}.input_layernorm")
+        self.self_attn.load(weights, f"{name}.self_attn")
+        self.post_attention_layernorm.load(weights, f"{name}.post_attention_layernorm")
+        self.mlp.load(weights, f"{name}.mlp")
+
+
+class Qwen3Model(nn.Module):
+    """Embedding, the decoder layers, and the final norm: token ids [N] to hidden states [N, E]."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        tp: TPGroup,
+        dtype: torch.dtype,
+        max_positions: int,
+        backend: AttentionBackend,
+    ) -> None:
+        super().__init__()
+        self.embed_tokens = VocabParallelEmbedding(
+            config.vocab_size, config.hidden_size, tp=tp, dtype=dtype
+        )
+        self.layers = nn.ModuleList(
+            Qwen3DecoderLayer(config, tp, dtype, backend) for _ in range(config.num_hidden_layers)
+        )
+        self.norm = _norm(config, tp, dtype)
+        self.cos_sin = rotary_cos_sin(config.head_dim, max_positions, config.rope_theta, tp.device)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        positions: Tensor,
+        batch: AttentionBatch,
+        kv_caches: list[KVCache],
+    ) -> Tensor:
+        x, residual = self.embed_tokens(input_ids), None  # [N, E]
+        for layer, kv_cache in zip(self.layers, kv_caches, strict=True):
+            x, residual = layer(x, residual, positions, self.cos_sin, batch, kv_cache)
+        hidden: Tensor = self.norm(x, residual)[0]
+        return hidden
+
+    def load(self, weights: WeightSource, name: str) -> None:
+        self.embed_tokens.load(weights, f"{name}.embed_tokens")
+        for i, layer in enumerate(self.layers):
+            assert isinstance(layer, Qwen3DecoderLayer)
+            layer.load(weights, f"{name}.layers.{i}")
+        self.norm.load(weights, f"{name}.norm")
+
+
+class Qwen3ForCausalLM(nn.Module):
+    """Qwen3 with its LM head: what a worker runs.
+
+    Args:
+        max_positions: longest sequence to expect, in tokens; the rotary table has that many rows
+
+    Attributes:
+        num_layers, local_num_kv_heads, head_dim: a token's share of this rank's KV cache is
+            `2 * num_layers * local_num_kv_heads * head_dim` elements
+        lm_head: its `vocab_start` and `local_vocab_size` say which ids the logits score
+
+    Raises:
+        ValueError: `tp.size` does not divide the model; `ModelConfig.check_parallel` says so
+            before any worker starts.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        tp: TPGroup,
+        dtype: torch.dtype,
+        max_positions: int,
+        backend: AttentionBackend,
+    ) -> None:
+        super().__init__()
+        self.model = Qwen3Model(config, tp, dtype, max_positions, backend)
+        self.lm_head = ParallelLMHead(config.vocab_size, config.hidden_size, tp=tp, dtype=dtype)
+        self.tied = config.tie_word_embeddings
+        if self.tied:
+            self.lm_head.tie_to(self.model.embed_tokens)
+        self.num_layers = config.num_hidden_layers
+        kv_heads = kv_head_shard(config.num_key_value_heads, tp)
+        self.local_num_kv_heads = kv_heads.stop - kv_heads.start
+        self.head_dim = config.head_dim
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        positions: Tensor,
+        batch: AttentionBatch,
+        kv_caches: list[KVCache],
+    ) -> Tensor:
+        """Run the N tokens of a step through the model and write their keys and values.
+
+        Args:
+            input_ids: [N] int32
+            positions: [N] int32, each token's index in its sequence
+            kv_caches: one pair a layer, each [num_blocks, block_size, local_num_kv_heads, head_dim]
+
+        Returns:
+            Hidden states [N, E] after the final norm, equal on every rank.
+        """
+        hidden: Tensor = self.model(input_ids, positions, batch, kv_caches)
+        return hidden
+
+    def compute_logits(self, hidden: Tensor) -> Tensor:
+        """Score this rank's vocabulary: hidden [S, E], the rows to sample from, to [S, Vl]."""
+        logits: Tensor = self.lm_head(hidden)
+        return logits
+
+    def load(self, weights: WeightSource) -> None:
+        self.model.load(weights, "model")
+        if not self.tied:  # a tied checkpoint may carry lm_head.weight all the same: it is a copy
+            self.lm_head.load(weights, "lm_head")
+
+
+def _norm(config: ModelConfig, tp: TPGroup, dtype: torch.dtype) -> RMSNorm:
+    return RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=dtype, device=tp.device)
