@@ -1,0 +1,148 @@
+"""The wire layout of a step: what the coordinator asks for, and what comes back.
+
+A worker keeps the batch on its GPU, one *row* per running sequence: block table, sampling settings,
+last token. A plan therefore carries only what changed (rows that enter, blocks added to tables) and
+what to compute: for each scheduled row, where it starts and how many tokens. Decode rows come
+first; their input id is the row's last token, which never left the GPU. Prefill rows follow with
+their token ids.
+
+A record is a header of int64 words, then flat int32 arrays; it needs nothing but itself to be
+understood, so a relay may carry its bytes to another host. All arrays of a decoded plan are views
+of the received bytes.
+"""
+
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+
+VERSION = 1
+_HEADER_WORDS = 8  # int64: version, step, then six counts
+
+# kinds of record in a ring
+STEP = 1
+RESULT = 2
+CONTROL = 3  # JSON, rare
+
+# A row that enters carries these int32 words: its index, then the sampling settings that stay with
+# it: temperature (float32 bits), seed (low word, high word), the position before which its end
+# tokens are masked (min_tokens), and those end tokens, padded with -1.
+MAX_MASKED_STOP_IDS = 16
+ROW_STATE_WORDS = 4 + MAX_MASKED_STOP_IDS
+ENTERING_WORDS = 1 + ROW_STATE_WORDS
+
+
+@dataclass
+class StepPlan:
+    """One step, as broadcast to every worker. S scheduled rows, the first `num_decode` decode."""
+
+    step: int
+    num_decode: int
+    rows: np.ndarray  # [S] row index of each scheduled sequence
+    starts: np.ndarray  # [S] tokens of the row already in the cache: where this step begins
+    num_tokens: np.ndarray  # [S] tokens that this step computes; 1 for a decode row
+    samples: np.ndarray  # [S] 1 where the row's last token yields a new one, 0 inside a prompt
+    entering: np.ndarray  # [n, ENTERING_WORDS] rows taken over by a new sequence
+    block_updates: np.ndarray  # [m, 2] (row * max_blocks_per_seq + index in the table, block id)
+    token_ids: np.ndarray  # [sum of num_tokens of the prefill rows]
+
+    def parts(self) -> list[np.ndarray]:
+        """The record's bytes, in order, for `RingWriter.try_send`."""
+        counts = (
+            self.rows.size,
+            self.num_decode,
+            len(self.entering),
+            len(self.block_updates),
+            self.token_ids.size,
+            0,
+        )
+        header = np.array([VERSION, self.step, *counts], dtype="<i8")
+        arrays = (self.rows, self.starts, self.num_tokens, self.samples)
+        return [header, *arrays, self.entering, self.block_updates, self.token_ids]
+
+    @classmethod
+    def decode(cls, payload: np.ndarray) -> "StepPlan":
+        """Read a record's payload [bytes] uint8.
+
+        Raises:
+            ValueError: another version wrote it.
+        """
+        version, step, S, num_decode, n, m, tokens, _ = _header(payload)
+        _check_version(version)
+        words = payload[_HEADER_WORDS * 8 :].view("<i4")
+        sizes = [S, S, S, S, n * ENTERING_WORDS, m * 2, tokens]
+        bounds = np.cumsum([0, *sizes]).tolist()
+        rows, starts, num_tokens, samples, entering, updates, ids = (
+            words[begin:end] for begin, end in pairwise(bounds)
+        )
+        return cls(
+            step,
+            num_decode,
+            rows,
+            starts,
+            num_tokens,
+            samples,
+            entering.reshape(n, ENTERING_WORDS),
+            updates.reshape(m, 2),
+            ids,
+        )
+
+
+@dataclass
+class StepResult:
+    """What a step yielded, in the order of its plan's rows; sent by rank 0."""
+
+    step: int
+    num_yielded: np.ndarray  # [S] tokens that each row yields: 0 inside a prompt
+    token_ids: np.ndarray  # [sum of num_yielded]
+
+    def parts(self) -> list[np.ndarray]:
+        counts = (self.num_yielded.size, self.token_ids.size, 0, 0, 0, 0)
+        header = np.array([VERSION, self.step, *counts], dtype="<i8")
+        return [header, self.num_yielded, self.token_ids]
+
+    @classmethod
+    def decode(cls, payload: np.ndarray) -> "StepResult":
+        version, step, S, tokens, *_ = _header(payload)
+        _check_version(version)
+        words = payload[_HEADER_WORDS * 8 :].view("<i4")
+        return cls(step, words[:S], words[S : S + tokens])
+
+
+@dataclass(frozen=True)
+class PlanLimits:
+    """The most that one step may carry; the scheduler keeps to it, the ring is sized by it."""
+
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    max_blocks_per_seq: int
+    block_size: int
+
+    @property
+    def max_block_updates(self) -> int:
+        # enough for the longest single sequence, and for a step full of new prompts and decode rows
+        prompts = self.max_num_batched_tokens // self.block_size + self.max_num_seqs
+        return self.max_blocks_per_seq + prompts + self.max_num_seqs
+
+    @property
+    def plan_bytes(self) -> int:
+        rows = self.max_num_seqs * (4 + ENTERING_WORDS)
+        words = rows + 2 * self.max_block_updates + self.max_num_batched_tokens
+        return _HEADER_WORDS * 8 + words * 4
+
+    @property
+    def result_bytes(self) -> int:
+        return _HEADER_WORDS * 8 + 2 * self.max_num_seqs * 4
+
+
+def _header(payload: np.ndarray) -> list[int]:
+    words: list[int] = payload[: _HEADER_WORDS * 8].view("<i8").tolist()
+    return words
+
+
+def _check_version(version: int) -> None:
+    if version != VERSION:
+        raise ValueError(
+            f"step record of version {version}, this side speaks {VERSION}; "
+            "both sides must run the same tpllm"
+        )
