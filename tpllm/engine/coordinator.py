@@ -1,0 +1,222 @@
+"""The coordinator: takes requests, plans steps one ahead of the GPUs, hands out their tokens.
+
+It meets its callers through plain data alone (`AddRequest`, request ids to abort, `RequestUpdate`),
+so it runs inside the caller's process offline and in a process of its own under a server.
+"""
+
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import xxhash
+
+from tpllm.channel.step_plan import (
+    MAX_MASKED_STOP_IDS,
+    RESULT,
+    STEP,
+    PlanLimits,
+    StepResult,
+)
+from tpllm.config import EngineConfig
+from tpllm.engine.block_manager import BlockManager
+from tpllm.engine.launcher import WorkerGroup
+from tpllm.engine.request import AddRequest, RequestUpdate, Sequence
+from tpllm.engine.scheduler import Scheduler, SchedulerStats
+
+# One step runs while the next is planned and sent. More would only make an end token cost more.
+MAX_STEPS_IN_FLIGHT = 2
+
+
+@dataclass
+class HostTimes:
+    """Seconds that the coordinator has spent on steps, by what it did."""
+
+    schedule: float = 0.0
+    broadcast: float = 0.0
+    wait: float = 0.0  # for results: the time that the GPUs are ahead of us
+    collect: float = 0.0
+
+
+class Coordinator:
+    """One engine: a scheduler, its blocks, and the workers that compute.
+
+    Raises:
+        ValueError: the configuration leaves no room for a cache.
+        WorkerError: a worker failed, at start or later; nothing of the engine is left running.
+    """
+
+    def __init__(
+        self, config: EngineConfig, *, on_phase: Callable[[int, str], None] | None = None
+    ) -> None:
+        self.config = config
+        self.limits = PlanLimits(
+            config.max_num_seqs,
+            config.max_num_batched_tokens,
+            config.max_blocks_per_seq,
+            config.kv_block_size,
+        )
+        self.times = HostTimes()
+        settings = {"config": config.to_json()}
+        self._workers = WorkerGroup(config.tensor_parallel_size, self.limits, settings)
+        try:
+            replies = [
+                self._workers.receive_control(rank, on_phase)
+                for rank in range(config.tensor_parallel_size)
+            ]
+            self.num_kv_blocks: int = replies[0]["num_kv_blocks"]
+            self.worker_info: dict[str, Any] = replies[0]["info"]
+            self._workers.phases = ["ready"] * config.tensor_parallel_size
+            self._blocks = BlockManager(
+                self.num_kv_blocks, config.kv_block_size, config.enable_prefix_caching
+            )
+        except BaseException:
+            self._workers.kill()
+            raise
+        self._scheduler = Scheduler(self._blocks, self.limits)
+        self._num_requests = 0
+        capacity = self._blocks.num_usable_blocks * config.kv_block_size
+        self.max_total_tokens = min(config.max_model_len, capacity)
+
+    @property
+    def stats(self) -> SchedulerStats:
+        return self._scheduler.stats
+
+    @property
+    def num_unfinished(self) -> int:
+        return self._scheduler.num_unfinished
+
+    @property
+    def num_in_flight(self) -> int:
+        """Steps on their way through the workers; `step` takes the oldest in."""
+        return self._scheduler.num_in_flight
+
+    @property
+    def closed(self) -> bool:
+        return self._workers.closed
+
+    @property
+    def worker_pids(self) -> list[int]:
+        """The process id of each rank's worker, for whoever wants to look inside one."""
+        return self._workers.pids
+
+    def check(self, request: AddRequest) -> None:
+        """Refuse what could never run.
+
+        Raises:
+            ValueError: names what is wrong with the prompt or its sampling parameters.
+        """
+        prompt, params = request.prompt_token_ids, request.sampling_params
+        config = self.config
+        if not prompt:
+            raise ValueError("the prompt is empty; give at least one token")
+        if len(prompt) >= config.max_model_len:
+            raise ValueError(
+                f"the prompt has {len(prompt)} tokens, which leaves no room for an answer in "
+                f"max_model_len={config.max_model_len}; shorten it or raise max_model_len"
+            )
+        if len(prompt) >= self.max_total_tokens:
+            raise ValueError(
+                f"the prompt has {len(prompt)} tokens, more than the whole cache can hold "
+                f"({self._blocks.num_usable_blocks} blocks of {config.kv_block_size} tokens) with "
+                "an answer; raise num_kv_blocks or gpu_memory_utilization"
+            )
+        vocab_size = config.model_config.vocab_size
+        for token_id in (min(prompt), max(prompt), *params.stop_token_ids):
+            if not 0 <= token_id < vocab_size:
+                raise ValueError(
+                    f"token id {token_id} is outside the vocabulary of {vocab_size} tokens; "
+                    "was the text encoded with another model's tokenizer?"
+                )
+        if params.min_tokens > 0:
+            ends = set(params.stop_token_ids)
+            if not params.ignore_eos:
+                ends.update(config.model_config.eos_token_ids)
+            if len(ends) > MAX_MASKED_STOP_IDS:
+                raise ValueError(
+                    f"min_tokens={params.min_tokens} with {len(ends)} end tokens; at most "
+                    f"{MAX_MASKED_STOP_IDS} can be held back: give fewer stop_token_ids"
+                )
+
+    def add(self, request: AddRequest) -> None:
+        """Queue a request; its tokens come out of later calls of `step`.
+
+        Raises:
+            ValueError: as `check`; nothing has been queued then.
+        """
+        self.check(request)
+        seed = request.sampling_params.seed
+        if seed is None:  # equal prompts must not draw equal noise
+            words = f"{self.config.seed}/{self._num_requests}".encode()
+            seed = xxhash.xxh64_intdigest(words)
+        self._num_requests += 1
+        seq = Sequence(
+            request,
+            seed=seed % 2**64,
+            eos_token_ids=self.config.model_config.eos_token_ids,
+            max_total_tokens=self.max_total_tokens,
+        )
+        self._scheduler.add(seq)
+
+    def abort(self, request_ids: Iterable[str]) -> list[RequestUpdate]:
+        """End requests; their blocks return as soon as no step in flight writes them."""
+        return self._scheduler.abort(request_ids)
+
+    def step(self) -> list[RequestUpdate]:
+        """Keep the GPUs fed, wait for the oldest step in flight, return what it brought.
+
+        Returns an empty list when there is nothing left to compute.
+
+        An exception, also one that a signal handler raises, ends the engine: what has been planned,
+        what has been sent and what has been noted may then be three things.
+        """
+        try:
+            return self._step()
+        except BaseException:
+            self._workers.kill()
+            raise
+
+    def _step(self) -> list[RequestUpdate]:
+        times, scheduler, clock = self.times, self._scheduler, time.perf_counter
+        while scheduler.num_in_flight < MAX_STEPS_IN_FLIGHT:
+            begin = clock()
+            plan = scheduler.schedule()
+            planned = clock()
+            times.schedule += planned - begin
+            if plan is None:
+                break
+            self._workers.send(STEP, plan.parts(), plan.step)
+            times.broadcast += clock() - planned
+        if scheduler.num_in_flight == 0:
+            return []
+        begin = clock()
+        record = self._workers.receive(0, RESULT)
+        received = clock()
+        updates = scheduler.finish(StepResult.decode(record.payload))
+        times.wait += received - begin
+        times.collect += clock() - received
+        return updates
+
+    def reset_prefix_cache(self) -> None:
+        """Forget all cached prefixes, as between two repeats of a benchmark."""
+        self._blocks.reset_prefix_cache()
+
+    def profile_decode(self, skip: int, num_steps: int) -> None:
+        """Have rank 0 trace the kernels of `num_steps` decode steps, after `skip` others.
+
+        The next `worker_times` brings the summary. Only on a GPU, with CUDA graphs.
+        """
+        self._workers.send_control({"type": "profile", "skip": skip, "num_steps": num_steps})
+
+    def worker_times(self) -> dict[str, Any]:
+        """Rank 0's step times since the last call; see `tpllm.worker.step_times`."""
+        self._workers.send_control({"type": "step_times"})
+        return self._workers.receive_control(0)
+
+    def close(self) -> None:
+        """Give everything back: processes, shared memory, GPU memory. Harmless when repeated."""
+        self._workers.close()
+
+    def kill(self) -> None:
+        """As `close`, without asking the workers first: for an engine in an unknown state."""
+        self._workers.kill()

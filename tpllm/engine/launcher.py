@@ -1,0 +1,466 @@
+"""Starts the workers, one process per rank, watches over them, and takes every one of them down.
+
+A worker is `python -m tpllm.worker`: a fresh interpreter, so neither torchrun nor a main guard is
+needed, and a notebook or a script read from standard input works. It inherits its ring descriptors
+and a pidfd of this process, and reads everything else from an anonymous file. Whatever way this
+process ends, the workers see the pidfd; whatever way a worker ends, this process sees the worker's.
+"""
+
+import json
+import os
+import select
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import weakref
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple, NoReturn
+
+from tpllm.channel.ring import (
+    Part,
+    Record,
+    RingDescriptors,
+    RingReader,
+    RingWriter,
+    create_ring,
+    wait_readable,
+)
+from tpllm.channel.step_plan import CONTROL, PlanLimits
+from tpllm.errors import SettingError, WorkerError
+from tpllm.interrupts import Interrupts
+
+CONTROL_BYTES = 1 << 16  # room for any control record; longer tracebacks are cut by the worker
+SEND_TIMEOUT_S = 60.0
+CLOSE_TIMEOUT_S = 5.0
+# After a first sign of trouble, how long to listen for its cause: peers of a dead rank complain.
+GRACE_S = 0.5
+_NUM_SLOTS = 8
+
+
+@dataclass
+class _State:
+    """What has to be given back, apart from the group so that a finalizer can hold it.
+
+    `release` may come from any thread, from a signal handler or from the garbage collector, also in
+    the middle of a call that uses the rings: it ends the workers at once, which wakes that call,
+    and descriptors are closed by whoever leaves last.
+    """
+
+    owner_pid: int
+    directory: Path | None = None
+    processes: list[subprocess.Popen[bytes]] = field(default_factory=list)
+    rings: list[RingReader | RingWriter] = field(default_factory=list)
+    descriptors: list[int] = field(default_factory=list)
+    ending: bool = False
+    released: threading.Event = field(default_factory=threading.Event)
+    # held to start a worker and to end them all, so that none is started behind an end's back
+    lock: threading.RLock = field(default_factory=threading.RLock)
+    _in_use: threading.Lock = field(default_factory=threading.Lock)
+
+    def release(self, patience_s: float = 0.0) -> None:
+        """Wait `patience_s` for the workers to end, kill what is left, remove every trace.
+
+        Does nothing in a forked copy of the owner, and nothing the second time.
+        """
+        if os.getpid() != self.owner_pid:
+            return
+        deadline = time.monotonic() + patience_s
+        try:
+            self.ending = True
+            while time.monotonic() < deadline and any(p.poll() is None for p in self.processes):
+                time.sleep(0.005)
+        finally:  # Ctrl-C cuts the waiting short, and waits for the rest
+            with Interrupts(), self.lock:
+                if not self.released.is_set():
+                    self._end_everything()
+
+    def _end_everything(self) -> None:
+        for process in self.processes:
+            if process.poll() is None:
+                process.kill()
+        for process in self.processes:
+            process.wait()
+        self._close_descriptors()
+        if self.directory is not None:
+            shutil.rmtree(self.directory, ignore_errors=True)
+        self.released.set()
+
+    @contextmanager
+    def use(self) -> Iterator[None]:
+        """Keep the descriptors open for the length of a call.
+
+        Raises:
+            RuntimeError: nobody may call: the engine is closed, busy, or another process's.
+        """
+        if os.getpid() != self.owner_pid:
+            raise RuntimeError(
+                f"this engine belongs to process {self.owner_pid}; a forked copy cannot use it"
+            )
+        if not self._in_use.acquire(blocking=False):
+            raise RuntimeError("this engine is in the middle of another call")
+        try:
+            self.refuse_if_ending()
+            yield
+        finally:
+            self._in_use.release()
+            if self.ending:
+                self._close_descriptors()
+
+    def refuse_if_ending(self) -> None:
+        if self.ending:
+            raise RuntimeError("this engine is closed")
+
+    def _close_descriptors(self) -> None:
+        if not self._in_use.acquire(blocking=False):
+            return  # the call that uses them closes them when it leaves
+        while self.rings:
+            self.rings.pop().close()
+        while self.descriptors:
+            os.close(self.descriptors.pop())
+        self._in_use.release()
+
+
+class _Complaint(NamedTuple):
+    """What a worker said of its failure."""
+
+    time: float  # time.monotonic(), one clock for all processes
+    rank: int
+    text: str
+    is_setting: bool  # it is about a setting: the text alone tells the caller everything
+
+
+class WorkerGroup:
+    """The worker processes of one engine and the rings between them and the coordinator.
+
+    One ring carries plans and control records to all workers; each worker has a ring of its own
+    back, on which rank 0 also sends the results of steps.
+
+    Args:
+        world_size: number of workers.
+        limits: the size of the largest step, for which the rings are made.
+        settings: plain data that every worker is started with, as JSON.
+        module: what a worker runs; tests put a stand-in here.
+
+    Raises:
+        WorkerError: by any method, when a worker has failed; every process is gone by then.
+        SettingError: a worker refused a setting; likewise.
+        RuntimeError: the group has been closed, also by another thread in the middle of a call.
+    """
+
+    def __init__(
+        self,
+        world_size: int,
+        limits: PlanLimits,
+        settings: dict[str, Any],
+        module: str = "tpllm.worker",
+    ) -> None:
+        self.world_size = world_size
+        self.step = -1  # the last step sent, for messages
+        self.phases = ["starting"] * world_size  # what each rank said last
+        self._inbox: deque[tuple[int, Record]] = deque()  # received, and not asked for yet
+        self._complaints: list[_Complaint] = []
+        self._state = _State(os.getpid())
+        # runs at garbage collection and at the interpreter's exit, whichever comes first
+        self._finalizer = weakref.finalize(self, self._state.release)
+        try:
+            with Interrupts():  # what has been made, but not yet noted, could not be given back
+                self._start(limits, settings, module)
+        except BaseException:
+            self._state.release()
+            raise
+
+    def _start(self, limits: PlanLimits, settings: dict[str, Any], module: str) -> None:
+        plan_bytes = max(limits.plan_bytes, CONTROL_BYTES)
+        reply_bytes = max(limits.result_bytes, CONTROL_BYTES)
+        output = _stderr_or_null()
+        self._state.descriptors += _fill_standard_descriptors()
+        plans = create_ring(self.world_size, _NUM_SLOTS, plan_bytes)
+        self._state.descriptors += plans.all()
+        self._writer = RingWriter(plans)
+        self._state.rings.append(self._writer)
+        # after some descriptors: they are given back first, and to remove a directory takes one
+        directory = self._state.directory = Path(tempfile.mkdtemp(prefix="tpllm-"))  # mode 0700
+        self._readers: list[RingReader] = []
+        coordinator = os.pidfd_open(os.getpid())
+        self._state.descriptors.append(coordinator)
+        commands = []
+        for rank in range(self.world_size):
+            replies = create_ring(1, _NUM_SLOTS, reply_bytes)
+            self._state.descriptors += replies.all()
+            self._readers.append(RingReader(replies, 0))
+            self._state.rings.append(self._readers[rank])
+            spec = {
+                "rank": rank,
+                "world_size": self.world_size,
+                "coordinator": coordinator,
+                "directory": str(directory),
+                "plans": _as_json(plans),
+                "replies": _as_json(replies),
+                "settings": settings,
+            }
+            spec_fd = os.memfd_create("tpllm-spec", os.MFD_CLOEXEC)
+            self._state.descriptors.append(spec_fd)
+            os.pwrite(spec_fd, json.dumps(spec).encode(), 0)
+            inherited = (spec_fd, coordinator, *plans.all(), *replies.all())
+            commands.append(([sys.executable, "-P", "-m", module, str(spec_fd)], inherited))
+        self._spawn(commands, _environment(directory), output)
+        self._poll = select.poll()
+        self._watched: dict[int, int] = {}  # pidfd -> rank
+        for rank, process in enumerate(self._state.processes):
+            pidfd = os.pidfd_open(process.pid)
+            self._state.descriptors.append(pidfd)
+            self._watched[pidfd] = rank
+            self._poll.register(pidfd, select.POLLIN)
+            self._poll.register(self._readers[rank].fileno(), select.POLLIN)
+
+    def _spawn(
+        self,
+        commands: Sequence[tuple[list[str], tuple[int, ...]]],
+        environment: dict[str, str],
+        output: int,
+    ) -> None:
+        """Start the workers from a thread that lives as long as they may.
+
+        The kernel sends a worker its parent-death signal when the thread that started it ends, not
+        the process: a caller's short-lived thread must not be that thread.
+        """
+        started = threading.Event()
+        failure: list[BaseException] = []
+        state = self._state
+
+        def run() -> None:
+            try:
+                for command, inherited in commands:
+                    with state.lock:
+                        if state.ending:
+                            break
+                        process = subprocess.Popen(
+                            command,
+                            stdin=subprocess.DEVNULL,
+                            stdout=output,
+                            stderr=output,
+                            pass_fds=inherited,
+                            env=environment,
+                            start_new_session=True,  # Ctrl-C in the terminal is the coordinator's
+                        )
+                        state.processes.append(process)
+            except BaseException as error:
+                failure.append(error)
+            started.set()
+            state.released.wait()
+
+        threading.Thread(target=run, name="tpllm-launcher", daemon=True).start()
+        started.wait()
+        if failure:
+            raise failure[0]
+
+    @property
+    def pids(self) -> list[int]:
+        """The process id of each rank's worker."""
+        return [process.pid for process in self._state.processes]
+
+    # ---- talking -----------------------------------------------------------------------------
+
+    def send(self, kind: int, parts: Sequence[Part], step: int | None = None) -> None:
+        """Broadcast one record to every worker."""
+        if step is not None:
+            self.step = step
+        deadline = time.monotonic() + SEND_TIMEOUT_S
+        with self._state.use():
+            while not self._writer.try_send(kind, parts):
+                self._state.refuse_if_ending()
+                if time.monotonic() > deadline:
+                    self._fail(f"no worker took a record for {SEND_TIMEOUT_S:.0f} s: a rank hangs")
+                if self._some_worker_ended(timeout_s=0.0):
+                    self._fail_with_cause()
+                wait_readable(self._writer.fileno(), 0.1)
+
+    def send_control(self, message: dict[str, Any]) -> None:
+        self.send(CONTROL, [json.dumps(message).encode()])
+
+    def receive(
+        self, rank: int, kind: int, on_phase: Callable[[int, str], None] | None = None
+    ) -> Record:
+        """The next record of `kind` from `rank`; sleeps until it comes or a worker fails.
+
+        `on_phase(rank, phase)` hears what the workers say of their progress meanwhile.
+        """
+        with self._state.use():
+            while True:
+                for item in self._inbox:
+                    if item[0] == rank and item[1].kind == kind:
+                        self._inbox.remove(item)
+                        return item[1]
+                if self._collect(on_phase):
+                    continue
+                # a worker's last words come before its end
+                if self._some_worker_ended(timeout_s=None) and not self._collect(on_phase):
+                    self._fail_with_cause()
+
+    def _collect(self, on_phase: Callable[[int, str], None] | None) -> bool:
+        """Move what has come into the inbox; False where nothing has."""
+        any_came = False
+        for rank, reader in enumerate(self._readers):
+            while (record := reader.try_receive()) is not None:
+                any_came = True
+                self._take(rank, record, on_phase)
+        if self._complaints:
+            self._fail_with_cause()
+        return any_came
+
+    def _take(
+        self, rank: int, record: Record, on_phase: Callable[[int, str], None] | None = None
+    ) -> None:
+        message = json.loads(record.payload.tobytes()) if record.kind == CONTROL else {}
+        if "error" in message:
+            complaint = _Complaint(message["time"], rank, message["error"], message["setting"])
+            self._complaints.append(complaint)
+        elif "phase" in message:
+            self.phases[rank] = message["phase"]
+            if on_phase:
+                on_phase(rank, message["phase"])
+        else:
+            self._inbox.append((rank, record))
+
+    def receive_control(
+        self, rank: int, on_phase: Callable[[int, str], None] | None = None
+    ) -> dict[str, Any]:
+        record = self.receive(rank, CONTROL, on_phase)
+        message: dict[str, Any] = json.loads(record.payload.tobytes())
+        return message
+
+    # ---- ending ------------------------------------------------------------------------------
+
+    @property
+    def closed(self) -> bool:
+        return self._state.released.is_set()
+
+    def close(self) -> None:
+        """Ask the workers to end, then see to it. Harmless when repeated, or in a forked copy."""
+        if self.closed or os.getpid() != self._state.owner_pid:
+            return
+        asked = False
+        with suppress(RuntimeError), self._state.use():  # else somebody waits for a step: no time
+            asked = self._writer.try_send(CONTROL, [json.dumps({"type": "shutdown"}).encode()])
+        self._state.release(CLOSE_TIMEOUT_S if asked else 0.0)
+
+    def kill(self) -> None:
+        """End the workers at once."""
+        self._state.release()
+
+    def _some_worker_ended(self, timeout_s: float | None) -> bool:
+        """Sleep until a worker ends or says something; whether one has ended.
+
+        Raises:
+            RuntimeError: it ended because the group is being closed.
+        """
+        events = self._poll.poll(None if timeout_s is None else timeout_s * 1e3)
+        self._state.refuse_if_ending()
+        return any(fd in self._watched for fd, _ in events)
+
+    def _fail_with_cause(self) -> NoReturn:
+        """Listen a moment for the rank that failed first, take everything down, raise.
+
+        A rank that ended without a word explains the complaints of the others, never the other way
+        round, but for SIGABRT: that is also how NCCL ends a process that has lost its peers.
+        """
+        deadline = time.monotonic() + GRACE_S
+        while True:
+            codes = [process.poll() for process in self._state.processes]
+            for rank, reader in enumerate(self._readers):
+                while (record := reader.try_receive()) is not None:
+                    self._take(rank, record)
+            told = {complaint.rank for complaint in self._complaints}
+            silent = {  # rank -> exit code
+                rank: code
+                for rank, code in enumerate(codes)
+                if code is not None and rank not in told
+            }
+            if silent or time.monotonic() > deadline:
+                break
+            time.sleep(0.01)
+        self._state.refuse_if_ending()
+        causes = [(rank, self._describe_end(rank, code)) for rank, code in silent.items()]
+        if self._complaints:
+            first = min(self._complaints)
+            if first.is_setting and not silent:
+                self.kill()
+                raise SettingError(first.text)
+            told_by = f"worker rank {first.rank} failed {self._when(first.rank)}:\n{first.text}"
+            is_effect = set(silent.values()) == {-signal.SIGABRT}
+            causes.insert(0 if is_effect else len(causes), (first.rank, told_by))
+        self._fail("\n".join(text for _, text in causes), rank=causes[0][0])
+
+    def _describe_end(self, rank: int, code: int) -> str:
+        if code >= 0:
+            return (
+                f"worker rank {rank} ended with exit code {code} {self._when(rank)}; "
+                "its last lines on stderr may tell why"
+            )
+        return (
+            f"worker rank {rank} was killed by {_signal_name(-code)} {self._when(rank)}; "
+            f"{_usual_reason(-code)}"
+        )
+
+    def _when(self, rank: int) -> str:
+        phase = self.phases[rank]
+        return f"in step {self.step}" if phase == "ready" and self.step >= 0 else f"while {phase}"
+
+    def _fail(self, message: str, rank: int | None = None) -> NoReturn:
+        self.kill()
+        raise WorkerError(message, rank=rank)
+
+
+def _as_json(ring: RingDescriptors) -> list[Any]:
+    return [ring.memory, list(ring.ready), ring.freed]
+
+
+def _environment(directory: Path) -> dict[str, str]:
+    """The workers' environment: this very tpllm importable, temporary files in our directory."""
+    package_root = str(Path(__file__).resolve().parents[2])
+    paths = [package_root, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "TMPDIR": str(directory)}
+
+
+def _stderr_or_null() -> int:
+    """Where workers write: a library's chatter must not mix with the caller's output."""
+    try:
+        os.fstat(2)
+    except OSError:
+        return subprocess.DEVNULL
+    return 2
+
+
+def _fill_standard_descriptors() -> list[int]:
+    """Open those of 0, 1 and 2 that are closed, as in a daemon, and return them.
+
+    A ring that got such a number would be replaced in the workers by their own standard streams.
+    """
+    opened = []
+    while (fd := os.open(os.devnull, os.O_RDWR)) <= 2:
+        opened.append(fd)
+    os.close(fd)
+    return opened
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:  # a real-time signal has no name
+        return f"signal {number}"
+
+
+def _usual_reason(number: int) -> str:
+    if number == signal.SIGKILL:
+        return "the host may be out of memory: see dmesg, lower max_num_seqs or num_kv_blocks"
+    if number in (signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT):
+        return "a crash in native code: the worker's last lines on stderr tell more"
+    return "somebody ended it from outside"

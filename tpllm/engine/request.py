@@ -1,0 +1,100 @@
+"""What callers hand in and get back, and the engine's own record of a request."""
+
+from dataclasses import dataclass
+from enum import Enum
+from typing import NamedTuple
+
+from tpllm.sampling_params import SamplingParams
+
+
+@dataclass(frozen=True)
+class AddRequest:
+    """Ask the coordinator to continue a prompt. Plain data: it may come from another process."""
+
+    request_id: str
+    prompt_token_ids: list[int]
+    sampling_params: SamplingParams
+
+
+class RequestUpdate(NamedTuple):
+    """News of one request: tokens drawn since the last update, and how it ended, if it did."""
+
+    request_id: str
+    new_token_ids: list[int]
+    finish_reason: str | None  # "stop", "length" or "abort"
+    stop_reason: int | None  # the id from `stop_token_ids` that ended it
+    num_cached_tokens: int  # prompt tokens found in the prefix cache at first admission
+
+
+class Status(Enum):
+    WAITING = "waiting"
+    RUNNING = "running"
+    FINISHED = "finished"
+
+
+class Sequence:
+    """The engine's record of a request. It runs one step ahead of what is known.
+
+    `tokens` holds the prompt and every token read back. More may have been asked for in steps still
+    in flight; their ids are known to the GPU alone. `num_scheduled` counts the tokens whose keys
+    and values are stored, or will be by a step in flight. Once it has reached `prefill_target`, one
+    token more is known or in flight, and that one is the next input.
+    """
+
+    __slots__ = (
+        "block_digests",
+        "block_table",
+        "end_token_ids",
+        "max_total_tokens",
+        "min_total_tokens",
+        "num_cached_tokens",
+        "num_prompt_tokens",
+        "num_registered_blocks",
+        "num_scheduled",
+        "num_steps_in_flight",
+        "prefill_target",
+        "request_id",
+        "row",
+        "seed",
+        "status",
+        "stop_token_ids",
+        "temperature",
+        "tokens",
+    )
+
+    def __init__(
+        self,
+        request: AddRequest,
+        *,
+        seed: int,
+        eos_token_ids: tuple[int, ...],
+        max_total_tokens: int,
+    ) -> None:
+        params = request.sampling_params
+        self.request_id = request.request_id
+        self.tokens = list(request.prompt_token_ids)
+        self.num_prompt_tokens = len(self.tokens)
+        self.temperature = params.temperature
+        self.seed = seed
+        self.stop_token_ids = frozenset(params.stop_token_ids)
+        eos = () if params.ignore_eos else eos_token_ids
+        self.end_token_ids = self.stop_token_ids.union(eos)
+        self.min_total_tokens = self.num_prompt_tokens + params.min_tokens
+        limit = max_total_tokens
+        if params.max_tokens is not None:
+            limit = min(limit, self.num_prompt_tokens + params.max_tokens)
+        self.max_total_tokens = limit
+
+        self.status = Status.WAITING
+        self.num_cached_tokens = -1  # not admitted yet
+        self.num_steps_in_flight = 0
+        self.block_digests: list[bytes] = []
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget everything stored in the cache: the state of a sequence that waits."""
+        self.row = -1
+        self.block_table: list[int] = []
+        self.num_scheduled = 0
+        self.num_registered_blocks = 0
+        self.prefill_target = 0

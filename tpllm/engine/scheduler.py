@@ -1,0 +1,335 @@
+"""Decides what every step computes: continuous batching, chunked prefill, preemption.
+
+Each step is planned while the one before it still runs on the GPUs, so the scheduler works on two
+counts of a sequence: the tokens it knows, and those asked for and still in flight. A decode row
+may thus be scheduled whose input token nobody on this side has seen yet. What turns out one step
+late (an end token) is undone one step late: the extra token is dropped on arrival.
+
+Order within a step: a token for every decoding sequence, then chunks of prompts that have begun,
+then new prompts in order of arrival, up to `max_num_batched_tokens`. When blocks run out the latest
+arrival is preempted: it gives its blocks back (they stay findable in the prefix cache), waits
+first in line, and is computed again later. Batching at the level of steps follows Orca (OSDI 2022),
+chunks mixed with decodes follow Sarathi-Serve (https://arxiv.org/abs/2403.02310).
+"""
+
+from collections import OrderedDict, deque
+from collections.abc import Iterable
+from dataclasses import dataclass
+from itertools import islice
+
+import numpy as np
+
+from tpllm.channel.step_plan import (
+    ENTERING_WORDS,
+    MAX_MASKED_STOP_IDS,
+    PlanLimits,
+    StepPlan,
+    StepResult,
+)
+from tpllm.engine.block_manager import BlockManager
+from tpllm.engine.request import RequestUpdate, Sequence, Status
+
+
+@dataclass
+class SchedulerStats:
+    """Running totals since the engine started."""
+
+    num_steps: int = 0
+    num_prefill_chunks: int = 0  # chunks that ended before their prompt did
+    num_mixed_steps: int = 0  # steps with both decode rows and prefill rows
+    num_preemptions: int = 0
+    num_prompt_tokens: int = 0  # of admitted requests, each counted once
+    num_cached_tokens: int = 0  # of these, found in the prefix cache
+
+
+class _StepBuilder:
+    """Collects one step; `seal` makes the plan of it."""
+
+    def __init__(self, budget: int) -> None:
+        self.budget = budget  # tokens that still fit
+        self.decode: list[Sequence] = []
+        self.begun: list[Sequence] = []  # running, and still inside their prompts
+        self.prefill: list[tuple[Sequence, int]] = []  # with the tokens to compute
+        self.entering: list[Sequence] = []
+        self.block_updates: list[int] = []  # flat (table position, block) pairs
+
+
+class Scheduler:
+    """Owns the sequences, their blocks and their rows.
+
+    `add`, `abort`, `schedule` and `finish` are all there is: the caller broadcasts what `schedule`
+    returns and hands what comes back to `finish`, in the same order.
+    """
+
+    def __init__(self, blocks: BlockManager, limits: PlanLimits) -> None:
+        self.stats = SchedulerStats()
+        self._blocks = blocks
+        self._limits = limits
+        # both in order of arrival; dicts, so that any one can leave at no cost to the others
+        self._waiting: OrderedDict[Sequence, None] = OrderedDict()
+        self._running: dict[Sequence, None] = {}
+        self._by_id: dict[str, Sequence] = {}
+        self._free_rows = list(range(limits.max_num_seqs - 1, -1, -1))
+        # finished or preempted, with blocks that a step in flight still writes
+        self._leaving: dict[Sequence, int] = {}  # -> blocks that will be free then
+        self._in_flight: deque[tuple[int, list[Sequence]]] = deque()
+        self._step = 0
+
+    # ---- requests ----------------------------------------------------------------------------
+
+    def add(self, seq: Sequence) -> None:
+        self._by_id[seq.request_id] = seq
+        self._waiting[seq] = None
+
+    def abort(self, request_ids: Iterable[str]) -> list[RequestUpdate]:
+        """End requests now; ids that are unknown or already finished are passed over."""
+        updates = []
+        for request_id in request_ids:
+            seq = self._by_id.get(request_id)
+            if seq is not None:
+                self._end(seq)
+                num_cached_tokens = max(0, seq.num_cached_tokens)
+                updates.append(RequestUpdate(request_id, [], "abort", None, num_cached_tokens))
+        return updates
+
+    @property
+    def num_unfinished(self) -> int:
+        return len(self._by_id)
+
+    @property
+    def num_in_flight(self) -> int:
+        """Steps scheduled whose results have not come back."""
+        return len(self._in_flight)
+
+    # ---- planning ----------------------------------------------------------------------------
+
+    def schedule(self) -> StepPlan | None:
+        """Plan the next step, or None where nothing can be computed before a result comes back."""
+        step = _StepBuilder(self._limits.max_num_batched_tokens)
+        may_admit = self._schedule_decodes(step)
+        self._continue_prefills(step)
+        if may_admit:
+            self._admit(step)
+        if not step.decode and not step.prefill:
+            return None
+        return self._seal(step)
+
+    def _schedule_decodes(self, step: _StepBuilder) -> bool:
+        """Add a token of every decoding sequence; False where blocks ran short for one."""
+        block_size = self._blocks.block_size
+        num_stalled = 0
+        may_admit = True
+        for seq in list(self._running):
+            if step.budget == 0:
+                break
+            if seq.status is not Status.RUNNING:
+                break  # preempted for an earlier one, and with it all that come after
+            position = seq.num_scheduled
+            if position < seq.prefill_target:
+                step.begun.append(seq)
+                continue
+            if position + 1 >= seq.max_total_tokens:
+                continue  # every token that it may have is known or on its way
+            index = position // block_size
+            if index == len(seq.block_table):
+                if not self._make_room(seq, num_stalled):
+                    num_stalled += seq.status is Status.RUNNING
+                    may_admit = False
+                    continue
+                block = self._blocks.allocate()
+                seq.block_table.append(block)
+                step.block_updates += (seq.row * self._limits.max_blocks_per_seq + index, block)
+            step.decode.append(seq)
+            step.budget -= 1
+        return may_admit
+
+    def _make_room(self, seq: Sequence, num_stalled: int) -> bool:
+        """Free a block for `seq`, preempting later arrivals; False where it must sit this step out.
+
+        Blocks that a step in flight still writes come back with its result. Where enough of them
+        are on their way for all that wait, nobody else is preempted.
+        """
+        while self._blocks.num_free == 0:
+            if sum(self._leaving.values()) > num_stalled:
+                return False
+            victim = next(reversed(self._running))
+            self._preempt(victim)
+            if victim is seq:
+                return False
+        return True
+
+    def _continue_prefills(self, step: _StepBuilder) -> None:
+        for seq in step.begun:
+            if step.budget == 0:
+                return
+            self._add_chunk(step, seq)
+
+    def _admit(self, step: _StepBuilder) -> None:
+        """Let new sequences in, in order of arrival, while rows, blocks and budget last."""
+        limits = self._limits
+        while self._waiting and self._free_rows and step.budget > 0:
+            seq = next(iter(self._waiting))
+            if seq.num_steps_in_flight:
+                return  # preempted with a token on its way: it is kept, so wait for it
+            num_blocks = -(-len(seq.tokens) // limits.block_size)
+            digests = self._blocks.digest_chain(seq.tokens, seq.block_digests)
+            # the last token is always computed: its logits are what the step is for
+            cached = self._blocks.match_prefix(
+                digests[: (len(seq.tokens) - 1) // limits.block_size]
+            )
+            num_new = num_blocks - len(cached)
+            if not self._blocks.can_take(cached, num_new):
+                return
+            if len(step.block_updates) // 2 + num_blocks > limits.max_block_updates:
+                return
+            del self._waiting[seq]
+            seq.status = Status.RUNNING
+            seq.row = self._free_rows.pop()
+            seq.block_table = self._blocks.take(cached, num_new)
+            seq.num_scheduled = len(cached) * limits.block_size
+            seq.num_registered_blocks = len(cached)
+            seq.prefill_target = len(seq.tokens)
+            if seq.num_cached_tokens < 0:
+                seq.num_cached_tokens = seq.num_scheduled
+                self.stats.num_prompt_tokens += seq.num_prompt_tokens
+                self.stats.num_cached_tokens += seq.num_scheduled
+            first = seq.row * limits.max_blocks_per_seq
+            for index, block in enumerate(seq.block_table):
+                step.block_updates += (first + index, block)
+            self._running[seq] = None
+            step.entering.append(seq)
+            self._add_chunk(step, seq)
+
+    def _add_chunk(self, step: _StepBuilder, seq: Sequence) -> None:
+        num_tokens = min(seq.prefill_target - seq.num_scheduled, step.budget)
+        step.budget -= num_tokens
+        step.prefill.append((seq, num_tokens))
+        # Registered before it is computed: whoever shares these blocks runs in this step or later,
+        # and a step stores the keys and values of all its rows before any row attends.
+        self._register_blocks(seq, seq.num_scheduled + num_tokens)
+
+    def _seal(self, step: _StepBuilder) -> StepPlan:
+        """Make the plan and move every scheduled sequence one step on."""
+        seqs = step.decode + [seq for seq, _ in step.prefill]
+        lengths = [1] * len(step.decode) + [num_tokens for _, num_tokens in step.prefill]
+        starts = [seq.num_scheduled for seq in seqs]
+        token_ids: list[int] = []
+        for seq, num_tokens in step.prefill:
+            token_ids += seq.tokens[seq.num_scheduled : seq.num_scheduled + num_tokens]
+        samples = []
+        for seq, num_tokens in zip(seqs, lengths, strict=True):
+            seq.num_scheduled += num_tokens
+            seq.num_steps_in_flight += 1
+            samples.append(seq.num_scheduled >= seq.prefill_target)
+        entering = np.array([_entering_words(seq) for seq in step.entering], dtype=np.int32)
+        plan = StepPlan(
+            step=self._step,
+            num_decode=len(step.decode),
+            rows=np.array([seq.row for seq in seqs], dtype=np.int32),
+            starts=np.array(starts, dtype=np.int32),
+            num_tokens=np.array(lengths, dtype=np.int32),
+            samples=np.array(samples, dtype=np.int32),
+            entering=entering.reshape(-1, ENTERING_WORDS),
+            block_updates=np.array(step.block_updates, dtype=np.int32).reshape(-1, 2),
+            token_ids=np.array(token_ids, dtype=np.int32),
+        )
+        self.stats.num_steps += 1
+        self.stats.num_prefill_chunks += samples.count(False)
+        self.stats.num_mixed_steps += bool(step.decode and step.prefill)
+        self._in_flight.append((self._step, seqs))
+        self._step += 1
+        return plan
+
+    # ---- results -----------------------------------------------------------------------------
+
+    def finish(self, result: StepResult) -> list[RequestUpdate]:
+        """Take the result of the oldest step in flight: new tokens, ends, blocks that come back."""
+        step, seqs = self._in_flight.popleft()
+        assert result.step == step, f"result of step {result.step}, expected step {step}"
+        updates = []
+        token_ids = iter(result.token_ids.tolist())
+        for seq, num_yielded in zip(seqs, result.num_yielded.tolist(), strict=True):
+            seq.num_steps_in_flight -= 1
+            for token_id in islice(token_ids, num_yielded):
+                if seq.status is not Status.FINISHED:  # else it came too late, and is dropped
+                    updates.append(self._append(seq, token_id))
+            if seq.num_steps_in_flight == 0 and seq in self._leaving:
+                self._release(seq)
+        return updates
+
+    def _append(self, seq: Sequence, token_id: int) -> RequestUpdate:
+        seq.tokens.append(token_id)
+        num_tokens = len(seq.tokens)
+        if num_tokens >= (seq.num_registered_blocks + 1) * self._blocks.block_size:
+            self._register_blocks(seq, seq.num_scheduled)
+        finish_reason = stop_reason = None
+        if token_id in seq.end_token_ids and num_tokens > seq.min_total_tokens:
+            finish_reason = "stop"
+            stop_reason = token_id if token_id in seq.stop_token_ids else None
+        elif num_tokens >= seq.max_total_tokens:
+            finish_reason = "length"
+        if finish_reason:
+            self._end(seq)
+        return RequestUpdate(
+            seq.request_id, [token_id], finish_reason, stop_reason, seq.num_cached_tokens
+        )
+
+    def _register_blocks(self, seq: Sequence, num_stored: int) -> None:
+        """Make the full blocks among the first `num_stored` tokens findable."""
+        num_full = min(num_stored, len(seq.tokens)) // self._blocks.block_size
+        if num_full <= seq.num_registered_blocks or seq.row < 0:
+            return
+        digests = self._blocks.digest_chain(seq.tokens, seq.block_digests)
+        for i in range(seq.num_registered_blocks, min(num_full, len(digests))):
+            self._blocks.register(seq.block_table[i], digests[i])
+        seq.num_registered_blocks = num_full
+
+    # ---- leaving -----------------------------------------------------------------------------
+
+    def _end(self, seq: Sequence) -> None:
+        """The sequence is finished or aborted: no later result concerns it."""
+        del self._by_id[seq.request_id]
+        if seq.status is Status.RUNNING:
+            del self._running[seq]
+            self._leave(seq)
+        else:
+            del self._waiting[seq]
+        seq.status = Status.FINISHED
+
+    def _preempt(self, seq: Sequence) -> None:
+        """Send the latest arrival back to the head of the queue; its known tokens are kept."""
+        del self._running[seq]
+        self._waiting[seq] = None
+        self._waiting.move_to_end(seq, last=False)
+        seq.status = Status.WAITING
+        self.stats.num_preemptions += 1
+        self._leave(seq)
+
+    def _leave(self, seq: Sequence) -> None:
+        """Give row and blocks back, as soon as no step in flight writes them."""
+        if seq.num_steps_in_flight == 0:
+            self._release(seq)
+        else:
+            self._leaving[seq] = self._blocks.num_freed_by(seq.block_table)
+
+    def _release(self, seq: Sequence) -> None:
+        self._leaving.pop(seq, None)
+        self._blocks.release(seq.block_table)
+        self._free_rows.append(seq.row)
+        seq.reset()
+
+
+def _entering_words(seq: Sequence) -> list[int]:
+    masked = sorted(seq.end_token_ids) if seq.min_total_tokens > seq.num_prompt_tokens else []
+    padding = [-1] * (MAX_MASKED_STOP_IDS - len(masked))
+    temperature = int(np.float32(seq.temperature).view(np.int32))
+    seed_low, seed_high = np.array([seq.seed], dtype="<u8").view("<i4").tolist()
+    return [
+        seq.row,
+        temperature,
+        seed_low,
+        seed_high,
+        seq.min_total_tokens,
+        *masked,
+        *padding,
+    ]
