@@ -1,0 +1,8 @@
+"""`python -m tpllm` is the program `tpllm`."""
+
+import sys
+
+from tpllm.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

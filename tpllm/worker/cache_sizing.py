@@ -1,0 +1,97 @@
+"""How many blocks the KV cache may have: what is left when everything else has its memory."""
+
+import os
+
+import torch
+
+from tpllm.config import EngineConfig
+from tpllm.errors import SettingError
+from tpllm.parallel.collectives import min_over_ranks
+from tpllm.parallel.group import TPGroup
+from tpllm.worker.kv_cache import CacheShape
+from tpllm.worker.model_runner import ModelRunner
+from tpllm.worker.step_times import StepMarks
+
+# On a CPU the operating system gives pages when they are written, so this bounds only the address
+# space; half of the memory is left to weights, activations and everybody else.
+_CPU_MEMORY_SHARE = 0.5
+# Left free on a GPU for what cannot be measured ahead: fragmentation, lazily loaded kernels.
+_GPU_RESERVE_BYTES = 256 << 20
+
+
+def cpu_cache_blocks(config: EngineConfig, shape: CacheShape, tp: TPGroup) -> int:
+    """Blocks that fit in half of the host's free memory, shared by the ranks.
+
+    Raises:
+        SettingError: not even two do.
+    """
+    free_bytes = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    available = int(free_bytes * _CPU_MEMORY_SHARE) // tp.size
+    num_blocks = _agree(available, shape, tp, "half of the host's free memory")
+    # more than every row at its longest, and the reserved block, is of no use here
+    return min(num_blocks, config.max_num_seqs * config.max_blocks_per_seq + 1)
+
+
+def gpu_cache_blocks(
+    config: EngineConfig,
+    shape: CacheShape,
+    runner: ModelRunner,
+    tp: TPGroup,
+    free_at_start: int,
+    use_graphs: bool,
+) -> int:
+    """Run the largest step and capture graphs on a cache of one block; count what is left.
+
+    Args:
+        free_at_start: bytes that were free on the GPU before this process took any: what others
+            hold is not ours to count on.
+
+    Raises:
+        SettingError: less than two blocks are left on some rank.
+    """
+    runner.use_cache(shape.allocate(1, tp.device))  # the reserved block is all that a trial touches
+    torch.cuda.reset_peak_memory_stats()
+    runner.run_largest_step(StepMarks(tp.device))
+    torch.cuda.synchronize()
+    peak_bytes = torch.cuda.max_memory_reserved()
+    torch.cuda.empty_cache()
+    # what this process holds outside torch's allocator: kernels, NCCL, workspaces
+    held = free_at_start - torch.cuda.mem_get_info()[0]
+    other_bytes = max(0, held - torch.cuda.memory_reserved())
+    graph_bytes = _graph_bytes(shape, runner, tp) if use_graphs else 0
+    if config.num_kv_blocks is not None:
+        return config.num_kv_blocks
+    total = torch.cuda.get_device_properties(tp.device).total_memory
+    budget = min(int(total * config.gpu_memory_utilization), free_at_start)
+    used = peak_bytes + other_bytes + graph_bytes + _GPU_RESERVE_BYTES
+    source = (
+        f"gpu_memory_utilization={config.gpu_memory_utilization:.2f}, {budget / 2**30:.1f} GiB, "
+        f"less {used / 2**30:.1f} GiB for weights and work"
+    )
+    return _agree(budget - used, shape, tp, source)
+
+
+def _graph_bytes(shape: CacheShape, runner: ModelRunner, tp: TPGroup) -> int:
+    """Bytes that all graphs will take, from the largest and one more."""
+    sizes = runner.decode_sizes
+    free = [torch.cuda.mem_get_info()[0]]
+    for trial in (sizes[-1:], sizes[-2:]):
+        runner.capture_graphs(trial)
+        torch.cuda.synchronize()
+        free.append(torch.cuda.mem_get_info()[0])
+    largest, both = free[0] - free[1], free[0] - free[2]
+    runner.use_cache(shape.allocate(1, tp.device))  # drops the graphs
+    torch.cuda.empty_cache()
+    return max(0, largest) + max(0, both - largest) * len(sizes)
+
+
+def _agree(available_bytes: int, shape: CacheShape, tp: TPGroup, source: str) -> int:
+    """The number of blocks that fits on every rank."""
+    num_blocks = min_over_ranks(max(0, available_bytes) // shape.block_bytes, tp)
+    if num_blocks < 2:
+        raise SettingError(
+            f"{source}, leaves {num_blocks} KV blocks of {shape.block_bytes / 2**20:.1f} MiB, and "
+            "at least 2 are needed; raise gpu_memory_utilization, use a larger "
+            "tensor_parallel_size, or lower max_num_batched_tokens"
+        )
+    return num_blocks

@@ -1,0 +1,75 @@
+"""Which kernels a decode step spends its time in, as the GPU's own trace tells it."""
+
+from collections import defaultdict
+from typing import Any
+
+import torch
+from torch._C._autograd import DeviceType
+
+_NAME_LENGTH = 72
+
+
+class KernelProfile:
+    """Traces `num_steps` decode steps after `skip` others, and sums them up by kernel.
+
+    Tracing slows the host, so the steps traced are not those to be timed.
+    """
+
+    def __init__(self, skip: int, num_steps: int) -> None:
+        self._skip = skip
+        self._num_steps = num_steps
+        self._num_seen = 0
+        self._num_rows = 0
+        self._profiler = torch.profiler.profile(
+            activities=[torch.profiler.ProfilerActivity.CUDA], acc_events=True
+        )
+        self.summary: dict[str, Any] | None = None
+
+    def before_step(self, num_rows: int) -> None:
+        """Say that a decode step of `num_rows` is about to be launched."""
+        if self._num_seen == self._skip:
+            torch.cuda.synchronize()
+            self._profiler.start()
+        if self._num_seen >= self._skip:
+            self._num_rows += num_rows
+        self._num_seen += 1
+
+    def after_step(self) -> None:
+        if self._num_seen == self._skip + self._num_steps:
+            torch.cuda.synchronize()
+            self._profiler.stop()
+            self.summary = self._sum_up()
+
+    def _sum_up(self) -> dict[str, Any]:
+        """Microseconds a step: by kernel, in all of them, and in the gaps between them."""
+        profiler: Any = self._profiler.profiler
+        kernels = sorted(
+            (event.start_ns(), event.duration_ns(), event.name())
+            for event in profiler.kineto_results.events()
+            if event.device_type() == DeviceType.CUDA
+        )
+        totals: dict[str, list[float]] = defaultdict(lambda: [0, 0.0])
+        busy, end = 0.0, kernels[0][0]
+        for start, duration, name in kernels:
+            total = totals[name[:_NAME_LENGTH]]
+            total[0] += 1
+            total[1] += duration
+            busy += max(0, start + duration - max(start, end))
+            end = max(end, start + duration)
+        steps = self._num_steps
+        span = end - kernels[0][0]
+        by_kernel = sorted(totals.items(), key=lambda item: -item[1][1])
+        return {
+            "steps": steps,
+            "rows": self._num_rows / steps,
+            "step_us": round(span / steps / 1e3, 1),
+            "gaps_us": round((span - busy) / steps / 1e3, 1),
+            "kernels": [
+                {
+                    "name": name,
+                    "calls": round(calls / steps, 2),
+                    "us": round(ns / steps / 1e3, 1),
+                }
+                for name, (calls, ns) in by_kernel[:20]
+            ],
+        }

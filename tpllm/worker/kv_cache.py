@@ -1,0 +1,50 @@
+"""The paged KV cache of one rank: its shape and its memory."""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from tpllm.models.qwen3 import KVCache
+
+
+@dataclass(frozen=True)
+class CacheShape:
+    """What a block of the cache holds on one rank: `block_size` tokens in every layer."""
+
+    num_layers: int
+    block_size: int
+    num_kv_heads: int  # this rank's
+    head_dim: int
+    dtype: torch.dtype
+
+    @property
+    def block_bytes(self) -> int:
+        """Bytes of a block: keys and values."""
+        per_token = 2 * self.num_layers * self.num_kv_heads * self.head_dim
+        return per_token * self.block_size * self.dtype.itemsize
+
+    def allocate(self, num_blocks: int, device: torch.device) -> list[KVCache]:
+        """Keys and values of every layer, each [num_blocks, block_size, K, D], zeroed.
+
+        Zeroed because kernels multiply what lies beyond a sequence's end by a weight of zero, which
+        a NaN left in fresh memory would survive.
+        """
+        shape = (
+            self.num_layers,
+            2,
+            num_blocks,
+            self.block_size,
+            self.num_kv_heads,
+            self.head_dim,
+        )
+        if device.type == "cpu":
+            # numpy leaves zeroing to the operating system, page by page as they are used;
+            # torch.zeros would write them all now: 9 s for 4 GiB
+            num_bytes = math.prod(shape) * self.dtype.itemsize
+            memory = torch.from_numpy(np.zeros(num_bytes, dtype=np.uint8))
+            cache = memory.view(self.dtype).view(shape)
+        else:
+            cache = torch.zeros(shape, dtype=self.dtype, device=device)
+        return [(layer[0], layer[1]) for layer in cache]

@@ -1,0 +1,248 @@
+"""Runs step plans on this rank's shard of the model: batch state, forward, sampling."""
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tpllm.channel.step_plan import ENTERING_WORDS, PlanLimits, StepPlan
+from tpllm.layers.attention import AttentionBatch, PrefillBatch
+from tpllm.layers.sampler import SamplingBatch, sample
+from tpllm.models.qwen3 import KVCache, Qwen3ForCausalLM
+from tpllm.parallel.group import TPGroup
+from tpllm.worker import cuda_graphs
+from tpllm.worker.batch_state import (
+    BatchState,
+    DecodeInputs,
+    flatten_chunks,
+    gather_decode_inputs,
+)
+from tpllm.worker.staging import HostStaging, aligned
+from tpllm.worker.step_times import StepMarks
+
+Mark = Callable[[], None]
+
+
+class ModelRunner:
+    """One rank's model, batch and cache.
+
+    A step of decode rows alone is padded to one of a few sizes and reads fixed buffers only, so
+    that a CUDA graph can replay it. Every other step runs eagerly with its true sizes.
+
+    Args:
+        model: this rank's shard, weights loaded.
+        static_decode: run decode steps padded, from fixed buffers (on a GPU, with an attention
+            backend that can be captured).
+    """
+
+    def __init__(
+        self,
+        model: Qwen3ForCausalLM,
+        tp: TPGroup,
+        limits: PlanLimits,
+        vocab_size: int,
+        *,
+        static_decode: bool,
+    ) -> None:
+        self._model = model
+        self._tp = tp
+        self._limits = limits
+        self._vocab_size = vocab_size
+        self._static_decode = static_decode
+        self._kv_caches: list[KVCache] = []
+        self._graphs: dict[int, cuda_graphs.CapturedStep] = {}
+        self.state = BatchState(
+            limits.max_num_seqs, limits.max_blocks_per_seq, limits.block_size, tp.device
+        )
+        words = 3 * limits.max_num_batched_tokens + 8 * (limits.max_num_seqs + 1)
+        words += ENTERING_WORDS * limits.max_num_seqs + 2 * limits.max_block_updates
+        self._staging = HostStaging(words + 64, tp.device)
+        self.decode_sizes = cuda_graphs.decode_sizes(limits.max_num_seqs)
+        self._decode_inputs: dict[int, DecodeInputs] = {}
+
+    def use_cache(self, kv_caches: list[KVCache]) -> None:
+        """Store keys and values here from now on; graphs of an earlier cache are dropped."""
+        self._graphs = {}
+        self._kv_caches = kv_caches
+
+    def capture_graphs(self, sizes: list[int]) -> None:
+        """Capture decode steps of these sizes, for the present cache."""
+        self._graphs = {}  # their memory first
+        self._graphs = cuda_graphs.capture(self._decode, sizes)
+
+    @torch.inference_mode()
+    def run(self, plan: StepPlan, marks: StepMarks) -> Tensor:
+        """Compute one step: the token ids that it drew, [number of rows that sample] int32.
+
+        The result may be a buffer that the next step overwrites: copy it on the current stream.
+        """
+        marks.is_decode = plan.num_decode == plan.rows.size
+        if marks.is_decode and self._static_decode:
+            return self._run_decode(plan, marks)
+        return self._run_mixed(plan, marks)
+
+    # ---- decode rows alone -------------------------------------------------------------------
+
+    def _run_decode(self, plan: StepPlan, marks: StepMarks) -> Tensor:
+        S = plan.rows.size
+        size = cuda_graphs.padded_size(self.decode_sizes, S)
+        rows = np.full(size, self.state.padding_row, dtype=np.int32)
+        rows[:S] = plan.rows
+        starts = np.zeros(size, dtype=np.int32)
+        starts[:S] = plan.starts
+        marks.begin()
+        *_, updates = self._staging.upload([rows, starts, plan.block_updates])
+        self.state.apply(updates[:0], updates)
+        if graph := self._graphs.get(size):
+            graph.graph.replay()
+            return graph.tokens[:S]
+        return self._decode(size, marks.sample)[:S]
+
+    def _decode(self, size: int, mark_sampling: Mark = lambda: None) -> Tensor:
+        """One token of each of `size` rows, as staged: reads and writes fixed buffers only."""
+        inputs = self._inputs_of(size)
+        gather_decode_inputs(self.state, inputs)
+        batch = AttentionBatch(
+            slot_mapping=inputs.slots,
+            num_decode=size,
+            context_lens=inputs.context_lens,
+            block_tables=inputs.block_tables,
+            prefill=None,
+        )
+        hidden = self._model(inputs.input_ids, inputs.positions, batch, self._kv_caches)
+        mark_sampling()
+        return self._sample(hidden, inputs.rows, inputs.sampling)
+
+    def _inputs_of(self, size: int) -> DecodeInputs:
+        inputs = self._decode_inputs.get(size)
+        if inputs is None:
+            rows = self._staging.view(0, size)
+            starts = self._staging.view(aligned(size), size)
+            device = self._tp.device
+            inputs = DecodeInputs.empty(rows, starts, self._limits.max_blocks_per_seq, device)
+            self._decode_inputs[size] = inputs
+        return inputs
+
+    def _sample(self, hidden: Tensor, rows: Tensor, batch: SamplingBatch) -> Tensor:
+        logits = self._model.compute_logits(hidden)  # [S, Vl]
+        tokens = sample(logits, batch, self._model.lm_head.vocab_start, self._vocab_size, self._tp)
+        self.state.last_tokens[rows] = tokens  # the next step's input, without a trip to the host
+        return tokens
+
+    # ---- everything else ---------------------------------------------------------------------
+
+    def _run_mixed(self, plan: StepPlan, marks: StepMarks) -> Tensor:
+        D = plan.num_decode
+        state = self.state
+        token_rows, positions, cu_seqlens = flatten_chunks(plan.rows, plan.starts, plan.num_tokens)
+        ends = plan.starts + plan.num_tokens  # [S] context lengths after this step
+        cu_seqlens_q = cu_seqlens[D:] - cu_seqlens[D]
+        cu_seqlens_k = np.zeros_like(cu_seqlens_q)
+        np.cumsum(ends[D:], out=cu_seqlens_k[1:])
+        sampling_rows = np.flatnonzero(plan.samples)
+        parts = [
+            plan.entering,
+            plan.block_updates,
+            token_rows,
+            positions,
+            plan.token_ids,
+            plan.rows,
+            ends[:D],
+            cu_seqlens_q,
+            cu_seqlens_k,
+            cu_seqlens[1:][sampling_rows] - 1,
+            plan.rows[sampling_rows],
+            ends[sampling_rows],
+        ]
+        marks.begin()
+        (
+            entering,
+            updates,
+            token_rows_,
+            positions_,
+            prefill_ids,
+            rows,
+            context_lens,
+            cu_q,
+            cu_k,
+            last_indices,
+            sample_rows,
+            sample_positions,
+        ) = self._staging.upload(parts)
+        state.apply(entering, updates)
+        prefill = None
+        if plan.rows.size > D:
+            prefill = PrefillBatch(
+                cu_seqlens_q=cu_q,
+                cu_seqlens_k=cu_k,
+                max_seqlen_q=int(plan.num_tokens[D:].max()),
+                max_seqlen_k=int(ends[D:].max()),
+                block_tables=state.block_tables[rows[D:]],
+                has_context=bool(plan.starts[D:].any()),
+            )
+        batch = AttentionBatch(
+            slot_mapping=state.slots(token_rows_, positions_),
+            num_decode=D,
+            context_lens=context_lens,
+            block_tables=state.block_tables[rows[:D]],
+            prefill=prefill,
+        )
+        input_ids = torch.cat([state.last_tokens[rows[:D]], prefill_ids])  # [N]
+        hidden = self._model(input_ids, positions_, batch, self._kv_caches)
+        marks.sample()
+        if sampling_rows.size == 0:  # all rows end inside their prompts
+            return prefill_ids[:0]
+        return self._sample(
+            hidden[last_indices], sample_rows, state.sampling(sample_rows, sample_positions)
+        )
+
+    # ---- start-up and measurement ------------------------------------------------------------
+
+    def run_largest_step(self, marks: StepMarks) -> None:
+        """Run the step that takes the most memory, on the reserved block and row alone."""
+        limits = self._limits
+        S = limits.max_num_seqs
+        chunk = min(
+            max(1, limits.max_num_batched_tokens // S),
+            limits.block_size * limits.max_blocks_per_seq,
+        )
+        rows = np.full(S, self.state.padding_row, dtype=np.int32)
+        empty = np.empty(0, dtype=np.int32)
+        plan = StepPlan(
+            step=-1,
+            num_decode=0,
+            rows=rows,
+            starts=np.zeros(S, dtype=np.int32),
+            num_tokens=np.full(S, chunk, dtype=np.int32),
+            samples=np.ones(S, dtype=np.int32),
+            entering=empty.reshape(0, ENTERING_WORDS),
+            block_updates=empty.reshape(0, 2),
+            token_ids=np.zeros(S * chunk, dtype=np.int32),
+        )
+        self.run(plan, marks)
+
+    @torch.inference_mode()
+    def time_sampling(self, repeats: int = 20) -> float:
+        """Milliseconds of LM head and sampling for the largest decode step, as a graph runs them.
+
+        A step's graph cannot be timed inside, so its last stage is measured alone. Every rank
+        calls this together.
+        """
+        size = self.decode_sizes[-1]
+        rows = torch.full((size,), self.state.padding_row, device=self._tp.device)
+        lm_head = self._model.lm_head.weight
+        hidden = torch.ones(size, lm_head.shape[1]).to(lm_head)
+        batch = self.state.sampling(rows, torch.zeros_like(rows, dtype=torch.int32))
+        batch.temperatures.fill_(1)  # the costlier case: noise for every id
+        self._sample(hidden, rows, batch)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            self._sample(hidden, rows, batch)
+        marks = StepMarks(self._tp.device)
+        marks.begin()
+        for _ in range(repeats):
+            graph.replay()
+        marks.end()
+        marks.wait_end()
+        return marks.spans_ms(None)[0] / repeats

@@ -1,0 +1,56 @@
+"""Carries the integers of a step from the host to the device, in one copy."""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+_ALIGN = 4  # words: every part starts at 16 bytes, for vectorised loads
+
+
+class HostStaging:
+    """Uploads int32 arrays through pinned buffers, each reused only once its copy is done.
+
+    The device side is one buffer at a fixed address, which a CUDA graph may read: the next upload
+    waits, by stream order, for the kernels that read the last one.
+
+    Args:
+        num_words: the most int32 words of one upload, alignment included.
+        num_buffers: uploads that can be on their way before the host waits.
+    """
+
+    def __init__(self, num_words: int, device: torch.device, num_buffers: int = 3) -> None:
+        on_cuda = device.type == "cuda"
+        self._device = torch.zeros(num_words, dtype=torch.int32, device=device)
+        self._buffers = [
+            torch.zeros(num_words, dtype=torch.int32, pin_memory=on_cuda)
+            for _ in range(num_buffers)
+        ]
+        self._arrays = [buffer.numpy() for buffer in self._buffers]
+        self._done = [torch.cuda.Event() for _ in range(num_buffers)] if on_cuda else []
+        self._turn = 0
+
+    def upload(self, parts: list[np.ndarray]) -> list[Tensor]:
+        """Copy `parts` to the device; returns them as flat views of the fixed buffer there."""
+        turn = self._turn
+        self._turn = (turn + 1) % len(self._buffers)
+        if self._done:
+            self._done[turn].synchronize()
+        array, offset, bounds = self._arrays[turn], 0, []
+        for part in parts:
+            end = offset + part.size
+            array[offset:end] = part.reshape(-1)
+            bounds.append((offset, end))
+            offset = aligned(end)
+        self._device[:offset].copy_(self._buffers[turn][:offset], non_blocking=True)
+        if self._done:
+            self._done[turn].record()
+        return [self._device[begin:end] for begin, end in bounds]
+
+    def view(self, begin: int, size: int) -> Tensor:
+        """Words of the fixed device buffer, as a graph captures them."""
+        return self._device[begin : begin + size]
+
+
+def aligned(num_words: int) -> int:
+    """Where the next part of an upload begins."""
+    return -(-num_words // _ALIGN) * _ALIGN

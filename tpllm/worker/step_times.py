@@ -1,0 +1,85 @@
+"""Where a step's time goes on a worker: prepared on the host, computed, sampled, left idle."""
+
+import time
+
+import torch
+
+
+class StepMarks:
+    """The instants of one step, on the device's own clock: begin, sampling begins, end.
+
+    On a CPU the work is synchronous and the host's clock serves. `wait_end` sleeps until the step
+    is computed and its tokens copied out.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._on_cuda = device.type == "cuda"
+        if self._on_cuda:
+            # blocking: the thread that waits sleeps, and leaves the interpreter to the others
+            self._begin = torch.cuda.Event(enable_timing=True)
+            self._sample = torch.cuda.Event(enable_timing=True)
+            self._end = torch.cuda.Event(enable_timing=True, blocking=True)
+        else:
+            self._times = [0.0, 0.0, 0.0]
+        self.is_decode = True
+        self.has_sample = True  # False for a CUDA graph, inside of which no mark can be set
+        self.prepare_ms = 0.0
+
+    def begin(self) -> None:
+        self.has_sample = False
+        self._mark(0)
+
+    def sample(self) -> None:
+        self.has_sample = True
+        self._mark(1)
+
+    def end(self) -> None:
+        self._mark(2)
+
+    def _mark(self, index: int) -> None:
+        if self._on_cuda:
+            (self._begin, self._sample, self._end)[index].record()
+        else:
+            self._times[index] = time.perf_counter()
+
+    def wait_end(self) -> None:
+        if self._on_cuda:
+            self._end.synchronize()
+
+    def spans_ms(self, previous: "StepMarks | None") -> tuple[float, float, float]:
+        """Milliseconds of the whole step, of its sampling, and idle since `previous` ended."""
+        if self._on_cuda:
+            idle = previous._end.elapsed_time(self._begin) if previous else 0.0
+            sample_ms = self._sample.elapsed_time(self._end) if self.has_sample else 0.0
+            return self._begin.elapsed_time(self._end), sample_ms, idle
+        begin, sample, end = self._times
+        idle = begin - previous._times[2] if previous else 0.0
+        return (end - begin) * 1e3, (end - sample) * 1e3, idle * 1e3
+
+
+class StepTimes:
+    """Totals over steps, decode steps and mixed ones apart."""
+
+    FIELDS = ("prepare_ms", "gpu_ms", "sample_ms", "idle_ms")
+
+    def __init__(self) -> None:
+        self._previous: StepMarks | None = None
+        self._totals = self._empty()
+
+    def _empty(self) -> dict[str, dict[str, float]]:
+        return {kind: dict.fromkeys(("steps", *self.FIELDS), 0.0) for kind in ("decode", "mixed")}
+
+    def add(self, marks: StepMarks) -> None:
+        gpu, sample, idle = marks.spans_ms(self._previous)
+        self._previous = marks
+        total = self._totals["decode" if marks.is_decode else "mixed"]
+        total["steps"] += 1
+        values = (marks.prepare_ms, gpu, sample, idle)
+        for field, value in zip(self.FIELDS, values, strict=True):
+            total[field] += value
+
+    def take(self) -> dict[str, dict[str, float]]:
+        """The totals since the last call, in milliseconds."""
+        totals, self._totals = self._totals, self._empty()
+        self._previous = None
+        return totals

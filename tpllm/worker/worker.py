@@ -1,0 +1,187 @@
+"""A worker: brings up one rank, then turns plans into tokens until it is told to stop."""
+
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tpllm.channel.ring import RingReader
+from tpllm.channel.step_plan import CONTROL, PlanLimits, StepPlan
+from tpllm.config import EngineConfig
+from tpllm.layers.attention import AttentionBackend, choose_backend
+from tpllm.models.checkpoint_weights import DummyWeights, SafetensorsWeights
+from tpllm.models.qwen3 import Qwen3ForCausalLM
+from tpllm.models.registry import model_class
+from tpllm.parallel.collectives import barrier
+from tpllm.parallel.group import TPGroup
+from tpllm.worker.cache_sizing import cpu_cache_blocks, gpu_cache_blocks
+from tpllm.worker.kernel_profile import KernelProfile
+from tpllm.worker.kv_cache import CacheShape
+from tpllm.worker.model_runner import ModelRunner
+from tpllm.worker.replies import Replies
+from tpllm.worker.results import ResultSender
+from tpllm.worker.step_times import StepMarks, StepTimes
+
+# While steps are in flight the next plan is at most this far away: do not fall asleep for it.
+SPIN_S = 100e-6
+COLLECTIVE_TIMEOUT_S = 600.0
+
+
+class Worker:
+    """One rank of the engine.
+
+    Raises:
+        SettingError: the memory that the settings grant does not hold the model and a cache.
+    """
+
+    def __init__(
+        self,
+        rank: int,
+        world_size: int,
+        directory: str,
+        settings: dict[str, Any],
+        plans: RingReader,
+        replies: Replies,
+    ) -> None:
+        self._plans = plans
+        self._replies = replies
+        config = self._config = EngineConfig.from_json(settings["config"])
+        device = self._device = _take_device(config, rank, world_size)
+        on_gpu = device.type == "cuda"
+        self._dtype: torch.dtype = getattr(torch, config.dtype)
+        free_at_start = torch.cuda.mem_get_info()[0] if on_gpu else 0
+
+        replies.phase("joining the group")
+        store = str(Path(directory) / "rendezvous")
+        self._tp = TPGroup.connect(rank, world_size, device, store, COLLECTIVE_TIMEOUT_S)
+
+        replies.phase("loading weights")
+        begin = time.perf_counter()
+        backend = choose_backend(device, self._dtype, config.model_config.head_dim)
+        model = self._load_model(backend)
+        info: dict[str, Any] = {
+            "attention": backend.name,
+            "load_s": round(time.perf_counter() - begin, 2),
+            "torch": torch.__version__,
+            "gpu": torch.cuda.get_device_name(device) if on_gpu else None,
+        }
+
+        limits = PlanLimits(
+            config.max_num_seqs,
+            config.max_num_batched_tokens,
+            config.max_blocks_per_seq,
+            config.kv_block_size,
+        )
+        static_decode = on_gpu and backend.capturable
+        self._use_graphs = static_decode and not config.enforce_eager
+        self._runner = ModelRunner(
+            model,
+            self._tp,
+            limits,
+            config.model_config.vocab_size,
+            static_decode=static_decode,
+        )
+        num_blocks = self._make_cache(model, free_at_start)
+        self._times = StepTimes()
+        self._profile: KernelProfile | None = None
+        self._results = ResultSender(replies, self._times, device, limits) if rank == 0 else None
+        self._marks = StepMarks(device)
+        barrier(self._tp)
+        replies.control({"type": "ready", "num_kv_blocks": num_blocks, "info": info})
+
+    # ---- starting ----------------------------------------------------------------------------
+
+    def _load_model(self, backend: AttentionBackend) -> Qwen3ForCausalLM:
+        config, model_config = self._config, self._config.model_config
+        model: Qwen3ForCausalLM = model_class(model_config)(
+            model_config, self._tp, self._dtype, config.max_model_len, backend
+        )
+        if config.load_format == "dummy":
+            model.load(DummyWeights(model_config, self._device, self._dtype))
+        else:
+            model.load(SafetensorsWeights(config.folder))
+        if self._device.type == "cuda":
+            torch.cuda.synchronize()
+            torch.cuda.empty_cache()
+        return model
+
+    def _make_cache(self, model: Qwen3ForCausalLM, free_at_start: int) -> int:
+        """Size the cache by what every rank can spare, allocate it, capture graphs; its blocks."""
+        config, runner = self._config, self._runner
+        shape = CacheShape(
+            model.num_layers,
+            config.kv_block_size,
+            model.local_num_kv_heads,
+            model.head_dim,
+            self._dtype,
+        )
+        self._replies.phase("measuring memory")
+        if self._device.type == "cuda":
+            num_blocks = gpu_cache_blocks(
+                config, shape, runner, self._tp, free_at_start, self._use_graphs
+            )
+        else:
+            num_blocks = config.num_kv_blocks or cpu_cache_blocks(config, shape, self._tp)
+        runner.use_cache(shape.allocate(num_blocks, self._device))
+        if self._use_graphs:
+            self._replies.phase("capturing graphs")
+            runner.capture_graphs(runner.decode_sizes)
+        return num_blocks
+
+    # ---- serving -----------------------------------------------------------------------------
+
+    def run(self) -> None:
+        """Apply plans until the coordinator says `shutdown`."""
+        while True:
+            record = self._plans.receive(spin_s=SPIN_S)
+            assert record is not None
+            if record.kind != CONTROL:
+                self._run_step(StepPlan.decode(record.payload))
+                continue
+            message = json.loads(record.payload.tobytes())
+            if message["type"] == "shutdown":
+                return
+            if message["type"] == "step_times":
+                self._report_times()
+            elif message["type"] == "profile" and self._results and self._use_graphs:
+                self._profile = KernelProfile(message["skip"], message["num_steps"])
+
+    def _run_step(self, plan: StepPlan) -> None:
+        begin = time.perf_counter()
+        if self._results is None:
+            self._runner.run(plan, self._marks)
+            return
+        profile = self._profile if plan.num_decode == plan.rows.size else None
+        if profile:
+            profile.before_step(plan.rows.size)
+        readback = self._results.next_buffer()
+        tokens = self._runner.run(plan, readback.marks)
+        readback.tokens[: tokens.numel()].copy_(tokens, non_blocking=True)
+        readback.marks.end()
+        readback.marks.prepare_ms = (time.perf_counter() - begin) * 1e3
+        self._results.send(plan, readback)
+        if profile:
+            profile.after_step()
+
+    def _report_times(self) -> None:
+        """Totals over the steps since the last report, from rank 0."""
+        sampling_ms = self._runner.time_sampling() if self._use_graphs else None
+        if self._tp.rank == 0:
+            report = {**self._times.take(), "graph_sampling_ms": sampling_ms}
+            report["kernels"] = self._profile.summary if self._profile else None
+            self._profile = None
+            self._replies.control(report)
+
+
+def _take_device(config: EngineConfig, rank: int, world_size: int) -> torch.device:
+    """The rank's device, made current."""
+    torch.set_float32_matmul_precision("highest")  # float32 means float32: no TF32
+    if config.device == "cuda":
+        device = torch.device("cuda", rank)
+        torch.cuda.set_device(device)
+        return device
+    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // world_size))
+    return torch.device("cpu")
