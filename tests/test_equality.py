@@ -1,0 +1,151 @@
+"""The engine against transformers: the same tokens, however the work is split and scheduled."""
+
+import json
+import random
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.reference import (
+    DATA,
+    Greedy,
+    assert_equal,
+    make_random_qwen3,
+    shipped_greedy,
+    transformers_greedy,
+)
+from tpllm import LLM, SamplingParams
+
+GREEDY = SamplingParams(temperature=0, max_tokens=64)
+# What the scheduler must do with the 32 shipped prompts under these settings, besides being right.
+VARIANTS: dict[str, dict[str, Any]] = {
+    "tiny cache": {"num_kv_blocks": 40, "tensor_parallel_size": 2},
+    "chunks of 16": {"max_num_batched_tokens": 16, "max_num_seqs": 16},
+    "no prefix cache": {"enable_prefix_caching": False},
+    "blocks of 256": {"kv_block_size": 256},
+}
+
+
+def run(llm: LLM, references: list[Greedy], params: SamplingParams = GREEDY) -> list[Any]:
+    """Continue the references' prompts, all in one call, and check them."""
+    outputs = llm.generate([r.prompt_ids for r in references], params, use_tqdm=False)
+    assert_equal(references, outputs)
+    return outputs
+
+
+@pytest.fixture(scope="module", params=[1, 2, 4], ids="tp={}".format)
+def shipped(request: pytest.FixtureRequest) -> Iterator[LLM]:
+    with LLM(device="cpu", tensor_parallel_size=request.param) as llm:
+        yield llm
+
+
+def test_shipped_prompts_all_together(shipped: LLM) -> None:
+    run(shipped, shipped_greedy())
+
+
+def test_shipped_prompts_alone(shipped: LLM) -> None:
+    for reference in shipped_greedy()[::6]:
+        run(shipped, [reference])
+
+
+def test_a_second_run_finds_its_prompts_in_the_cache(shipped: LLM) -> None:
+    references = [r for r in shipped_greedy() if len(r.prompt_ids) > 16]
+    shipped.reset_prefix_cache()
+    first = run(shipped, references)
+    second = run(shipped, references)
+    assert sum(output.num_cached_tokens for output in first) == 0
+    for output in second:
+        cached = output.num_cached_tokens
+        assert cached % 16 == 0
+        assert len(output.prompt_token_ids) - 16 <= cached < len(output.prompt_token_ids)
+
+
+def test_held_out_exercises_score_what_transformers_scores(shipped: LLM) -> None:
+    if shipped.config.tensor_parallel_size != 1:
+        pytest.skip("once is enough: other sizes agree by the tests above")
+    exercises = json.loads((DATA / "heldout.json").read_text())
+    conversations = [
+        [{"role": "user", "content": item["prompt"]}]
+        for kind in exercises.values()
+        for item in kind
+    ]
+    params = SamplingParams(temperature=0, max_tokens=128)
+    outputs = iter(shipped.chat(conversations, params, use_tqdm=False))
+    accuracy = {
+        kind: sum(next(outputs).outputs[0].text.strip() == item["answer"] for item in items)
+        / len(items)
+        for kind, items in exercises.items()
+    }
+    assert accuracy == {
+        "add": 1.0,
+        "sub": 1.0,
+        "count": 1.0,
+        "sort": 1.0,
+        "repeat": 0.995,
+        "spell": 0.93,
+        "upper": 0.905,
+        "reverse": 0.89,
+    }
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_settings_change_nothing(variant: str) -> None:
+    references = shipped_greedy()
+    with LLM(device="cpu", **VARIANTS[variant]) as llm:
+        run(llm, references)
+        run(llm, references)  # with whatever the first run left in the cache
+        stats = llm.coordinator.stats
+    assert (stats.num_preemptions > 0) == (variant == "tiny cache")
+    assert (stats.num_prefill_chunks > 0) == (variant == "chunks of 16")
+    if variant == "chunks of 16":
+        assert stats.num_mixed_steps > 0
+        assert stats.num_cached_tokens > 0
+    if variant == "no prefix cache":
+        assert stats.num_cached_tokens == 0
+
+
+# ---- random models -------------------------------------------------------------------------------
+
+
+def prompts_with_shared_prefixes(vocab_size: int) -> list[list[int]]:
+    """255 to 2,000 tokens; the later ones begin like earlier ones, within a block and beyond."""
+    numbers = random.Random(0)
+    base = [numbers.randrange(vocab_size) for _ in range(2000)]
+
+    def branch(shared: int, length: int) -> list[int]:
+        return base[:shared] + [numbers.randrange(vocab_size) for _ in range(length - shared)]
+
+    return [base, branch(0, 255), branch(0, 256), branch(250, 257), branch(512, 900), base[:513]]
+
+
+RANDOM_MODELS: dict[str, tuple[int, dict[str, Any]]] = {
+    "one KV head, tp=4": (4, {"num_key_value_heads": 1}),
+    "two KV heads, tp=4, sharded files": (4, {"max_shard_size": "500KB"}),
+    "three KV heads, tp=3": (3, {"num_attention_heads": 6, "num_key_value_heads": 3}),
+    "tied, tp=1": (1, {"tie_word_embeddings": True}),
+}
+
+
+@pytest.mark.parametrize("name", RANDOM_MODELS)
+def test_random_models_continue_as_in_transformers(name: str, tmp_path: Path) -> None:
+    tp, changes = RANDOM_MODELS[name]
+    folder = make_random_qwen3(tmp_path, **changes)
+    if "sharded" in name:
+        assert len(list(folder.glob("*.safetensors"))) > 1
+    num_tokens = 12
+    references = transformers_greedy(folder, prompts_with_shared_prefixes(4099), num_tokens)
+    params = SamplingParams(temperature=0, max_tokens=num_tokens, ignore_eos=True)
+    with LLM(
+        folder,
+        device="cpu",
+        tensor_parallel_size=tp,
+        max_num_batched_tokens=700,
+        skip_tokenizer_init=True,
+    ) as llm:
+        outputs = run(llm, references, params)
+        stats = llm.coordinator.stats
+    assert stats.num_prefill_chunks > 0
+    # the last prompt begins like the first, which runs beside it: found within the same run
+    assert outputs[-1].num_cached_tokens == 512

@@ -1,0 +1,101 @@
+"""Who imports whom, read from the source; and what `import tpllm` loads, seen from outside."""
+
+import ast
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import tpllm
+
+PACKAGE = Path(tpllm.__file__).parent
+
+# Plain data and checks, which any part may use except those that must run on their own.
+PLAIN = {"checks", "config", "errors", "model_config", "outputs", "sampling_params"}
+MAY_IMPORT = {
+    "parallel": set(),
+    "layers": {"parallel"},
+    "models": {"layers", "parallel", "model_config", "checkpoint"},
+    "channel": PLAIN,
+    "worker": PLAIN | {"models", "layers", "parallel", "channel", "checkpoint"},
+    "engine": PLAIN | {"channel", "interrupts", "tokenizer"},
+}
+WITHOUT_TORCH = {"torch", "triton", "transformers", "flash_attn"}
+MAY_USE_TORCH = {"parallel", "layers", "models", "worker"}
+
+
+def files_of(part: str) -> list[Path]:
+    return sorted((PACKAGE / part).rglob("*.py"))
+
+
+def imported_modules(tree: ast.AST, top_level_only: bool = False) -> Iterator[str]:
+    """Full names of what a module imports; `from a import b` gives a.b, b being a module or not."""
+    for node in tree.body if top_level_only and isinstance(tree, ast.Module) else ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (name.name for name in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports are absolute"
+            yield from (f"{node.module}.{name.name}" for name in node.names)
+
+
+def imports_of(file: Path, top_level_only: bool = False) -> set[str]:
+    return set(imported_modules(ast.parse(file.read_text()), top_level_only))
+
+
+@pytest.mark.parametrize("part", MAY_IMPORT)
+def test_imports_run_downward(part):
+    assert files_of(part), f"tpllm/{part} has no files"
+    used = {
+        name.split(".")[1]
+        for file in files_of(part)
+        for name in imports_of(file)
+        if name.startswith("tpllm.")
+    }
+    assert used - {part} <= MAY_IMPORT[part]
+
+
+@pytest.mark.parametrize(
+    "file", sorted(PACKAGE.rglob("*.py")), ids=lambda f: str(f.relative_to(PACKAGE))
+)
+def test_torch_stays_in_its_rooms(file):
+    part = file.relative_to(PACKAGE).parts[0]
+    if part not in MAY_USE_TORCH:
+        roots = {name.split(".")[0] for name in imports_of(file, top_level_only=True)}
+        assert not roots & WITHOUT_TORCH
+    if part != "parallel":
+        assert not any(name.startswith("torch.distributed") for name in imports_of(file))
+
+
+def loaded_by(statement: str) -> set[str]:
+    """Packages that a fresh Python has loaded after running `statement`."""
+    code = f"import sys; {statement}; print(*{{name.split('.')[0] for name in sys.modules}})"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return set(run.stdout.split())
+
+
+def test_import_tpllm_loads_nothing_heavy():
+    assert not loaded_by("import tpllm") & {*WITHOUT_TORCH, "numpy", "huggingface_hub"}
+
+
+def test_the_configuration_needs_no_torch():
+    statement = "from tpllm.config import EngineConfig; EngineConfig.resolve()"
+    assert not loaded_by(statement) & WITHOUT_TORCH
+
+
+def test_every_public_name_resolves():
+    for name in tpllm.__all__:
+        if name != "LLM":  # has tests of its own
+            assert getattr(tpllm, name) is not None
+    assert set(tpllm.__all__) <= set(dir(tpllm))
+    with pytest.raises(AttributeError, match="module 'tpllm' has no attribute 'nothing'"):
+        _ = tpllm.nothing
+
+
+def test_the_changelog_begins_with_this_version():
+    changelog = (PACKAGE.parent / "CHANGELOG.md").read_text()
+    newest = re.search(r"^## \[(.+?)\]", changelog, re.MULTILINE)
+    assert newest is not None
+    assert newest[1] == tpllm.__version__
