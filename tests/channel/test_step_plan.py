@@ -1,0 +1,172 @@
+"""The records of a step: what is written is what is read, and none is larger than announced."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tpllm.channel.ring import RingReader, RingWriter, create_ring
+from tpllm.channel.step_plan import (
+    ENTERING_WORDS,
+    MAX_MASKED_STOP_IDS,
+    ROW_STATE_WORDS,
+    STEP,
+    PlanLimits,
+    StepPlan,
+    StepResult,
+)
+
+FIELDS = ("rows", "starts", "num_tokens", "samples", "entering", "block_updates", "token_ids")
+
+
+def words(rng: np.random.Generator, *shape: int) -> np.ndarray:
+    """Any int32 words, the negative ones too: seeds and float bits travel as they are."""
+    return rng.integers(-(2**31), 2**31, size=shape, dtype=np.int32)
+
+
+def random_plan(
+    rng: np.random.Generator, S: int, num_decode: int, entering: int, updates: int, tokens: int
+) -> StepPlan:
+    return StepPlan(
+        step=int(rng.integers(0, 2**62)),
+        num_decode=num_decode,
+        rows=words(rng, S),
+        starts=words(rng, S),
+        num_tokens=words(rng, S),
+        samples=words(rng, S),
+        entering=words(rng, entering, ENTERING_WORDS),
+        block_updates=words(rng, updates, 2),
+        token_ids=words(rng, tokens),
+    )
+
+
+def payload_of(record: StepPlan | StepResult) -> np.ndarray:
+    return np.frombuffer(b"".join(part.tobytes() for part in record.parts()), np.uint8)
+
+
+def check_equal(received: StepPlan, sent: StepPlan) -> None:
+    assert (received.step, received.num_decode) == (sent.step, sent.num_decode)
+    for name in FIELDS:
+        array: np.ndarray = getattr(received, name)
+        assert array.dtype == np.int32
+        np.testing.assert_array_equal(array, getattr(sent, name), strict=True)
+
+
+sizes = st.integers(0, 5)
+
+
+@settings(max_examples=200, deadline=None, derandomize=True, database=None)
+@given(
+    seed=st.integers(0, 2**32),
+    S=sizes,
+    num_decode=sizes,
+    entering=sizes,
+    updates=sizes,
+    tokens=st.integers(0, 40),
+)
+def test_a_plan_is_read_as_it_was_written(seed: int, **counts: Any):
+    sent = random_plan(np.random.default_rng(seed), **counts)
+    payload = payload_of(sent)
+    received = StepPlan.decode(payload)
+    check_equal(received, sent)
+    assert all(
+        np.shares_memory(getattr(received, name), payload)
+        for name in FIELDS
+        if getattr(sent, name).size
+    )
+
+
+@settings(max_examples=100, deadline=None, derandomize=True, database=None)
+@given(seed=st.integers(0, 2**32), num_yielded=st.lists(st.integers(0, 3), max_size=20))
+def test_a_result_is_read_as_it_was_written(seed: int, num_yielded: list[int]):
+    rng = np.random.default_rng(seed)
+    sent = StepResult(
+        step=int(rng.integers(0, 2**62)),
+        num_yielded=np.array(num_yielded, dtype=np.int32),
+        token_ids=words(rng, sum(num_yielded)),
+    )
+    received = StepResult.decode(payload_of(sent))
+    assert received.step == sent.step
+    np.testing.assert_array_equal(received.num_yielded, sent.num_yielded, strict=True)
+    np.testing.assert_array_equal(received.token_ids, sent.token_ids, strict=True)
+
+
+def test_parts_of_a_larger_array_are_written_in_their_own_order():
+    rng = np.random.default_rng(0)
+    sent = random_plan(rng, S=3, num_decode=1, entering=2, updates=4, tokens=6)
+    sent.rows = words(rng, 6)[::2]
+    sent.block_updates = words(rng, 2, 4).T
+    fds = create_ring(num_readers=1, num_slots=1, slot_bytes=4096)
+    try:
+        assert RingWriter(fds).try_send(STEP, sent.parts())
+        record = RingReader(fds, 0).try_receive()
+        assert record is not None and record.kind == STEP
+        check_equal(StepPlan.decode(record.payload), sent)
+    finally:
+        fds.close()
+
+
+LIMITS = [
+    PlanLimits(max_num_seqs=1, max_num_batched_tokens=1, max_blocks_per_seq=1, block_size=1),
+    PlanLimits(max_num_seqs=7, max_num_batched_tokens=100, max_blocks_per_seq=13, block_size=16),
+    PlanLimits(
+        max_num_seqs=256, max_num_batched_tokens=16384, max_blocks_per_seq=160, block_size=256
+    ),
+]
+
+
+@pytest.mark.parametrize("limits", LIMITS)
+def test_the_largest_plan_has_the_bytes_that_its_limits_announce(limits: PlanLimits):
+    S = limits.max_num_seqs
+    rng = np.random.default_rng(0)
+    plan = random_plan(rng, S, 0, S, limits.max_block_updates, tokens=limits.max_num_batched_tokens)
+    assert payload_of(plan).size == limits.plan_bytes
+    fds = create_ring(num_readers=1, num_slots=2, slot_bytes=limits.plan_bytes)
+    try:
+        writer, reader = RingWriter(fds), RingReader(fds, 0)
+        assert writer.try_send(STEP, plan.parts())
+        record = reader.try_receive()
+        assert record is not None
+        check_equal(StepPlan.decode(record.payload), plan)
+        plan.token_ids = words(rng, limits.max_num_batched_tokens + 1)
+        with pytest.raises(ValueError, match=f"a record of {limits.plan_bytes + 4} bytes"):
+            writer.try_send(STEP, plan.parts())
+    finally:
+        fds.close()
+
+
+@pytest.mark.parametrize("limits", LIMITS)
+def test_the_largest_result_has_the_bytes_that_its_limits_announce(limits: PlanLimits):
+    ones = np.ones(limits.max_num_seqs, dtype=np.int32)
+    assert payload_of(StepResult(0, ones, ones)).size == limits.result_bytes
+
+
+def test_block_updates_leave_room_for_the_longest_sequence_and_for_a_full_step():
+    limits = LIMITS[1]
+    decodes = limits.max_num_seqs  # each row may need a block for its new token
+    assert limits.max_block_updates >= limits.max_blocks_per_seq + decodes
+    # a budget of 100 tokens in prompts of 1, 1, 1, 1, 1, 1 and 94 tokens
+    assert limits.max_block_updates >= 6 + -(-94 // limits.block_size)
+
+
+def test_a_decode_step_of_256_sequences_costs_a_few_kilobytes():
+    plan = random_plan(
+        np.random.default_rng(0), S=256, num_decode=256, entering=0, updates=1, tokens=0
+    )
+    assert payload_of(plan).size < 5000
+
+
+def test_a_row_that_enters_has_room_for_its_settings():
+    # temperature, two words of seed, first position of an end token, end tokens
+    assert ROW_STATE_WORDS == 4 + MAX_MASKED_STOP_IDS
+    assert ENTERING_WORDS == 1 + ROW_STATE_WORDS
+
+
+@pytest.mark.parametrize("record", [StepPlan, StepResult])
+def test_a_record_of_another_version_is_refused(record: type[StepPlan | StepResult]):
+    payload = payload_of(StepResult(0, np.ones(1, np.int32), np.ones(1, np.int32))).copy()
+    payload[:8].view("<i8")[0] = 2
+    with pytest.raises(ValueError, match=r"version 2, this side speaks 1; both sides must run"):
+        record.decode(payload)

@@ -1,0 +1,373 @@
+"""An engine without a model: a real scheduler, and a worker that checks all that it is told.
+
+The simulated worker knows nothing but the bytes of the plans. It executes them in order, as a GPU
+does; their results come back late. Its cache stores in every slot the digest of the token and all
+tokens before it, so a page that was shared wrongly, overwritten, freed too early or left stale is
+noticed by the first row that reads it. The next token is a function of the true sequence and the
+request's settings alone, so batching, chunks, preemption and the prefix cache must not change it.
+"""
+
+import struct
+from collections import Counter, deque
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import numpy as np
+import xxhash
+
+from tpllm.channel.step_plan import ROW_STATE_WORDS, PlanLimits, StepPlan, StepResult
+from tpllm.engine.block_manager import RESERVED_BLOCK, BlockManager
+from tpllm.engine.request import AddRequest, RequestUpdate, Sequence, Status
+from tpllm.engine.scheduler import Scheduler
+from tpllm.sampling_params import SamplingParams
+
+VOCAB_SIZE = 8
+EOS = 0
+
+
+def extend(prefix: int, token_id: int) -> int:
+    """Digest of a prefix (0 where empty) and one more token: what its keys and values depend on."""
+    return xxhash.xxh64_intdigest(struct.pack("<Qi", prefix, token_id))
+
+
+def draw(prefix: int, temperature: float, seed: int, banned: Iterable[int]) -> int:
+    """The token after `prefix`: as in a real engine, the seed plays no part at temperature 0."""
+    noise = seed if temperature else 0
+    allowed = sorted(set(range(VOCAB_SIZE)).difference(banned))
+    return allowed[xxhash.xxh64_intdigest(struct.pack("<QQ", prefix, noise)) % len(allowed)]
+
+
+class TrueSequence:
+    """The tokens of a request when nothing else runs: its prompt and, without end, its draws."""
+
+    def __init__(self, request: AddRequest, seed: int, max_total_tokens: int) -> None:
+        params = self._params = request.sampling_params
+        self._seed = seed
+        self.num_prompt_tokens = len(request.prompt_token_ids)
+        self.ends = {*params.stop_token_ids, *([] if params.ignore_eos else [EOS])}
+        self.tokens: list[int] = []
+        self.prefixes: list[int] = []  # digest of the tokens up to and including each
+        for token_id in request.prompt_token_ids:
+            self._append(token_id)
+        limits = [max_total_tokens - self.num_prompt_tokens, params.max_tokens or max_total_tokens]
+        self.max_tokens = min(limits)
+
+    def _append(self, token_id: int) -> None:
+        self.prefixes.append(extend(self.prefixes[-1] if self.prefixes else 0, token_id))
+        self.tokens.append(token_id)
+
+    def grow(self, num_tokens: int) -> None:
+        """Draw until the sequence has `num_tokens`, past its end if need be."""
+        while len(self.tokens) < num_tokens:
+            num_drawn = len(self.tokens) - self.num_prompt_tokens
+            banned = self.ends if num_drawn < self._params.min_tokens else ()
+            self._append(draw(self.prefixes[-1], self._params.temperature, self._seed, banned))
+
+    def outcome(self) -> tuple[list[int], str, int | None]:
+        """The generated tokens, the finish reason and the stop reason."""
+        self.grow(self.num_prompt_tokens + self.max_tokens)
+        first = self.num_prompt_tokens
+        drawn = self.tokens[first : first + self.max_tokens]
+        for i, token_id in enumerate(drawn):
+            if token_id in self.ends and i >= self._params.min_tokens:
+                asked_for = token_id in self._params.stop_token_ids
+                return drawn[: i + 1], "stop", token_id if asked_for else None
+        return drawn, "length", None
+
+
+class SimulatedWorker:
+    """Executes plans on a cache of prefix digests, and checks each against `truths`.
+
+    Args:
+        truths: the true sequence of every request, by the seed that its row enters with.
+    """
+
+    def __init__(
+        self, limits: PlanLimits, num_blocks: int, truths: dict[int, TrueSequence]
+    ) -> None:
+        self._limits = limits
+        self._truths = truths
+        self._tables = np.zeros((limits.max_num_seqs, limits.max_blocks_per_seq), dtype=np.int32)
+        self._row_state = np.zeros((limits.max_num_seqs, ROW_STATE_WORDS), dtype=np.int32)
+        self._last_tokens = [-1] * limits.max_num_seqs
+        self._cache = [0] * (num_blocks * limits.block_size)
+        self.written_blocks: set[int] = set()  # by the latest step
+        self.events: Counter[str] = Counter()
+
+    def execute(self, payload: np.ndarray) -> StepResult:
+        """Run one step, given as the bytes of its record."""
+        plan = StepPlan.decode(payload)
+        self._check_form(plan)
+        for words in plan.entering:
+            self._row_state[words[0]] = words[1:]
+        for position, block in plan.block_updates.tolist():
+            self._tables.reshape(-1)[position] = block
+        # as on a GPU, all rows store their keys and values before any row attends
+        written_by = self._store(plan)
+        self._attend(plan)
+        self._note(plan, written_by)
+        return StepResult(plan.step, plan.samples.copy(), self._sample(plan))
+
+    def _check_form(self, plan: StepPlan) -> None:
+        limits = self._limits
+        S = plan.rows.size
+        assert 1 <= S <= limits.max_num_seqs
+        assert len(set(plan.rows.tolist())) == S
+        assert plan.num_tokens.min() >= 1
+        assert plan.num_tokens.sum() <= limits.max_num_batched_tokens
+        assert (plan.num_tokens[: plan.num_decode] == 1).all()
+        assert plan.samples[: plan.num_decode].all()
+        assert plan.token_ids.size == plan.num_tokens[plan.num_decode :].sum()
+        assert len(plan.block_updates) <= limits.max_block_updates
+        assert set(plan.entering[:, 0].tolist()) <= set(plan.rows[plan.num_decode :].tolist())
+        positions = plan.block_updates[:, 0].tolist()
+        assert len(set(positions)) == len(positions)
+
+    def _slots(self, row: int, start: int, end: int) -> list[int]:
+        size = self._limits.block_size
+        table = self._tables[row].tolist()
+        return [table[p // size] * size + p % size for p in range(start, end)]
+
+    def _truth(self, row: int, num_tokens: int) -> TrueSequence:
+        truth = self._truths[_seed_of(self._row_state[row])]
+        truth.grow(num_tokens)
+        return truth
+
+    def _store(self, plan: StepPlan) -> dict[int, int]:
+        """Check every row's input and store it; which row wrote each block."""
+        written_by: dict[int, int] = {}
+        token_ids = deque(plan.token_ids.tolist())
+        for i, (row, start, num_tokens) in enumerate(_scheduled(plan)):
+            end = start + num_tokens
+            truth = self._truth(row, end)
+            inputs = (
+                [self._last_tokens[row]]
+                if i < plan.num_decode
+                else [token_ids.popleft() for _ in range(num_tokens)]
+            )
+            assert inputs == truth.tokens[start:end], f"row {row} computes the wrong tokens"
+            for slot, prefix in zip(
+                self._slots(row, start, end), truth.prefixes[start:end], strict=True
+            ):
+                block = slot // self._limits.block_size
+                assert block != RESERVED_BLOCK
+                assert written_by.setdefault(block, row) == row, f"two rows write block {block}"
+                self._cache[slot] = prefix
+        self.written_blocks = set(written_by)
+        return written_by
+
+    def _attend(self, plan: StepPlan) -> None:
+        for row, start, num_tokens in _scheduled(plan):
+            end = start + num_tokens
+            seen = [self._cache[slot] for slot in self._slots(row, 0, end)]
+            assert seen == self._truth(row, end).prefixes[:end], f"row {row} sees the wrong tokens"
+
+    def _sample(self, plan: StepPlan) -> np.ndarray:
+        drawn = []
+        for (row, start, num_tokens), samples in zip(
+            _scheduled(plan), plan.samples.tolist(), strict=True
+        ):
+            if samples:
+                position = start + num_tokens
+                state = self._row_state[row]
+                prefix = self._cache[self._slots(row, position - 1, position)[0]]
+                banned = state[4:].tolist() if position < state[3] else []
+                temperature = float(state[:1].view(np.float32)[0])
+                self._last_tokens[row] = draw(prefix, temperature, _seed_of(state), banned)
+                drawn.append(self._last_tokens[row])
+        return np.array(drawn, dtype=np.int32)
+
+    def _note(self, plan: StepPlan, written_by: dict[int, int]) -> None:
+        size = self._limits.block_size
+        entering = set(plan.entering[:, 0].tolist())
+        for row, start, _ in _scheduled(plan):
+            shared = self._tables[row, : start // size].tolist() if row in entering else []
+            self.events["prefix hits"] += bool(shared)
+            self.events["prefix hits within a step"] += any(
+                written_by.get(block, row) != row for block in shared
+            )
+
+
+@dataclass
+class Watched:
+    """A request, the engine's record of it, and what the caller has heard."""
+
+    seq: Sequence
+    truth: TrueSequence
+    token_ids: list[int] = field(default_factory=list)
+    finish_reason: str | None = None
+    stop_reason: int | None = None
+
+
+class SimulatedEngine:
+    """Scheduler and simulated worker, joined as the coordinator joins them.
+
+    `send` and `receive` are the two halves of a step; `step` is the coordinator's. After each of
+    them, and after `add` and `abort`, `check` holds.
+    """
+
+    def __init__(
+        self,
+        *,
+        num_blocks: int = 64,
+        block_size: int = 4,
+        max_num_seqs: int = 8,
+        max_num_batched_tokens: int = 64,
+        max_model_len: int = 64,
+        enable_prefix_caching: bool = True,
+        max_steps_in_flight: int = 2,
+    ) -> None:
+        max_blocks_per_seq = -(-max_model_len // block_size)
+        self.limits = PlanLimits(
+            max_num_seqs, max_num_batched_tokens, max_blocks_per_seq, block_size
+        )
+        self.blocks = BlockManager(num_blocks, block_size, enable_prefix_caching)
+        self.scheduler = Scheduler(self.blocks, self.limits)
+        self.max_total_tokens = min(max_model_len, self.blocks.num_usable_blocks * block_size)
+        self.max_steps_in_flight = max_steps_in_flight
+        self.requests: dict[str, Watched] = {}  # in order of arrival
+        self.plans: list[StepPlan] = []
+        self._truths: dict[int, TrueSequence] = {}
+        self._worker = SimulatedWorker(self.limits, num_blocks, self._truths)
+        self._num_blocks = num_blocks
+        self._in_flight: deque[tuple[StepResult, set[int]]] = deque()  # with the blocks it writes
+        self.events = self._worker.events
+
+    # ---- what a caller does ------------------------------------------------------------------
+
+    def add(self, prompt: list[int], params: SamplingParams | None = None) -> Watched:
+        """Queue a request; without `params` it is greedy, and ends after 4 tokens and no sooner."""
+        params = params or SamplingParams(temperature=0, max_tokens=4, ignore_eos=True)
+        request_id = str(len(self.requests))
+        # identifies the request to the worker, and fills both words of the seed
+        seed = (len(self.requests) + 1) * (2**40 + 1)
+        request = AddRequest(request_id, prompt, params)
+        seq = Sequence(
+            request, seed=seed, eos_token_ids=(EOS,), max_total_tokens=self.max_total_tokens
+        )
+        self._truths[seed] = TrueSequence(request, seed, self.max_total_tokens)
+        self.requests[request_id] = Watched(seq, self._truths[seed])
+        self.scheduler.add(seq)
+        self.check()
+        return self.requests[request_id]
+
+    def abort(self, *request_ids: str) -> None:
+        alive = {each for each in request_ids if each in self.requests and not self._ended(each)}
+        updates = self.scheduler.abort(request_ids)
+        assert {update.request_id for update in updates} == alive
+        for update in updates:
+            self._hear(update)
+        self.check()
+
+    # ---- what the coordinator does -----------------------------------------------------------
+
+    def send(self) -> StepPlan | None:
+        """Schedule a step and have the worker execute it; its result stays in flight."""
+        running = [each.seq for each in self._alive() if each.seq.status is Status.RUNNING]
+        plan = self.scheduler.schedule()
+        for seq in running:
+            if seq.status is Status.WAITING:
+                self.events["preemptions"] += 1
+                decodes = seq.num_scheduled >= seq.prefill_target
+                in_flight = decodes and seq.num_steps_in_flight > 0
+                self.events["preemptions with a token in flight"] += in_flight
+        if plan is not None:
+            payload = np.frombuffer(b"".join(part.tobytes() for part in plan.parts()), np.uint8)
+            assert payload.size <= self.limits.plan_bytes
+            result = self._worker.execute(payload)
+            self._in_flight.append((result, self._worker.written_blocks))
+            self.plans.append(plan)
+            self.events["chunks"] += int((plan.samples == 0).sum())
+            self.events["mixed steps"] += 0 < plan.num_decode < plan.rows.size
+        else:
+            assert self._in_flight or not self._alive(), "nothing is in flight, and nothing starts"
+        self.check()
+        return plan
+
+    def receive(self) -> list[RequestUpdate]:
+        """Take in the result of the oldest step in flight."""
+        result, _ = self._in_flight.popleft()
+        payload = np.frombuffer(b"".join(part.tobytes() for part in result.parts()), np.uint8)
+        assert payload.size <= self.limits.result_bytes
+        updates = self.scheduler.finish(StepResult.decode(payload))
+        for update in updates:
+            self._hear(update)
+        num_heard = sum(len(update.new_token_ids) for update in updates)
+        self.events["tokens dropped"] += result.token_ids.size - num_heard
+        self.check()
+        return updates
+
+    def step(self) -> list[RequestUpdate]:
+        while len(self._in_flight) < self.max_steps_in_flight and self.send() is not None:
+            pass
+        return self.receive() if self._in_flight else []
+
+    def run_to_end(self) -> None:
+        """Serve everything, then check that all came back, as it should be."""
+        # generous: the earliest request moves on in every step or two
+        patience = 100 + 20 * sum(
+            each.truth.num_prompt_tokens + each.truth.max_tokens for each in self.requests.values()
+        )
+        while self.scheduler.num_unfinished or self._in_flight:
+            self.step()
+            patience -= 1
+            assert patience > 0, "the engine works and gets nowhere"
+        assert self.blocks.num_free == self.blocks.num_usable_blocks
+        for request_id, each in self.requests.items():
+            assert each.finish_reason is not None, f"request {request_id} never ended"
+            token_ids, *reasons = each.truth.outcome()
+            if each.finish_reason == "abort":
+                assert each.token_ids == token_ids[: len(each.token_ids)]
+            else:
+                heard = (each.token_ids, each.finish_reason, each.stop_reason)
+                assert heard == (token_ids, *reasons)
+        stats = self.scheduler.stats
+        assert stats.num_steps == len(self.plans)
+        assert stats.num_prefill_chunks == self.events["chunks"]
+        assert stats.num_mixed_steps == self.events["mixed steps"]
+        # more where one came back within the same step, now sharing blocks that it had computed too
+        assert stats.num_preemptions >= self.events["preemptions"]
+
+    # ---- what must always hold ---------------------------------------------------------------
+
+    def check(self) -> None:
+        sequences = [each.seq for each in self.requests.values()]
+        held = Counter(block for seq in sequences for block in seq.block_table)
+        counts = {block: self.blocks.ref_count(block) for block in range(self._num_blocks)}
+        assert held == +Counter(counts), "reference counts are not those of the block tables"
+        assert self.blocks.num_free == self.blocks.num_usable_blocks - len(held)
+        assert RESERVED_BLOCK not in held
+        for _, written in self._in_flight:
+            assert all(counts[block] for block in written), "a step in flight writes a free block"
+        rows = [seq.row for seq in sequences if seq.row >= 0]
+        assert len(set(rows)) == len(rows) <= self.limits.max_num_seqs
+        statuses = [each.seq.status for each in self._alive()]
+        assert statuses == sorted(statuses, key=[Status.RUNNING, Status.WAITING].index), (
+            "a later arrival runs while an earlier one waits"
+        )
+        assert self.scheduler.num_unfinished == len(statuses)
+        assert self.scheduler.num_in_flight == len(self._in_flight)
+
+    def _alive(self) -> list[Watched]:
+        return [each for each in self.requests.values() if each.finish_reason is None]
+
+    def _ended(self, request_id: str) -> bool:
+        return self.requests[request_id].finish_reason is not None
+
+    def _hear(self, update: RequestUpdate) -> None:
+        each = self.requests[update.request_id]
+        assert each.finish_reason is None, "news of a request that has ended"
+        assert 0 <= update.num_cached_tokens < each.truth.num_prompt_tokens
+        each.token_ids += update.new_token_ids
+        each.finish_reason, each.stop_reason = update.finish_reason, update.stop_reason
+        assert (each.seq.status is Status.FINISHED) == (each.finish_reason is not None)
+
+
+def _scheduled(plan: StepPlan) -> Iterable[tuple[int, int, int]]:
+    """Row, start and number of tokens of each scheduled row."""
+    return zip(plan.rows.tolist(), plan.starts.tolist(), plan.num_tokens.tolist(), strict=True)
+
+
+def _seed_of(state: np.ndarray) -> int:
+    low, high = state[1:3].view(np.uint32)
+    return int(low) + (int(high) << 32)
