@@ -1,0 +1,128 @@
+"""A worker without torch, for tests of the launcher; `start` makes a group of them.
+
+It enters the engine as the real one does, through `tpllm.worker.__main__.main`, and then acts out
+what it is told: `start({0: [["say", "loading weights"], ["raise", "disk on fire"]]})`. A rank that
+is told nothing works: it reports that it is ready, then answers every record.
+"""
+
+import json
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from tpllm.channel.ring import RingReader
+from tpllm.channel.step_plan import CONTROL, PlanLimits
+from tpllm.engine.launcher import WorkerGroup
+from tpllm.errors import SettingError
+from tpllm.worker.__main__ import Spec, main
+from tpllm.worker.replies import Replies
+
+FOR_EVER = 1 << 30
+READY = ["ready"]
+SERVE = ["serve", FOR_EVER]
+HANG = ["hang"]
+
+Acts = dict[int, list[list[Any]]]
+
+
+def start(
+    acts: Acts | None = None, world_size: int = 2, module: str = "stub_worker"
+) -> WorkerGroup:
+    """Start stub workers; the fixture `stub_workers` lets them be found."""
+    settings = {"acts": {str(rank): each for rank, each in (acts or {}).items()}}
+    return WorkerGroup(world_size, PlanLimits(4, 64, 4, 16), settings, module=module)
+
+
+def until_ready(group: WorkerGroup) -> WorkerGroup:
+    for rank in range(group.world_size):
+        assert group.receive_control(rank) == {"type": "ready", "rank": rank}
+    return group
+
+
+class Stub:
+    """One worker; its acts are the methods `act_*`."""
+
+    def __init__(self, spec: Spec, plans: RingReader, replies: Replies) -> None:
+        self._spec, self._plans, self._replies = spec, plans, replies
+
+    def perform(self) -> None:
+        acts = self._spec["settings"].get("acts", {})
+        for name, *args in acts.get(str(self._spec["rank"]), [READY, SERVE]):
+            if getattr(self, f"act_{name}")(*args) == "shutdown":
+                return
+
+    def act_say(self, phase: str) -> None:
+        self._replies.phase(phase)
+
+    def act_ready(self) -> None:
+        self._replies.control({"type": "ready", "rank": self._spec["rank"]})
+
+    def act_serve(self, num_records: int) -> str | None:
+        """Send every step back as its result, and answer questions."""
+        for _ in range(num_records):
+            record = self._plans.receive()
+            assert record is not None
+            if record.kind == CONTROL:
+                message = json.loads(record.payload.tobytes())
+                if message["type"] == "shutdown":
+                    return "shutdown"
+                self._replies.control(self._answer(message))
+            elif self._spec["rank"] == 0:
+                self._replies.result([record.payload])
+        return None
+
+    def _answer(self, message: dict[str, Any]) -> dict[str, Any]:
+        if message["type"] == "look around":
+            numbers = sorted(int(fd) for fd in os.listdir("/proc/self/fd"))
+            opened = {fd: _target(fd) for fd in numbers}
+            return {"argv": sys.argv, "environ": dict(os.environ), "opened": opened}
+        return {"rank": self._spec["rank"], "heard": message}
+
+    def act_raise(self, text: str) -> None:
+        raise RuntimeError(text)
+
+    def act_refuse(self, text: str) -> None:
+        raise SettingError(text)
+
+    def act_complain(self, text: str) -> None:
+        """As a rank that has lost a peer, and does not end at once."""
+        self._replies.error(text)
+
+    def act_exit(self, code: int) -> None:
+        os._exit(code)
+
+    def act_signal_self(self, name: str) -> None:
+        signal.raise_signal(signal.Signals[name])
+
+    def act_signal_coordinator(self, name: str) -> None:
+        os.kill(os.getppid(), signal.Signals[name])
+
+    def act_touch(self, path: str) -> None:
+        Path(path).touch()
+
+    def act_await(self, path: str) -> None:
+        while not Path(path).exists():
+            time.sleep(0.005)
+
+    def act_hang(self) -> None:
+        """Deaf to everything, but not stuck in native code."""
+        while True:
+            time.sleep(0.005)
+
+
+def _target(fd: int) -> str:
+    try:
+        return os.readlink(f"/proc/self/fd/{fd}")
+    except OSError:  # that of the listing
+        return ""
+
+
+def serve(spec: Spec, plans: RingReader, replies: Replies) -> None:
+    Stub(spec, plans, replies).perform()
+
+
+if __name__ == "__main__":
+    main(serve)

@@ -1,0 +1,196 @@
+"""Programs with stub workers: however one ends, its workers and their directory go with it.
+
+The fixture in tests/conftest.py checks after each test that they have, within five seconds.
+"""
+
+import signal
+
+import pytest
+
+from tests.leaks import wait_until
+from tests.scripts import running
+
+pytestmark = pytest.mark.usefixtures("stub_workers", "ctrl_c_raises")
+
+LONG_S = 60.0
+
+
+@pytest.mark.parametrize("ending", ["", "sys.exit(0)", "raise SystemExit", "group.close()"])
+def test_the_end_of_the_program_takes_the_workers_along(ending):
+    code = f"""
+import sys
+from stub_worker import start, until_ready
+group = until_ready(start())
+{ending}
+"""
+    with running(code) as script:
+        assert "Traceback" not in script.finish()
+        assert script.exit_code == 0
+
+
+def test_an_uncaught_exception_takes_the_workers_along():
+    code = """
+from stub_worker import HANG, READY, start, until_ready
+group = until_ready(start({0: [READY, HANG]}))
+raise OSError("something else went wrong")
+"""
+    with running(code) as script:
+        assert "something else went wrong" in script.finish()
+
+
+# What the program does, and where in it `kill_me()` stands.
+MOMENTS = {
+    "between two starts": """
+spawn = launcher.subprocess.Popen
+def popen(*args, **kwargs):
+    process = spawn(*args, **kwargs)
+    kill_me()
+    return process
+launcher.subprocess.Popen = popen
+start()
+""",
+    "workers just started": """
+group = start()
+kill_me()
+""",
+    "loading": """
+group = start({rank: [["say", "loading"], HANG] for rank in range(2)})
+group.receive_control(0, on_phase=lambda rank, phase: phase == "loading" and kill_me())
+""",
+    "idle": """
+group = until_ready(start())
+kill_me()
+""",
+    "running": """
+group = until_ready(start({rank: [READY, ["serve", 1], HANG] for rank in range(2)}))
+for _ in range(2):
+    group.send(STEP, [b"plan"])
+group.receive(0, RESULT)
+kill_me()
+""",
+    "closing": """
+group = until_ready(start())
+launcher.shutil.rmtree = lambda *args, **kwargs: kill_me()  # the workers have ended by then
+group.close()
+""",
+}
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_a_killed_coordinator_takes_everything_along(moment):
+    code = f"""
+import os, signal
+from stub_worker import HANG, READY, start, until_ready
+from tpllm.channel.step_plan import RESULT, STEP
+from tpllm.engine import launcher
+
+def kill_me():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+{MOMENTS[moment]}
+"""
+    with running(code) as script:
+        assert script.exit_code == -signal.SIGKILL
+
+
+IDLE = """
+import os, signal, sys, time
+from stub_worker import start, until_ready
+group = until_ready(start())
+print("idle", flush=True)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_coordinator_ended_by_a_signal_takes_everything_along(number):
+    with running(IDLE + "time.sleep(600)") as script:
+        script.wait_for("idle")
+        script.process.send_signal(number)
+        assert script.exit_code == -number
+
+
+def test_a_coordinator_that_becomes_another_program_takes_the_workers_along():
+    """Its process lives on, so only the end of the thread that started them tells."""
+    code = IDLE + 'os.execv(sys.executable, [sys.executable, "-c", "import time; time.sleep(600)"])'
+    with running(code) as script:
+        script.wait_for("idle")
+        assert wait_until(lambda: not script.worker_pids(), LONG_S)
+
+
+def test_a_forked_copy_cannot_use_or_end_the_engine():
+    code = (
+        IDLE
+        + """
+child = os.fork()
+if child == 0:
+    for call in (lambda: group.send(1, [b"plan"]), lambda: group.receive(0, 2)):
+        try:
+            call()
+        except RuntimeError as error:
+            print(error)
+    group.close()
+    group.kill()
+    del group
+    sys.exit(0)  # runs the exit handlers
+assert os.waitpid(child, 0)[1] == 0
+group.send(1, [b"plan"])
+assert group.receive(0, 2).payload.tobytes() == b"plan"
+group.close()
+print("done")
+"""
+    )
+    with running(code) as script:
+        output = script.finish()
+        refusal = (
+            f"this engine belongs to process {script.process.pid}; a forked copy cannot use it"
+        )
+        assert output.count(refusal) == 2, output
+        assert "done" in output
+
+
+def test_an_engine_works_in_a_process_without_standard_streams(tmp_path):
+    result = tmp_path / "result"
+    code = f"""
+import os
+os.closerange(0, 3)
+from stub_worker import start, until_ready
+group = until_ready(start())
+group.send(1, [b"plan"])
+payload = group.receive(0, 2).payload.tobytes()
+group.close()
+open({str(result)!r}, "wb").write(payload)
+"""
+    with running(code) as script:
+        assert script.exit_code == 0
+    assert result.read_bytes() == b"plan"
+
+
+def test_workers_in_a_program_that_ignores_its_children():
+    """Their exit codes are lost then, not their end."""
+    code = """
+import os, signal
+signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+from stub_worker import start, until_ready
+from tpllm.errors import WorkerError
+group = until_ready(start())
+os.kill(group.pids[1], signal.SIGKILL)
+try:
+    group.receive(0, 2)
+except WorkerError as error:
+    print(error)
+"""
+    with running(code) as script:
+        assert "worker rank 1 ended" in script.finish()
+
+
+def test_ctrl_c_while_workers_load_ends_the_program_without_a_trace():
+    code = """
+from stub_worker import HANG, start
+group = start({0: [["say", "loading"], HANG], 1: [HANG]})
+group.receive_control(0, on_phase=lambda rank, phase: print(phase, flush=True))
+"""
+    with running(code) as script:
+        script.wait_for("loading")
+        script.interrupt()
+        assert "KeyboardInterrupt" in script.finish()
+        assert script.exit_code == -signal.SIGINT
