@@ -16,6 +16,7 @@ from collections import OrderedDict, deque
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import islice
+from operator import attrgetter
 
 import numpy as np
 
@@ -210,6 +211,8 @@ class Scheduler:
 
     def _seal(self, step: _StepBuilder) -> StepPlan:
         """Make the plan and move every scheduled sequence one step on."""
+        # Longest context first: a GPU starts work in this order, and ends on small pieces.
+        step.decode.sort(key=_context_length, reverse=True)
         seqs = step.decode + [seq for seq, _ in step.prefill]
         lengths = [1] * len(step.decode) + [num_tokens for _, num_tokens in step.prefill]
         starts = [seq.num_scheduled for seq in seqs]
@@ -317,6 +320,9 @@ class Scheduler:
         self._blocks.release(seq.block_table)
         self._free_rows.append(seq.row)
         seq.reset()
+
+
+_context_length = attrgetter("num_scheduled")
 
 
 def _entering_words(seq: Sequence) -> list[int]:
