@@ -1,4 +1,4 @@
-"""Run a test function in every rank of a TP group: CPU processes that talk over Gloo.
+"""Run a test function in every rank of a TP group: by default CPU processes that talk over Gloo.
 
     def sums_over_ranks(tp: TPGroup, n: int) -> None: ...  # a module-level function, tp first
 
@@ -28,19 +28,21 @@ DEADLINE_S = 120.0
 GRACE_S = 5.0
 
 
-def run_ranks(fn: Callable[..., None], world_size: int, *args: Any) -> None:
+def run_ranks(fn: Callable[..., None], world_size: int, *args: Any, device: str = "cpu") -> None:
     """Call `fn(tp, *args)` in `world_size` processes and wait for them all.
 
     Raises:
         AssertionError: a rank raised, died or missed the deadline; says which, with tracebacks.
     """
     if world_size == 1:
-        fn(TPGroup.single(torch.device("cpu")), *args)
+        fn(TPGroup.single(torch.device(device)), *args)
         return
     with tempfile.TemporaryDirectory() as folder:
         context = multiprocessing.get_context("spawn")
         ranks: list[BaseProcess] = [
-            context.Process(target=_run_rank, args=(Path(folder), rank, world_size, fn, args))
+            context.Process(
+                target=_run_rank, args=(Path(folder), rank, world_size, device, fn, args)
+            )
             for rank in range(world_size)
         ]
         try:
@@ -83,14 +85,23 @@ def _report_path(folder: Path, rank: int) -> Path:
 
 
 def _run_rank(
-    folder: Path, rank: int, world_size: int, fn: Callable[..., None], args: tuple[Any, ...]
+    folder: Path,
+    rank: int,
+    world_size: int,
+    device_type: str,
+    fn: Callable[..., None],
+    args: tuple[Any, ...],
 ) -> None:
     """The life of a rank; its exception goes into a file, as a traceback may not pickle."""
     try:
         warnings.simplefilter("error")
         torch.set_num_threads(1)  # ranks share the cores
         store_path = str(folder / "store")
-        tp = TPGroup.connect(rank, world_size, torch.device("cpu"), store_path, DEADLINE_S)
+        device = torch.device("cpu")
+        if device_type == "cuda":
+            device = torch.device("cuda", rank)
+            torch.cuda.set_device(device)
+        tp = TPGroup.connect(rank, world_size, device, store_path, DEADLINE_S)
         fn(tp, *args)
         tp.close()
     except BaseException:

@@ -28,6 +28,12 @@ RANGES = {
     "num_kv_blocks": (2, MAX_INT32),  # one block takes the writes of padding
     "kv_block_size": (1, 2**16),
 }
+SWITCHES = (
+    "enable_prefix_caching",
+    "enforce_eager",
+    "disable_custom_all_reduce",
+    "skip_tokenizer_init",
+)
 OPTIONAL = ("max_model_len", "num_kv_blocks", "kv_block_size")  # of these, None is a value
 
 
@@ -49,6 +55,8 @@ class Settings:
         kv_block_size: tokens in a block; None for 256 in half precision on a GPU, otherwise 16
         enable_prefix_caching: whether prompts that start alike share the KV of their start
         enforce_eager: whether to do without CUDA graphs, which start slower and then run faster
+        disable_custom_all_reduce: whether to leave every all-reduce to NCCL, also the small ones
+            that kernels of our own do over the GPUs' peer memory
         load_format: "auto" reads the checkpoint's weights, "dummy" draws random ones and needs
             only config.json
         tokenizer: local folder or Hugging Face id; None for the model's own
@@ -72,6 +80,7 @@ class Settings:
     kv_block_size: int | None = None
     enable_prefix_caching: bool = True
     enforce_eager: bool = False
+    disable_custom_all_reduce: bool = False
     load_format: str = "auto"
     tokenizer: str | None = None
     skip_tokenizer_init: bool = False
@@ -87,7 +96,7 @@ class Settings:
         check_choice("device", self.device, DEVICES)
         check_choice("dtype", self.dtype, DTYPES)
         check_choice("load_format", self.load_format, LOAD_FORMATS)
-        for name in ("enable_prefix_caching", "enforce_eager", "skip_tokenizer_init"):
+        for name in SWITCHES:
             check_bool(name, getattr(self, name))
         for name, (minimum, maximum) in RANGES.items():
             value = getattr(self, name)

@@ -209,6 +209,19 @@ class RowParallelLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return all_reduce(F.linear(x, self.weight, self.bias), self.tp)
 
+    def partial(self, x: Tensor, slot: int) -> Tensor:
+        """This rank's term of the output, for an `AllReduceRMSNorm` to add up: [N, out_features].
+
+        It lies in `slot` of the peer memory, if there is one and it fits.
+        """
+        peers = self.tp.peers
+        out = peers.slot(slot, x.shape[0]) if peers else None
+        if out is None:
+            return F.linear(x, self.weight, self.bias)
+        if self.bias is None:
+            return torch.mm(x, self.weight.t(), out=out)
+        return torch.addmm(self.bias, x, self.weight.t(), out=out)
+
     def load(self, weights: WeightSource, name: str) -> None:
         fill(self.weight, weights.read(f"{name}.weight", cols=self.cols), f"{name}.weight")
         if self.bias is not None:

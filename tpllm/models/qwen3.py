@@ -6,7 +6,8 @@ I intermediate_size, V vocab_size. H, K and I are this rank's share inside a blo
 
 The N tokens are those of all sequences in a step, one after the other, without padding; `batch`
 says which token belongs to which sequence. The residual stream travels beside the hidden states, so
-that each norm adds and normalises in one pass over memory.
+that each norm adds and normalises in one pass over memory. Embedding, attention and MLP return this
+rank's term of a sum over the ranks; the norm that follows adds the terms up.
 
 Source: Qwen3 Technical Report (2025), https://arxiv.org/abs/2505.09388
 """
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from tpllm.layers.activation import silu_and_mul
+from tpllm.layers.all_reduce_norm import AllReduceRMSNorm
 from tpllm.layers.attention import Attention, AttentionBackend, AttentionBatch
 from tpllm.layers.embedding import ParallelLMHead, VocabParallelEmbedding
 from tpllm.layers.linear import (
@@ -23,11 +25,13 @@ from tpllm.layers.linear import (
     RowParallelLinear,
     kv_head_shard,
 )
-from tpllm.layers.norm import RMSNorm
 from tpllm.layers.rotary import qk_norm_rope_store, rotary_cos_sin
 from tpllm.layers.weights import WeightSource, empty_parameter, fill
 from tpllm.model_config import ModelConfig
 from tpllm.parallel.group import TPGroup
+
+# Where each kind of term lies in peer memory: in turn, see `tpllm.parallel.peer_memory`.
+_ATTENTION_SLOT, _MLP_SLOT, _EMBEDDING_SLOT = range(3)
 
 KVCache = tuple[Tensor, Tensor]  # keys and values of a layer, each [num_blocks, block_size, K, D]
 
@@ -86,7 +90,7 @@ class Qwen3Attention(nn.Module):
             self.num_kv_heads,
         )
         x = self.attention(qkv, *kv_cache, batch)  # [N, H * D]
-        x = self.o_proj(x)  # [N, E]
+        x = self.o_proj.partial(x, _ATTENTION_SLOT)  # [N, E]
         return x
 
     def load(self, weights: WeightSource, name: str) -> None:
@@ -110,7 +114,7 @@ class Qwen3MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = silu_and_mul(self.gate_up_proj(x))  # [N, I]
-        x = self.down_proj(x)  # [N, E]
+        x = self.down_proj.partial(x, _MLP_SLOT)  # [N, E]
         return x
 
     def load(self, weights: WeightSource, name: str) -> None:
@@ -179,7 +183,7 @@ class Qwen3Model(nn.Module):
         batch: AttentionBatch,
         kv_caches: list[KVCache],
     ) -> Tensor:
-        x, residual = self.embed_tokens(input_ids), None  # [N, E]
+        x, residual = self.embed_tokens.partial(input_ids, _EMBEDDING_SLOT), None  # [N, E]
         for layer, kv_cache in zip(self.layers, kv_caches, strict=True):
             x, residual = layer(x, residual, positions, self.cos_sin, batch, kv_cache)
         hidden: Tensor = self.norm(x, residual)[0]
@@ -259,5 +263,5 @@ class Qwen3ForCausalLM(nn.Module):
             self.lm_head.load(weights, "lm_head")
 
 
-def _norm(config: ModelConfig, tp: TPGroup, dtype: torch.dtype) -> RMSNorm:
-    return RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=dtype, device=tp.device)
+def _norm(config: ModelConfig, tp: TPGroup, dtype: torch.dtype) -> AllReduceRMSNorm:
+    return AllReduceRMSNorm(config.hidden_size, config.rms_norm_eps, tp=tp, dtype=dtype)

@@ -6,11 +6,18 @@ current stream and can be captured in a CUDA graph; `min_over_ranks` and `barrie
 rank on the host and belong to start-up.
 """
 
+from dataclasses import replace
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from tpllm.parallel.group import TPGroup
+from tpllm.parallel.peer_memory import PeerMemory
+
+# Largest sum, in bytes, that reading all ranks' memory at once beats NCCL at, by the group's size.
+_ONE_SHOT_BYTES = {2: 4 << 20, 3: 2 << 20, 4: 2 << 20}
+_ONE_SHOT_BYTES_BEYOND = 256 << 10
 
 # torch 2.13 renamed the gather into one tensor and warns of the old name.
 _all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -47,3 +54,19 @@ def barrier(tp: TPGroup) -> None:
     # A reduction whose result is read waits the host on both backends; NCCL's own barrier only
     # makes the stream wait.
     min_over_ranks(0, tp)
+
+
+def with_peer_memory(tp: TPGroup, width: int, dtype: torch.dtype) -> TPGroup:
+    """The same group with `peers`, for sums of rows of `width`, if the GPUs reach each other.
+
+    Every rank calls this together, and all get the same answer.
+    """
+    if tp.process_group is None or tp.device.type != "cuda":
+        return tp
+    others = (rank for rank in range(tp.size) if rank != tp.rank)
+    reachable = all(torch.cuda.can_device_access_peer(tp.device, other) for other in others)
+    if not min_over_ranks(int(reachable), tp):
+        return tp
+    num_bytes = _ONE_SHOT_BYTES.get(tp.size, _ONE_SHOT_BYTES_BEYOND)
+    max_rows = max(1, num_bytes // (width * dtype.itemsize))
+    return replace(tp, peers=PeerMemory(tp.process_group, max_rows, width, dtype, tp.device))

@@ -7,6 +7,8 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
+from tpllm.parallel.peer_memory import PeerMemory
+
 
 @dataclass(frozen=True)
 class TPGroup:
@@ -20,12 +22,15 @@ class TPGroup:
         size: number of ranks, one process and one device each
         device: where this rank's weights and activations live
         process_group: the torch.distributed group, or None where `size` is 1
+        peers: memory that all ranks can read, for the sums of small steps; None where NCCL or
+            Gloo does everything
     """
 
     rank: int
     size: int
     device: torch.device
     process_group: dist.ProcessGroup | None
+    peers: PeerMemory | None = None
 
     @staticmethod
     def single(device: torch.device) -> "TPGroup":

@@ -11,11 +11,12 @@ import torch
 from tpllm.channel.ring import RingReader
 from tpllm.channel.step_plan import CONTROL, PlanLimits, StepPlan
 from tpllm.config import EngineConfig
+from tpllm.layers.all_reduce_norm import peer_memory_works
 from tpllm.layers.attention import AttentionBackend, choose_backend
 from tpllm.models.checkpoint_weights import DummyWeights, SafetensorsWeights
 from tpllm.models.qwen3 import Qwen3ForCausalLM
 from tpllm.models.registry import model_class
-from tpllm.parallel.collectives import barrier
+from tpllm.parallel.collectives import barrier, with_peer_memory
 from tpllm.parallel.group import TPGroup
 from tpllm.worker.cache_sizing import cpu_cache_blocks, gpu_cache_blocks
 from tpllm.worker.kernel_profile import KernelProfile
@@ -57,6 +58,8 @@ class Worker:
         replies.phase("joining the group")
         store = str(Path(directory) / "rendezvous")
         self._tp = TPGroup.connect(rank, world_size, device, store, COLLECTIVE_TIMEOUT_S)
+        if not config.disable_custom_all_reduce:
+            self._tp = _with_peer_memory(self._tp, config.model_config.hidden_size, self._dtype)
 
         replies.phase("loading weights")
         begin = time.perf_counter()
@@ -64,6 +67,7 @@ class Worker:
         model = self._load_model(backend)
         info: dict[str, Any] = {
             "attention": backend.name,
+            "all_reduce": "peer memory, NCCL" if self._tp.peers else "NCCL" if on_gpu else "Gloo",
             "load_s": round(time.perf_counter() - begin, 2),
             "torch": torch.__version__,
             "gpu": torch.cuda.get_device_name(device) if on_gpu else None,
@@ -174,6 +178,12 @@ class Worker:
             report["kernels"] = self._profile.summary if self._profile else None
             self._profile = None
             self._replies.control(report)
+
+
+def _with_peer_memory(tp: TPGroup, hidden_size: int, dtype: torch.dtype) -> TPGroup:
+    """The group with peer memory where that is there and right; NCCL does everything otherwise."""
+    with_peers = with_peer_memory(tp, hidden_size, dtype)
+    return with_peers if peer_memory_works(with_peers) else tp
 
 
 def _take_device(config: EngineConfig, rank: int, world_size: int) -> torch.device:
