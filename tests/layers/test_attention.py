@@ -12,12 +12,17 @@ from tpllm.layers.attention import (
     AttentionBatch,
     FlashAttention2Backend,
     PrefillBatch,
+    SplitDecodeBackend,
     TorchAttentionBackend,
     choose_backend,
 )
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
+needs_gpu = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+]
 needs_flash_attn = pytest.mark.skipif(
     not torch.cuda.is_available() or importlib.util.find_spec("flash_attn") is None,
     reason="no CUDA device or no flash-attn",
@@ -41,10 +46,7 @@ class Setting:
         Setting(TorchAttentionBackend, "cpu", torch.bfloat16, 16),
         pytest.param(
             Setting(TorchAttentionBackend, "cuda", torch.float32, 16),
-            marks=[
-                pytest.mark.gpu,
-                pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
-            ],
+            marks=needs_gpu,
         ),
         *(
             pytest.param(
@@ -53,6 +55,7 @@ class Setting:
             )
             for dtype in (torch.float16, torch.bfloat16)
         ),
+        pytest.param(Setting(SplitDecodeBackend, "cuda", torch.float32, 16), marks=needs_gpu),
     ],
     ids=lambda s: f"{s.make_backend.__name__}-{s.device}-{s.dtype}-{s.block_size}",
 )
@@ -176,25 +179,24 @@ def test_torch_backend_takes_any_head_dim(
 
 
 @pytest.mark.parametrize(
-    "device, dtype, head_dim",
+    "device, dtype, head_dim, name",
     [
-        ("cpu", torch.float32, 64),
-        ("cpu", torch.bfloat16, 128),
-        ("cuda", torch.float32, 128),
-        ("cuda", torch.bfloat16, 320),
+        ("cpu", torch.float32, 64, "torch"),
+        ("cpu", torch.bfloat16, 128, "torch"),
+        ("cuda", torch.float32, 128, "split decode, torch prefill"),
     ],
 )
-def test_torch_backend_is_chosen_where_flash_attn_cannot_run(
-    device: str, dtype: torch.dtype, head_dim: int
+def test_torch_prefills_where_flash_attn_cannot_run(
+    device: str, dtype: torch.dtype, head_dim: int, name: str
 ) -> None:
-    assert choose_backend(torch.device(device), dtype, head_dim).name == "torch"
+    assert choose_backend(torch.device(device), dtype, head_dim).name == name
 
 
 @pytest.mark.gpu
 @needs_flash_attn
 def test_flash_attn_is_chosen_for_half_precision_on_cuda() -> None:
     backend = choose_backend(torch.device("cuda"), torch.bfloat16, 128)
-    assert backend.name == "flash-attn-2" and backend.capturable
+    assert backend.name == "split decode, flash-attn 2 prefill" and backend.capturable
 
 
 @pytest.mark.gpu

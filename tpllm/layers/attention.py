@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tpllm.layers.paged_decode import PagedDecode
+
 # Tokens whose pages plain torch gathers at once for decode rows, to bound the copy's memory.
 _GATHERED_TOKENS = 1 << 17
 
@@ -96,66 +98,8 @@ class AttentionBackend(Protocol):
         ...
 
 
-class FlashAttention2Backend:
-    """flash-attn 2, for fp16 and bf16 on CUDA; the package is imported when one is made.
-
-    Source: Dao (2023), https://arxiv.org/abs/2307.08691
-    """
-
-    name = "flash-attn-2"
-    capturable = True
-    block_size_multiple = 256
-
-    def __init__(self) -> None:
-        from flash_attn import flash_attn_varlen_func, flash_attn_with_kvcache
-
-        self._varlen = flash_attn_varlen_func
-        self._with_kvcache = flash_attn_with_kvcache
-
-    def decode(
-        self, q: Tensor, k_cache: Tensor, v_cache: Tensor, batch: AttentionBatch, scale: float
-    ) -> Tensor:
-        out: Tensor = self._with_kvcache(
-            q.unsqueeze(1),  # [S, 1, H, D]
-            k_cache,
-            v_cache,
-            cache_seqlens=batch.context_lens,
-            block_table=batch.block_tables,
-            softmax_scale=scale,
-            causal=True,
-        )
-        return out.squeeze(1)
-
-    def prefill(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        k_cache: Tensor,
-        v_cache: Tensor,
-        batch: PrefillBatch,
-        scale: float,
-    ) -> Tensor:
-        block_table = None
-        if batch.has_context:  # otherwise the new tokens are the whole context: skip the paging
-            k, v, block_table = k_cache, v_cache, batch.block_tables
-        out: Tensor = self._varlen(
-            q,
-            k,
-            v,
-            batch.cu_seqlens_q,
-            batch.cu_seqlens_k,
-            batch.max_seqlen_q,
-            batch.max_seqlen_k,
-            softmax_scale=scale,
-            causal=True,
-            block_table=block_table,
-        )
-        return out
-
-
 class TorchAttentionBackend:
-    """Plain torch on gathered pages: the reference, the CPU path, and fp32 on GPUs."""
+    """Plain torch on gathered pages: the reference, and the CPU path."""
 
     name = "torch"
     capturable = False  # reads lengths on the host
@@ -206,6 +150,82 @@ class TorchAttentionBackend:
         return out
 
 
+class SplitDecodeBackend(TorchAttentionBackend):
+    """Decode by our split kernel, in any dtype; prefill by torch: for GPUs without flash-attn."""
+
+    name = "split decode, torch prefill"
+    capturable = True
+
+    def __init__(self) -> None:
+        self._split_decode = PagedDecode()
+
+    def decode(
+        self, q: Tensor, k_cache: Tensor, v_cache: Tensor, batch: AttentionBatch, scale: float
+    ) -> Tensor:
+        return self._split_decode(
+            q, k_cache, v_cache, batch.context_lens, batch.block_tables, scale
+        )
+
+
+class FlashAttention2Backend(SplitDecodeBackend):
+    """Prefill by flash-attn 2, in fp16 and bf16; the package is imported when one is made.
+
+    Source: Dao (2023), https://arxiv.org/abs/2307.08691
+    """
+
+    name = "split decode, flash-attn 2 prefill"
+    block_size_multiple = 256
+
+    def __init__(self) -> None:
+        super().__init__()
+        from flash_attn import flash_attn_varlen_func, flash_attn_with_kvcache
+
+        self._varlen = flash_attn_varlen_func
+        self._with_kvcache = flash_attn_with_kvcache
+
+    def flash_decode(
+        self, q: Tensor, k_cache: Tensor, v_cache: Tensor, batch: AttentionBatch, scale: float
+    ) -> Tensor:
+        """flash-attn's own decode, for comparison: it is slower (launch/bench_attention.py)."""
+        out: Tensor = self._with_kvcache(
+            q.unsqueeze(1),  # [S, 1, H, D]
+            k_cache,
+            v_cache,
+            cache_seqlens=batch.context_lens,
+            block_table=batch.block_tables,
+            softmax_scale=scale,
+            causal=True,
+        )
+        return out.squeeze(1)
+
+    def prefill(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        k_cache: Tensor,
+        v_cache: Tensor,
+        batch: PrefillBatch,
+        scale: float,
+    ) -> Tensor:
+        block_table = None
+        if batch.has_context:  # otherwise the new tokens are the whole context: skip the paging
+            k, v, block_table = k_cache, v_cache, batch.block_tables
+        out: Tensor = self._varlen(
+            q,
+            k,
+            v,
+            batch.cu_seqlens_q,
+            batch.cu_seqlens_k,
+            batch.max_seqlen_q,
+            batch.max_seqlen_k,
+            softmax_scale=scale,
+            causal=True,
+            block_table=block_table,
+        )
+        return out
+
+
 def gather_pages(cache: Tensor, block_table: Tensor, context_len: int) -> Tensor:
     """The first `context_len` tokens of a sequence with block_table [B]: [context_len, K, D]."""
     num_blocks = -(-context_len // cache.shape[1])
@@ -234,17 +254,18 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
 
 
 def choose_backend(device: torch.device, dtype: torch.dtype, head_dim: int) -> AttentionBackend:
-    """The fastest backend that runs here: flash-attn 2 where it can, else plain torch."""
+    """The fastest backend that runs here: for prefill flash-attn 2 where it can, else torch."""
+    if device.type == "cpu":
+        return TorchAttentionBackend()
     if (
-        device.type == "cuda"
-        and dtype in (torch.float16, torch.bfloat16)
+        dtype in (torch.float16, torch.bfloat16)
         and head_dim % 8 == 0
         and head_dim <= 256
         and torch.cuda.get_device_capability(device) >= (8, 0)
         and importlib.util.find_spec("flash_attn") is not None
     ):
         return FlashAttention2Backend()
-    return TorchAttentionBackend()
+    return SplitDecodeBackend()
 
 
 class Attention(nn.Module):

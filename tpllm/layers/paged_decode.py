@@ -1,0 +1,194 @@
+"""Decode attention over a paged cache, split along the context: for small batches, and without
+flash-attn for any.
+
+S sequences, H query heads, K key/value heads, G = H / K, D head_dim, B blocks per sequence.
+
+One program takes one key/value head of one sequence and a part of its context. How many parts a
+context is cut into is decided by its true length when the kernel runs: a CUDA graph may be captured
+for the longest one, and short contexts still pay for few parts. The last program of a head to
+finish joins the parts (sums weighed by the exponentials of their maxima), so there is no second
+kernel.
+
+Source: split-KV decoding, Dao et al. (2023), https://crfm.stanford.edu/2023/10/12/flashdecoding.html
+
+Roofline: keys and values are read once, 2 * context * K * D elements a sequence, at memory speed;
+at batch 1 a launch and two dependent reads, some 6 us, are all there is.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+_BLOCK_N = 64  # keys a program reads at a time
+# Joining costs some 0.3 us a part, one after the other. So parts are few, and the more heads there
+# are to fill the GPU anyway, the longer they must be: at least 2 tokens for each head of the batch.
+_MIN_PART = 128  # tokens
+_MAX_PARTS = 32
+# Eight for each multiprocessor of an H200: 32 contexts of 8k reach 4.3 TB/s so, with two 3.1.
+_PROGRAMS_WANTED = 1056
+
+
+@triton.jit(do_not_specialize=["max_parts", "max_blocks", "min_part"])
+def _paged_decode_kernel(
+    q_ptr: tl.tensor,  # [S, H, D]
+    k_cache_ptr: tl.tensor,  # [num_blocks, block_size, K, D]
+    v_cache_ptr: tl.tensor,
+    block_tables_ptr: tl.tensor,  # [S, B]
+    context_lens_ptr: tl.tensor,  # [S]
+    out_ptr: tl.tensor,  # [S, H, D]
+    parts_ptr: tl.tensor,  # [S, K, max_parts, G, D + 2] fp32: sum of values, maximum, normaliser
+    counters_ptr: tl.tensor,  # [S, K] int32, zero before and after
+    q_stride: tl.tensor,
+    max_blocks: tl.tensor,
+    block_size: tl.tensor,
+    max_parts: tl.tensor,
+    min_part: tl.tensor,  # tokens
+    scale: tl.tensor,  # softmax scale times log2(e)
+    NUM_KV_HEADS: tl.constexpr,
+    G: tl.constexpr,
+    G_PADDED: tl.constexpr,
+    D: tl.constexpr,
+    D_PADDED: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+) -> None:
+    part, kv_head, seq = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    context_len = tl.load(context_lens_ptr + seq)
+    part_len = tl.maximum(tl.cdiv(context_len, max_parts), min_part)
+    part_len = tl.cdiv(part_len, BLOCK_N) * BLOCK_N
+    num_parts = tl.cdiv(context_len, part_len)
+    if part >= num_parts:
+        return
+
+    heads = tl.arange(0, G_PADDED)  # [G]
+    dims = tl.arange(0, D_PADDED)  # [D]
+    head_mask = (heads < G)[:, None] & (dims < D)[None, :]
+    q_ptrs = q_ptr + seq.to(tl.int64) * q_stride + (kv_head * G + heads)[:, None] * D + dims
+    q = tl.load(q_ptrs, mask=head_mask, other=0.0)  # [G, D]
+    table_ptr = block_tables_ptr + seq.to(tl.int64) * max_blocks
+
+    maximum = tl.full([G_PADDED], -float("inf"), dtype=tl.float32)
+    normaliser = tl.zeros([G_PADDED], dtype=tl.float32)
+    total = tl.zeros([G_PADDED, D_PADDED], dtype=tl.float32)
+    begin = part * part_len
+    end = tl.minimum(begin + part_len, context_len)
+    for token in tl.range(begin, end, BLOCK_N):
+        tokens = token + tl.arange(0, BLOCK_N)  # [N]
+        seen = tokens < end
+        blocks = tl.load(table_ptr + tokens // block_size, mask=seen, other=0).to(tl.int64)
+        slots = blocks * block_size + tokens % block_size
+        offsets = (slots * NUM_KV_HEADS + kv_head)[:, None] * D + dims  # [N, D]
+        mask = seen[:, None] & (dims < D)[None, :]
+        k = tl.load(k_cache_ptr + offsets, mask=mask, other=0.0)
+        v = tl.load(v_cache_ptr + offsets, mask=mask, other=0.0)
+        scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale  # [G, N]
+        scores = tl.where(seen[None, :], scores, -float("inf"))
+        new_maximum = tl.maximum(maximum, tl.max(scores, axis=1))
+        weights = tl.exp2(scores - new_maximum[:, None])
+        shrink = tl.exp2(maximum - new_maximum)
+        normaliser = normaliser * shrink + tl.sum(weights, axis=1)
+        total = total * shrink[:, None]
+        total += tl.dot(weights.to(v.dtype), v, input_precision="ieee")
+        maximum = new_maximum
+
+    out_ptrs = out_ptr + ((seq.to(tl.int64) * NUM_KV_HEADS + kv_head) * G + heads)[:, None] * D
+    out_ptrs += dims
+    if num_parts == 1:
+        tl.store(out_ptrs, total / normaliser[:, None], mask=head_mask)
+        return
+
+    head = seq.to(tl.int64) * NUM_KV_HEADS + kv_head
+    rows = heads * (D + 2)  # [G]
+    parts_ptr += head * max_parts * (G * (D + 2))
+    mine_ptr = parts_ptr + part * (G * (D + 2))
+    tl.store(mine_ptr + rows[:, None] + dims, total, mask=head_mask)
+    tl.store(mine_ptr + rows + D, maximum, mask=heads < G)
+    tl.store(mine_ptr + rows + D + 1, normaliser, mask=heads < G)
+    tl.debug_barrier()  # every thread's part is written before the count says so
+    if tl.atomic_add(counters_ptr + head, 1, sem="acq_rel") < num_parts - 1:
+        return
+    tl.debug_barrier()
+    tl.store(counters_ptr + head, 0)
+    maximum = tl.full([G_PADDED], -float("inf"), dtype=tl.float32)
+    normaliser = tl.zeros([G_PADDED], dtype=tl.float32)
+    total = tl.zeros([G_PADDED, D_PADDED], dtype=tl.float32)
+    for other in tl.range(0, num_parts):  # in order, whoever came last: the same bits every time
+        theirs_ptr = parts_ptr + other * (G * (D + 2))
+        part_maximum = tl.load(
+            theirs_ptr + rows + D, mask=heads < G, other=0.0, cache_modifier=".cg"
+        )
+        part_normaliser = tl.load(
+            theirs_ptr + rows + D + 1, mask=heads < G, other=1.0, cache_modifier=".cg"
+        )
+        part_total = tl.load(
+            theirs_ptr + rows[:, None] + dims, mask=head_mask, other=0.0, cache_modifier=".cg"
+        )
+        new_maximum = tl.maximum(maximum, part_maximum)
+        shrink, weight = tl.exp2(maximum - new_maximum), tl.exp2(part_maximum - new_maximum)
+        normaliser = normaliser * shrink + part_normaliser * weight
+        total = total * shrink[:, None] + part_total * weight[:, None]
+        maximum = new_maximum
+    tl.store(out_ptrs, total / normaliser[:, None], mask=head_mask)
+
+
+class PagedDecode:
+    """Decode attention with its scratch memory, which all layers share, one after the other."""
+
+    def __init__(self) -> None:
+        self._scratch: tuple[Tensor, Tensor] | None = None
+
+    def __call__(
+        self,
+        q: Tensor,
+        k_cache: Tensor,
+        v_cache: Tensor,
+        context_lens: Tensor,
+        block_tables: Tensor,
+        scale: float,
+    ) -> Tensor:
+        """Attend with one query per sequence.
+
+        Shapes: q [S, H, D], heads and their elements contiguous; caches
+        [num_blocks, block_size, K, D] contiguous; context_lens [S] int32; block_tables [S, B]
+        int32. The result is [S, H, D].
+        """
+        S, H, D = q.shape
+        block_size, K = k_cache.shape[1:3]
+        G = H // K
+        longest = block_tables.shape[1] * block_size
+        max_parts = max(1, min(_MAX_PARTS, _PROGRAMS_WANTED // (S * K), longest // _MIN_PART))
+        out = torch.empty(S, H, D, dtype=q.dtype, device=q.device)
+        if self._scratch is None:
+            # Only contexts in several parts need it, and of parts there are never more than these.
+            # Made once: a CUDA graph goes on using what it was captured with.
+            words = _PROGRAMS_WANTED * G * (D + 2)
+            self._scratch = (
+                torch.zeros(_PROGRAMS_WANTED, dtype=torch.int32, device=q.device),
+                torch.empty(words, dtype=torch.float32, device=q.device),
+            )
+        counters, parts = self._scratch
+        _paged_decode_kernel[(max_parts, K, S)](
+            q,
+            k_cache,
+            v_cache,
+            block_tables,
+            context_lens,
+            out,
+            parts,
+            counters,
+            q.stride(0),
+            block_tables.stride(0),
+            block_size,
+            max_parts,
+            max(_MIN_PART, 2 * S * K),
+            scale * 1.4426950408889634,
+            NUM_KV_HEADS=K,
+            G=G,
+            G_PADDED=max(16, triton.next_power_of_2(G)),
+            D=D,
+            D_PADDED=triton.next_power_of_2(D),
+            BLOCK_N=_BLOCK_N,
+            num_warps=4,
+            num_stages=3,
+        )
+        return out
