@@ -24,7 +24,7 @@ from tpllm import llm as llm_module
 from tpllm.channel import ring
 from tpllm.checkpoint import resolve_model
 from tpllm.config import EngineConfig
-from tpllm.engine import block_manager, coordinator, launcher, scheduler
+from tpllm.engine import block_manager, coordinator, launcher, processes, scheduler
 from tpllm.engine.coordinator import Coordinator
 
 pytestmark = pytest.mark.usefixtures("ctrl_c_raises")
@@ -82,7 +82,16 @@ def test_ctrl_c_in_generate_ends_its_requests_and_leaves_the_engine_usable(llm):
 
 
 def test_ctrl_c_at_any_line_of_generate_leaves_the_engine_usable(llm):
-    parts = (llm_module, interrupts, coordinator, scheduler, block_manager, launcher, ring)
+    parts = (
+        llm_module,
+        interrupts,
+        coordinator,
+        scheduler,
+        block_manager,
+        launcher,
+        processes,
+        ring,
+    )
 
     def generate() -> None:
         llm.generate(PROMPTS, SHORT, use_tqdm=False)

@@ -20,14 +20,14 @@ from tests.leaks import is_running, wait_until
 from tpllm import interrupts
 from tpllm.channel import ring
 from tpllm.channel.step_plan import RESULT, STEP
-from tpllm.engine import launcher
+from tpllm.engine import launcher, processes
 from tpllm.engine.launcher import WorkerGroup
 from tpllm.errors import SettingError, WorkerError
 
 pytestmark = pytest.mark.usefixtures("stub_workers", "ctrl_c_raises")
 
 LONG_S = 60.0
-MODULES = (launcher, ring, interrupts)
+MODULES = (launcher, processes, ring, interrupts)
 
 
 @pytest.fixture
@@ -80,7 +80,7 @@ def test_a_worker_gets_its_spec_and_nothing_else_by_descriptors():
     with closing(until_ready(start())) as group:
         group.send_control({"type": "look around"})
         views = [group.receive_control(rank) for rank in range(2)]
-        directory = group._state.directory
+        directory = group._processes.directory
     for fd in pipe:
         os.close(fd)
     for view in views:
@@ -102,8 +102,8 @@ def test_a_worker_gets_its_spec_and_nothing_else_by_descriptors():
 
 def test_the_directory_is_private():
     with closing(start()) as group:
-        assert group._state.directory is not None
-        assert group._state.directory.stat().st_mode & 0o777 == 0o700
+        assert group._processes.directory is not None
+        assert group._processes.directory.stat().st_mode & 0o777 == 0o700
 
 
 def test_signals_that_return_disturb_nothing():
@@ -309,7 +309,7 @@ def test_ctrl_c_at_any_line_of_the_end_leaves_an_engine_that_can_be_ended(nothin
 
 def test_closing_lets_the_workers_end_by_themselves():
     group = until_ready(start())
-    processes = group._state.processes
+    processes = group._processes.processes
     group.close()
     assert [process.returncode for process in processes] == [0, 0]
     group.close()
@@ -323,7 +323,7 @@ def test_closing_lets_the_workers_end_by_themselves():
 def test_closing_kills_a_worker_that_does_not_listen(monkeypatch):
     monkeypatch.setattr(launcher, "CLOSE_TIMEOUT_S", 0.1)
     group = until_ready(start({1: [READY, HANG]}))
-    processes = group._state.processes
+    processes = group._processes.processes
     group.close()
     assert processes[1].returncode == -signal.SIGKILL
 

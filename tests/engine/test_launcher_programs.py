@@ -41,12 +41,12 @@ raise OSError("something else went wrong")
 # What the program does, and where in it `kill_me()` stands.
 MOMENTS = {
     "between two starts": """
-spawn = launcher.subprocess.Popen
+spawn = processes.subprocess.Popen
 def popen(*args, **kwargs):
     process = spawn(*args, **kwargs)
     kill_me()
     return process
-launcher.subprocess.Popen = popen
+processes.subprocess.Popen = popen
 start()
 """,
     "workers just started": """
@@ -70,7 +70,7 @@ kill_me()
 """,
     "closing": """
 group = until_ready(start())
-launcher.shutil.rmtree = lambda *args, **kwargs: kill_me()  # the workers have ended by then
+processes.shutil.rmtree = lambda *args, **kwargs: kill_me()  # the workers have ended by then
 group.close()
 """,
 }
@@ -82,7 +82,7 @@ def test_a_killed_coordinator_takes_everything_along(moment):
 import os, signal
 from stub_worker import HANG, READY, start, until_ready
 from tpllm.channel.step_plan import RESULT, STEP
-from tpllm.engine import launcher
+from tpllm.engine import processes
 
 def kill_me():
     os.kill(os.getpid(), signal.SIGKILL)

@@ -9,18 +9,14 @@ process ends, the workers see the pidfd; whatever way a worker ends, this proces
 import json
 import os
 import select
-import shutil
 import signal
-import subprocess
 import sys
 import tempfile
-import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
@@ -34,6 +30,12 @@ from tpllm.channel.ring import (
     wait_readable,
 )
 from tpllm.channel.step_plan import CONTROL, PlanLimits
+from tpllm.engine.processes import (
+    WorkerProcesses,
+    fill_standard_descriptors,
+    stderr_or_null,
+    worker_environment,
+)
 from tpllm.errors import SettingError, WorkerError
 from tpllm.interrupts import Interrupts
 
@@ -43,89 +45,6 @@ CLOSE_TIMEOUT_S = 5.0
 # After a first sign of trouble, how long to listen for its cause: peers of a dead rank complain.
 GRACE_S = 0.5
 _NUM_SLOTS = 8
-
-
-@dataclass
-class _State:
-    """What has to be given back, apart from the group so that a finalizer can hold it.
-
-    `release` may come from any thread, from a signal handler or from the garbage collector, also in
-    the middle of a call that uses the rings: it ends the workers at once, which wakes that call,
-    and descriptors are closed by whoever leaves last.
-    """
-
-    owner_pid: int
-    directory: Path | None = None
-    processes: list[subprocess.Popen[bytes]] = field(default_factory=list)
-    rings: list[RingReader | RingWriter] = field(default_factory=list)
-    descriptors: list[int] = field(default_factory=list)
-    ending: bool = False
-    released: threading.Event = field(default_factory=threading.Event)
-    # held to start a worker and to end them all, so that none is started behind an end's back
-    lock: threading.RLock = field(default_factory=threading.RLock)
-    _in_use: threading.Lock = field(default_factory=threading.Lock)
-
-    def release(self, patience_s: float = 0.0) -> None:
-        """Wait `patience_s` for the workers to end, kill what is left, remove every trace.
-
-        Does nothing in a forked copy of the owner, and nothing the second time.
-        """
-        if os.getpid() != self.owner_pid:
-            return
-        deadline = time.monotonic() + patience_s
-        try:
-            self.ending = True
-            while time.monotonic() < deadline and any(p.poll() is None for p in self.processes):
-                time.sleep(0.005)
-        finally:  # Ctrl-C cuts the waiting short, and waits for the rest
-            with Interrupts(), self.lock:
-                if not self.released.is_set():
-                    self._end_everything()
-
-    def _end_everything(self) -> None:
-        for process in self.processes:
-            if process.poll() is None:
-                process.kill()
-        for process in self.processes:
-            process.wait()
-        self._close_descriptors()
-        if self.directory is not None:
-            shutil.rmtree(self.directory, ignore_errors=True)
-        self.released.set()
-
-    @contextmanager
-    def use(self) -> Iterator[None]:
-        """Keep the descriptors open for the length of a call.
-
-        Raises:
-            RuntimeError: nobody may call: the engine is closed, busy, or another process's.
-        """
-        if os.getpid() != self.owner_pid:
-            raise RuntimeError(
-                f"this engine belongs to process {self.owner_pid}; a forked copy cannot use it"
-            )
-        if not self._in_use.acquire(blocking=False):
-            raise RuntimeError("this engine is in the middle of another call")
-        try:
-            self.refuse_if_ending()
-            yield
-        finally:
-            self._in_use.release()
-            if self.ending:
-                self._close_descriptors()
-
-    def refuse_if_ending(self) -> None:
-        if self.ending:
-            raise RuntimeError("this engine is closed")
-
-    def _close_descriptors(self) -> None:
-        if not self._in_use.acquire(blocking=False):
-            return  # the call that uses them closes them when it leaves
-        while self.rings:
-            self.rings.pop().close()
-        while self.descriptors:
-            os.close(self.descriptors.pop())
-        self._in_use.release()
 
 
 class _Complaint(NamedTuple):
@@ -167,36 +86,36 @@ class WorkerGroup:
         self.phases = ["starting"] * world_size  # what each rank said last
         self._inbox: deque[tuple[int, Record]] = deque()  # received, and not asked for yet
         self._complaints: list[_Complaint] = []
-        self._state = _State(os.getpid())
+        self._processes = WorkerProcesses(os.getpid())
         # runs at garbage collection and at the interpreter's exit, whichever comes first
-        self._finalizer = weakref.finalize(self, self._state.release)
+        self._finalizer = weakref.finalize(self, self._processes.release)
         try:
             with Interrupts():  # what has been made, but not yet noted, could not be given back
                 self._start(limits, settings, module)
         except BaseException:
-            self._state.release()
+            self._processes.release()
             raise
 
     def _start(self, limits: PlanLimits, settings: dict[str, Any], module: str) -> None:
         plan_bytes = max(limits.plan_bytes, CONTROL_BYTES)
         reply_bytes = max(limits.result_bytes, CONTROL_BYTES)
-        output = _stderr_or_null()
-        self._state.descriptors += _fill_standard_descriptors()
+        output = stderr_or_null()
+        self._processes.descriptors += fill_standard_descriptors()
         plans = create_ring(self.world_size, _NUM_SLOTS, plan_bytes)
-        self._state.descriptors += plans.all()
+        self._processes.descriptors += plans.all()
         self._writer = RingWriter(plans)
-        self._state.rings.append(self._writer)
+        self._processes.rings.append(self._writer)
         # after some descriptors: they are given back first, and to remove a directory takes one
-        directory = self._state.directory = Path(tempfile.mkdtemp(prefix="tpllm-"))  # mode 0700
+        directory = self._processes.directory = Path(tempfile.mkdtemp(prefix="tpllm-"))  # mode 0700
         self._readers: list[RingReader] = []
         coordinator = os.pidfd_open(os.getpid())
-        self._state.descriptors.append(coordinator)
+        self._processes.descriptors.append(coordinator)
         commands = []
         for rank in range(self.world_size):
             replies = create_ring(1, _NUM_SLOTS, reply_bytes)
-            self._state.descriptors += replies.all()
+            self._processes.descriptors += replies.all()
             self._readers.append(RingReader(replies, 0))
-            self._state.rings.append(self._readers[rank])
+            self._processes.rings.append(self._readers[rank])
             spec = {
                 "rank": rank,
                 "world_size": self.world_size,
@@ -207,65 +126,24 @@ class WorkerGroup:
                 "settings": settings,
             }
             spec_fd = os.memfd_create("tpllm-spec", os.MFD_CLOEXEC)
-            self._state.descriptors.append(spec_fd)
+            self._processes.descriptors.append(spec_fd)
             os.pwrite(spec_fd, json.dumps(spec).encode(), 0)
             inherited = (spec_fd, coordinator, *plans.all(), *replies.all())
             commands.append(([sys.executable, "-P", "-m", module, str(spec_fd)], inherited))
-        self._spawn(commands, _environment(directory), output)
+        self._processes.spawn(commands, worker_environment(directory), output)
         self._poll = select.poll()
         self._watched: dict[int, int] = {}  # pidfd -> rank
-        for rank, process in enumerate(self._state.processes):
+        for rank, process in enumerate(self._processes.processes):
             pidfd = os.pidfd_open(process.pid)
-            self._state.descriptors.append(pidfd)
+            self._processes.descriptors.append(pidfd)
             self._watched[pidfd] = rank
             self._poll.register(pidfd, select.POLLIN)
             self._poll.register(self._readers[rank].fileno(), select.POLLIN)
 
-    def _spawn(
-        self,
-        commands: Sequence[tuple[list[str], tuple[int, ...]]],
-        environment: dict[str, str],
-        output: int,
-    ) -> None:
-        """Start the workers from a thread that lives as long as they may.
-
-        The kernel sends a worker its parent-death signal when the thread that started it ends, not
-        the process: a caller's short-lived thread must not be that thread.
-        """
-        started = threading.Event()
-        failure: list[BaseException] = []
-        state = self._state
-
-        def run() -> None:
-            try:
-                for command, inherited in commands:
-                    with state.lock:
-                        if state.ending:
-                            break
-                        process = subprocess.Popen(
-                            command,
-                            stdin=subprocess.DEVNULL,
-                            stdout=output,
-                            stderr=output,
-                            pass_fds=inherited,
-                            env=environment,
-                            start_new_session=True,  # Ctrl-C in the terminal is the coordinator's
-                        )
-                        state.processes.append(process)
-            except BaseException as error:
-                failure.append(error)
-            started.set()
-            state.released.wait()
-
-        threading.Thread(target=run, name="tpllm-launcher", daemon=True).start()
-        started.wait()
-        if failure:
-            raise failure[0]
-
     @property
     def pids(self) -> list[int]:
         """The process id of each rank's worker."""
-        return [process.pid for process in self._state.processes]
+        return [process.pid for process in self._processes.processes]
 
     # ---- talking -----------------------------------------------------------------------------
 
@@ -274,9 +152,9 @@ class WorkerGroup:
         if step is not None:
             self.step = step
         deadline = time.monotonic() + SEND_TIMEOUT_S
-        with self._state.use():
+        with self._processes.use():
             while not self._writer.try_send(kind, parts):
-                self._state.refuse_if_ending()
+                self._processes.refuse_if_ending()
                 if time.monotonic() > deadline:
                     self._fail(f"no worker took a record for {SEND_TIMEOUT_S:.0f} s: a rank hangs")
                 if self._some_worker_ended(timeout_s=0.0):
@@ -293,7 +171,7 @@ class WorkerGroup:
 
         `on_phase(rank, phase)` hears what the workers say of their progress meanwhile.
         """
-        with self._state.use():
+        with self._processes.use():
             while True:
                 for item in self._inbox:
                     if item[0] == rank and item[1].kind == kind:
@@ -341,20 +219,21 @@ class WorkerGroup:
 
     @property
     def closed(self) -> bool:
-        return self._state.released.is_set()
+        return self._processes.released.is_set()
 
     def close(self) -> None:
         """Ask the workers to end, then see to it. Harmless when repeated, or in a forked copy."""
-        if self.closed or os.getpid() != self._state.owner_pid:
+        if self.closed or os.getpid() != self._processes.owner_pid:
             return
         asked = False
-        with suppress(RuntimeError), self._state.use():  # else somebody waits for a step: no time
+        # in use by another thread, which waits for a step: then there is nobody to ask
+        with suppress(RuntimeError), self._processes.use():
             asked = self._writer.try_send(CONTROL, [json.dumps({"type": "shutdown"}).encode()])
-        self._state.release(CLOSE_TIMEOUT_S if asked else 0.0)
+        self._processes.release(CLOSE_TIMEOUT_S if asked else 0.0)
 
     def kill(self) -> None:
         """End the workers at once."""
-        self._state.release()
+        self._processes.release()
 
     def _some_worker_ended(self, timeout_s: float | None) -> bool:
         """Sleep until a worker ends or says something; whether one has ended.
@@ -363,7 +242,7 @@ class WorkerGroup:
             RuntimeError: it ended because the group is being closed.
         """
         events = self._poll.poll(None if timeout_s is None else timeout_s * 1e3)
-        self._state.refuse_if_ending()
+        self._processes.refuse_if_ending()
         return any(fd in self._watched for fd, _ in events)
 
     def _fail_with_cause(self) -> NoReturn:
@@ -374,7 +253,7 @@ class WorkerGroup:
         """
         deadline = time.monotonic() + GRACE_S
         while True:
-            codes = [process.poll() for process in self._state.processes]
+            codes = [process.poll() for process in self._processes.processes]
             for rank, reader in enumerate(self._readers):
                 while (record := reader.try_receive()) is not None:
                     self._take(rank, record)
@@ -387,7 +266,7 @@ class WorkerGroup:
             if silent or time.monotonic() > deadline:
                 break
             time.sleep(0.01)
-        self._state.refuse_if_ending()
+        self._processes.refuse_if_ending()
         causes = [(rank, self._describe_end(rank, code)) for rank, code in silent.items()]
         if self._complaints:
             first = min(self._complaints)
@@ -421,34 +300,6 @@ class WorkerGroup:
 
 def _as_json(ring: RingDescriptors) -> list[Any]:
     return [ring.memory, list(ring.ready), ring.freed]
-
-
-def _environment(directory: Path) -> dict[str, str]:
-    """The workers' environment: this very tpllm importable, temporary files in our directory."""
-    package_root = str(Path(__file__).resolve().parents[2])
-    paths = [package_root, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "TMPDIR": str(directory)}
-
-
-def _stderr_or_null() -> int:
-    """Where workers write: a library's chatter must not mix with the caller's output."""
-    try:
-        os.fstat(2)
-    except OSError:
-        return subprocess.DEVNULL
-    return 2
-
-
-def _fill_standard_descriptors() -> list[int]:
-    """Open those of 0, 1 and 2 that are closed, as in a daemon, and return them.
-
-    A ring that got such a number would be replaced in the workers by their own standard streams.
-    """
-    opened = []
-    while (fd := os.open(os.devnull, os.O_RDWR)) <= 2:
-        opened.append(fd)
-    os.close(fd)
-    return opened
 
 
 def _signal_name(number: int) -> str:

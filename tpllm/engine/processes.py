@@ -1,0 +1,168 @@
+"""The worker processes of an engine, and everything else it has to give back.
+
+Apart from the `WorkerGroup` that talks to them, so that a finalizer can hold it.
+"""
+
+import os
+import shutil
+import subprocess
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from tpllm.channel.ring import RingReader, RingWriter
+from tpllm.interrupts import Interrupts
+
+
+@dataclass
+class WorkerProcesses:
+    """What has to be given back, apart from the group so that a finalizer can hold it.
+
+    `release` may come from any thread, from a signal handler or from the garbage collector, also in
+    the middle of a call that uses the rings: it ends the workers at once, which wakes that call,
+    and descriptors are closed by whoever leaves last.
+    """
+
+    owner_pid: int
+    directory: Path | None = None
+    processes: list[subprocess.Popen[bytes]] = field(default_factory=list)
+    rings: list[RingReader | RingWriter] = field(default_factory=list)
+    descriptors: list[int] = field(default_factory=list)
+    ending: bool = False
+    released: threading.Event = field(default_factory=threading.Event)
+    # held to start a worker and to end them all, so that none is started behind an end's back
+    lock: threading.RLock = field(default_factory=threading.RLock)
+    _in_use: threading.Lock = field(default_factory=threading.Lock)
+
+    def release(self, patience_s: float = 0.0) -> None:
+        """Wait `patience_s` for the workers to end, kill what is left, remove every trace.
+
+        Does nothing in a forked copy of the owner, and nothing the second time.
+        """
+        if os.getpid() != self.owner_pid:
+            return
+        deadline = time.monotonic() + patience_s
+        try:
+            self.ending = True
+            while time.monotonic() < deadline and any(p.poll() is None for p in self.processes):
+                time.sleep(0.005)
+        finally:  # Ctrl-C cuts the waiting short, and waits for the rest
+            with Interrupts(), self.lock:
+                if not self.released.is_set():
+                    self._end_everything()
+
+    def _end_everything(self) -> None:
+        for process in self.processes:
+            if process.poll() is None:
+                process.kill()
+        for process in self.processes:
+            process.wait()
+        self._close_descriptors()
+        if self.directory is not None:
+            shutil.rmtree(self.directory, ignore_errors=True)
+        self.released.set()
+
+    def spawn(
+        self,
+        commands: Sequence[tuple[list[str], tuple[int, ...]]],
+        environment: dict[str, str],
+        output: int,
+    ) -> None:
+        """Start the workers from a thread that lives as long as they may.
+
+        The kernel sends a worker its parent-death signal when the thread that started it ends, not
+        the process: a caller's short-lived thread must not be that thread.
+        """
+        started = threading.Event()
+        failure: list[BaseException] = []
+
+        def run() -> None:
+            try:
+                for command, inherited in commands:
+                    with self.lock:
+                        if self.ending:
+                            break
+                        process = subprocess.Popen(
+                            command,
+                            stdin=subprocess.DEVNULL,
+                            stdout=output,
+                            stderr=output,
+                            pass_fds=inherited,
+                            env=environment,
+                            start_new_session=True,  # Ctrl-C in the terminal is the coordinator's
+                        )
+                        self.processes.append(process)
+            except BaseException as error:
+                failure.append(error)
+            started.set()
+            self.released.wait()
+
+        threading.Thread(target=run, name="tpllm-launcher", daemon=True).start()
+        started.wait()
+        if failure:
+            raise failure[0]
+
+    @contextmanager
+    def use(self) -> Iterator[None]:
+        """Keep the descriptors open for the length of a call.
+
+        Raises:
+            RuntimeError: nobody may call: the engine is closed, busy, or another process's.
+        """
+        if os.getpid() != self.owner_pid:
+            raise RuntimeError(
+                f"this engine belongs to process {self.owner_pid}; a forked copy cannot use it"
+            )
+        if not self._in_use.acquire(blocking=False):
+            raise RuntimeError("this engine is in the middle of another call")
+        try:
+            self.refuse_if_ending()
+            yield
+        finally:
+            self._in_use.release()
+            if self.ending:
+                self._close_descriptors()
+
+    def refuse_if_ending(self) -> None:
+        if self.ending:
+            raise RuntimeError("this engine is closed")
+
+    def _close_descriptors(self) -> None:
+        if not self._in_use.acquire(blocking=False):
+            return  # the call that uses them closes them when it leaves
+        while self.rings:
+            self.rings.pop().close()
+        while self.descriptors:
+            os.close(self.descriptors.pop())
+        self._in_use.release()
+
+
+def worker_environment(directory: Path) -> dict[str, str]:
+    """The workers' environment: this very tpllm importable, temporary files in our directory."""
+    package_root = str(Path(__file__).resolve().parents[2])
+    paths = [package_root, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "TMPDIR": str(directory)}
+
+
+def stderr_or_null() -> int:
+    """Where workers write: a library's chatter must not mix with the caller's output."""
+    try:
+        os.fstat(2)
+    except OSError:
+        return subprocess.DEVNULL
+    return 2
+
+
+def fill_standard_descriptors() -> list[int]:
+    """Open those of 0, 1 and 2 that are closed, as in a daemon, and return them.
+
+    A ring that got such a number would be replaced in the workers by their own standard streams.
+    """
+    opened = []
+    while (fd := os.open(os.devnull, os.O_RDWR)) <= 2:
+        opened.append(fd)
+    os.close(fd)
+    return opened
