@@ -103,7 +103,9 @@ print("idle", flush=True)
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 def test_a_coordinator_ended_by_a_signal_takes_everything_along(number):
-    with running(IDLE + "time.sleep(600)") as script:
+    # a program started by nohup, as the tests may have been, inherits that it ignores SIGHUP
+    code = f"import signal\nsignal.signal({int(number)}, signal.SIG_DFL)" + IDLE
+    with running(code + "time.sleep(600)") as script:
         script.wait_for("idle")
         script.process.send_signal(number)
         assert script.exit_code == -number
