@@ -6,7 +6,6 @@ import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
-from numbers import Integral
 from types import TracebackType
 from typing import Any, Self
 
@@ -17,10 +16,10 @@ from tpllm.engine.coordinator import Coordinator
 from tpllm.engine.request import AddRequest, RequestUpdate
 from tpllm.interrupts import Interrupts
 from tpllm.outputs import CompletionOutput, RequestOutput
+from tpllm.prompts import Prompt, as_list, one_for_each
 from tpllm.sampling_params import SamplingParams
 from tpllm.tokenizer import Tokenizer
 
-Prompt = str | list[int] | Mapping[str, Any]
 Message = Mapping[str, Any]
 
 
@@ -84,7 +83,7 @@ class LLM(AbstractContextManager["LLM"]):
             ValueError: a prompt cannot run; none has been started then.
             WorkerError: a worker failed; the engine is closed.
         """
-        texts, prompt_ids = self._encode(_as_list(prompts))
+        texts, prompt_ids = self._encode(as_list(prompts))
         return self._run(texts, prompt_ids, sampling_params, use_tqdm)
 
     def chat(
@@ -103,10 +102,15 @@ class LLM(AbstractContextManager["LLM"]):
                 `generate`.
         """
         tokenizer = self.get_tokenizer()
+        if not isinstance(messages, Sequence) or isinstance(messages, str):
+            raise ValueError(
+                f"messages={messages!r} must be a list of messages, or a list of lists"
+            )
         several = bool(messages) and not isinstance(messages[0], Mapping)
         conversations: Sequence[Any] = messages if several else [messages]
         texts = [tokenizer.render_chat(conversation) for conversation in conversations]
-        prompt_ids = [tokenizer.apply_chat_template(conversation) for conversation in conversations]
+        # the template spells out every special token
+        prompt_ids = tokenizer.encode_batch(texts, add_special_tokens=False)
         return self._run(list(texts), prompt_ids, sampling_params, use_tqdm)
 
     def get_tokenizer(self) -> Tokenizer:
@@ -154,32 +158,14 @@ class LLM(AbstractContextManager["LLM"]):
 
     # ---- inside ------------------------------------------------------------------------------
 
-    def _encode(self, prompts: list[Prompt]) -> tuple[list[str | None], list[list[int]]]:
+    def _encode(self, prompts: list[str | list[int]]) -> tuple[list[str | None], list[list[int]]]:
         """Text (None where it came as ids) and token ids of every prompt, encoded in one go."""
-        texts: list[str | None] = []
-        ids: list[list[int] | None] = []
-        for i, prompt in enumerate(prompts):
-            if isinstance(prompt, Mapping):
-                if "prompt_token_ids" in prompt:
-                    prompt = prompt["prompt_token_ids"]
-                elif "prompt" in prompt:
-                    prompt = prompt["prompt"]
-                else:
-                    raise ValueError(
-                        f"prompt {i} is a mapping with {sorted(prompt)}; give it "
-                        '"prompt_token_ids" or "prompt"'
-                    )
-            if isinstance(prompt, str):
-                texts.append(prompt)
-                ids.append(None)
-            else:
-                texts.append(None)
-                ids.append(_as_token_ids(i, prompt))
-        to_encode = [text for text in texts if text is not None]
-        if to_encode:
-            encoded = iter(self.get_tokenizer().encode_batch(to_encode))
-            ids = [next(encoded) if tokens is None else tokens for tokens in ids]
-        return texts, [tokens for tokens in ids if tokens is not None]
+        texts = [prompt for prompt in prompts if isinstance(prompt, str)]
+        encoded = iter(self.get_tokenizer().encode_batch(texts) if texts else [])
+        return (
+            [prompt if isinstance(prompt, str) else None for prompt in prompts],
+            [next(encoded) if isinstance(prompt, str) else prompt for prompt in prompts],
+        )
 
     def _run(
         self,
@@ -188,7 +174,7 @@ class LLM(AbstractContextManager["LLM"]):
         sampling_params: SamplingParams | Sequence[SamplingParams] | None,
         use_tqdm: bool,
     ) -> list[RequestOutput]:
-        params = _one_for_each(sampling_params, len(prompt_ids))
+        params = one_for_each(sampling_params, len(prompt_ids))
         with self._lock:
             if self._coordinator.closed:
                 raise RuntimeError("this LLM is closed; make a new one")
@@ -314,46 +300,3 @@ class _Progress:
 
     def close(self) -> None:
         self._bar.close()
-
-
-def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
-    """One prompt or many, as a list. A flat list of token ids is one prompt."""
-    if isinstance(prompts, str | Mapping):
-        return [prompts]
-    if not isinstance(prompts, Sequence) and not hasattr(prompts, "__array__"):
-        raise ValueError(
-            f"prompts={prompts!r} must be a text, token ids, a mapping, or a list of these"
-        )
-    items: list[Any] = list(prompts)
-    if items and isinstance(items[0], Integral) and not isinstance(items[0], bool):
-        return [items]
-    return items
-
-
-def _as_token_ids(index: int, prompt: Any) -> list[int]:
-    if not isinstance(prompt, Sequence) and not hasattr(prompt, "__array__"):
-        raise ValueError(f"prompt {index} is {prompt!r}; give a text or a list of token ids")
-    ids = list(prompt)
-    for token_id in ids:
-        if isinstance(token_id, bool) or not isinstance(token_id, Integral):
-            raise ValueError(f"prompt {index} holds {token_id!r}, which is not a token id")
-    return [int(token_id) for token_id in ids]
-
-
-def _one_for_each(
-    params: SamplingParams | Sequence[SamplingParams] | None, num_prompts: int
-) -> list[SamplingParams]:
-    if params is None:
-        params = SamplingParams()
-    if isinstance(params, SamplingParams):
-        return [params] * num_prompts
-    each = list(params)
-    if len(each) != num_prompts:
-        raise ValueError(
-            f"sampling_params is a list of {len(each)} for {num_prompts} prompts; "
-            "give one for all, or one for each"
-        )
-    for item in each:
-        if not isinstance(item, SamplingParams):
-            raise ValueError(f"sampling_params holds {item!r}; give SamplingParams objects")
-    return each

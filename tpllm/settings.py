@@ -23,7 +23,7 @@ LOAD_FORMATS = ("auto", "dummy")
 RANGES = {
     "tensor_parallel_size": (1, 1024),
     "max_model_len": (1, 2**28),
-    "max_num_seqs": (1, 2**16),
+    "max_num_seqs": (1, 2**16 - 1),  # a side of a CUDA grid
     "max_num_batched_tokens": (1, 2**22),
     "num_kv_blocks": (2, MAX_INT32),  # one block takes the writes of padding
     "kv_block_size": (1, 2**16),

@@ -39,13 +39,22 @@ class Tokenizer:
         """Read the tokenizer now rather than at first use."""
         _ = self._inner
 
-    def encode_batch(self, texts: list[str]) -> list[list[int]]:
-        """Token ids of each text, with the special tokens the tokenizer adds to any text.
+    def encode_batch(self, texts: list[str], add_special_tokens: bool = True) -> list[list[int]]:
+        """Token ids of each text, with the special tokens that the tokenizer adds to any text.
 
         Raises:
             ValueError: a text is not valid Unicode.
         """
-        return self._encode(texts, add_special_tokens=True)
+        if not texts:  # transformers fails on an empty batch
+            return []
+        for i, text in enumerate(texts):
+            if not _is_unicode(text):
+                raise ValueError(f"prompt {i} holds a lone surrogate, which is not valid Unicode")
+        # verbose=False: a text longer than the tokenizer's limit is judged by max_model_len.
+        ids: list[list[int]] = self._inner(
+            texts, add_special_tokens=add_special_tokens, verbose=False
+        )["input_ids"]
+        return ids
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """The text of `ids`. Ids the tokenizer does not know, such as padding, give nothing."""
@@ -53,12 +62,6 @@ class Tokenizer:
             list(ids), skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False
         )
         return text
-
-    def decode_batch(
-        self, batch: Sequence[Sequence[int]], skip_special_tokens: bool = True
-    ) -> list[str]:
-        """The text of each list of ids."""
-        return [self.decode(ids, skip_special_tokens) for ids in batch]
 
     @property
     def has_chat_template(self) -> bool:
@@ -90,22 +93,6 @@ class Tokenizer:
                 f"{_first_line(error)}"
             ) from error
         return text
-
-    def apply_chat_template(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
-        """Token ids of `render_chat(messages)`. The template spells out every special token."""
-        return self._encode([self.render_chat(messages)], add_special_tokens=False)[0]
-
-    def _encode(self, texts: list[str], add_special_tokens: bool) -> list[list[int]]:
-        if not texts:  # transformers fails on an empty batch
-            return []
-        for i, text in enumerate(texts):
-            if not _is_unicode(text):
-                raise ValueError(f"prompt {i} holds a lone surrogate, which is not valid Unicode")
-        # verbose=False: a text longer than the tokenizer's limit is judged by max_model_len.
-        ids: list[list[int]] = self._inner(
-            texts, add_special_tokens=add_special_tokens, verbose=False
-        )["input_ids"]
-        return ids
 
 
 def _is_unicode(text: str) -> bool:

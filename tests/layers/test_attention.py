@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from tpllm.layers import attention
 from tpllm.layers.attention import (
     Attention,
     AttentionBackend,
@@ -14,6 +15,7 @@ from tpllm.layers.attention import (
     PrefillBatch,
     SplitDecodeBackend,
     TorchAttentionBackend,
+    causal_attention,
     choose_backend,
 )
 
@@ -169,6 +171,15 @@ def test_attention_over_the_paged_cache_matches_plain_attention(
     assert_as_accurate: Callable[[Tensor, Tensor, Tensor], None],
 ) -> None:
     check_step(setting, num_heads, num_kv_heads, 64, decode, prefill, assert_as_accurate)
+
+
+def test_long_chunks_after_a_context_are_computed_in_bands(monkeypatch):
+    torch.manual_seed(0)
+    q, k, v = torch.randn(23, 4, 8), torch.randn(40, 2, 8), torch.randn(40, 2, 8)
+    whole = causal_attention(q, k, v, 0.3)
+    for mask_elements in (40, 300):
+        monkeypatch.setattr(attention, "_MASK_ELEMENTS", mask_elements)
+        torch.testing.assert_close(causal_attention(q, k, v, 0.3), whole)
 
 
 def test_torch_backend_takes_any_head_dim(

@@ -122,11 +122,17 @@ class Coordinator:
                 "an answer; raise num_kv_blocks or gpu_memory_utilization"
             )
         vocab_size = config.model_config.vocab_size
-        for token_id in (min(prompt), max(prompt), *params.stop_token_ids):
+        for token_id in (min(prompt), max(prompt)):
             if not 0 <= token_id < vocab_size:
                 raise ValueError(
                     f"token id {token_id} is outside the vocabulary of {vocab_size} tokens; "
                     "was the text encoded with another model's tokenizer?"
+                )
+        for token_id in params.stop_token_ids:
+            if token_id >= vocab_size:
+                raise ValueError(
+                    f"stop_token_ids holds {token_id}, outside the vocabulary of {vocab_size} "
+                    "tokens; leave it out"
                 )
         if params.min_tokens > 0:
             ends = set(params.stop_token_ids)
@@ -165,7 +171,7 @@ class Coordinator:
     def step(self) -> list[RequestUpdate]:
         """Keep the GPUs fed, wait for the oldest step in flight, return what it brought.
 
-        Returns an empty list when there is nothing left to compute.
+        The list is empty after a step of prompt chunks alone, and when nothing is left to do.
 
         An exception, also one that a signal handler raises, ends the engine: what has been planned,
         what has been sent and what has been noted may then be three things.
@@ -188,6 +194,7 @@ class Coordinator:
             self._workers.send(STEP, plan.parts(), plan.step)
             times.broadcast += clock() - planned
         if scheduler.num_in_flight == 0:
+            assert scheduler.num_unfinished == 0, "requests are left that cannot be scheduled"
             return []
         begin = clock()
         record = self._workers.receive(0, RESULT)

@@ -141,10 +141,18 @@ class WorkerProcesses:
 
 
 def worker_environment(directory: Path) -> dict[str, str]:
-    """The workers' environment: this very tpllm importable, temporary files in our directory."""
+    """The workers' environment: this very tpllm importable, temporary files in our directory.
+
+    GPUs are counted as NVML counts them, by which the settings were checked.
+    """
     package_root = str(Path(__file__).resolve().parents[2])
     paths = [package_root, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "TMPDIR": str(directory)}
+    return {
+        "CUDA_DEVICE_ORDER": "PCI_BUS_ID",
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(paths),
+        "TMPDIR": str(directory),
+    }
 
 
 def stderr_or_null() -> int:

@@ -20,6 +20,8 @@ from tpllm.layers.paged_decode import PagedDecode
 
 # Tokens whose pages plain torch gathers at once for decode rows, to bound the copy's memory.
 _GATHERED_TOKENS = 1 << 17
+# Largest mask of plain torch's prefill; with SDPA's copies it takes 6 bytes for each element.
+_MASK_ELEMENTS = 1 << 25
 
 
 @dataclass
@@ -239,6 +241,14 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     """
     q_len, num_heads, head_dim = q.shape
     k_len, num_kv_heads = k.shape[:2]
+    if 1 < q_len < k_len and q_len * k_len > _MASK_ELEMENTS:  # band by band of queries
+        rows = max(1, _MASK_ELEMENTS // k_len)
+        out = torch.empty_like(q, memory_format=torch.contiguous_format)
+        for first in range(0, q_len, rows):
+            band = slice(first, min(first + rows, q_len))
+            seen = k_len - q_len + band.stop
+            out[band] = causal_attention(q[band], k[:seen], v[:seen], scale)
+        return out
     group = num_heads // num_kv_heads  # query heads that share a key/value head
     # Key/value heads are the batch and their query heads the heads. With `enable_gqa` instead, fp32
     # on a GPU falls back to a [H, Lq, Lk] matrix of scores: 34 GB for 16k tokens and 32 heads.

@@ -6,6 +6,7 @@ current stream and can be captured in a CUDA graph; `min_over_ranks` and `barrie
 rank on the host and belong to start-up.
 """
 
+import sys
 from dataclasses import replace
 
 import torch
@@ -59,9 +60,10 @@ def barrier(tp: TPGroup) -> None:
 def with_peer_memory(tp: TPGroup, width: int, dtype: torch.dtype) -> TPGroup:
     """The same group with `peers`, for sums of rows of `width`, if the GPUs reach each other.
 
-    Every rank calls this together, and all get the same answer.
+    Every rank calls this together, and all get the same answer. A `width` that is no multiple of
+    8, for 16-byte loads, is left to NCCL.
     """
-    if tp.process_group is None or tp.device.type != "cuda":
+    if tp.process_group is None or tp.device.type != "cuda" or width % 8:
         return tp
     others = (rank for rank in range(tp.size) if rank != tp.rank)
     reachable = all(torch.cuda.can_device_access_peer(tp.device, other) for other in others)
@@ -69,4 +71,9 @@ def with_peer_memory(tp: TPGroup, width: int, dtype: torch.dtype) -> TPGroup:
         return tp
     num_bytes = _ONE_SHOT_BYTES.get(tp.size, _ONE_SHOT_BYTES_BEYOND)
     max_rows = max(1, num_bytes // (width * dtype.itemsize))
-    return replace(tp, peers=PeerMemory(tp.process_group, max_rows, width, dtype, tp.device))
+    peers = None
+    try:
+        peers = PeerMemory(tp.process_group, max_rows, width, dtype, tp.device)
+    except RuntimeError as error:  # a container that forbids to share descriptors, for one
+        print(f"tpllm: no peer memory on rank {tp.rank}, NCCL serves: {error}", file=sys.stderr)
+    return replace(tp, peers=peers) if min_over_ranks(int(peers is not None), tp) else tp

@@ -1,6 +1,7 @@
 """How many blocks the KV cache may have: what is left when everything else has its memory."""
 
-import os
+from contextlib import suppress
+from pathlib import Path
 
 import torch
 
@@ -25,10 +26,10 @@ def cpu_cache_blocks(config: EngineConfig, shape: CacheShape, tp: TPGroup) -> in
     Raises:
         SettingError: not even two do.
     """
-    free_bytes = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    available = int(free_bytes * _CPU_MEMORY_SHARE) // tp.size
-    num_blocks = _agree(available, shape, tp, "half of the host's free memory")
-    # more than every row at its longest, and the reserved block, is of no use here
+    available = int(_host_bytes() * _CPU_MEMORY_SHARE) // tp.size
+    source = "half of the host's free memory"
+    num_blocks = _agree(available, shape, tp, source, "free some, or lower max_num_seqs")
+    # every row at its longest, and the reserved block: beyond that the cache is a luxury
     return min(num_blocks, config.max_num_seqs * config.max_blocks_per_seq + 1)
 
 
@@ -43,8 +44,8 @@ def gpu_cache_blocks(
     """Run the largest step and capture graphs on a cache of one block; count what is left.
 
     Args:
-        free_at_start: bytes that were free on the GPU before this process took any: what others
-            hold is not ours to count on.
+        free_at_start: bytes that were free on the GPU when this process had its CUDA context and
+            nothing else: what others hold is not ours to count on.
 
     Raises:
         SettingError: less than two blocks are left on some rank.
@@ -68,7 +69,11 @@ def gpu_cache_blocks(
         f"gpu_memory_utilization={config.gpu_memory_utilization:.2f}, {budget / 2**30:.1f} GiB, "
         f"less {used / 2**30:.1f} GiB for weights and work"
     )
-    return _agree(budget - used, shape, tp, source)
+    mend = (
+        "raise gpu_memory_utilization, use a larger tensor_parallel_size, or lower "
+        "max_num_batched_tokens"
+    )
+    return _agree(budget - used, shape, tp, source, mend)
 
 
 def _graph_bytes(shape: CacheShape, runner: ModelRunner, tp: TPGroup) -> int:
@@ -85,13 +90,23 @@ def _graph_bytes(shape: CacheShape, runner: ModelRunner, tp: TPGroup) -> int:
     return max(0, largest) + max(0, both - largest) * len(sizes)
 
 
-def _agree(available_bytes: int, shape: CacheShape, tp: TPGroup, source: str) -> int:
+def _host_bytes() -> int:
+    """Memory that this host, or our part of it, can still give: the page cache counts as free."""
+    fields = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+    available = int(fields["MemAvailable"].split()[0]) * 1024
+    cgroup = Path("/sys/fs/cgroup")
+    with suppress(OSError, ValueError):  # no cgroup, or "max"
+        limit = int((cgroup / "memory.max").read_text())
+        available = min(available, limit - int((cgroup / "memory.current").read_text()))
+    return max(0, available)
+
+
+def _agree(available_bytes: int, shape: CacheShape, tp: TPGroup, source: str, mend: str) -> int:
     """The number of blocks that fits on every rank."""
     num_blocks = min_over_ranks(max(0, available_bytes) // shape.block_bytes, tp)
     if num_blocks < 2:
         raise SettingError(
             f"{source}, leaves {num_blocks} KV blocks of {shape.block_bytes / 2**20:.1f} MiB, and "
-            "at least 2 are needed; raise gpu_memory_utilization, use a larger "
-            "tensor_parallel_size, or lower max_num_batched_tokens"
+            f"at least 2 are needed; {mend}"
         )
     return num_blocks

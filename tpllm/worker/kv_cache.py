@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from tpllm.errors import SettingError
 from tpllm.models.qwen3 import KVCache
 
 
@@ -30,7 +31,20 @@ class CacheShape:
 
         Zeroed because kernels multiply what lies beyond a sequence's end by a weight of zero, which
         a NaN left in fresh memory would survive.
+
+        Raises:
+            SettingError: there is not so much memory.
         """
+        try:
+            return self._allocate(num_blocks, device)
+        except (MemoryError, torch.OutOfMemoryError):
+            gigabytes = num_blocks * self.block_bytes / 2**30
+            raise SettingError(
+                f"num_kv_blocks={num_blocks} take {gigabytes:.1f} GiB, and {device} has not so "
+                "much free; lower num_kv_blocks"
+            ) from None
+
+    def _allocate(self, num_blocks: int, device: torch.device) -> list[KVCache]:
         shape = (
             self.num_layers,
             2,

@@ -37,6 +37,6 @@ class Replies:
         `setting` marks a message about a setting, to be shown to the caller as it is. The time
         tells the first rank that failed from those that failed of it: all share one clock.
         """
-        room = self._writer.slot_bytes // 4  # JSON may need several bytes for a character
+        room = self._writer.slot_bytes // 12 - 64  # JSON needs up to 12 bytes for a character
         message = {"error": text[-room:].strip(), "setting": setting, "time": time.monotonic()}
         self.control(message)

@@ -63,5 +63,7 @@ class ResultSender:
                     self._free.put(previous)
                 previous = readback
         except BaseException:
-            self._replies.error(traceback.format_exc())
-            os._exit(1)
+            try:
+                self._replies.error(traceback.format_exc())
+            finally:
+                os._exit(1)

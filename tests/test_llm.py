@@ -1,0 +1,157 @@
+"""The offline API on the shipped model: prompts in, texts out, and what it refuses."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from tests.checkpoints import write_config
+from tests.reference import shipped_greedy
+from tpllm import LLM, SamplingParams
+
+PSALM = "Psalms 23\n1 The LORD is my shepherd;"
+SHORT = SamplingParams(temperature=0, max_tokens=6)
+DRAWN = [SamplingParams(temperature=0.8, max_tokens=24, seed=i, ignore_eos=True) for i in range(6)]
+
+
+@pytest.fixture(scope="module")
+def llm() -> Iterator[LLM]:
+    with LLM(device="cpu", num_kv_blocks=40, max_num_seqs=16) as llm:
+        yield llm
+
+
+def test_texts_ids_and_mappings_give_the_same(llm: LLM) -> None:
+    ids = llm.get_tokenizer().encode_batch([PSALM])[0]
+    forms: list[Any] = [PSALM, ids, {"prompt": PSALM}, {"prompt_token_ids": ids}]
+    outputs = llm.generate(forms, SHORT, use_tqdm=False)
+    assert {output.outputs[0].text for output in outputs} == {" I shall not want.\n2"}
+    assert [output.prompt for output in outputs] == [PSALM, None, PSALM, None]
+    assert all(output.prompt_token_ids == ids and output.finished for output in outputs)
+    assert len({output.request_id for output in outputs}) == 4
+    assert llm.generate([], SHORT) == []
+
+
+def test_outputs_come_in_the_order_of_the_prompts(llm: LLM) -> None:
+    references = shipped_greedy()[:8]
+    params = [SamplingParams(temperature=0, max_tokens=8 - i) for i in range(8)]
+    outputs = llm.generate([r.prompt_ids for r in references], params, use_tqdm=False)
+    for i, (output, reference) in enumerate(zip(outputs, references, strict=True)):
+        assert output.outputs[0].token_ids == reference.output_ids[: 8 - i]
+        assert output.outputs[0].finish_reason == "length"
+
+
+def test_an_end_token_ends_the_text_and_is_among_the_ids(llm: LLM) -> None:
+    output = llm.chat(
+        [{"role": "user", "content": "What is 348 + 44?"}],
+        use_tqdm=False,
+        sampling_params=SamplingParams(temperature=0, max_tokens=32),
+    )[0].outputs[0]
+    assert (output.text, output.finish_reason, output.stop_reason) == ("392", "stop", None)
+    assert output.token_ids[-1] in llm.config.model_config.eos_token_ids
+
+
+def test_a_stop_token_is_told_and_left_out_of_the_text(llm: LLM) -> None:
+    reference = shipped_greedy()[0]
+    stop = reference.output_ids[4]
+    first = reference.output_ids.index(stop)
+    params = SamplingParams(temperature=0, max_tokens=20, stop_token_ids=[stop])
+    output = llm.generate(reference.prompt_ids, params, use_tqdm=False)[0].outputs[0]
+    assert output.token_ids == reference.output_ids[: first + 1]
+    assert (output.finish_reason, output.stop_reason) == ("stop", stop)
+    assert output.text == llm.get_tokenizer().decode(reference.output_ids[:first])
+
+
+def test_min_tokens_holds_end_tokens_back(llm: LLM) -> None:
+    conversation = [{"role": "user", "content": "What is 348 + 44?"}]
+    params = SamplingParams(temperature=0, min_tokens=10, max_tokens=64)
+    output = llm.chat(conversation, params, use_tqdm=False)[0].outputs[0]
+    ends = set(llm.config.model_config.eos_token_ids)
+    assert len(output.token_ids) >= 10
+    assert not ends.intersection(output.token_ids[:10])
+
+
+def test_a_seed_draws_the_same_alone_in_a_batch_in_chunks_and_on_two_ranks(llm: LLM) -> None:
+    prompts = [reference.prompt_ids for reference in shipped_greedy()[: len(DRAWN)]]
+
+    def drawn(engine: LLM, alone: bool) -> list[list[int]]:
+        calls = zip([[p] for p in prompts], [[d] for d in DRAWN], strict=True)
+        batches = list(calls) if alone else [(prompts, DRAWN)]
+        outputs = [o for p, d in batches for o in engine.generate(p, d, use_tqdm=False)]
+        return [output.outputs[0].token_ids for output in outputs]
+
+    together = drawn(llm, alone=False)
+    assert len({tuple(tokens) for tokens in together}) == len(together)
+    assert drawn(llm, alone=True) == together
+    with LLM(
+        device="cpu",
+        tensor_parallel_size=2,
+        num_kv_blocks=10,
+        max_num_batched_tokens=8,
+        max_num_seqs=4,
+    ) as other:
+        assert drawn(other, alone=False) == together
+        assert other.coordinator.stats.num_preemptions > 0
+
+
+def test_requests_without_a_seed_differ_and_the_engine_s_seed_repeats_them() -> None:
+    params = SamplingParams(max_tokens=12, ignore_eos=True)
+
+    def texts(seed: int) -> list[str]:
+        with LLM(device="cpu", seed=seed) as llm:
+            return [o.outputs[0].text for o in llm.generate([PSALM] * 3, params, use_tqdm=False)]
+
+    first = texts(7)
+    assert len(set(first)) == 3
+    assert texts(7) == first != texts(8)
+
+
+@pytest.mark.parametrize(
+    "prompt, params, message",
+    [
+        ("", SHORT, "prompt 1: the prompt is empty"),
+        ([4096], SHORT, "prompt 1: token id 4096 is outside the vocabulary of 4096"),
+        ([-1], SHORT, "prompt 1: token id -1 is outside"),
+        ([1] * 4096, SHORT, "has 4096 tokens, which leaves no room .* max_model_len=4096"),
+        ([1] * 700, SHORT, "has 700 tokens, more than the whole cache .*39 blocks of 16"),
+        ("hi", SamplingParams(stop_token_ids=[5000]), "stop_token_ids holds 5000"),
+        (
+            "hi",
+            SamplingParams(min_tokens=1, stop_token_ids=list(range(20))),
+            "min_tokens=1 with 22 end tokens; at most 16",
+        ),
+    ],
+)
+def test_what_cannot_run_is_refused_before_any_prompt_runs(llm, prompt, params, message) -> None:
+    steps = llm.coordinator.stats.num_steps
+    with pytest.raises(ValueError, match=message):
+        llm.generate(["a good prompt", prompt], [SHORT, params], use_tqdm=False)
+    assert llm.coordinator.stats.num_steps == steps
+    assert llm.coordinator.num_unfinished == 0
+
+
+def test_the_bar_tells_tokens_per_second(llm: LLM, capsys) -> None:
+    llm.generate([PSALM], SHORT)
+    shown = capsys.readouterr().err
+    assert "Processed prompts: 100%" in shown
+    assert "input" in shown and "output" in shown and "tok/s" in shown
+
+
+def test_without_a_tokenizer_ids_go_in_and_ids_come_out() -> None:
+    reference = shipped_greedy()[0]
+    with LLM(device="cpu", skip_tokenizer_init=True) as llm:
+        output = llm.generate(reference.prompt_ids, SHORT, use_tqdm=False)[0].outputs[0]
+        assert (output.token_ids, output.text) == (reference.output_ids[:6], "")
+        with pytest.raises(ValueError, match="has no tokenizer"):
+            llm.generate("text", SHORT)
+
+
+def test_a_cache_larger_than_memory_is_refused_by_name() -> None:
+    with pytest.raises(ValueError, match=r"num_kv_blocks=\d+ take .* GiB, and cpu has not so much"):
+        LLM(device="cpu", num_kv_blocks=2**31 // 16 - 1)
+
+
+def test_a_config_alone_is_enough_for_dummy_weights(tmp_path) -> None:
+    write_config(tmp_path)
+    with LLM(tmp_path, device="cpu", load_format="dummy", tensor_parallel_size=2) as llm:
+        output = llm.generate([[1, 2, 3]], SHORT, use_tqdm=False)[0].outputs[0]
+    assert len(output.token_ids) == 6

@@ -1,0 +1,89 @@
+"""What callers may hand to `LLM.generate`, checked and brought into one shape."""
+
+from collections.abc import Mapping, Sequence
+from numbers import Integral
+from typing import Any
+
+from tpllm.sampling_params import SamplingParams
+
+Prompt = str | Sequence[int] | Mapping[str, Any]
+
+_FORMS = 'a text, a list of token ids, {"prompt": text} or {"prompt_token_ids": ids}'
+
+
+def as_list(prompts: Prompt | Sequence[Prompt]) -> list[str | list[int]]:
+    """One prompt or many as a list, each a text or token ids. A flat list of ids is one prompt.
+
+    Raises:
+        ValueError: some prompt is none of these; it is named by its index.
+    """
+    if isinstance(prompts, str | Mapping):
+        return [_text_or_ids(0, prompts)]
+    items = _plain_list(prompts)
+    if items is None:
+        raise ValueError(f"prompts={_short(prompts)} must be {_FORMS}, or a list of these")
+    if items and isinstance(items[0], Integral):
+        return [_text_or_ids(0, items)]
+    return [_text_or_ids(i, item) for i, item in enumerate(items)]
+
+
+def one_for_each(
+    params: SamplingParams | Sequence[SamplingParams] | None, num_prompts: int
+) -> list[SamplingParams]:
+    """Sampling parameters of every prompt, from one for all, one for each, or none.
+
+    Raises:
+        ValueError: they are not `num_prompts`, or not SamplingParams.
+    """
+    if params is None:
+        params = SamplingParams()
+    if isinstance(params, SamplingParams):
+        return [params] * num_prompts
+    each = _plain_list(params)
+    if each is None:
+        raise ValueError(f"sampling_params={_short(params)} must be SamplingParams, or a list")
+    if len(each) != num_prompts:
+        raise ValueError(
+            f"sampling_params is a list of {len(each)} for {num_prompts} prompts; "
+            "give one for all, or one for each"
+        )
+    for item in each:
+        if not isinstance(item, SamplingParams):
+            raise ValueError(f"sampling_params holds {_short(item)}; give SamplingParams objects")
+    return each
+
+
+def _text_or_ids(index: int, prompt: Any) -> str | list[int]:
+    if isinstance(prompt, Mapping):
+        if "prompt_token_ids" in prompt:
+            prompt = prompt["prompt_token_ids"]
+            if isinstance(prompt, str):
+                raise ValueError(f"prompt {index}: prompt_token_ids={_short(prompt)} is a text")
+        elif isinstance(prompt.get("prompt"), str):
+            prompt = prompt["prompt"]
+        else:
+            raise ValueError(f"prompt {index} is {_short(prompt)}; give {_FORMS}")
+    if isinstance(prompt, str):
+        return prompt
+    ids = _plain_list(prompt)
+    if ids is None:
+        raise ValueError(f"prompt {index} is {_short(prompt)}; give {_FORMS}")
+    for token_id in ids:
+        if isinstance(token_id, bool) or not isinstance(token_id, Integral):
+            raise ValueError(f"prompt {index} holds {_short(token_id)}, which is not a token id")
+    return [int(token_id) for token_id in ids]
+
+
+def _plain_list(value: Any) -> list[Any] | None:
+    """A sequence's, array's or tensor's items; None for anything else."""
+    if hasattr(value, "tolist"):  # numpy and torch: Python's own numbers come out
+        items = value.tolist()
+        return items if isinstance(items, list) else None
+    if isinstance(value, str | bytes | bytearray) or not isinstance(value, Sequence):
+        return None
+    return list(value)
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
