@@ -1,6 +1,11 @@
 """The offline API on the shipped model: prompts in, texts out, and what it refuses."""
 
+import inspect
+import os
+import signal
 from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import fields
 from typing import Any
 
 import pytest
@@ -8,6 +13,7 @@ import pytest
 from tests.checkpoints import write_config
 from tests.reference import shipped_greedy
 from tpllm import LLM, SamplingParams
+from tpllm.settings import Settings
 
 PSALM = "Psalms 23\n1 The LORD is my shepherd;"
 SHORT = SamplingParams(temperature=0, max_tokens=6)
@@ -114,6 +120,7 @@ def test_requests_without_a_seed_differ_and_the_engine_s_seed_repeats_them() -> 
         ([1] * 4096, SHORT, "has 4096 tokens, which leaves no room .* max_model_len=4096"),
         ([1] * 700, SHORT, "has 700 tokens, more than the whole cache .*39 blocks of 16"),
         ("hi", SamplingParams(stop_token_ids=[5000]), "stop_token_ids holds 5000"),
+        ("hi", SamplingParams(min_tokens=700, max_tokens=None), "min_tokens=700 after a prompt of"),
         (
             "hi",
             SamplingParams(min_tokens=1, stop_token_ids=list(range(20))),
@@ -155,3 +162,47 @@ def test_a_config_alone_is_enough_for_dummy_weights(tmp_path) -> None:
     with LLM(tmp_path, device="cpu", load_format="dummy", tensor_parallel_size=2) as llm:
         output = llm.generate([[1, 2, 3]], SHORT, use_tqdm=False)[0].outputs[0]
     assert len(output.token_ids) == 6
+
+
+def test_a_sequence_longer_than_the_cache_is_refused_if_asked_for() -> None:
+    with pytest.raises(ValueError, match="max_model_len=200 is more than the 144 tokens"):
+        LLM(device="cpu", num_kv_blocks=10, max_model_len=200)
+
+
+def test_help_shows_every_setting() -> None:
+    parameters = inspect.signature(LLM).parameters
+    assert list(parameters) == [field.name for field in fields(Settings)]
+    assert parameters["tensor_parallel_size"].default == 1
+    assert "gpu_memory_utilization: share of each GPU" in (LLM.__doc__ or "")
+
+
+def test_a_call_from_inside_a_call_is_refused_and_harms_nothing(llm: LLM) -> None:
+    refused = []
+
+    def call_again(signum: int, frame: object) -> None:
+        with pytest.raises(RuntimeError, match="in the middle of a call"):
+            llm.generate([PSALM], SHORT, use_tqdm=False)
+        refused.append(True)
+
+    before = signal.signal(signal.SIGUSR1, call_again)
+    try:
+        with monkeypatched_step(llm):
+            output = llm.generate([PSALM], SHORT, use_tqdm=False)[0].outputs[0]
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    assert refused
+    assert output.text == " I shall not want.\n2"
+
+
+@contextmanager
+def monkeypatched_step(llm: LLM) -> Iterator[None]:
+    """Send this process a signal before each step."""
+    step = llm.coordinator.step
+
+    def signalling_step() -> Any:
+        os.kill(os.getpid(), signal.SIGUSR1)
+        return step()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(llm.coordinator, "step", signalling_step)
+        yield

@@ -36,7 +36,7 @@ def test_numpy_numbers_and_paths_become_plain_ones():
         ("dtype", "int8", "dtype='int8' must be one of 'auto', 'bfloat16', 'float16', 'float32'"),
         ("max_model_len", 0, "max_model_len=0 must be at least 1"),
         ("max_num_seqs", 0, "max_num_seqs=0 must be at least 1"),
-        ("max_num_seqs", 10**6, "max_num_seqs=1000000 must be at most 65536"),
+        ("max_num_seqs", 10**6, "max_num_seqs=1000000 must be at most 65535"),
         ("max_num_batched_tokens", 16, "max_num_seqs=256 is more than max_num_batched_tokens=16"),
         ("max_num_batched_tokens", 16.0, "max_num_batched_tokens=16.0 must be a whole number"),
         ("gpu_memory_utilization", 0, "gpu_memory_utilization=0.0 must be more than 0"),

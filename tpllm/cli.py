@@ -6,6 +6,7 @@ The answer goes to stdout. A user's mistake is one line on stderr and exit code 
 dies gives its report and exit code 1.
 """
 
+import os
 import sys
 from argparse import SUPPRESS, ArgumentParser, Namespace
 from typing import Any, NoReturn
@@ -27,10 +28,16 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command line `argv` (default: this process's) and return its exit code."""
     args = _parser().parse_args(argv)
     try:
-        print(_generate(args))
-    except (ValueError, FileNotFoundError) as error:
+        print(_generate(args), flush=True)
+    except (ValueError, FileNotFoundError, PermissionError) as error:
         _report(error)
         return 2
+    except BrokenPipeError:  # whoever read our output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # for Python's own flush at exit
+        return 1
+    except OSError as error:
+        _report(error)
+        return 1
     except tpllm.WorkerError as error:
         print(f"tpllm: error: {error}", file=sys.stderr)
         return 1

@@ -30,6 +30,7 @@ class EngineConfig(Settings):
         device: "cuda" or "cpu"
         dtype: "bfloat16", "float16" or "float32"
         max_model_len: most tokens of prompt and output together
+        max_model_len_is_asked_for: whether the caller set it: then the cache must hold so many
         kv_block_size: tokens in a block of the KV cache
         folder: the checkpoint, absolute
         tokenizer_folder: the tokenizer's folder; None to work on token ids alone
@@ -38,6 +39,7 @@ class EngineConfig(Settings):
 
     max_model_len: int = field()  # field(): required here, without the default of Settings
     kv_block_size: int = field()
+    max_model_len_is_asked_for: bool
     folder: Path
     tokenizer_folder: Path | None
     model_config: ModelConfig
@@ -61,6 +63,7 @@ class EngineConfig(Settings):
             "device": device,
             "dtype": dtype,
             "max_model_len": _resolve_max_model_len(wanted, model_config),
+            "max_model_len_is_asked_for": wanted.max_model_len is not None,
             "kv_block_size": _resolve_kv_block_size(wanted, device, dtype),
             "folder": folder,
             "tokenizer_folder": _resolve_tokenizer(wanted, folder),

@@ -3,9 +3,11 @@
 import os
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import fields
+from inspect import Parameter, Signature
 from types import TracebackType
 from typing import Any, Self
 
@@ -18,6 +20,7 @@ from tpllm.interrupts import Interrupts
 from tpllm.outputs import CompletionOutput, RequestOutput
 from tpllm.prompts import Prompt, as_list, one_for_each
 from tpllm.sampling_params import SamplingParams
+from tpllm.settings import Settings
 from tpllm.tokenizer import Tokenizer
 
 Message = Mapping[str, Any]
@@ -34,8 +37,8 @@ class LLM(AbstractContextManager["LLM"]):
         **settings: see `tpllm.settings.Settings` for every keyword
 
     Raises:
-        ValueError, FileNotFoundError: a setting or file is wrong; no process has been started,
-            unless only the GPU itself could tell, and then none is left.
+        ValueError, FileNotFoundError: a setting or file is wrong; no process has been started, or,
+            where only a device or transformers' tokenizer could tell, none is left.
         WorkerError: a worker failed to start; none is left.
     """
 
@@ -43,7 +46,8 @@ class LLM(AbstractContextManager["LLM"]):
         begin = time.perf_counter()
         self.config = EngineConfig.resolve(model, **settings)
         self._tokenizer: Tokenizer | None = None
-        self._lock = threading.RLock()
+        self._lock = threading.Lock()
+        self._lock_owner: int | None = None
         self._num_requests = 0
         coordinator: Coordinator | None = None
         try:
@@ -71,7 +75,9 @@ class LLM(AbstractContextManager["LLM"]):
     ) -> list[RequestOutput]:
         """Continue every prompt; the outputs are in the order of the prompts.
 
-        Ctrl-C ends the call's requests and leaves the engine ready for the next call.
+        Ctrl-C ends the call's requests and leaves the engine ready for the next call. An exception
+        that a signal handler of the program's own raises ends the engine: it may come in the
+        middle of a step.
 
         Args:
             prompts: a text, a list of token ids, `{"prompt_token_ids": [...]}` or
@@ -108,10 +114,15 @@ class LLM(AbstractContextManager["LLM"]):
             )
         several = bool(messages) and not isinstance(messages[0], Mapping)
         conversations: Sequence[Any] = messages if several else [messages]
-        texts = [tokenizer.render_chat(conversation) for conversation in conversations]
+        texts = []
+        for i, conversation in enumerate(conversations):
+            try:
+                texts.append(tokenizer.render_chat(conversation))
+            except ValueError as error:
+                raise ValueError(f"conversation {i}: {error}") from None
         # the template spells out every special token
         prompt_ids = tokenizer.encode_batch(texts, add_special_tokens=False)
-        return self._run(list(texts), prompt_ids, sampling_params, use_tqdm)
+        return self._run([*texts], prompt_ids, sampling_params, use_tqdm)
 
     def get_tokenizer(self) -> Tokenizer:
         """The model's tokenizer.
@@ -128,7 +139,7 @@ class LLM(AbstractContextManager["LLM"]):
 
     def reset_prefix_cache(self) -> None:
         """Forget all cached prefixes, as between two repeats of a measurement."""
-        with self._lock:
+        with self._turn():
             self._coordinator.reset_prefix_cache()
 
     @property
@@ -167,6 +178,23 @@ class LLM(AbstractContextManager["LLM"]):
             [next(encoded) if isinstance(prompt, str) else prompt for prompt in prompts],
         )
 
+    @contextmanager
+    def _turn(self) -> Iterator[None]:
+        """Wait for the calls of other threads; refuse one from inside our own call.
+
+        Raises:
+            RuntimeError: a signal handler calls while `generate` runs in the same thread.
+        """
+        me = threading.get_ident()
+        if self._lock_owner == me:
+            raise RuntimeError("this LLM is in the middle of a call, by this very thread")
+        with self._lock:
+            self._lock_owner = me
+            try:
+                yield
+            finally:
+                self._lock_owner = None
+
     def _run(
         self,
         texts: list[str | None],
@@ -175,7 +203,7 @@ class LLM(AbstractContextManager["LLM"]):
         use_tqdm: bool,
     ) -> list[RequestOutput]:
         params = one_for_each(sampling_params, len(prompt_ids))
-        with self._lock:
+        with self._turn():
             if self._coordinator.closed:
                 raise RuntimeError("this LLM is closed; make a new one")
             first = self._num_requests
@@ -258,6 +286,21 @@ class LLM(AbstractContextManager["LLM"]):
         )
 
 
+def _signature() -> Signature:
+    """`LLM(model=None, *, tensor_parallel_size=1, ...)`, for help() and notebooks."""
+    model = Parameter("model", Parameter.POSITIONAL_OR_KEYWORD, default=None)
+    keywords = [
+        Parameter(field.name, Parameter.KEYWORD_ONLY, default=field.default, annotation=field.type)
+        for field in fields(Settings)
+        if field.name != "model"
+    ]
+    return Signature([model, *keywords])
+
+
+LLM.__signature__ = _signature()  # type: ignore[attr-defined]
+LLM.__doc__ = f"{LLM.__doc__}\n    Settings:\n{Settings.__doc__}"
+
+
 class _Collected:
     """What has come back for one request so far."""
 
@@ -281,7 +324,10 @@ class _Progress:
 
     def __init__(self, num_requests: int, enabled: bool) -> None:
         self._bar = tqdm(
-            total=num_requests, desc="Processed prompts", unit="prompt", disable=not enabled
+            total=num_requests,
+            desc="Processed prompts",
+            unit="prompt",
+            disable=not (enabled and num_requests),
         )
         self._begin = time.perf_counter()
         self._input = self._output = 0

@@ -12,8 +12,9 @@ class CompletionOutput:
         index: which continuation of its request this is, from 0
         text: `token_ids` in words, special tokens left out; "" without a tokenizer
         token_ids: generated tokens, an end or stop token included
-        finish_reason: "stop" at an end or stop token, "length" at `max_tokens` or
-            `max_model_len`, "abort" if the caller ended it; None while it runs
+        finish_reason: "stop" at an end or stop token; "length" at `max_tokens`, `max_model_len`
+            or, where that is less, what the KV cache holds; "abort" if the caller ended it; None
+            while it runs
         stop_reason: the entry of `stop_token_ids` that ended it; None for anything else, the
             model's own end tokens included
     """

@@ -47,7 +47,8 @@ class Settings:
         device: "cuda" or "cpu"; "auto" takes GPUs where there are any
         dtype: of weights and KV cache. "auto" is the checkpoint's on a GPU, float32 on the CPU:
             16 bits are emulated on most CPUs, slower as well as less exact
-        max_model_len: most tokens of prompt and output together; None for the model's limit
+        max_model_len: most tokens of prompt and output together; None for the model's limit, or
+            what the KV cache holds where that is less
         max_num_seqs: most sequences in one step
         max_num_batched_tokens: most tokens in one step; longer prompts are computed in chunks
         gpu_memory_utilization: share of each GPU's memory for weights, KV cache and the rest

@@ -15,8 +15,14 @@ from dataclasses import dataclass, field
 import numpy as np
 import xxhash
 
-from tpllm.channel.step_plan import ROW_STATE_WORDS, PlanLimits, StepPlan, StepResult
-from tpllm.engine.block_manager import RESERVED_BLOCK, BlockManager
+from tpllm.channel.step_plan import (
+    RESERVED_BLOCK,
+    ROW_STATE_WORDS,
+    PlanLimits,
+    StepPlan,
+    StepResult,
+)
+from tpllm.engine.block_manager import BlockManager
 from tpllm.engine.request import AddRequest, RequestUpdate, Sequence, Status
 from tpllm.engine.scheduler import Scheduler
 from tpllm.sampling_params import SamplingParams

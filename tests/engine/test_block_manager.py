@@ -15,7 +15,8 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from tpllm.engine.block_manager import RESERVED_BLOCK, BlockManager
+from tpllm.channel.step_plan import RESERVED_BLOCK
+from tpllm.engine.block_manager import BlockManager
 
 
 def take(blocks: BlockManager, tokens: list[int]) -> list[int]:

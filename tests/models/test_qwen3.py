@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from tests.ranks import run_ranks
-from tpllm.layers.attention import AttentionBatch, PrefillBatch, choose_backend
+from tpllm.layers.attention import AttentionBatch, KVCache, PrefillBatch, choose_backend
 from tpllm.model_config import ModelConfig
 from tpllm.models.checkpoint_weights import DummyWeights, SafetensorsWeights
-from tpllm.models.qwen3 import KVCache, Qwen3ForCausalLM
+from tpllm.models.qwen3 import Qwen3ForCausalLM
 from tpllm.models.registry import model_class
 from tpllm.parallel.collectives import all_gather
 from tpllm.parallel.group import TPGroup

@@ -12,10 +12,10 @@ from tpllm.checkpoint import resolve_model
 from tpllm.engine.block_manager import BlockManager
 from tpllm.engine.request import AddRequest, Sequence
 from tpllm.engine.scheduler import Scheduler
-from tpllm.layers.attention import AttentionBatch, PrefillBatch, choose_backend
+from tpllm.layers.attention import AttentionBatch, KVCache, PrefillBatch, choose_backend
 from tpllm.model_config import ModelConfig
 from tpllm.models.checkpoint_weights import SafetensorsWeights
-from tpllm.models.qwen3 import KVCache, Qwen3ForCausalLM
+from tpllm.models.qwen3 import Qwen3ForCausalLM
 from tpllm.parallel.group import TPGroup
 from tpllm.sampling_params import SamplingParams
 from tpllm.worker.kv_cache import CacheShape

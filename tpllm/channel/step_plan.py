@@ -13,8 +13,11 @@ of the received bytes.
 
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Self
 
 import numpy as np
+
+from tpllm.config import EngineConfig
 
 VERSION = 1
 _HEADER_WORDS = 8  # int64: version, step, then six counts
@@ -23,6 +26,9 @@ _HEADER_WORDS = 8  # int64: version, step, then six counts
 STEP = 1
 RESULT = 2
 CONTROL = 3  # JSON, rare
+
+# The cache block that is never handed out: the padding rows of a CUDA graph write there.
+RESERVED_BLOCK = 0
 
 # A row that enters carries these int32 words: its index, then the sampling settings that stay with
 # it: temperature (float32 bits), seed (low word, high word), the position before which its end
@@ -117,6 +123,16 @@ class PlanLimits:
     max_num_batched_tokens: int
     max_blocks_per_seq: int
     block_size: int
+
+    @classmethod
+    def of(cls, config: EngineConfig) -> Self:
+        """The limits that an engine of these settings keeps to, on both sides."""
+        return cls(
+            config.max_num_seqs,
+            config.max_num_batched_tokens,
+            config.max_blocks_per_seq,
+            config.kv_block_size,
+        )
 
     @property
     def max_block_updates(self) -> int:

@@ -13,11 +13,11 @@ from collections.abc import Sequence
 import numpy as np
 import xxhash
 
-RESERVED_BLOCK = 0  # padded rows of a CUDA graph write here; never handed out
+from tpllm.channel.step_plan import RESERVED_BLOCK
 
 
 class BlockManager:
-    """Hands out the blocks 1 to `num_blocks - 1`.
+    """Hands out the blocks after the reserved one, 1 to `num_blocks - 1`.
 
     Raises:
         ValueError: fewer than two blocks, so that none is left to hand out.
@@ -35,7 +35,7 @@ class BlockManager:
         self._digests: list[bytes | None] = [None] * num_blocks
         self._block_of: dict[bytes, int] = {}
         # free blocks, least recently released first; a dict to take one out of the middle
-        self._free = OrderedDict.fromkeys(range(1, num_blocks))
+        self._free = OrderedDict.fromkeys(range(RESERVED_BLOCK + 1, num_blocks))
 
     @property
     def num_free(self) -> int:

@@ -23,6 +23,7 @@ from tpllm.engine.block_manager import BlockManager
 from tpllm.engine.launcher import WorkerGroup
 from tpllm.engine.request import AddRequest, RequestUpdate, Sequence
 from tpllm.engine.scheduler import Scheduler, SchedulerStats
+from tpllm.errors import SettingError
 
 # One step runs while the next is planned and sent. More would only make an end token cost more.
 MAX_STEPS_IN_FLIGHT = 2
@@ -50,12 +51,7 @@ class Coordinator:
         self, config: EngineConfig, *, on_phase: Callable[[int, str], None] | None = None
     ) -> None:
         self.config = config
-        self.limits = PlanLimits(
-            config.max_num_seqs,
-            config.max_num_batched_tokens,
-            config.max_blocks_per_seq,
-            config.kv_block_size,
-        )
+        self.limits = PlanLimits.of(config)
         self.times = HostTimes()
         settings = {"config": config.to_json()}
         self._workers = WorkerGroup(config.tensor_parallel_size, self.limits, settings)
@@ -70,13 +66,28 @@ class Coordinator:
             self._blocks = BlockManager(
                 self.num_kv_blocks, config.kv_block_size, config.enable_prefix_caching
             )
+            self.max_total_tokens = self._fit_max_model_len()
         except BaseException:
             self._workers.kill()
             raise
         self._scheduler = Scheduler(self._blocks, self.limits)
         self._num_requests = 0
-        capacity = self._blocks.num_usable_blocks * config.kv_block_size
-        self.max_total_tokens = min(config.max_model_len, capacity)
+
+    def _fit_max_model_len(self) -> int:
+        """Most tokens of a sequence: max_model_len, or what the cache holds if nobody asked.
+
+        Raises:
+            SettingError: somebody asked for more than the cache holds.
+        """
+        length = self.config.max_model_len
+        capacity = self._blocks.num_usable_blocks * self.config.kv_block_size
+        if capacity < length and self.config.max_model_len_is_asked_for:
+            raise SettingError(
+                f"max_model_len={length} is more than the {capacity} tokens that the KV cache "
+                f"holds ({self._blocks.num_usable_blocks} blocks of {self.config.kv_block_size}); "
+                "lower it, or raise num_kv_blocks or gpu_memory_utilization"
+            )
+        return min(length, capacity)
 
     @property
     def stats(self) -> SchedulerStats:
@@ -134,6 +145,12 @@ class Coordinator:
                     f"stop_token_ids holds {token_id}, outside the vocabulary of {vocab_size} "
                     "tokens; leave it out"
                 )
+        if len(prompt) + params.min_tokens > self.max_total_tokens:
+            raise ValueError(
+                f"min_tokens={params.min_tokens} after a prompt of {len(prompt)} tokens is more "
+                f"than the {self.max_total_tokens} tokens that a sequence may have; lower it, or "
+                "raise max_model_len and num_kv_blocks"
+            )
         if params.min_tokens > 0:
             ends = set(params.stop_token_ids)
             if not params.ignore_eos:

@@ -4,8 +4,9 @@ N tokens, P prefill sequences, S decode sequences, B blocks per sequence, H quer
 heads, D head_dim. A step's tokens are ordered: first one for each decode sequence, then the prefill
 chunks one after the other. Keys and values of all of them are in the cache before attention runs.
 
-Caches are [num_blocks, block_size, K, D]. A block table lists a sequence's blocks in order, padded
-with -1; token t of the sequence lies in block `table[t // block_size]`.
+Caches are [num_blocks, block_size, K, D]. A block table lists a sequence's blocks in order; token t
+of the sequence lies in block `table[t // block_size]`. What a table holds beyond its sequence's
+blocks (-1, or blocks of a row's last owner) is never used.
 """
 
 import importlib.util
@@ -24,6 +25,9 @@ _GATHERED_TOKENS = 1 << 17
 _MASK_ELEMENTS = 1 << 25
 
 
+KVCache = tuple[Tensor, Tensor]  # keys and values of a layer, each [num_blocks, block_size, K, D]
+
+
 @dataclass
 class PrefillBatch:
     """Sequences of which this step computes many tokens each, packed one after the other.
@@ -33,7 +37,7 @@ class PrefillBatch:
         cu_seqlens_k: [P + 1] int32, running sum of the context lengths, new tokens included
         max_seqlen_q: most new tokens of a sequence
         max_seqlen_k: longest context, in tokens
-        block_tables: [P, B] int32, padded with -1
+        block_tables: [P, B] int32
         has_context: True if some sequence's new tokens come after tokens already in the cache
     """
 
@@ -53,7 +57,7 @@ class AttentionBatch:
         slot_mapping: [N] int32, the cache slot of each token's key and value
         num_decode: S; the first S tokens are one each of S sequences
         context_lens: [S] int32, tokens each of them may see, itself included
-        block_tables: [S, B] int32, padded with -1
+        block_tables: [S, B] int32
         prefill: the remaining tokens, or None if there are none
     """
 
@@ -70,12 +74,10 @@ class AttentionBackend(Protocol):
     Attributes:
         name: for messages
         capturable: True if `decode` may be captured in a CUDA graph
-        block_size_multiple: the cache's block_size must be a multiple of this, in tokens
     """
 
     name: str
     capturable: bool
-    block_size_multiple: int
 
     def decode(
         self, q: Tensor, k_cache: Tensor, v_cache: Tensor, batch: AttentionBatch, scale: float
@@ -105,7 +107,6 @@ class TorchAttentionBackend:
 
     name = "torch"
     capturable = False  # reads lengths on the host
-    block_size_multiple = 1
 
     def decode(
         self, q: Tensor, k_cache: Tensor, v_cache: Tensor, batch: AttentionBatch, scale: float
@@ -176,7 +177,6 @@ class FlashAttention2Backend(SplitDecodeBackend):
     """
 
     name = "split decode, flash-attn 2 prefill"
-    block_size_multiple = 256
 
     def __init__(self) -> None:
         super().__init__()

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from tpllm.layers.activation import silu_and_mul
 from tpllm.layers.all_reduce_norm import AllReduceRMSNorm
-from tpllm.layers.attention import Attention, AttentionBackend, AttentionBatch
+from tpllm.layers.attention import Attention, AttentionBackend, AttentionBatch, KVCache
 from tpllm.layers.embedding import ParallelLMHead, VocabParallelEmbedding
 from tpllm.layers.linear import (
     MergedColumnParallelLinear,
@@ -32,8 +32,6 @@ from tpllm.parallel.group import TPGroup
 
 # Where each kind of term lies in peer memory: in turn, see `tpllm.parallel.peer_memory`.
 _ATTENTION_SLOT, _MLP_SLOT, _EMBEDDING_SLOT = range(3)
-
-KVCache = tuple[Tensor, Tensor]  # keys and values of a layer, each [num_blocks, block_size, K, D]
 
 
 class Qwen3Attention(nn.Module):

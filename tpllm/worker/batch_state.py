@@ -1,7 +1,7 @@
 """The batch as it lives on the device: one row per running sequence, changed by deltas.
 
 R rows, of which the last one is reserved: a CUDA graph of a larger size than the batch runs its
-padding there, on the reserved cache block 0, and needs no special case for it.
+padding there, on the reserved cache block, and needs no special case for it.
 """
 
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tpllm.channel.step_plan import MAX_MASKED_STOP_IDS, ROW_STATE_WORDS
+from tpllm.channel.step_plan import MAX_MASKED_STOP_IDS, RESERVED_BLOCK, ROW_STATE_WORDS
 from tpllm.layers.sampler import SamplingBatch
 
 # words of a row's state, as `step_plan` lays them out
@@ -33,7 +33,7 @@ class BatchState:
     ) -> None:
         self.padding_row = num_rows
         self.block_size = block_size
-        self.block_tables = _zeros(num_rows + 1, max_blocks, device=device)
+        self.block_tables = _zeros(num_rows + 1, max_blocks, device=device) + RESERVED_BLOCK
         self.row_state = _zeros(num_rows + 1, ROW_STATE_WORDS, device=device)
         self.last_tokens = _zeros(num_rows + 1, device=device)
 

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from tpllm.errors import SettingError
-from tpllm.models.qwen3 import KVCache
+from tpllm.layers.attention import KVCache
 
 
 @dataclass(frozen=True)

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from tpllm.channel.step_plan import ENTERING_WORDS, PlanLimits, StepPlan
-from tpllm.layers.attention import AttentionBatch, PrefillBatch
+from tpllm.layers.attention import AttentionBatch, KVCache, PrefillBatch
 from tpllm.layers.sampler import SamplingBatch, sample
-from tpllm.models.qwen3 import KVCache, Qwen3ForCausalLM
+from tpllm.models.registry import CausalLM
 from tpllm.parallel.group import TPGroup
 from tpllm.worker import cuda_graphs
 from tpllm.worker.batch_state import (
@@ -38,7 +38,7 @@ class ModelRunner:
 
     def __init__(
         self,
-        model: Qwen3ForCausalLM,
+        model: CausalLM,
         tp: TPGroup,
         limits: PlanLimits,
         vocab_size: int,
@@ -86,6 +86,7 @@ class ModelRunner:
 
     def _run_decode(self, plan: StepPlan, marks: StepMarks) -> Tensor:
         S = plan.rows.size
+        assert not len(plan.entering), "a row enters with a chunk of its prompt"
         size = cuda_graphs.padded_size(self.decode_sizes, S)
         rows = np.full(size, self.state.padding_row, dtype=np.int32)
         rows[:S] = plan.rows

@@ -14,8 +14,7 @@ from tpllm.config import EngineConfig
 from tpllm.layers.all_reduce_norm import peer_memory_works
 from tpllm.layers.attention import AttentionBackend, choose_backend
 from tpllm.models.checkpoint_weights import DummyWeights, SafetensorsWeights
-from tpllm.models.qwen3 import Qwen3ForCausalLM
-from tpllm.models.registry import model_class
+from tpllm.models.registry import CausalLM, model_class
 from tpllm.parallel.collectives import barrier, with_peer_memory
 from tpllm.parallel.group import TPGroup
 from tpllm.worker.cache_sizing import cpu_cache_blocks, gpu_cache_blocks
@@ -73,12 +72,7 @@ class Worker:
             "gpu": torch.cuda.get_device_name(device) if on_gpu else None,
         }
 
-        limits = PlanLimits(
-            config.max_num_seqs,
-            config.max_num_batched_tokens,
-            config.max_blocks_per_seq,
-            config.kv_block_size,
-        )
+        limits = PlanLimits.of(config)
         static_decode = on_gpu and backend.capturable
         self._use_graphs = static_decode and not config.enforce_eager
         self._runner = ModelRunner(
@@ -98,9 +92,9 @@ class Worker:
 
     # ---- starting ----------------------------------------------------------------------------
 
-    def _load_model(self, backend: AttentionBackend) -> Qwen3ForCausalLM:
+    def _load_model(self, backend: AttentionBackend) -> CausalLM:
         config, model_config = self._config, self._config.model_config
-        model: Qwen3ForCausalLM = model_class(model_config)(
+        model: CausalLM = model_class(model_config)(
             model_config, self._tp, self._dtype, config.max_model_len, backend
         )
         if config.load_format == "dummy":
@@ -112,7 +106,7 @@ class Worker:
             torch.cuda.empty_cache()
         return model
 
-    def _make_cache(self, model: Qwen3ForCausalLM, free_at_start: int) -> int:
+    def _make_cache(self, model: CausalLM, free_at_start: int) -> int:
         """Size the cache by what every rank can spare, allocate it, capture graphs; its blocks."""
         config, runner = self._config, self._runner
         shape = CacheShape(
