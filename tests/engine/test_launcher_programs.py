@@ -40,6 +40,10 @@ raise OSError("something else went wrong")
 
 # What the program does, and where in it `kill_me()` stands.
 MOMENTS = {
+    "before the first start": """
+processes.subprocess.Popen = lambda *args, **kwargs: kill_me()
+start()
+""",
     "between two starts": """
 spawn = processes.subprocess.Popen
 def popen(*args, **kwargs):

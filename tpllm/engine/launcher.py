@@ -8,6 +8,7 @@ process ends, the workers see the pidfd; whatever way a worker ends, this proces
 
 import json
 import os
+import secrets
 import select
 import signal
 import sys
@@ -105,8 +106,10 @@ class WorkerGroup:
         self._processes.descriptors += plans.all()
         self._writer = RingWriter(plans)
         self._processes.rings.append(self._writer)
-        # after some descriptors: they are given back first, and to remove a directory takes one
-        directory = self._processes.directory = Path(tempfile.mkdtemp(prefix="tpllm-"))  # mode 0700
+        # only a name, which nobody can guess: the workers make it, since they can also remove it if
+        # this process is killed at any moment from here on
+        directory = Path(tempfile.gettempdir()) / f"tpllm-{secrets.token_hex(8)}"
+        self._processes.directory = directory
         self._readers: list[RingReader] = []
         coordinator = os.pidfd_open(os.getpid())
         self._processes.descriptors.append(coordinator)

@@ -1,8 +1,9 @@
 """The entry of a worker process: `python -m tpllm.worker FD`, started by the launcher alone.
 
-FD is an anonymous file with everything it needs, as JSON. The order below matters: first the tie
-to the coordinator, so that no later failure can leave an orphan, then the channel, so that every
-later failure can be told, and only then torch, which takes seconds to import.
+FD is an anonymous file with everything it needs, as JSON. The order below matters: first the
+engine's directory and the tie to the coordinator, so that no later failure can leave either behind,
+then the channel, so that every later failure can be told, and only then torch, which takes seconds
+to import.
 """
 
 import json
@@ -38,6 +39,7 @@ def serve(spec: Spec, plans: RingReader, replies: Replies) -> None:
 def main(serve: Serve = serve) -> NoReturn:
     """Join the engine and `serve` in it; tests serve something smaller."""
     spec = _read_spec(int(sys.argv[1]))
+    os.makedirs(spec["directory"], mode=0o700, exist_ok=True)
     tie_to_coordinator(spec["coordinator"], spec["directory"])
     exit_code = 1
     try:
