@@ -12,8 +12,8 @@ import json
 from collections.abc import Callable
 
 import torch
+from flash_attn import flash_attn_with_kvcache
 
-from tpllm.layers.attention import AttentionBatch, FlashAttention2Backend
 from tpllm.layers.paged_decode import PagedDecode
 
 PAGE, HEAD_DIM = 256, 128
@@ -52,11 +52,12 @@ def measure(S: int, context: int, num_heads: int, num_kv_heads: int, max_len: in
     tables[:, :pages_each] = pages.cuda()
     q = torch.randn(S, num_heads, HEAD_DIM, dtype=torch.bfloat16, device="cuda")
     lengths = contexts.cuda()
-    batch = AttentionBatch(lengths[:0], S, lengths, tables, None)
-    flash, split = FlashAttention2Backend(), PagedDecode()
+    split = PagedDecode()
     scale = HEAD_DIM**-0.5
     kernels: dict[str, Callable] = {
-        "flash-attn 2": lambda k, v: flash.flash_decode(q, k, v, batch, scale),
+        "flash-attn 2": lambda k, v: flash_attn_with_kvcache(
+            q.unsqueeze(1), k, v, cache_seqlens=lengths, block_table=tables, causal=True
+        ),
         "split": lambda k, v: split(q, k, v, lengths, tables, scale),
     }
     row: dict = {"batch": S, "context": context}

@@ -129,7 +129,7 @@ def take_breakdown(llm: LLM) -> dict[str, Any]:
     if sampling_ms is not None:  # inside a graph sampling is not timed: alone, at the largest batch
         figures["graph_sampling_ms"] = round(sampling_ms, 4)
     for name, seconds in vars(host).items():
-        figures[f"{name}_ms"] = round(seconds * 1e3 / max(1, num_steps), 4)
+        figures[name.removesuffix("_s") + "_ms"] = round(seconds * 1e3 / max(1, num_steps), 4)
     return figures
 
 

@@ -5,7 +5,7 @@ import pytest
 import tpllm.config
 from tests.checkpoints import write_config
 from tpllm.checkpoint import resolve_model
-from tpllm.config import EngineConfig
+from tpllm.config import EngineConfig, can_use_flash_attn
 from tpllm.devices import Gpu
 from tpllm.errors import UnknownSettingError
 
@@ -149,3 +149,21 @@ def test_an_unknown_keyword_is_refused_with_the_nearest_name(machine):
         EngineConfig.resolve(tp_size=2)
     with pytest.raises(UnknownSettingError, match="did you mean 'enforce_eager'"):
         EngineConfig.resolve(enforce_eagre=True)
+
+
+@pytest.mark.parametrize(
+    "gpus, dtype, head_dim, expected",
+    [
+        ([H200], "bfloat16", 128, True),
+        ([H200, H200], "float16", 64, True),
+        ([H200], "float32", 128, False),
+        ([H200], "bfloat16", 320, False),
+        ([H200], "bfloat16", 60, False),
+        ([], "bfloat16", 128, False),
+    ],
+)
+def test_flash_attn_serves_where_it_can(machine, gpus, dtype, head_dim, expected):
+    machine(*gpus)
+    assert can_use_flash_attn(gpus, dtype, head_dim) is expected
+    machine(*gpus, flash_attn=False)
+    assert not can_use_flash_attn(gpus, dtype, head_dim)

@@ -32,6 +32,7 @@ class EngineConfig(Settings):
         max_model_len: most tokens of prompt and output together
         max_model_len_is_asked_for: whether the caller set it: then the cache must hold so many
         kv_block_size: tokens in a block of the KV cache
+        use_flash_attn: whether prompts are computed by flash-attn 2
         folder: the checkpoint, absolute
         tokenizer_folder: the tokenizer's folder; None to work on token ids alone
         model_config: what the checkpoint's config.json says
@@ -40,6 +41,7 @@ class EngineConfig(Settings):
     max_model_len: int = field()  # field(): required here, without the default of Settings
     kv_block_size: int = field()
     max_model_len_is_asked_for: bool
+    use_flash_attn: bool
     folder: Path
     tokenizer_folder: Path | None
     model_config: ModelConfig
@@ -59,12 +61,14 @@ class EngineConfig(Settings):
         model_config.check_parallel(wanted.tensor_parallel_size)
         device, gpus = _resolve_device(wanted)
         dtype = _resolve_dtype(wanted, device, gpus, model_config)
+        use_flash_attn = can_use_flash_attn(gpus, dtype, model_config.head_dim)
         concrete = {
             "device": device,
             "dtype": dtype,
             "max_model_len": _resolve_max_model_len(wanted, model_config),
             "max_model_len_is_asked_for": wanted.max_model_len is not None,
-            "kv_block_size": _resolve_kv_block_size(wanted, device, dtype),
+            "kv_block_size": _resolve_kv_block_size(wanted, device, dtype, use_flash_attn),
+            "use_flash_attn": use_flash_attn,
             "folder": folder,
             "tokenizer_folder": _resolve_tokenizer(wanted, folder),
             "model_config": model_config,
@@ -104,9 +108,16 @@ class EngineConfig(Settings):
         return cls(**values)
 
 
-def uses_flash_attn(device: str, dtype: str) -> bool:
-    """Whether attention runs on flash-attn: half precision on a GPU, with the package there."""
-    return device == "cuda" and dtype in HALF_DTYPES and find_spec("flash_attn") is not None
+def can_use_flash_attn(gpus: list[Gpu], dtype: str, head_dim: int) -> bool:
+    """Whether flash-attn 2 can prefill: the package is there, and takes these GPUs and heads."""
+    return (
+        bool(gpus)
+        and all(gpu.compute_capability >= (8, 0) for gpu in gpus)
+        and dtype in HALF_DTYPES
+        and head_dim % 8 == 0
+        and head_dim <= 256
+        and find_spec("flash_attn") is not None
+    )
 
 
 def _hub_name(model: str | None) -> str | None:
@@ -164,11 +175,11 @@ def _resolve_max_model_len(wanted: Settings, model_config: ModelConfig) -> int:
     return length
 
 
-def _resolve_kv_block_size(wanted: Settings, device: str, dtype: str) -> int:
+def _resolve_kv_block_size(wanted: Settings, device: str, dtype: str, use_flash_attn: bool) -> int:
     size = wanted.kv_block_size
     if size is None:
         return FLASH_ATTN_PAGE if device == "cuda" and dtype in HALF_DTYPES else 16
-    if uses_flash_attn(device, dtype):
+    if use_flash_attn:
         if size % FLASH_ATTN_PAGE:
             raise ValueError(
                 f"kv_block_size={size} is no multiple of {FLASH_ATTN_PAGE}, which flash-attn needs "

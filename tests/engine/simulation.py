@@ -274,7 +274,7 @@ class SimulatedEngine:
         for seq in running:
             if seq.status is Status.WAITING:
                 self.events["preemptions"] += 1
-                decodes = seq.num_scheduled >= seq.prefill_target
+                decodes = seq.num_computed_tokens >= seq.prefill_target
                 in_flight = decodes and seq.num_steps_in_flight > 0
                 self.events["preemptions with a token in flight"] += in_flight
         if plan is not None:

@@ -101,7 +101,7 @@ def int32(values: list[int] | list[list[int]]) -> Tensor:
 
 
 def make_model(config: ModelConfig, tp: TPGroup) -> Qwen3ForCausalLM:
-    backend = choose_backend(tp.device, torch.float32, config.head_dim)
+    backend = choose_backend(tp.device, use_flash_attn=False)
     model = model_class(config)(config, tp, torch.float32, MAX_POSITIONS, backend)
     assert isinstance(model, Qwen3ForCausalLM)
     for parameter in model.parameters():

@@ -31,7 +31,7 @@ def shipped_model(dtype: torch.dtype) -> tuple[Qwen3ForCausalLM, TPGroup, ModelC
     folder = resolve_model(None)
     config = ModelConfig.from_folder(folder)
     tp = TPGroup.single(torch.device("cuda", 0))
-    backend = choose_backend(tp.device, dtype, config.head_dim)
+    backend = choose_backend(tp.device, use_flash_attn=True)
     model = Qwen3ForCausalLM(config, tp, dtype, 1024, backend)
     model.load(SafetensorsWeights(folder))
     return model, tp, config

@@ -33,10 +33,10 @@ MAX_STEPS_IN_FLIGHT = 2
 class HostTimes:
     """Seconds that the coordinator has spent on steps, by what it did."""
 
-    schedule: float = 0.0
-    broadcast: float = 0.0
-    wait: float = 0.0  # for results: the time that the GPUs are ahead of us
-    collect: float = 0.0
+    schedule_s: float = 0.0
+    broadcast_s: float = 0.0
+    wait_s: float = 0.0  # for results: the time that the GPUs are ahead of us
+    collect_s: float = 0.0
 
 
 class Coordinator:
@@ -205,11 +205,11 @@ class Coordinator:
             begin = clock()
             plan = scheduler.schedule()
             planned = clock()
-            times.schedule += planned - begin
+            times.schedule_s += planned - begin
             if plan is None:
                 break
             self._workers.send(STEP, plan.parts(), plan.step)
-            times.broadcast += clock() - planned
+            times.broadcast_s += clock() - planned
         if scheduler.num_in_flight == 0:
             assert scheduler.num_unfinished == 0, "requests are left that cannot be scheduled"
             return []
@@ -217,8 +217,8 @@ class Coordinator:
         record = self._workers.receive(0, RESULT)
         received = clock()
         updates = scheduler.finish(StepResult.decode(record.payload))
-        times.wait += received - begin
-        times.collect += clock() - received
+        times.wait_s += received - begin
+        times.collect_s += clock() - received
         return updates
 
     def reset_prefix_cache(self) -> None:

@@ -36,9 +36,9 @@ class Sequence:
     """The engine's record of a request. It runs one step ahead of what is known.
 
     `tokens` holds the prompt and every token read back. More may have been asked for in steps still
-    in flight; their ids are known to the GPU alone. `num_scheduled` counts the tokens whose keys
-    and values are stored, or will be by a step in flight. Once it has reached `prefill_target`, one
-    token more is known or in flight, and that one is the next input.
+    in flight; their ids are known to the GPU alone. `num_computed_tokens` counts the tokens whose
+    keys and values are stored, or will be by a step in flight. Once it has reached
+    `prefill_target`, one token more is known or in flight, and that one is the next input.
     """
 
     __slots__ = (
@@ -48,9 +48,9 @@ class Sequence:
         "max_total_tokens",
         "min_total_tokens",
         "num_cached_tokens",
+        "num_computed_tokens",
         "num_prompt_tokens",
         "num_registered_blocks",
-        "num_scheduled",
         "num_steps_in_flight",
         "prefill_target",
         "request_id",
@@ -95,6 +95,6 @@ class Sequence:
         """Forget everything stored in the cache: the state of a sequence that waits."""
         self.row = -1
         self.block_table: list[int] = []
-        self.num_scheduled = 0
+        self.num_computed_tokens = 0
         self.num_registered_blocks = 0
         self.prefill_target = 0

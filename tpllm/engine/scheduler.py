@@ -125,7 +125,7 @@ class Scheduler:
                 break
             if seq.status is not Status.RUNNING:
                 break  # preempted for an earlier one, and with it all that come after
-            position = seq.num_scheduled
+            position = seq.num_computed_tokens
             if position < seq.prefill_target:
                 step.begun.append(seq)
                 continue
@@ -187,13 +187,13 @@ class Scheduler:
             seq.status = Status.RUNNING
             seq.row = self._free_rows.pop()
             seq.block_table = self._blocks.take(cached, num_new)
-            seq.num_scheduled = len(cached) * limits.block_size
+            seq.num_computed_tokens = len(cached) * limits.block_size
             seq.num_registered_blocks = len(cached)
             seq.prefill_target = len(seq.tokens)
             if seq.num_cached_tokens < 0:
-                seq.num_cached_tokens = seq.num_scheduled
+                seq.num_cached_tokens = seq.num_computed_tokens
                 self.stats.num_prompt_tokens += seq.num_prompt_tokens
-                self.stats.num_cached_tokens += seq.num_scheduled
+                self.stats.num_cached_tokens += seq.num_computed_tokens
             first = seq.row * limits.max_blocks_per_seq
             for index, block in enumerate(seq.block_table):
                 step.block_updates += (first + index, block)
@@ -202,12 +202,12 @@ class Scheduler:
             self._add_chunk(step, seq)
 
     def _add_chunk(self, step: _StepBuilder, seq: Sequence) -> None:
-        num_tokens = min(seq.prefill_target - seq.num_scheduled, step.budget)
+        num_tokens = min(seq.prefill_target - seq.num_computed_tokens, step.budget)
         step.budget -= num_tokens
         step.prefill.append((seq, num_tokens))
         # Registered before it is computed: whoever shares these blocks runs in this step or later,
         # and a step stores the keys and values of all its rows before any row attends.
-        self._register_blocks(seq, seq.num_scheduled + num_tokens)
+        self._register_blocks(seq, seq.num_computed_tokens + num_tokens)
 
     def _seal(self, step: _StepBuilder) -> StepPlan:
         """Make the plan and move every scheduled sequence one step on."""
@@ -215,15 +215,15 @@ class Scheduler:
         step.decode.sort(key=_context_length, reverse=True)
         seqs = step.decode + [seq for seq, _ in step.prefill]
         lengths = [1] * len(step.decode) + [num_tokens for _, num_tokens in step.prefill]
-        starts = [seq.num_scheduled for seq in seqs]
+        starts = [seq.num_computed_tokens for seq in seqs]
         token_ids: list[int] = []
         for seq, num_tokens in step.prefill:
-            token_ids += seq.tokens[seq.num_scheduled : seq.num_scheduled + num_tokens]
+            token_ids += seq.tokens[seq.num_computed_tokens : seq.num_computed_tokens + num_tokens]
         samples = []
         for seq, num_tokens in zip(seqs, lengths, strict=True):
-            seq.num_scheduled += num_tokens
+            seq.num_computed_tokens += num_tokens
             seq.num_steps_in_flight += 1
-            samples.append(seq.num_scheduled >= seq.prefill_target)
+            samples.append(seq.num_computed_tokens >= seq.prefill_target)
         entering = np.array([_entering_words(seq) for seq in step.entering], dtype=np.int32)
         plan = StepPlan(
             step=self._step,
@@ -264,7 +264,7 @@ class Scheduler:
         seq.tokens.append(token_id)
         num_tokens = len(seq.tokens)
         if num_tokens >= (seq.num_registered_blocks + 1) * self._blocks.block_size:
-            self._register_blocks(seq, seq.num_scheduled)
+            self._register_blocks(seq, seq.num_computed_tokens)
         finish_reason = stop_reason = None
         if token_id in seq.end_token_ids and num_tokens > seq.min_total_tokens:
             finish_reason = "stop"
@@ -322,7 +322,7 @@ class Scheduler:
         seq.reset()
 
 
-_context_length = attrgetter("num_scheduled")
+_context_length = attrgetter("num_computed_tokens")
 
 
 def _entering_words(seq: Sequence) -> list[int]:

@@ -9,7 +9,6 @@ of the sequence lies in block `table[t // block_size]`. What a table holds beyon
 blocks (-1, or blocks of a row's last owner) is never used.
 """
 
-import importlib.util
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -180,25 +179,9 @@ class FlashAttention2Backend(SplitDecodeBackend):
 
     def __init__(self) -> None:
         super().__init__()
-        from flash_attn import flash_attn_varlen_func, flash_attn_with_kvcache
+        from flash_attn import flash_attn_varlen_func
 
         self._varlen = flash_attn_varlen_func
-        self._with_kvcache = flash_attn_with_kvcache
-
-    def flash_decode(
-        self, q: Tensor, k_cache: Tensor, v_cache: Tensor, batch: AttentionBatch, scale: float
-    ) -> Tensor:
-        """flash-attn's own decode, for comparison: it is slower (launch/bench_attention.py)."""
-        out: Tensor = self._with_kvcache(
-            q.unsqueeze(1),  # [S, 1, H, D]
-            k_cache,
-            v_cache,
-            cache_seqlens=batch.context_lens,
-            block_table=batch.block_tables,
-            softmax_scale=scale,
-            causal=True,
-        )
-        return out.squeeze(1)
 
     def prefill(
         self,
@@ -263,19 +246,11 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     return out.permute(2, 0, 1, 3).reshape(q_len, num_heads, head_dim)
 
 
-def choose_backend(device: torch.device, dtype: torch.dtype, head_dim: int) -> AttentionBackend:
-    """The fastest backend that runs here: for prefill flash-attn 2 where it can, else torch."""
+def choose_backend(device: torch.device, use_flash_attn: bool) -> AttentionBackend:
+    """The fastest backend for a device; `use_flash_attn` says that flash-attn 2 serves there."""
     if device.type == "cpu":
         return TorchAttentionBackend()
-    if (
-        dtype in (torch.float16, torch.bfloat16)
-        and head_dim % 8 == 0
-        and head_dim <= 256
-        and torch.cuda.get_device_capability(device) >= (8, 0)
-        and importlib.util.find_spec("flash_attn") is not None
-    ):
-        return FlashAttention2Backend()
-    return SplitDecodeBackend()
+    return FlashAttention2Backend() if use_flash_attn else SplitDecodeBackend()
 
 
 class Attention(nn.Module):

@@ -29,9 +29,10 @@ from tpllm.layers.rotary import qk_norm_rope_store, rotary_cos_sin
 from tpllm.layers.weights import WeightSource, empty_parameter, fill
 from tpllm.model_config import ModelConfig
 from tpllm.parallel.group import TPGroup
+from tpllm.parallel.peer_memory import NUM_SLOTS
 
 # Where each kind of term lies in peer memory: in turn, see `tpllm.parallel.peer_memory`.
-_ATTENTION_SLOT, _MLP_SLOT, _EMBEDDING_SLOT = range(3)
+_ATTENTION_SLOT, _MLP_SLOT, _EMBEDDING_SLOT = range(NUM_SLOTS)
 
 
 class Qwen3Attention(nn.Module):

@@ -62,7 +62,7 @@ class Worker:
 
         replies.phase("loading weights")
         begin = time.perf_counter()
-        backend = choose_backend(device, self._dtype, config.model_config.head_dim)
+        backend = choose_backend(device, config.use_flash_attn)
         model = self._load_model(backend)
         info: dict[str, Any] = {
             "attention": backend.name,
