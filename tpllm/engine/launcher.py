@@ -30,7 +30,7 @@ from tpllm.channel.ring import (
     create_ring,
     wait_readable,
 )
-from tpllm.channel.step_plan import CONTROL, PlanLimits
+from tpllm.channel.step_plan import CONTROL, RESULT, PlanLimits
 from tpllm.engine.processes import (
     WorkerProcesses,
     fill_standard_descriptors,
@@ -83,7 +83,8 @@ class WorkerGroup:
         module: str = "tpllm.worker",
     ) -> None:
         self.world_size = world_size
-        self.step = -1  # the last step sent, for messages
+        self.step = -1  # the last step sent, and how many have not come back: for messages
+        self.num_steps_in_flight = 0
         self.phases = ["starting"] * world_size  # what each rank said last
         self._inbox: deque[tuple[int, Record]] = deque()  # received, and not asked for yet
         self._complaints: list[_Complaint] = []
@@ -154,6 +155,7 @@ class WorkerGroup:
         """Broadcast one record to every worker."""
         if step is not None:
             self.step = step
+            self.num_steps_in_flight += 1
         deadline = time.monotonic() + SEND_TIMEOUT_S
         with self._processes.use():
             while not self._writer.try_send(kind, parts):
@@ -179,6 +181,7 @@ class WorkerGroup:
                 for item in self._inbox:
                     if item[0] == rank and item[1].kind == kind:
                         self._inbox.remove(item)
+                        self.num_steps_in_flight -= kind == RESULT
                         return item[1]
                 if self._collect(on_phase):
                     continue
@@ -294,7 +297,12 @@ class WorkerGroup:
 
     def _when(self, rank: int) -> str:
         phase = self.phases[rank]
-        return f"in step {self.step}" if phase == "ready" and self.step >= 0 else f"while {phase}"
+        if phase != "ready":
+            return f"while {phase}"
+        if self.step < 0:
+            return "while idle"
+        moment = "in" if self.num_steps_in_flight else "while idle after"
+        return f"{moment} step {self.step}"
 
     def _fail(self, message: str, rank: int | None = None) -> NoReturn:
         self.kill()
