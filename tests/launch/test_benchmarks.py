@@ -1,0 +1,55 @@
+"""The scripts that people run: each prints a table and one JSON line."""
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+REPO = Path(__file__).parents[2]
+
+
+def run(script: str, *arguments: str) -> dict[str, Any]:
+    """Run a script of launch/, and return what its last line says."""
+    done = subprocess.run(
+        [sys.executable, str(REPO / "launch" / script), *arguments],
+        env={**os.environ, "PYTHONPATH": str(REPO)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    figures: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return figures
+
+
+def test_latency_on_the_shipped_model_with_its_breakdown() -> None:
+    arguments = ["--workload", "latency", "--device", "cpu", "--tp", "1"]
+    figures = run("bench_tp.py", *arguments, "--repeats", "1", "--breakdown")
+    assert figures["arguments"]["tp"] == 1
+    assert figures["tpllm"] and figures["python"] and figures["torch"]
+    assert figures["startup_s"] > 0
+    latency = figures["latency"]
+    assert latency["ms_to_first_token"] > 0 and latency["ms_per_token"] > 0
+    assert latency["breakdown"]["decode"]["steps"] == 255
+    assert {"prepare_ms", "gpu_ms", "sample_ms", "idle_ms"} < latency["breakdown"]["decode"].keys()
+    host = {"schedule_ms", "broadcast_ms", "wait_ms", "collect_ms"}
+    assert host < latency["breakdown"].keys()
+
+
+def test_the_seed_workload_is_that_of_the_peers(monkeypatch) -> None:
+    monkeypatch.syspath_prepend(REPO / "launch")
+    bench_tp = importlib.import_module("bench_tp")
+    prompts, params = bench_tp.seed_workload(vocab_size=151_936)
+    assert len(prompts) == len(params) == 256
+    assert sum(map(len, prompts)) == 142_827
+    assert sum(each.max_tokens for each in params) == 133_966
+    assert all(each.temperature == 0.6 and each.ignore_eos for each in params)
+
+
+def test_the_cost_of_scheduling_is_measured() -> None:
+    figures = run("bench_host.py", "--only", "schedule", "--num-seqs", "1", "64")
+    assert set(figures["schedule"]) == {"1 sequences", "64 sequences"}
+    assert all(row["step_ms"] > 0 for row in figures["schedule"].values())
