@@ -8,7 +8,6 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import fields
 from inspect import Parameter, Signature
-from types import TracebackType
 from typing import Any, Self
 
 from tqdm import tqdm
@@ -159,12 +158,7 @@ class LLM(AbstractContextManager["LLM"]):
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *exception: object) -> None:
         self.close()
 
     # ---- inside ------------------------------------------------------------------------------

@@ -13,10 +13,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from tpllm.checkpoint import INDEX_NAME, WEIGHTS_NAME
 from tpllm.model_config import ModelConfig
-
-WEIGHTS_NAME = "model.safetensors"
-INDEX_NAME = "model.safetensors.index.json"  # which file holds which tensor, if there are many
 
 
 class SafetensorsWeights:
