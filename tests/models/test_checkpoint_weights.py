@@ -9,8 +9,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from tpllm.checkpoint import INDEX_NAME
 from tpllm.model_config import ModelConfig
-from tpllm.models.checkpoint_weights import INDEX_NAME, DummyWeights, SafetensorsWeights
+from tpllm.models.checkpoint_weights import DummyWeights, SafetensorsWeights
 
 TENSORS = {
     "a.weight": torch.arange(35.0).view(7, 5),
