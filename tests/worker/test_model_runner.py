@@ -1,4 +1,6 @@
-"""The runner on a GPU: graphs against eager steps bit by bit, half precision against float32."""
+"""The runner: padded decode steps against plain ones; on a GPU, graphs against eager steps bit by
+bit, and half precision against float32.
+"""
 
 from typing import Any
 
@@ -22,16 +24,14 @@ from tpllm.worker.kv_cache import CacheShape
 from tpllm.worker.model_runner import ModelRunner
 from tpllm.worker.step_times import StepMarks
 
-pytestmark = pytest.mark.gpu
-
 BLOCK_SIZE, NUM_BLOCKS, MAX_SEQS = 256, 40, 20
 
 
-def shipped_model(dtype: torch.dtype) -> tuple[Qwen3ForCausalLM, TPGroup, ModelConfig]:
+def shipped_model(device: str, dtype: torch.dtype) -> tuple[Qwen3ForCausalLM, TPGroup, ModelConfig]:
     folder = resolve_model(None)
     config = ModelConfig.from_folder(folder)
-    tp = TPGroup.single(torch.device("cuda", 0))
-    backend = choose_backend(tp.device, use_flash_attn=True)
+    tp = TPGroup.single(torch.device(device))
+    backend = choose_backend(tp.device, use_flash_attn=dtype == torch.bfloat16)
     model = Qwen3ForCausalLM(config, tp, dtype, 1024, backend)
     model.load(SafetensorsWeights(folder))
     return model, tp, config
@@ -43,16 +43,18 @@ def allocate_cache(model: Qwen3ForCausalLM, num_blocks: int, tp: TPGroup) -> lis
         BLOCK_SIZE,
         model.local_num_kv_heads,
         model.head_dim,
-        torch.bfloat16,
+        model.lm_head.weight.dtype,
     )
     return shape.allocate(num_blocks, tp.device)
 
 
-def run_all(capture: bool) -> tuple[dict[str, list[int]], Tensor]:
-    """Tokens of every request, and the cache as they left it."""
-    model, tp, config = shipped_model(torch.bfloat16)
+def run_all(
+    device: str, dtype: torch.dtype, *, static_decode: bool = True, capture: bool = False
+) -> tuple[dict[str, list[int]], Tensor]:
+    """Tokens of every request, and the cache as they left it, without the reserved block."""
+    model, tp, config = shipped_model(device, dtype)
     limits = PlanLimits(MAX_SEQS, 512, 4, BLOCK_SIZE)
-    runner = ModelRunner(model, tp, limits, config.vocab_size, static_decode=True)
+    runner = ModelRunner(model, tp, limits, config.vocab_size, static_decode=static_decode)
     caches = allocate_cache(model, NUM_BLOCKS, tp)
     runner.use_cache(caches)
     if capture:
@@ -71,12 +73,25 @@ def run_all(capture: bool) -> tuple[dict[str, list[int]], Tensor]:
     return tokens, torch.stack([torch.stack(layer) for layer in caches])[:, :, 1:]
 
 
+def test_padded_decode_steps_change_nothing() -> None:
+    """On the CPU, the gathering kernel interpreted: what a GPU runs, but for graphs."""
+    if torch.cuda.is_available():
+        pytest.skip("with a CUDA device the kernel is compiled for it")
+    padded_tokens, padded_cache = run_all("cpu", torch.float32)
+    plain_tokens, plain_cache = run_all("cpu", torch.float32, static_decode=False)
+    assert padded_tokens == plain_tokens
+    torch.testing.assert_close(padded_cache, plain_cache, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.gpu
 def test_graphs_and_eager_steps_agree_bit_by_bit() -> None:
-    (eager_tokens, eager_cache), (graph_tokens, graph_cache) = run_all(False), run_all(True)
+    eager_tokens, eager_cache = run_all("cuda:0", torch.bfloat16)
+    graph_tokens, graph_cache = run_all("cuda:0", torch.bfloat16, capture=True)
     assert graph_tokens == eager_tokens
     assert torch.equal(graph_cache, eager_cache)
 
 
+@pytest.mark.gpu
 def test_half_precision_is_as_exact_as_transformers() -> None:
     """Error of bfloat16 logits against float32, over a prompt of 400 tokens."""
     from transformers import Qwen3ForCausalLM as Theirs
@@ -89,7 +104,7 @@ def test_half_precision_is_as_exact_as_transformers() -> None:
     folder = resolve_model(None)
     ids = [token for reference in shipped_greedy() for token in reference.prompt_ids][:400]
     batch = torch.tensor([ids], device="cuda")
-    model, tp, _ = shipped_model(torch.bfloat16)
+    model, tp, _ = shipped_model("cuda:0", torch.bfloat16)
     with torch.inference_mode():
         exact = logits_of_transformers(torch.float32)
         theirs = logits_of_transformers(torch.bfloat16)
