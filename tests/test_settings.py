@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from tpllm.errors import UnknownSettingError
-from tpllm.settings import Settings
+from tpllm.settings import Settings, SettingsKeywords
 
 
 def test_numpy_numbers_and_paths_become_plain_ones():
@@ -66,3 +66,13 @@ def test_a_typing_error_in_any_keyword_gives_the_right_one(field):
 def test_every_setting_is_explained():
     for field in dataclasses.fields(Settings):
         assert f"\n        {field.name}: " in (Settings.__doc__ or "")
+
+
+def test_type_checkers_are_told_of_every_setting():
+    told = SettingsKeywords.__annotations__
+    assert list(told) == [
+        field.name for field in dataclasses.fields(Settings) if field.name != "model"
+    ]
+    for field in dataclasses.fields(Settings):
+        if field.name not in ("model", "tokenizer"):  # paths of any kind are taken for strings
+            assert told[field.name] == field.type

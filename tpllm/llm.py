@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import fields
 from inspect import Parameter, Signature
-from typing import Any, Self
+from typing import Any, Self, Unpack
 
 from tqdm import tqdm
 
@@ -19,7 +19,7 @@ from tpllm.interrupts import Interrupts
 from tpllm.outputs import CompletionOutput, RequestOutput
 from tpllm.prompts import Prompt, as_list, one_for_each
 from tpllm.sampling_params import SamplingParams
-from tpllm.settings import Settings
+from tpllm.settings import Settings, SettingsKeywords
 from tpllm.tokenizer import Tokenizer
 
 Message = Mapping[str, Any]
@@ -41,7 +41,11 @@ class LLM(AbstractContextManager["LLM"]):
         WorkerError: a worker failed to start; none is left.
     """
 
-    def __init__(self, model: str | os.PathLike[str] | None = None, **settings: Any) -> None:
+    def __init__(
+        self,
+        model: str | os.PathLike[str] | None = None,
+        **settings: Unpack[SettingsKeywords],
+    ) -> None:
         begin = time.perf_counter()
         self.config = EngineConfig.resolve(model, **settings)
         self._tokenizer: Tokenizer | None = None

@@ -2,7 +2,7 @@
 
 import os
 from dataclasses import dataclass, fields
-from typing import Any, Self
+from typing import Any, Self, TypedDict
 
 from tpllm.checks import (
     MAX_INT32,
@@ -35,6 +35,27 @@ SWITCHES = (
     "skip_tokenizer_init",
 )
 OPTIONAL = ("max_model_len", "num_kv_blocks", "kv_block_size")  # of these, None is a value
+
+
+class SettingsKeywords(TypedDict, total=False):
+    """The fields of `Settings` but the model, for the type checkers of those who call LLM."""
+
+    tensor_parallel_size: int
+    device: str
+    dtype: str
+    max_model_len: int | None
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    gpu_memory_utilization: float
+    num_kv_blocks: int | None
+    kv_block_size: int | None
+    enable_prefix_caching: bool
+    enforce_eager: bool
+    disable_custom_all_reduce: bool
+    load_format: str
+    tokenizer: str | os.PathLike[str] | None
+    skip_tokenizer_init: bool
+    seed: int
 
 
 @dataclass(frozen=True, kw_only=True)
