@@ -8,11 +8,10 @@ import triton.language as tl
 from tests.ranks import run_ranks
 from tpllm.layers.all_reduce_norm import (
     AllReduceRMSNorm,
-    add_and_norm,
     all_reduce_norm,
     peer_memory_works,
 )
-from tpllm.layers.norm import rms_norm_reference
+from tpllm.layers.norm import add_and_norm, rms_norm_reference
 from tpllm.parallel.collectives import all_reduce, with_peer_memory
 from tpllm.parallel.group import TPGroup
 
@@ -25,9 +24,11 @@ def _add_and_norm_row(
     mask = cols < E
     start = tl.program_id(0) * E
     total = tl.load(terms_ptr + start + cols, mask=mask, other=0.0).to(tl.float32)
-    normed = add_and_norm(
-        total, residual_ptr + start + cols, weight_ptr + cols, mask, eps, E, HAS_RESIDUAL
+    residual_ptrs = residual_ptr + start + cols
+    total, normed = add_and_norm(
+        total, residual_ptrs, weight_ptr + cols, mask, eps, E, HAS_RESIDUAL
     )
+    tl.store(residual_ptrs, total, mask=mask)
     tl.store(out_ptr + start + cols, normed, mask=mask)
 
 

@@ -14,31 +14,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tpllm.layers.norm import RMSNorm
+from tpllm.layers.norm import RMSNorm, add_and_norm
 from tpllm.parallel.collectives import all_reduce, min_over_ranks
 from tpllm.parallel.group import TPGroup
 from tpllm.parallel.peer_memory import MAX_PROGRAMS
-
-
-@triton.jit
-def add_and_norm(
-    total: tl.tensor,  # [BLOCK] fp32: the ranks' partial sums, added up
-    residual_ptrs: tl.tensor,  # [BLOCK]
-    weight_ptrs: tl.tensor,  # [BLOCK]
-    mask: tl.tensor,
-    eps: tl.tensor,
-    E: tl.constexpr,
-    HAS_RESIDUAL: tl.constexpr,
-) -> tl.tensor:
-    """Add the residual, store the sum as the new one, and return it normalised: a row, in fp32."""
-    dtype = residual_ptrs.dtype.element_ty
-    if HAS_RESIDUAL:
-        total += tl.load(residual_ptrs, mask=mask, other=0.0).to(tl.float32)
-    stored = total.to(dtype)  # the norm sees the sum as it is stored
-    tl.store(residual_ptrs, stored, mask=mask)
-    x = stored.to(tl.float32)
-    normed = (x * tl.rsqrt(tl.sum(x * x) / E + eps)).to(dtype).to(tl.float32)
-    return normed * tl.load(weight_ptrs, mask=mask, other=0.0).to(tl.float32)
 
 
 @triton.jit
@@ -99,9 +78,11 @@ def _all_reduce_norm_kernel(
             sums = tl.load(pointers + peer).to(tl.pointer_type(out_ptr.dtype.element_ty))
             sums = tl.multiple_of(sums, 16) + (tl.multiple_of(offset, 8) + start)
             total += tl.load(sums + cols, mask=mask, other=0.0).to(tl.float32)
-        normed = add_and_norm(
-            total, residual_ptr + start + cols, weight_ptr + cols, mask, eps, E, HAS_RESIDUAL
+        residual_ptrs = residual_ptr + start + cols
+        total, normed = add_and_norm(
+            total, residual_ptrs, weight_ptr + cols, mask, eps, E, HAS_RESIDUAL
         )
+        tl.store(residual_ptrs, total, mask=mask)
         tl.store(out_ptr + start + cols, normed, mask=mask)
         row += tl.num_programs(0)
 

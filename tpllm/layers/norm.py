@@ -24,6 +24,26 @@ def rms_norm_reference(
 
 
 @triton.jit
+def add_and_norm(
+    x: tl.tensor,  # [BLOCK] fp32
+    residual_ptrs: tl.tensor,  # [BLOCK]
+    weight_ptrs: tl.tensor,  # [BLOCK]
+    mask: tl.tensor,
+    eps: tl.tensor,
+    E: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
+) -> tuple[tl.tensor, tl.tensor]:
+    """The sum of x and the residual, in its dtype, and that sum normalised, in fp32: of a row."""
+    dtype = residual_ptrs.dtype.element_ty
+    if HAS_RESIDUAL:
+        x += tl.load(residual_ptrs, mask=mask, other=0.0).to(tl.float32)
+    total = x.to(dtype)  # the norm sees the sum as it is stored: rounded, as transformers has it
+    x = total.to(tl.float32)
+    normed = (x * tl.rsqrt(tl.sum(x * x) / E + eps)).to(dtype).to(tl.float32)
+    return total, normed * tl.load(weight_ptrs, mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
 def _rms_norm_kernel(
     x_ptr: tl.tensor,  # [N, E]
     residual_ptr: tl.tensor,  # [N, E], read and written if HAS_RESIDUAL
@@ -41,17 +61,11 @@ def _rms_norm_kernel(
     cols = tl.arange(0, BLOCK)  # [BLOCK]
     mask = cols < E
     x = tl.load(x_ptr + row * x_stride + cols, mask=mask, other=0.0).to(tl.float32)
+    residual_ptrs = residual_ptr + row * residual_stride + cols
+    total, normed = add_and_norm(x, residual_ptrs, weight_ptr + cols, mask, eps, E, HAS_RESIDUAL)
     if HAS_RESIDUAL:
-        residual_ptrs = residual_ptr + row * residual_stride + cols
-        x += tl.load(residual_ptrs, mask=mask, other=0.0).to(tl.float32)
-        # The norm sees the sum as it is stored: rounded, as transformers has it.
-        x = x.to(residual_ptr.dtype.element_ty)
-        tl.store(residual_ptrs, x, mask=mask)
-        x = x.to(tl.float32)
-    normed = x * tl.rsqrt(tl.sum(x * x) / E + eps)
-    normed = normed.to(out_ptr.dtype.element_ty).to(tl.float32)
-    weight = tl.load(weight_ptr + cols, mask=mask, other=0.0).to(tl.float32)
-    tl.store(out_ptr + row * out_stride + cols, normed * weight, mask=mask)
+        tl.store(residual_ptrs, total, mask=mask)
+    tl.store(out_ptr + row * out_stride + cols, normed, mask=mask)
 
 
 def rms_norm_triton(
