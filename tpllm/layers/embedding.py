@@ -64,9 +64,7 @@ class VocabParallelEmbedding(_VocabParallel):
             return F.embedding(input_ids, self.weight)
         ids = input_ids - self.vocab_start
         local_ids = ids.clamp(0, self.local_vocab_size - 1)
-        out = None
-        if slot is not None and self.tp.peers:
-            out = self.tp.peers.slot(slot, input_ids.shape[0])
+        out = self.tp.partial_slot(slot, input_ids.shape[0])
         x = torch.index_select(self.weight, 0, local_ids, out=out)  # [N, E]
         return x.masked_fill_((ids != local_ids).unsqueeze(-1), 0)
 

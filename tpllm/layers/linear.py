@@ -207,15 +207,14 @@ class RowParallelLinear(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        return all_reduce(F.linear(x, self.weight, self.bias), self.tp)
+        return all_reduce(self.partial(x), self.tp)
 
-    def partial(self, x: Tensor, slot: int) -> Tensor:
+    def partial(self, x: Tensor, slot: int | None = None) -> Tensor:
         """This rank's term of the output, for an `AllReduceRMSNorm` to add up: [N, out_features].
 
-        It lies in `slot` of the peer memory, if there is one and it fits.
+        It lies in `slot` of the peer memory, if one is given and it fits.
         """
-        peers = self.tp.peers
-        out = peers.slot(slot, x.shape[0]) if peers else None
+        out = self.tp.partial_slot(slot, x.shape[0])
         if out is None:
             return F.linear(x, self.weight, self.bias)
         if self.bias is None:
