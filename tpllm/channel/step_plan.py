@@ -60,9 +60,8 @@ class StepPlan:
             len(self.entering),
             len(self.block_updates),
             self.token_ids.size,
-            0,
         )
-        header = np.array([VERSION, self.step, *counts], dtype="<i8")
+        header = _write_header(self.step, counts)
         arrays = (self.rows, self.starts, self.num_tokens, self.samples)
         return [header, *arrays, self.entering, self.block_updates, self.token_ids]
 
@@ -73,8 +72,7 @@ class StepPlan:
         Raises:
             ValueError: another version wrote it.
         """
-        version, step, S, num_decode, n, m, tokens, _ = _header(payload)
-        _check_version(version)
+        step, S, num_decode, n, m, tokens, *_ = _read_header(payload)
         words = payload[_HEADER_WORDS * 8 :].view("<i4")
         sizes = [S, S, S, S, n * ENTERING_WORDS, m * 2, tokens]
         bounds = np.cumsum([0, *sizes]).tolist()
@@ -103,14 +101,12 @@ class StepResult:
     token_ids: np.ndarray  # [sum of num_yielded]
 
     def parts(self) -> list[np.ndarray]:
-        counts = (self.num_yielded.size, self.token_ids.size, 0, 0, 0, 0)
-        header = np.array([VERSION, self.step, *counts], dtype="<i8")
+        header = _write_header(self.step, (self.num_yielded.size, self.token_ids.size))
         return [header, self.num_yielded, self.token_ids]
 
     @classmethod
     def decode(cls, payload: np.ndarray) -> "StepResult":
-        version, step, S, tokens, *_ = _header(payload)
-        _check_version(version)
+        step, S, tokens, *_ = _read_header(payload)
         words = payload[_HEADER_WORDS * 8 :].view("<i4")
         return cls(step, words[:S], words[S : S + tokens])
 
@@ -151,14 +147,19 @@ class PlanLimits:
         return _HEADER_WORDS * 8 + 2 * self.max_num_seqs * 4
 
 
-def _header(payload: np.ndarray) -> list[int]:
+def _write_header(step: int, counts: tuple[int, ...]) -> np.ndarray:
+    header = np.zeros(_HEADER_WORDS, dtype="<i8")
+    header[: 2 + len(counts)] = (VERSION, step, *counts)
+    return header
+
+
+def _read_header(payload: np.ndarray) -> list[int]:
+    """The step and the counts after it, the unused ones zero."""
     words: list[int] = payload[: _HEADER_WORDS * 8].view("<i8").tolist()
-    return words
-
-
-def _check_version(version: int) -> None:
+    version = words.pop(0)
     if version != VERSION:
         raise ValueError(
             f"step record of version {version}, this side speaks {VERSION}; "
             "both sides must run the same tpllm"
         )
+    return words
