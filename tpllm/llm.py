@@ -5,7 +5,7 @@ import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, closing, contextmanager
 from dataclasses import fields
 from inspect import Parameter, Signature
 from typing import Any, Self, Unpack
@@ -209,12 +209,6 @@ class LLM(AbstractContextManager["LLM"]):
                 AddRequest(str(first + i), ids, each)
                 for i, (ids, each) in enumerate(zip(prompt_ids, params, strict=True))
             ]
-            for i, request in enumerate(requests):
-                try:
-                    self._coordinator.check(request)
-                except ValueError as error:
-                    raise ValueError(f"prompt {i}: {error}") from None
-            self._num_requests += len(requests)
             collected = self._drive(requests, use_tqdm)
         return [
             self._output(request, text, collected[request.request_id])
@@ -225,27 +219,25 @@ class LLM(AbstractContextManager["LLM"]):
         """Run requests to their ends, or abort them all when something interrupts."""
         collected = {request.request_id: _Collected() for request in requests}
         num_prompt_tokens = {r.request_id: len(r.prompt_token_ids) for r in requests}
-        progress = _Progress(len(requests), use_tqdm)
         try:
             with Interrupts() as interrupts:
-                for request in requests:
-                    self._coordinator.add(request)
+                self._coordinator.add(requests)
+                self._num_requests += len(requests)
                 num_running = len(requests)
-                while num_running:
-                    interrupts.check()
-                    for update in self._coordinator.step():
-                        of_request = collected[update.request_id]
-                        of_request.add(update)
-                        if update.finish_reason is not None:
-                            num_running -= 1
-                            progress.finished(
-                                num_prompt_tokens[update.request_id], len(of_request.token_ids)
-                            )
+                with closing(_Progress(len(requests), use_tqdm)) as progress:
+                    while num_running:
+                        interrupts.check()
+                        for update in self._coordinator.step():
+                            of_request = collected[update.request_id]
+                            of_request.add(update)
+                            if update.finish_reason is not None:
+                                num_running -= 1
+                                progress.finished(
+                                    num_prompt_tokens[update.request_id], len(of_request.token_ids)
+                                )
         except BaseException:
             self._abandon(requests)
             raise
-        finally:
-            progress.close()
         return collected
 
     def _abandon(self, requests: list[AddRequest]) -> None:

@@ -111,7 +111,7 @@ class Coordinator:
         """The process id of each rank's worker, for whoever wants to look inside one."""
         return self._workers.pids
 
-    def check(self, request: AddRequest) -> None:
+    def _check(self, request: AddRequest) -> None:
         """Refuse what could never run.
 
         Raises:
@@ -161,13 +161,21 @@ class Coordinator:
                     f"{MAX_MASKED_STOP_IDS} can be held back: give fewer stop_token_ids"
                 )
 
-    def add(self, request: AddRequest) -> None:
-        """Queue a request; its tokens come out of later calls of `step`.
+    def add(self, requests: list[AddRequest]) -> None:
+        """Queue requests, all or none; their tokens come out of later calls of `step`.
 
         Raises:
-            ValueError: as `check`; nothing has been queued then.
+            ValueError: one of them could never run; it is named by its index as a prompt.
         """
-        self.check(request)
+        for i, request in enumerate(requests):
+            try:
+                self._check(request)
+            except ValueError as error:
+                raise ValueError(f"prompt {i}: {error}") from None
+        for request in requests:
+            self._queue(request)
+
+    def _queue(self, request: AddRequest) -> None:
         seed = request.sampling_params.seed
         if seed is None:  # equal prompts must not draw equal noise
             words = f"{self.config.seed}/{self._num_requests}".encode()
