@@ -21,21 +21,19 @@ class SafetensorsWeights:
     """The safetensors files of a local checkpoint folder, opened once and read slice by slice.
 
     Files are memory-mapped, so only the bytes of a slice come from disk, and ranks on a host share
-    one copy in the page cache. On the CPU a returned tensor is a view of the file.
+    one copy in the page cache. A returned tensor is a view of the file, on the CPU: layers on a GPU
+    copy straight from it into their parameters, without a second buffer there.
 
     Args:
         folder: holds `model.safetensors.index.json` and the files it names, or else
             `model.safetensors`; what `tpllm.checkpoint` checks is what is read here
-        device: where tensors are returned. The CPU also suits layers on a GPU: they copy straight
-            from the mapped file into their parameters, without a second buffer on the GPU.
 
     Raises:
         FileNotFoundError: a file is missing.
     """
 
-    def __init__(self, folder: Path, device: torch.device | str = "cpu") -> None:
+    def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.device = str(device)
         self._file_of: dict[str, Any]  # tensor name -> open file; safe_open has no type
         index = folder / INDEX_NAME
         if index.exists():
@@ -48,7 +46,7 @@ class SafetensorsWeights:
 
     def _open(self, file: str) -> Any:
         # Never closed by hand: the mapping ends with the last tensor that views it.
-        return safe_open(self.folder / file, framework="pt", device=self.device)
+        return safe_open(self.folder / file, framework="pt")
 
     def read(self, name: str, rows: slice | None = None, cols: slice | None = None) -> Tensor:
         """Tensor `name`, or only its `rows` and `cols`.
