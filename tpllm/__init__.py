@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from tpllm.errors import UnknownSettingError, WorkerError
     from tpllm.llm import LLM
     from tpllm.outputs import CompletionOutput, RequestOutput
-    from tpllm.sampling_params import SamplingParams
+    from tpllm.sampling_params import RequestOutputKind, SamplingParams
 
 __version__ = "0.1.0"
 
@@ -24,6 +24,7 @@ __all__ = [
     "LLM",
     "CompletionOutput",
     "RequestOutput",
+    "RequestOutputKind",
     "SamplingParams",
     "UnknownSettingError",
     "WorkerError",
@@ -34,6 +35,7 @@ _HOME = {
     "LLM": "tpllm.llm",
     "CompletionOutput": "tpllm.outputs",
     "RequestOutput": "tpllm.outputs",
+    "RequestOutputKind": "tpllm.sampling_params",
     "SamplingParams": "tpllm.sampling_params",
     "UnknownSettingError": "tpllm.errors",
     "WorkerError": "tpllm.errors",

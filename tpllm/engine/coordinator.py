@@ -24,6 +24,7 @@ from tpllm.engine.launcher import WorkerGroup
 from tpllm.engine.request import AddRequest, RequestUpdate, Sequence
 from tpllm.engine.scheduler import Scheduler, SchedulerStats
 from tpllm.errors import SettingError
+from tpllm.sampling_params import SamplingParams
 
 # One step runs while the next is planned and sent. More would only make an end token cost more.
 MAX_STEPS_IN_FLIGHT = 2
@@ -132,6 +133,7 @@ class Coordinator:
                 f"({self._blocks.num_usable_blocks} blocks of {config.kv_block_size} tokens) with "
                 "an answer; raise num_kv_blocks or gpu_memory_utilization"
             )
+        _refuse_unbuilt(params)
         vocab_size = config.model_config.vocab_size
         for token_id in (min(prompt), max(prompt)):
             if not 0 <= token_id < vocab_size:
@@ -252,3 +254,30 @@ class Coordinator:
     def kill(self) -> None:
         """As `close`, without asking the workers first: for an engine in an unknown state."""
         self._workers.kill()
+
+
+def _refuse_unbuilt(params: SamplingParams) -> None:
+    """Refuse what the workers cannot do yet.
+
+    Raises:
+        ValueError: names the setting.
+    """
+    plain = SamplingParams()
+    for name in (
+        "n",
+        "top_p",
+        "top_k",
+        "min_p",
+        "presence_penalty",
+        "frequency_penalty",
+        "repetition_penalty",
+        "stop",
+        "bad_words",
+        "logit_bias",
+        "allowed_token_ids",
+        "logprobs",
+        "prompt_logprobs",
+    ):
+        value = getattr(params, name)
+        if value != getattr(plain, name):
+            raise ValueError(f"{name}={value!r} is not supported yet; leave it out")
