@@ -13,16 +13,19 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from tpllm.async_llm import AsyncLLM
     from tpllm.errors import UnknownSettingError, WorkerError
     from tpllm.llm import LLM
-    from tpllm.outputs import CompletionOutput, RequestOutput
+    from tpllm.outputs import CompletionOutput, Logprob, RequestOutput
     from tpllm.sampling_params import RequestOutputKind, SamplingParams
 
 __version__ = "0.1.0"
 
 __all__ = [
     "LLM",
+    "AsyncLLM",
     "CompletionOutput",
+    "Logprob",
     "RequestOutput",
     "RequestOutputKind",
     "SamplingParams",
@@ -33,7 +36,9 @@ __all__ = [
 
 _HOME = {
     "LLM": "tpllm.llm",
+    "AsyncLLM": "tpllm.async_llm",
     "CompletionOutput": "tpllm.outputs",
+    "Logprob": "tpllm.outputs",
     "RequestOutput": "tpllm.outputs",
     "RequestOutputKind": "tpllm.sampling_params",
     "SamplingParams": "tpllm.sampling_params",

@@ -47,8 +47,7 @@ class ByteDetokenizer:
             if type(piece) is str:
                 return piece
         pieces = [self._pieces.get(token_id, b"") for token_id in token_ids]
-        data = b"".join([piece.encode() if type(piece) is str else piece for piece in pieces])
-        data = self._held + data
+        data = self._held + b"".join([p.encode() if isinstance(p, str) else p for p in pieces])
         text, num_used = utf_8_decode(data, "replace", False)
         self._held = data[num_used:]
         return text

@@ -71,6 +71,25 @@ class Tokenizer:
         )
         return text
 
+    def bad_word_ids(self, words: Sequence[str]) -> list[list[int]]:
+        """Token sequences that spell `words`, at the beginning of a text and after a space.
+
+        Raises:
+            ValueError: a word spells no token.
+        """
+        sequences: list[list[int]] = []
+        for word in words:
+            bare, spaced = self.encode_batch(
+                [word.lstrip(), f" {word.lstrip()}"], add_special_tokens=False
+            )
+            if not bare:
+                raise ValueError(f"bad_words holds {word!r}, which spells no token; leave it out")
+            sequences.append(bare)
+            # of another length, the space is a token of its own: then what follows is `bare`
+            if len(spaced) == len(bare) and spaced[0] != bare[0]:
+                sequences.append(spaced)
+        return sequences
+
     def detokenizer(
         self, skip_special_tokens: bool = True, spaces_between_special_tokens: bool = True
     ) -> Detokenizer:
@@ -192,6 +211,20 @@ class Tokenizer:
 
 
 _BYTE_PIECE = re.compile("<0x[0-9A-F]{2}>")
+
+
+def require_tokenizer(tokenizer: Tokenizer | None) -> Tokenizer:
+    """An engine's tokenizer, for whoever cannot do without.
+
+    Raises:
+        ValueError: the engine was made without one.
+    """
+    if tokenizer is None:
+        raise ValueError(
+            "this engine has no tokenizer (skip_tokenizer_init=True, or dummy weights without "
+            "one); pass token ids, or name a tokenizer with tokenizer="
+        )
+    return tokenizer
 
 
 def _is_unicode(text: str) -> bool:

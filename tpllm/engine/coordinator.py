@@ -6,7 +6,7 @@ so it runs inside the caller's process offline and in a process of its own under
 
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import xxhash
@@ -23,6 +23,7 @@ from tpllm.engine.block_manager import BlockManager
 from tpllm.engine.launcher import WorkerGroup
 from tpllm.engine.request import AddRequest, RequestUpdate, Sequence
 from tpllm.engine.scheduler import Scheduler, SchedulerStats
+from tpllm.engine.stats import TOTALS, EngineStats
 from tpllm.errors import SettingError
 from tpllm.sampling_params import SamplingParams
 
@@ -112,8 +113,8 @@ class Coordinator:
         """The process id of each rank's worker, for whoever wants to look inside one."""
         return self._workers.pids
 
-    def _check(self, request: AddRequest) -> None:
-        """Refuse what could never run.
+    def check(self, request: AddRequest) -> None:
+        """Refuse what could never run, before any of its kind is added.
 
         Raises:
             ValueError: names what is wrong with the prompt or its sampling parameters.
@@ -164,16 +165,7 @@ class Coordinator:
                 )
 
     def add(self, requests: list[AddRequest]) -> None:
-        """Queue requests, all or none; their tokens come out of later calls of `step`.
-
-        Raises:
-            ValueError: one of them could never run; it is named by its index as a prompt.
-        """
-        for i, request in enumerate(requests):
-            try:
-                self._check(request)
-            except ValueError as error:
-                raise ValueError(f"prompt {i}: {error}") from None
+        """Queue requests that `check` has let pass; later calls of `step` bring their tokens."""
         for request in requests:
             self._queue(request)
 
@@ -231,6 +223,22 @@ class Coordinator:
         times.collect_s += clock() - received
         return updates
 
+    def sleep_until_readable(self, fd: int) -> None:
+        """Sleep while there is nothing to do, until `fd` can be read or a worker fails."""
+        self._workers.sleep_until_readable(fd)
+
+    def engine_stats(self) -> EngineStats:
+        """What the engine is doing, as plain data."""
+        blocks, scheduler = self._blocks, self._scheduler
+        totals = asdict(scheduler.stats) | asdict(self.times)
+        return EngineStats(
+            num_waiting=scheduler.num_waiting,
+            num_running=scheduler.num_running,
+            kv_cache_usage=1 - blocks.num_free / blocks.num_usable_blocks,
+            health=self._workers.health(),
+            **{name: totals[name] for name in TOTALS},
+        )
+
     def reset_prefix_cache(self) -> None:
         """Forget all cached prefixes, as between two repeats of a benchmark."""
         self._blocks.reset_prefix_cache()
@@ -264,14 +272,12 @@ def _refuse_unbuilt(params: SamplingParams) -> None:
     """
     plain = SamplingParams()
     for name in (
-        "n",
         "top_p",
         "top_k",
         "min_p",
         "presence_penalty",
         "frequency_penalty",
         "repetition_penalty",
-        "stop",
         "bad_words",
         "logit_bias",
         "allowed_token_ids",

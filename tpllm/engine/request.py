@@ -1,6 +1,6 @@
 """What callers hand in and get back, and the engine's own record of a request."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 from typing import NamedTuple
 
@@ -9,11 +9,28 @@ from tpllm.sampling_params import SamplingParams
 
 @dataclass(frozen=True)
 class AddRequest:
-    """Ask the coordinator to continue a prompt. Plain data: it may come from another process."""
+    """Ask the coordinator to continue a prompt. Plain data: it may come from another process.
+
+    Attributes:
+        bad_word_ids: the token sequences that `sampling_params.bad_words` stands for, made where
+            the tokenizer is: see `Tokenizer.bad_word_ids`
+    """
 
     request_id: str
     prompt_token_ids: list[int]
     sampling_params: SamplingParams
+    bad_word_ids: list[list[int]] = field(default_factory=list)
+
+
+class TokenLogprobs(NamedTuple):
+    """Log-probabilities at one position: of its token, then of the likeliest ones, in order.
+
+    The token itself may be among the likeliest again. All three lists are of equal length.
+    """
+
+    token_ids: list[int]
+    logprobs: list[float]
+    ranks: list[int]  # 1 for the likeliest token of all
 
 
 class RequestUpdate(NamedTuple):
@@ -24,6 +41,9 @@ class RequestUpdate(NamedTuple):
     finish_reason: str | None  # "stop", "length" or "abort"
     stop_reason: int | None  # the id from `stop_token_ids` that ended it
     num_cached_tokens: int  # prompt tokens found in the prefix cache at first admission
+    logprobs: list[TokenLogprobs] | None = None  # one for each new token, where asked for
+    # complete, with the first new token, where asked for; nothing predicts a prompt's first token
+    prompt_logprobs: list[TokenLogprobs | None] | None = None
 
 
 class Status(Enum):

@@ -41,6 +41,7 @@ class SchedulerStats:
     num_preemptions: int = 0
     num_prompt_tokens: int = 0  # of admitted requests, each counted once
     num_cached_tokens: int = 0  # of these, found in the prefix cache
+    num_generated_tokens: int = 0
 
 
 class _StepBuilder:
@@ -96,6 +97,15 @@ class Scheduler:
     @property
     def num_unfinished(self) -> int:
         return len(self._by_id)
+
+    @property
+    def num_waiting(self) -> int:
+        """Requests without a row: new ones, and preempted ones."""
+        return len(self._waiting)
+
+    @property
+    def num_running(self) -> int:
+        return len(self._running)
 
     @property
     def num_in_flight(self) -> int:
@@ -258,6 +268,7 @@ class Scheduler:
                     updates.append(self._append(seq, token_id))
             if seq.num_steps_in_flight == 0 and seq in self._leaving:
                 self._release(seq)
+        self.stats.num_generated_tokens += len(updates)
         return updates
 
     def _append(self, seq: Sequence, token_id: int) -> RequestUpdate:
