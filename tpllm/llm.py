@@ -176,6 +176,9 @@ class LLM(AbstractContextManager["LLM"]):
             [next(encoded) if isinstance(prompt, str) else prompt for prompt in prompts],
         )
 
+    def _bad_word_ids(self, params: SamplingParams) -> list[list[int]]:
+        return self.get_tokenizer().bad_word_ids(params.bad_words) if params.bad_words else []
+
     @contextmanager
     def _turn(self) -> Iterator[None]:
         """Wait for the calls of other threads; refuse one from inside our own call.
@@ -206,7 +209,7 @@ class LLM(AbstractContextManager["LLM"]):
                 raise RuntimeError("this LLM is closed; make a new one")
             first = self._num_requests
             requests = [
-                AddRequest(str(first + i), ids, each)
+                AddRequest(str(first + i), ids, each, self._bad_word_ids(each))
                 for i, (ids, each) in enumerate(zip(prompt_ids, params, strict=True))
             ]
             collected = self._drive(requests, use_tqdm)

@@ -63,6 +63,25 @@ class Tokenizer:
         )
         return text
 
+    def bad_word_ids(self, words: Sequence[str]) -> list[list[int]]:
+        """Token sequences that spell `words`, at the beginning of a text and after a space.
+
+        Raises:
+            ValueError: a word spells no token.
+        """
+        sequences: list[list[int]] = []
+        for word in words:
+            bare, spaced = self.encode_batch(
+                [word.lstrip(), f" {word.lstrip()}"], add_special_tokens=False
+            )
+            if not bare:
+                raise ValueError(f"bad_words holds {word!r}, which spells no token; leave it out")
+            sequences.append(bare)
+            # of another length, the space is a token of its own: then what follows is `bare`
+            if len(spaced) == len(bare) and spaced[0] != bare[0]:
+                sequences.append(spaced)
+        return sequences
+
     @property
     def has_chat_template(self) -> bool:
         return self._inner.chat_template is not None

@@ -33,7 +33,7 @@ def start(
 ) -> WorkerGroup:
     """Start stub workers; the fixture `stub_workers` lets them be found."""
     settings = {"acts": {str(rank): each for rank, each in (acts or {}).items()}}
-    return WorkerGroup(world_size, PlanLimits(4, 64, 4, 16), settings, module=module)
+    return WorkerGroup(world_size, PlanLimits(4, 64, 4, 16, 8), settings, module=module)
 
 
 def until_ready(group: WorkerGroup) -> WorkerGroup:
