@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from tpllm.async_llm import AsyncLLM
+    from tpllm.beam_search import BeamSearchParams
     from tpllm.errors import UnknownSettingError, WorkerError
     from tpllm.llm import LLM
     from tpllm.outputs import CompletionOutput, Logprob, RequestOutput
@@ -24,6 +25,7 @@ __version__ = "0.1.0"
 __all__ = [
     "LLM",
     "AsyncLLM",
+    "BeamSearchParams",
     "CompletionOutput",
     "Logprob",
     "RequestOutput",
@@ -37,6 +39,7 @@ __all__ = [
 _HOME = {
     "LLM": "tpllm.llm",
     "AsyncLLM": "tpllm.async_llm",
+    "BeamSearchParams": "tpllm.beam_search",
     "CompletionOutput": "tpllm.outputs",
     "Logprob": "tpllm.outputs",
     "RequestOutput": "tpllm.outputs",

@@ -10,6 +10,7 @@ from typing import Any, Self, Unpack
 
 from tqdm import tqdm
 
+from tpllm.beam_search import Beams, BeamSearchOutput, BeamSearchParams
 from tpllm.config import EngineConfig
 from tpllm.engine.coordinator import Coordinator
 from tpllm.interrupts import Interrupts
@@ -166,6 +167,55 @@ class LLM(AbstractContextManager["LLM"]):
         # the template spells out every special token
         prompt_ids = tokenizer.encode_batch(texts, add_special_tokens=False)
         return self._run([*texts], prompt_ids, sampling_params, use_tqdm)
+
+    def beam_search(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: BeamSearchParams,
+        use_tqdm: bool = False,
+    ) -> list[BeamSearchOutput]:
+        """The `beam_width` likeliest continuations of every prompt, the best first.
+
+        Every step is a call of its own for all beams of all prompts, which find what they have in
+        common in the prefix cache.
+
+        Args:
+            prompts: as for `generate`
+            use_tqdm: whether to show progress, in steps
+
+        Raises:
+            ValueError: a prompt cannot run, or `beam_width` is too large; none has been started.
+            WorkerError: a worker failed; the engine is closed.
+        """
+        model_config = self.config.model_config
+        ends = () if params.ignore_eos else model_config.eos_token_ids
+        step_params = params.step_params(len(ends), model_config.vocab_size)
+        _, prompt_ids = self._encode(as_list(prompts))
+        longest = self._coordinator.max_total_tokens
+        for i, ids in enumerate(prompt_ids):
+            if len(ids) + params.max_tokens > longest:
+                raise ValueError(
+                    f"prompt {i}: max_tokens={params.max_tokens} after a prompt of {len(ids)} "
+                    f"tokens is more than the {longest} tokens that a sequence may have; lower it, "
+                    "or raise max_model_len and num_kv_blocks"
+                )
+        searches = [Beams(ids, params, ends) for ids in prompt_ids]
+        for _ in tqdm(range(params.max_tokens), "Beam search", unit="step", disable=not use_tqdm):
+            beams = [beam.tokens for each in searches for beam in each.running]
+            if not beams:
+                break
+            outputs = iter(self._run([None] * len(beams), beams, step_params, use_tqdm=False))
+            for each in searches:
+                completions = [next(outputs).outputs[0] for _ in each.running]
+                each.extend([logprobs for c in completions for logprobs in c.logprobs or ()])
+        results = [each.output() for each in searches]
+        if self._tokenizer is not None:
+            for sequence in (each for result in results for each in result.sequences):
+                hides_end = sequence.finish_reason == "stop"
+                hides_end = hides_end and not params.include_stop_str_in_output
+                shown = sequence.tokens[: len(sequence.tokens) - hides_end]
+                sequence.text = self._tokenizer.decode(shown, skip_special_tokens=False)
+        return results
 
     def get_tokenizer(self) -> Tokenizer:
         """The model's tokenizer.

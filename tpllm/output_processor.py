@@ -353,7 +353,13 @@ class _Completion:
 
 
 def _params_of(params: SamplingParams, index: int) -> SamplingParams:
-    """Those of continuation `index`: equal seeds would draw equal tokens."""
-    if params.seed is None or index == 0:
+    """Those of continuation `index`: a seed of its own, since equal ones draw equal tokens.
+
+    The first reports on the prompt for all.
+    """
+    seed = params.seed
+    if index == 0 or (seed is None and params.prompt_logprobs is None):
         return params
-    return replace(params, seed=xxhash.xxh64_intdigest(f"{params.seed}/{index}".encode()))
+    if seed is not None:
+        seed = xxhash.xxh64_intdigest(f"{seed}/{index}".encode())
+    return replace(params, seed=seed, prompt_logprobs=None)

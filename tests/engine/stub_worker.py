@@ -13,6 +13,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from tpllm.channel.ring import RingReader
 from tpllm.channel.step_plan import CONTROL, PlanLimits, StepPlan, StepResult
 from tpllm.engine.launcher import WorkerGroup
@@ -21,6 +23,7 @@ from tpllm.worker.__main__ import Spec, main
 from tpllm.worker.replies import Replies
 
 FOR_EVER = 1 << 30
+_NO_WORDS = np.empty(0, dtype=np.int32)
 READY = ["ready"]
 SERVE = ["serve", FOR_EVER]
 HANG = ["hang"]
@@ -33,7 +36,7 @@ def start(
 ) -> WorkerGroup:
     """Start stub workers; the fixture `stub_workers` lets them be found."""
     settings = {"acts": {str(rank): each for rank, each in (acts or {}).items()}}
-    return WorkerGroup(world_size, PlanLimits(4, 64, 4, 16), settings, module=module)
+    return WorkerGroup(world_size, PlanLimits(4, 64, 4, 16, 8), settings, module=module)
 
 
 def until_ready(group: WorkerGroup) -> WorkerGroup:
@@ -88,7 +91,7 @@ class Stub:
             if self._spec["rank"] == 0:
                 plan = StepPlan.decode(record.payload)
                 drawn = (100 + plan.starts + plan.num_tokens)[plan.samples == 1]
-                self._replies.result(StepResult(plan.step, plan.samples, drawn).parts())
+                self._replies.result(StepResult(plan.step, plan.samples, drawn, _NO_WORDS).parts())
 
     def _answer(self, message: dict[str, Any]) -> dict[str, Any]:
         if message["type"] == "look around":

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 
 from tpllm.engine import messages
-from tpllm.engine.connection import Connection
+from tpllm.engine.connection import Connection, Message
 from tpllm.engine.request import AddRequest, RequestUpdate, TokenLogprobs
 from tpllm.errors import SettingError, WorkerError
 from tpllm.sampling_params import RequestOutputKind, SamplingParams
@@ -23,7 +23,7 @@ def pair() -> Iterator[Pair]:
         end.close()
 
 
-def through(pair: Pair, message: messages.Message) -> messages.Message:
+def through(pair: Pair, message: Message) -> Message:
     pair[0].send(message)
     (received,) = pair[1].receive(wait=True)
     return received
@@ -33,7 +33,7 @@ def test_sending_never_waits_for_a_side_that_does_not_read(pair):
     text = "x" * 10**6
     for number in range(50):
         pair[0].send({"number": number, "text": text})  # far more than a socket holds
-    received: list[messages.Message] = []
+    received: list[Message] = []
     while len(received) < 50:
         received += pair[1].receive(wait=True)
     assert [message["number"] for message in received] == list(range(50))

@@ -12,7 +12,6 @@ from typing import Any
 import xxhash
 
 from tpllm.channel.step_plan import (
-    MAX_MASKED_STOP_IDS,
     RESULT,
     STEP,
     PlanLimits,
@@ -25,7 +24,6 @@ from tpllm.engine.request import AddRequest, RequestUpdate, Sequence
 from tpllm.engine.scheduler import Scheduler, SchedulerStats
 from tpllm.engine.stats import TOTALS, EngineStats
 from tpllm.errors import SettingError
-from tpllm.sampling_params import SamplingParams
 
 # One step runs while the next is planned and sent. More would only make an end token cost more.
 MAX_STEPS_IN_FLIGHT = 2
@@ -134,7 +132,6 @@ class Coordinator:
                 f"({self._blocks.num_usable_blocks} blocks of {config.kv_block_size} tokens) with "
                 "an answer; raise num_kv_blocks or gpu_memory_utilization"
             )
-        _refuse_unbuilt(params)
         vocab_size = config.model_config.vocab_size
         for token_id in (min(prompt), max(prompt)):
             if not 0 <= token_id < vocab_size:
@@ -142,26 +139,21 @@ class Coordinator:
                     f"token id {token_id} is outside the vocabulary of {vocab_size} tokens; "
                     "was the text encoded with another model's tokenizer?"
                 )
-        for token_id in params.stop_token_ids:
-            if token_id >= vocab_size:
-                raise ValueError(
-                    f"stop_token_ids holds {token_id}, outside the vocabulary of {vocab_size} "
-                    "tokens; leave it out"
-                )
+        _check_against_vocabulary(request, vocab_size, self.limits.max_list_words)
         if len(prompt) + params.min_tokens > self.max_total_tokens:
             raise ValueError(
                 f"min_tokens={params.min_tokens} after a prompt of {len(prompt)} tokens is more "
                 f"than the {self.max_total_tokens} tokens that a sequence may have; lower it, or "
                 "raise max_model_len and num_kv_blocks"
             )
-        if params.min_tokens > 0:
+        if params.min_tokens > 0 and params.allowed_token_ids is not None:
             ends = set(params.stop_token_ids)
             if not params.ignore_eos:
                 ends.update(config.model_config.eos_token_ids)
-            if len(ends) > MAX_MASKED_STOP_IDS:
+            if ends.issuperset(params.allowed_token_ids):
                 raise ValueError(
-                    f"min_tokens={params.min_tokens} with {len(ends)} end tokens; at most "
-                    f"{MAX_MASKED_STOP_IDS} can be held back: give fewer stop_token_ids"
+                    f"min_tokens={params.min_tokens} holds back every token of allowed_token_ids; "
+                    "allow one that is no end token, or leave min_tokens out"
                 )
 
     def add(self, requests: list[AddRequest]) -> None:
@@ -264,26 +256,40 @@ class Coordinator:
         self._workers.kill()
 
 
-def _refuse_unbuilt(params: SamplingParams) -> None:
-    """Refuse what the workers cannot do yet.
+def _check_against_vocabulary(request: AddRequest, vocab_size: int, max_words: int) -> None:
+    """Refuse ids that do not exist, and more of anything than there can be.
 
     Raises:
         ValueError: names the setting.
     """
-    plain = SamplingParams()
-    for name in (
-        "top_p",
-        "top_k",
-        "min_p",
-        "presence_penalty",
-        "frequency_penalty",
-        "repetition_penalty",
-        "bad_words",
-        "logit_bias",
-        "allowed_token_ids",
-        "logprobs",
-        "prompt_logprobs",
-    ):
-        value = getattr(params, name)
-        if value != getattr(plain, name):
-            raise ValueError(f"{name}={value!r} is not supported yet; leave it out")
+    params = request.sampling_params
+    lists = {
+        "stop_token_ids": params.stop_token_ids,
+        "logit_bias": tuple(params.logit_bias or ()),
+        "allowed_token_ids": params.allowed_token_ids or (),
+        "bad_words": tuple(id_ for word in request.bad_word_ids for id_ in word),
+    }
+    for name, ids in lists.items():
+        for token_id in ids:
+            if not 0 <= token_id < vocab_size:
+                raise ValueError(
+                    f"{name} holds {token_id}, outside the vocabulary of {vocab_size} tokens; "
+                    "leave it out"
+                )
+    if (params.bad_words and not request.bad_word_ids) or not all(request.bad_word_ids):
+        raise ValueError(
+            f"bad_words={list(params.bad_words)} came without the token ids of each; "
+            "this engine has no tokenizer: name one with tokenizer=, or leave bad_words out"
+        )
+    for name in ("logprobs", "prompt_logprobs"):
+        if (getattr(params, name) or 0) > vocab_size:
+            raise ValueError(
+                f"{name}={getattr(params, name)} is more than the {vocab_size} tokens of the "
+                "vocabulary; lower it"
+            )
+    num_words = sum(map(len, lists.values())) + len(lists["logit_bias"]) + len(request.bad_word_ids)
+    if num_words > max_words:
+        raise ValueError(
+            f"{', '.join(lists)} take {num_words} words together, and a step carries {max_words}; "
+            "give fewer"
+        )

@@ -1,9 +1,10 @@
 """What callers hand in and get back, and the engine's own record of a request."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import NamedTuple
 
+from tpllm.engine.row_options import row_options
 from tpllm.sampling_params import SamplingParams
 
 
@@ -72,7 +73,9 @@ class Sequence:
         "num_prompt_tokens",
         "num_registered_blocks",
         "num_steps_in_flight",
+        "options",
         "prefill_target",
+        "prompt_logprobs",
         "request_id",
         "row",
         "seed",
@@ -100,6 +103,12 @@ class Sequence:
         eos = () if params.ignore_eos else eos_token_ids
         self.end_token_ids = self.stop_token_ids.union(eos)
         self.min_total_tokens = self.num_prompt_tokens + params.min_tokens
+        masked = sorted(self.end_token_ids) if params.min_tokens else []
+        self.options = row_options(params, self.num_prompt_tokens, request.bad_word_ids, masked)
+        # None also once they have been handed out
+        self.prompt_logprobs: list[TokenLogprobs | None] | None = None
+        if params.prompt_logprobs is not None:
+            self.prompt_logprobs = [None] * self.num_prompt_tokens
         limit = max_total_tokens
         if params.max_tokens is not None:
             limit = min(limit, self.num_prompt_tokens + params.max_tokens)
@@ -110,6 +119,13 @@ class Sequence:
         self.num_steps_in_flight = 0
         self.block_digests: list[bytes] = []
         self.reset()
+
+    def take_prompt_logprobs(self) -> list[TokenLogprobs | None] | None:
+        """The prompt's log-probabilities, once they are complete; they are not computed again."""
+        complete, self.prompt_logprobs = self.prompt_logprobs, None
+        if complete is not None and self.options is not None:
+            self.options = replace(self.options, num_prompt_logprobs=-1)
+        return complete
 
     def reset(self) -> None:
         """Forget everything stored in the cache: the state of a sequence that waits."""
