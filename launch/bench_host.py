@@ -5,7 +5,9 @@ its readers having it, each a process of its own. With readers that still spin i
 system calls and a copy, with readers asleep by the kernel's wake-up. It means something only where
 every process has a core: take fewer readers on a small machine. "idle": CPU use of an engine
 without requests, all its processes together; nothing should wake up. "schedule": a decode step's
-`schedule` and `finish` together; the cost per sequence should not grow with the batch.
+`schedule` and `finish` together; the cost per sequence should not grow with the batch. "text": what
+the tokens of such a step cost in the caller's process: making text of them alone, and all of an
+`OutputProcessor`'s work, deltas included; under a server also packing and unpacking the updates.
 
 Medians of many; prints a table, then one JSON line. Needs psutil (pip install tpllm[dev]).
 
@@ -25,18 +27,23 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import msgpack
 import numpy as np
 import psutil
 
-from tpllm import LLM, SamplingParams, __version__
+from tpllm import LLM, RequestOutputKind, SamplingParams, __version__
 from tpllm.channel.ring import RingDescriptors, RingReader, RingWriter, create_ring
 from tpllm.channel.step_plan import ENTERING_WORDS, STEP, PlanLimits, StepPlan, StepResult
+from tpllm.checkpoint import SHIPPED_MODEL
+from tpllm.engine import messages
 from tpllm.engine.block_manager import BlockManager
-from tpllm.engine.request import AddRequest, Sequence
+from tpllm.engine.request import AddRequest, RequestUpdate, Sequence
 from tpllm.engine.scheduler import Scheduler
+from tpllm.output_processor import OutputProcessor
+from tpllm.tokenizer import Tokenizer
 
 SPIN_S = 100e-6  # as the workers' own
-GOALS = {"hop_us": 50, "idle_cpu_percent": 1, "schedule_256_ms": 0.5}
+GOALS = {"hop_us": 50, "idle_cpu_percent": 1, "schedule_256_ms": 0.5, "detokenize_256_ms": 0.3}
 
 
 # ---- hop -----------------------------------------------------------------------------------------
@@ -202,6 +209,43 @@ def next_step(scheduler: Scheduler, plan: StepPlan) -> StepPlan:
     return planned
 
 
+# ---- text ----------------------------------------------------------------------------------------
+
+
+def measure_text(num_seqs: int, num_steps: int = 300) -> dict[str, Any]:
+    """One token more for each of `num_seqs` streams, with the shipped tokenizer."""
+    tokenizer = Tokenizer(SHIPPED_MODEL)
+    ids = tokenizer.encode_batch(["The LORD is my shepherd; naïve — 日本 🙂\n" * 4])[0]
+    drawn = [[ids[(step + i) % len(ids)] for i in range(num_seqs)] for step in range(num_steps)]
+    detokenizers = [tokenizer.detokenizer() for _ in range(num_seqs)]
+    processor = OutputProcessor(tokenizer)
+    params = SamplingParams(output_kind=RequestOutputKind.DELTA)
+    requests = [processor.add(None, [1], params) for _ in range(num_seqs)]
+    names = [each.engine_requests[0].request_id for each in requests]
+    times: dict[str, list[float]] = {"detokenize_ms": [], "process_ms": [], "pack_ms": []}
+    for tokens in drawn:
+        begin = time.perf_counter()
+        for detokenizer, token_id in zip(detokenizers, tokens, strict=True):
+            detokenizer.feed((token_id,))
+        read = time.perf_counter()
+        step = [RequestUpdate(n, [t], None, None, 0) for n, t in zip(names, tokens, strict=True)]
+        made = time.perf_counter()
+        for request in processor.process(step).changed:
+            request.take()
+        processed = time.perf_counter()
+        messages.read_updates(msgpack.unpackb(msgpack.packb(messages.updates(step))))
+        packed = time.perf_counter()
+        times["detokenize_ms"].append((read - begin) * 1e3)
+        times["process_ms"].append((processed - made) * 1e3)
+        times["pack_ms"].append((packed - processed) * 1e3)
+    medians = {name: statistics.median(each) for name, each in times.items()}
+    per_token = medians["detokenize_ms"] * 1e3 / num_seqs
+    return {
+        **{name: round(value, 4) for name, value in medians.items()},
+        "detokenize_us_per_token": round(per_token, 3),
+    }
+
+
 # ---- all together --------------------------------------------------------------------------------
 
 
@@ -230,7 +274,9 @@ def environment() -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--only", choices=("hop", "idle", "schedule"), help="one measurement alone")
+    parser.add_argument(
+        "--only", choices=("hop", "idle", "schedule", "text"), help="one measurement alone"
+    )
     parser.add_argument("--num-readers", type=int, default=4, help="of the hop")
     parser.add_argument("--idle-s", type=float, default=10.0, help="how long to watch it idle")
     parser.add_argument("--num-seqs", type=int, nargs="+", default=[1, 64, 256, 1024, 4096])
@@ -247,6 +293,7 @@ def main() -> None:
         },
         "idle": lambda: {"LLM(device='cpu')": measure_idle(args.idle_s)},
         "schedule": lambda: {f"{n} sequences": measure_schedule(n) for n in args.num_seqs},
+        "text": lambda: {f"{n} streams": measure_text(n) for n in args.num_seqs},
     }
     result: dict[str, Any] = {"arguments": sys.argv[1:], **environment(), "goals": GOALS}
     for name, measure in measurements.items():

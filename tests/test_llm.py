@@ -12,7 +12,7 @@ import pytest
 
 from tests.checkpoints import write_config
 from tests.reference import shipped_greedy
-from tpllm import LLM, SamplingParams
+from tpllm import LLM, RequestOutput, RequestOutputKind, SamplingParams
 from tpllm.settings import Settings
 
 PSALM = "Psalms 23\n1 The LORD is my shepherd;"
@@ -109,6 +109,89 @@ def test_requests_without_a_seed_differ_and_the_engine_s_seed_repeats_them() -> 
     first = texts(7)
     assert len(set(first)) == 3
     assert texts(7) == first != texts(8)
+
+
+def test_a_stream_grows_into_what_generate_gives(llm: LLM) -> None:
+    params = [
+        SamplingParams(temperature=0, max_tokens=n, output_kind=kind)
+        for n, kind in ((9, RequestOutputKind.DELTA), (6, RequestOutputKind.CUMULATIVE))
+    ]
+    expected = llm.generate([PSALM] * 2, params, use_tqdm=False)
+    deltas: list[RequestOutput] = []
+    cumulative: list[RequestOutput] = []
+    for output in llm.generate_stream([PSALM] * 2, params):
+        of_first = int(output.request_id) % 2 == int(expected[0].request_id) % 2
+        (deltas if of_first else cumulative).append(output)
+    assert "".join(o.outputs[0].text for o in deltas) == expected[0].outputs[0].text
+    assert cumulative[-1].outputs == expected[1].outputs
+    assert [o.finished for o in deltas] == [False] * 8 + [True]
+
+
+def test_a_stream_that_is_closed_leaves_a_quiet_engine(llm: LLM) -> None:
+    stream = llm.generate_stream(PSALM, SamplingParams(ignore_eos=True, max_tokens=None))
+    next(stream)
+    with pytest.raises(RuntimeError, match="in the middle of a call"):
+        llm.generate(PSALM, SHORT)
+    stream.close()
+    assert llm.coordinator.num_unfinished == llm.coordinator.num_in_flight == 0
+    assert llm.generate(PSALM, SHORT, use_tqdm=False)[0].outputs[0].text == (
+        " I shall not want.\n2"
+    )
+
+
+def test_a_stop_string_ends_a_text_and_frees_its_row(llm: LLM) -> None:
+    params = SamplingParams(temperature=0, max_tokens=500, stop=["nowhere", "l not w"])
+    output = llm.generate(PSALM, params, use_tqdm=False)[0].outputs[0]
+    assert (output.text, output.finish_reason) == (" I shal", "stop")
+    assert output.stop_reason == "l not w"
+    assert llm.coordinator.num_unfinished == 0
+
+
+def test_several_continuations_share_a_prompt(llm: LLM) -> None:
+    params = SamplingParams(n=3, max_tokens=8, seed=5)
+    outputs = llm.generate([PSALM * 4] * 2, params, use_tqdm=False)
+    for output in outputs:
+        assert [each.index for each in output.outputs] == [0, 1, 2]
+        assert len({each.text for each in output.outputs}) == 3
+    assert outputs[0].outputs == outputs[1].outputs
+    stats = llm.coordinator.stats
+    assert stats.num_cached_tokens > 0
+
+
+def test_a_conversation_is_answered_as_its_template_is_told(llm: LLM) -> None:
+    question: dict[str, Any] = {
+        "role": "user",
+        "content": [{"type": "text", "text": "What is 348 + 44?"}],
+    }
+    begun = [question, {"role": "assistant", "content": "39"}]
+    params = SamplingParams(temperature=0, max_tokens=8)
+    output = llm.chat(
+        begun,
+        params,
+        use_tqdm=False,
+        add_generation_prompt=False,
+        continue_final_message=True,
+    )[0]
+    assert output.prompt is not None and output.prompt.endswith("assistant\n39")
+    assert output.outputs[0].text == "2"
+    shout = "{{ messages[0].content | upper }}{{ tools[0].name }}{{ mood }}"
+    output = llm.chat(
+        [question],
+        params,
+        use_tqdm=False,
+        chat_template=shout,
+        tools=[{"name": "add"}],
+        chat_template_kwargs={"mood": "!"},
+    )[0]
+    assert output.prompt == "WHAT IS 348 + 44?add!"
+    with pytest.raises(ValueError, match="continue_final_message=True leaves the last message"):
+        llm.chat(begun, params, continue_final_message=True)
+
+
+def test_without_sampling_parameters_the_checkpoint_s_are_taken(llm: LLM) -> None:
+    assert llm.get_default_sampling_params() == SamplingParams(max_tokens=128)
+    output = llm.generate(PSALM, use_tqdm=False)[0].outputs[0]
+    assert len(output.token_ids) == 128 or output.finish_reason == "stop"
 
 
 @pytest.mark.parametrize(

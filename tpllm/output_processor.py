@@ -154,6 +154,7 @@ class Request:
         self.engine_requests: list[AddRequest] = []
         self.completions: list[_Completion] = []
         self.num_unfinished = params.n
+        self.is_changed = False  # since it was taken last
         self.num_cached_tokens = 0
         self.prompt_logprobs: list[dict[int, Logprob] | None] | None = None
         self.tokenizer = tokenizer if params.detokenize else None
@@ -165,15 +166,16 @@ class Request:
     @property
     def has_news(self) -> bool:
         """Whether there is something to take: at the end alone, if that is what was asked for."""
-        if self.kind is RequestOutputKind.FINAL_ONLY and not self.finished:
-            return False
-        return any([each.has_news for each in self.completions])
+        return self.is_changed and (
+            self.num_unfinished == 0 or self.kind is not RequestOutputKind.FINAL_ONLY
+        )
 
     def take(self) -> RequestOutput:
         """What there is to tell, in the form that the request asks for.
 
         Where several updates came in since, a delta holds them all.
         """
+        self.is_changed = False
         prompt_logprobs = self.prompt_logprobs
         if self.kind is RequestOutputKind.DELTA:
             outputs = [each.delta() for each in self.completions if each.has_news]
@@ -255,9 +257,8 @@ class _Completion:
 
     def take_in(self, update: RequestUpdate) -> None:
         """Note an update; `finish_reason` is set where it, or a stop string, is the end."""
-        new_ids = update.new_token_ids
-        self.has_news = True
-        self.token_ids += new_ids
+        self.has_news = self.request.is_changed = True
+        self.token_ids += update.new_token_ids
         if update.num_cached_tokens and self.index == 0:
             self.request.num_cached_tokens = update.num_cached_tokens
         if update.prompt_logprobs is not None and self.request.prompt_logprobs is None:
@@ -275,7 +276,7 @@ class _Completion:
 
     def end(self, reason: FinishReason) -> None:
         """No more tokens come. The token that ends a text is not part of it."""
-        self.has_news = True
+        self.has_news = self.request.is_changed = True
         self.finish_reason = reason
         hides_last = reason == "stop" and not self._includes_stop
         self._read_on(len(self.token_ids) - hides_last)

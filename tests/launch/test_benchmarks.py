@@ -53,3 +53,8 @@ def test_the_cost_of_scheduling_is_measured() -> None:
     figures = run("bench_host.py", "--only", "schedule", "--num-seqs", "1", "64")
     assert set(figures["schedule"]) == {"1 sequences", "64 sequences"}
     assert all(row["step_ms"] > 0 for row in figures["schedule"].values())
+
+
+def test_the_cost_of_text_is_measured() -> None:
+    figures = run("bench_host.py", "--only", "text", "--num-seqs", "16")
+    assert all(value > 0 for value in figures["text"]["16 streams"].values())
