@@ -255,6 +255,7 @@ class PagedDecode:
             ROPE=rope is not None,
             num_warps=4,
             num_stages=3,
-            **dependent_launch(q.device),
+            # early programs of a large batch crowd where a multiprocessor is free first: 2 % slower
+            **(dependent_launch(q.device) if rope else {"PDL": False}),
         )
         return out
