@@ -46,7 +46,7 @@ def decode_plan(num_seqs: int) -> StepPlan:
     """A step of one token for each of `num_seqs` sequences."""
     ones, empty = np.ones(num_seqs, dtype=np.int32), np.empty(0, dtype=np.int32)
     entering, updates = empty.reshape(0, ENTERING_WORDS), empty.reshape(0, 2)
-    return StepPlan(0, num_seqs, ones, ones, ones, ones, entering, updates, empty)
+    return StepPlan(0, num_seqs, ones, ones, ones, ones, entering, updates, empty, empty)
 
 
 def open_board(fd: int, num_readers: int) -> np.ndarray:
@@ -172,7 +172,7 @@ def measure_schedule(num_seqs: int, num_steps: int = 300) -> dict[str, Any]:
     """A decode step of `num_seqs` sequences, one step ahead of its results, as in the engine."""
     block_size, prompt_length = 256, 100
     blocks_per_seq = -(-(prompt_length + num_steps + 8) // block_size)
-    limits = PlanLimits(num_seqs, max(16384, num_seqs), blocks_per_seq, block_size)
+    limits = PlanLimits(num_seqs, max(16384, num_seqs), blocks_per_seq, block_size, 8)
     scheduler = Scheduler(BlockManager(num_seqs * blocks_per_seq + 1, block_size), limits)
     params = SamplingParams(max_tokens=None, ignore_eos=True)
     for i in range(num_seqs):
@@ -198,7 +198,7 @@ def next_step(scheduler: Scheduler, plan: StepPlan) -> StepPlan:
     planned = scheduler.schedule()
     assert planned is not None
     token_ids = np.full(int(plan.samples.sum()), 7, dtype=np.int32)
-    scheduler.finish(StepResult(plan.step, plan.samples, token_ids))
+    scheduler.finish(StepResult(plan.step, plan.samples, token_ids, token_ids[:0]))
     return planned
 
 

@@ -37,9 +37,10 @@ def is_running(pid: int) -> bool:
 def worker_pids() -> dict[int, Path]:
     """The workers of this test session, whoever started them, with their engine's directory."""
     found = {}
+    ours = Path(tempfile.gettempdir())  # another session's may run beside us
     for pid in _all_pids():
         directory = Path(_temporary_directory(pid))
-        if directory.name.startswith("tpllm-") and is_running(pid):
+        if directory.parent == ours and directory.name.startswith("tpllm-") and is_running(pid):
             found[pid] = directory
     return found
 

@@ -20,8 +20,8 @@ MAY_IMPORT = {
     "layers": {"parallel"},
     "models": {"layers", "parallel", "model_config", "checkpoint"},
     "channel": PLAIN,
-    "worker": PLAIN | {"models", "layers", "parallel", "channel", "checkpoint"},
-    "engine": PLAIN | {"channel", "interrupts"},
+    "worker": PLAIN | {"models", "layers", "parallel", "channel", "checkpoint", "child_process"},
+    "engine": PLAIN | {"channel", "child_process", "interrupts"},
 }
 WITHOUT_TORCH = {"torch", "triton", "transformers", "flash_attn"}
 MAY_USE_TORCH = {"parallel", "layers", "models", "worker"}

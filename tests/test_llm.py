@@ -121,11 +121,14 @@ def test_requests_without_a_seed_differ_and_the_engine_s_seed_repeats_them() -> 
         ([1] * 700, SHORT, "has 700 tokens, more than the whole cache .*39 blocks of 16"),
         ("hi", SamplingParams(stop_token_ids=[5000]), "stop_token_ids holds 5000"),
         ("hi", SamplingParams(min_tokens=700, max_tokens=None), "min_tokens=700 after a prompt of"),
+        ("hi", SamplingParams(logit_bias={4096: 1}), "logit_bias holds 4096, outside"),
+        ("hi", SamplingParams(allowed_token_ids=[1, 4096]), "allowed_token_ids holds 4096"),
         (
             "hi",
-            SamplingParams(min_tokens=1, stop_token_ids=list(range(20))),
-            "min_tokens=1 with 22 end tokens; at most 16",
+            SamplingParams(min_tokens=1, stop_token_ids=[3, 4], allowed_token_ids=[4]),
+            "min_tokens=1 holds back every token of allowed_token_ids",
         ),
+        ("hi", SamplingParams(bad_words=[" "]), "bad_words holds ' ', which spells no token"),
     ],
 )
 def test_what_cannot_run_is_refused_before_any_prompt_runs(llm, prompt, params, message) -> None:

@@ -13,17 +13,23 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from tpllm.async_llm import AsyncLLM
+    from tpllm.beam_search import BeamSearchParams
     from tpllm.errors import UnknownSettingError, WorkerError
     from tpllm.llm import LLM
-    from tpllm.outputs import CompletionOutput, RequestOutput
-    from tpllm.sampling_params import SamplingParams
+    from tpllm.outputs import CompletionOutput, Logprob, RequestOutput
+    from tpllm.sampling_params import RequestOutputKind, SamplingParams
 
 __version__ = "0.1.0"
 
 __all__ = [
     "LLM",
+    "AsyncLLM",
+    "BeamSearchParams",
     "CompletionOutput",
+    "Logprob",
     "RequestOutput",
+    "RequestOutputKind",
     "SamplingParams",
     "UnknownSettingError",
     "WorkerError",
@@ -32,8 +38,12 @@ __all__ = [
 
 _HOME = {
     "LLM": "tpllm.llm",
+    "AsyncLLM": "tpllm.async_llm",
+    "BeamSearchParams": "tpllm.beam_search",
     "CompletionOutput": "tpllm.outputs",
+    "Logprob": "tpllm.outputs",
     "RequestOutput": "tpllm.outputs",
+    "RequestOutputKind": "tpllm.sampling_params",
     "SamplingParams": "tpllm.sampling_params",
     "UnknownSettingError": "tpllm.errors",
     "WorkerError": "tpllm.errors",

@@ -14,7 +14,9 @@ from typing import Any, Self
 from tpllm.checkpoint import check_checkpoint, resolve_model
 from tpllm.checks import MAX_INT32
 from tpllm.devices import Gpu, visible_gpus
+from tpllm.generation_config import read_generation_defaults
 from tpllm.model_config import ModelConfig
+from tpllm.sampling_params import SamplingParams
 from tpllm.settings import Settings
 from tpllm.tokenizer import TOKENIZER_FILES
 
@@ -36,6 +38,7 @@ class EngineConfig(Settings):
         folder: the checkpoint, absolute
         tokenizer_folder: the tokenizer's folder; None to work on token ids alone
         model_config: what the checkpoint's config.json says
+        generation_defaults: arguments of SamplingParams, where the checkpoint recommends some
     """
 
     max_model_len: int = field()  # field(): required here, without the default of Settings
@@ -45,6 +48,7 @@ class EngineConfig(Settings):
     folder: Path
     tokenizer_folder: Path | None
     model_config: ModelConfig
+    generation_defaults: dict[str, Any]
 
     @classmethod
     def resolve(cls, model: str | os.PathLike[str] | None = None, **settings: Any) -> Self:
@@ -72,6 +76,9 @@ class EngineConfig(Settings):
             "folder": folder,
             "tokenizer_folder": _resolve_tokenizer(wanted, folder),
             "model_config": model_config,
+            "generation_defaults": (
+                read_generation_defaults(folder) if wanted.generation_config == "auto" else {}
+            ),
         }
         config = cls(**{f.name: getattr(wanted, f.name) for f in fields(Settings)} | concrete)
         if weights:
@@ -90,6 +97,11 @@ class EngineConfig(Settings):
     def max_blocks_per_seq(self) -> int:
         """Blocks of a sequence of `max_model_len` tokens: the width of a block table."""
         return -(-self.max_model_len // self.kv_block_size)
+
+    @property
+    def default_sampling_params(self) -> SamplingParams:
+        """What a request without any gets."""
+        return SamplingParams(**self.generation_defaults)
 
     def to_json(self) -> str:
         """All fields, as `from_json` reads them."""

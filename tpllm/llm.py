@@ -3,24 +3,23 @@
 import os
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, closing, contextmanager
-from dataclasses import fields
-from inspect import Parameter, Signature
 from typing import Any, Self, Unpack
 
 from tqdm import tqdm
 
+from tpllm.beam_search import Beams, BeamSearchOutput, BeamSearchParams
 from tpllm.config import EngineConfig
 from tpllm.engine.coordinator import Coordinator
-from tpllm.engine.request import AddRequest, RequestUpdate
 from tpllm.interrupts import Interrupts
-from tpllm.outputs import CompletionOutput, RequestOutput
+from tpllm.output_processor import OutputProcessor, Request
+from tpllm.outputs import RequestOutput
 from tpllm.prompts import Prompt, as_list, one_for_each
-from tpllm.sampling_params import SamplingParams
-from tpllm.settings import Settings, SettingsKeywords
-from tpllm.tokenizer import Tokenizer
+from tpllm.sampling_params import RequestOutputKind, SamplingParams
+from tpllm.settings import Settings, SettingsKeywords, signature
+from tpllm.tokenizer import Tokenizer, require_tokenizer
 
 Message = Mapping[str, Any]
 
@@ -51,7 +50,6 @@ class LLM(AbstractContextManager["LLM"]):
         self._tokenizer: Tokenizer | None = None
         self._lock = threading.Lock()
         self._lock_owner: int | None = None
-        self._num_requests = 0
         coordinator: Coordinator | None = None
         try:
             with ThreadPoolExecutor(1, "tpllm-tokenizer") as pool:  # while the workers start
@@ -66,6 +64,7 @@ class LLM(AbstractContextManager["LLM"]):
                 coordinator.kill()
             raise
         self._coordinator = coordinator
+        self._processor = OutputProcessor(self._tokenizer)
         self.startup_s = time.perf_counter() - begin
 
     # ---- generating --------------------------------------------------------------------------
@@ -85,7 +84,8 @@ class LLM(AbstractContextManager["LLM"]):
         Args:
             prompts: a text, a list of token ids, `{"prompt_token_ids": [...]}` or
                 `{"prompt": "..."}`, or a list of any of these
-            sampling_params: one for all prompts, or one for each
+            sampling_params: one for all prompts, or one for each; None for
+                `get_default_sampling_params()`
             use_tqdm: whether to show progress, with input and output tokens per second
 
         Raises:
@@ -95,16 +95,49 @@ class LLM(AbstractContextManager["LLM"]):
         texts, prompt_ids = self._encode(as_list(prompts))
         return self._run(texts, prompt_ids, sampling_params, use_tqdm)
 
+    def generate_stream(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+    ) -> Generator[RequestOutput, None, None]:
+        """Continue every prompt; yields the output of one or another as it grows.
+
+        The form of the outputs is `output_kind` of their sampling parameters, and the last one of
+        each prompt is `finished`. The model works while the iterator is asked for more; to close
+        it, or to let go of it, aborts what is left. Until then this LLM takes no other call.
+
+        Args and errors, at the first iteration: those of `generate`.
+        """
+        texts, prompt_ids = self._encode(as_list(prompts))
+        with self._requests(texts, prompt_ids, sampling_params, None) as requests:
+            num_running = len(requests)
+            while num_running:
+                for request in self._step():
+                    num_running -= request.finished
+                    yield request.take()
+
     def chat(
         self,
         messages: Sequence[Message] | Sequence[Sequence[Message]],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         use_tqdm: bool = True,
+        *,
+        chat_template: str | None = None,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> list[RequestOutput]:
         """Answer one conversation, or a list of them, through the model's chat template.
 
         Args:
             messages: `[{"role": "user", "content": "..."}]`, or a list of such conversations
+            chat_template: a Jinja template to use instead of the model's
+            add_generation_prompt: end the prompt with what opens an answer
+            continue_final_message: leave the last message open, for the model to go on with it;
+                goes with `add_generation_prompt=False`
+            tools: JSON schemas of functions that the model may call
+            chat_template_kwargs: what else the template reads, such as `enable_thinking`
 
         Raises:
             ValueError: there is no chat template, or it does not take these messages; and as
@@ -120,12 +153,69 @@ class LLM(AbstractContextManager["LLM"]):
         texts = []
         for i, conversation in enumerate(conversations):
             try:
-                texts.append(tokenizer.render_chat(conversation))
+                text = tokenizer.render_chat(
+                    conversation,
+                    chat_template=chat_template,
+                    add_generation_prompt=add_generation_prompt,
+                    continue_final_message=continue_final_message,
+                    tools=tools,
+                    chat_template_kwargs=chat_template_kwargs,
+                )
             except ValueError as error:
                 raise ValueError(f"conversation {i}: {error}") from None
+            texts.append(text)
         # the template spells out every special token
         prompt_ids = tokenizer.encode_batch(texts, add_special_tokens=False)
         return self._run([*texts], prompt_ids, sampling_params, use_tqdm)
+
+    def beam_search(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: BeamSearchParams,
+        use_tqdm: bool = False,
+    ) -> list[BeamSearchOutput]:
+        """The `beam_width` likeliest continuations of every prompt, the best first.
+
+        Every step is a call of its own for all beams of all prompts, which find what they have in
+        common in the prefix cache.
+
+        Args:
+            prompts: as for `generate`
+            use_tqdm: whether to show progress, in steps
+
+        Raises:
+            ValueError: a prompt cannot run, or `beam_width` is too large; none has been started.
+            WorkerError: a worker failed; the engine is closed.
+        """
+        model_config = self.config.model_config
+        ends = () if params.ignore_eos else model_config.eos_token_ids
+        step_params = params.step_params(len(ends), model_config.vocab_size)
+        _, prompt_ids = self._encode(as_list(prompts))
+        longest = self._coordinator.max_total_tokens
+        for i, ids in enumerate(prompt_ids):
+            if len(ids) + params.max_tokens > longest:
+                raise ValueError(
+                    f"prompt {i}: max_tokens={params.max_tokens} after a prompt of {len(ids)} "
+                    f"tokens is more than the {longest} tokens that a sequence may have; lower it, "
+                    "or raise max_model_len and num_kv_blocks"
+                )
+        searches = [Beams(ids, params, ends) for ids in prompt_ids]
+        for _ in tqdm(range(params.max_tokens), "Beam search", unit="step", disable=not use_tqdm):
+            beams = [beam.tokens for each in searches for beam in each.running]
+            if not beams:
+                break
+            outputs = iter(self._run([None] * len(beams), beams, step_params, use_tqdm=False))
+            for each in searches:
+                completions = [next(outputs).outputs[0] for _ in each.running]
+                each.extend([logprobs for c in completions for logprobs in c.logprobs or ()])
+        results = [each.output() for each in searches]
+        if self._tokenizer is not None:
+            for sequence in (each for result in results for each in result.sequences):
+                hides_end = sequence.finish_reason == "stop"
+                hides_end = hides_end and not params.include_stop_str_in_output
+                shown = sequence.tokens[: len(sequence.tokens) - hides_end]
+                sequence.text = self._tokenizer.decode(shown, skip_special_tokens=False)
+        return results
 
     def get_tokenizer(self) -> Tokenizer:
         """The model's tokenizer.
@@ -133,12 +223,11 @@ class LLM(AbstractContextManager["LLM"]):
         Raises:
             ValueError: the engine was made without one.
         """
-        if self._tokenizer is None:
-            raise ValueError(
-                "this engine has no tokenizer (skip_tokenizer_init=True, or dummy weights without "
-                "one); pass token ids, or name a tokenizer with tokenizer="
-            )
-        return self._tokenizer
+        return require_tokenizer(self._tokenizer)
+
+    def get_default_sampling_params(self) -> SamplingParams:
+        """What a call without sampling parameters uses: see the setting `generation_config`."""
+        return self.config.default_sampling_params
 
     def reset_prefix_cache(self) -> None:
         """Forget all cached prefixes, as between two repeats of a measurement."""
@@ -193,6 +282,49 @@ class LLM(AbstractContextManager["LLM"]):
             finally:
                 self._lock_owner = None
 
+    @contextmanager
+    def _requests(
+        self,
+        texts: list[str | None],
+        prompt_ids: list[list[int]],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None,
+        output_kind: RequestOutputKind | None,
+    ) -> Iterator[list[Request]]:
+        """Queue a call's requests for the length of a block; whatever ends it early aborts them.
+
+        Raises:
+            ValueError: one of them could never run; it is named by its index as a prompt.
+        """
+        params = one_for_each(sampling_params, len(prompt_ids), self.get_default_sampling_params)
+        with self._turn():
+            if self._coordinator.closed:
+                raise RuntimeError("this LLM is closed; make a new one")
+            requests: list[Request] = []
+            try:
+                with Interrupts():
+                    for i, prompt in enumerate(zip(texts, prompt_ids, params, strict=True)):
+                        try:
+                            requests.append(self._processor.add(*prompt, output_kind=output_kind))
+                            # the others of one prompt differ in their seeds alone
+                            self._coordinator.check(requests[-1].engine_requests[0])
+                        except ValueError as error:
+                            raise ValueError(f"prompt {i}: {error}") from None
+                    for request in requests:
+                        self._coordinator.add(request.engine_requests)
+                yield requests
+            except BaseException:
+                self._abandon(requests)
+                raise
+
+    def _step(self) -> list[Request]:
+        """One step of the engine; the requests with something to take."""
+        with Interrupts():  # Ctrl-C comes between two steps, when the books are in order
+            # the next step runs on the GPUs while we read the texts of this one
+            processed = self._processor.process(self._coordinator.step())
+            if processed.to_abort:
+                self._coordinator.abort(processed.to_abort)
+        return processed.changed
+
     def _run(
         self,
         texts: list[str | None],
@@ -200,113 +332,37 @@ class LLM(AbstractContextManager["LLM"]):
         sampling_params: SamplingParams | Sequence[SamplingParams] | None,
         use_tqdm: bool,
     ) -> list[RequestOutput]:
-        params = one_for_each(sampling_params, len(prompt_ids))
-        with self._turn():
-            if self._coordinator.closed:
-                raise RuntimeError("this LLM is closed; make a new one")
-            first = self._num_requests
-            requests = [
-                AddRequest(str(first + i), ids, each)
-                for i, (ids, each) in enumerate(zip(prompt_ids, params, strict=True))
-            ]
-            collected = self._drive(requests, use_tqdm)
-        return [
-            self._output(request, text, collected[request.request_id])
-            for request, text in zip(requests, texts, strict=True)
-        ]
+        """Run requests to their ends."""
+        final_only = RequestOutputKind.FINAL_ONLY
+        with (
+            self._requests(texts, prompt_ids, sampling_params, final_only) as requests,
+            closing(_Progress(len(requests), use_tqdm)) as progress,
+        ):
+            outputs: dict[Request, RequestOutput] = {}
+            while len(outputs) < len(requests):
+                for request in self._step():
+                    output = outputs[request] = request.take()
+                    progress.finished(output)
+            return [outputs[request] for request in requests]
 
-    def _drive(self, requests: list[AddRequest], use_tqdm: bool) -> dict[str, "_Collected"]:
-        """Run requests to their ends, or abort them all when something interrupts."""
-        collected = {request.request_id: _Collected() for request in requests}
-        num_prompt_tokens = {r.request_id: len(r.prompt_token_ids) for r in requests}
-        try:
-            with Interrupts() as interrupts:
-                self._coordinator.add(requests)
-                self._num_requests += len(requests)
-                num_running = len(requests)
-                with closing(_Progress(len(requests), use_tqdm)) as progress:
-                    while num_running:
-                        interrupts.check()
-                        for update in self._coordinator.step():
-                            of_request = collected[update.request_id]
-                            of_request.add(update)
-                            if update.finish_reason is not None:
-                                num_running -= 1
-                                progress.finished(
-                                    num_prompt_tokens[update.request_id], len(of_request.token_ids)
-                                )
-        except BaseException:
-            self._abandon(requests)
-            raise
-        return collected
-
-    def _abandon(self, requests: list[AddRequest]) -> None:
+    def _abandon(self, requests: list[Request]) -> None:
         """Abort and take in what is in flight, so that the next call finds a quiet engine."""
         coordinator = self._coordinator
+        for request in requests:
+            self._processor.abort(request.request_id)
         if coordinator.closed:
             return
         try:
-            coordinator.abort(request.request_id for request in requests)
+            coordinator.abort(each.request_id for r in requests for each in r.engine_requests)
             while coordinator.num_in_flight:
                 coordinator.step()
         except BaseException:  # interrupted again, in the middle: nothing is certain any more
             coordinator.kill()
             raise
 
-    def _output(
-        self, request: AddRequest, text: str | None, collected: "_Collected"
-    ) -> RequestOutput:
-        shown = collected.token_ids
-        if collected.finish_reason == "stop":
-            shown = shown[:-1]  # the token that ends a text is not part of it
-        completion = CompletionOutput(
-            index=0,
-            text=self._tokenizer.decode(shown) if self._tokenizer else "",
-            token_ids=collected.token_ids,
-            finish_reason=collected.finish_reason,
-            stop_reason=collected.stop_reason,
-        )
-        return RequestOutput(
-            request_id=request.request_id,
-            prompt=text,
-            prompt_token_ids=request.prompt_token_ids,
-            outputs=[completion],
-            finished=True,
-            num_cached_tokens=collected.num_cached_tokens,
-        )
 
-
-def _signature() -> Signature:
-    """`LLM(model=None, *, tensor_parallel_size=1, ...)`, for help() and notebooks."""
-    model = Parameter("model", Parameter.POSITIONAL_OR_KEYWORD, default=None)
-    keywords = [
-        Parameter(field.name, Parameter.KEYWORD_ONLY, default=field.default, annotation=field.type)
-        for field in fields(Settings)
-        if field.name != "model"
-    ]
-    return Signature([model, *keywords])
-
-
-LLM.__signature__ = _signature()  # type: ignore[attr-defined]
+LLM.__signature__ = signature()  # type: ignore[attr-defined]
 LLM.__doc__ = f"{LLM.__doc__}\n    Settings:\n{Settings.__doc__}"
-
-
-class _Collected:
-    """What has come back for one request so far."""
-
-    __slots__ = ("finish_reason", "num_cached_tokens", "stop_reason", "token_ids")
-
-    def __init__(self) -> None:
-        self.token_ids: list[int] = []
-        self.finish_reason: Any = None
-        self.stop_reason: int | None = None
-        self.num_cached_tokens = 0
-
-    def add(self, update: RequestUpdate) -> None:
-        self.token_ids += update.new_token_ids
-        self.finish_reason = update.finish_reason
-        self.stop_reason = update.stop_reason
-        self.num_cached_tokens = update.num_cached_tokens
 
 
 class _Progress:
@@ -322,9 +378,9 @@ class _Progress:
         self._begin = time.perf_counter()
         self._input = self._output = 0
 
-    def finished(self, num_prompt_tokens: int, num_output_tokens: int) -> None:
-        self._input += num_prompt_tokens
-        self._output += num_output_tokens
+    def finished(self, output: RequestOutput) -> None:
+        self._input += len(output.prompt_token_ids)
+        self._output += sum([len(each.token_ids) for each in output.outputs])
         if self._bar.disable:
             return
         seconds = max(time.perf_counter() - self._begin, 1e-9)

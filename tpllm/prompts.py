@@ -1,6 +1,6 @@
 """What callers may hand to `LLM.generate`, checked and brought into one shape."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from numbers import Integral
 from typing import Any
 
@@ -28,7 +28,9 @@ def as_list(prompts: Prompt | Sequence[Prompt]) -> list[str | list[int]]:
 
 
 def one_for_each(
-    params: SamplingParams | Sequence[SamplingParams] | None, num_prompts: int
+    params: SamplingParams | Sequence[SamplingParams] | None,
+    num_prompts: int,
+    make_default: Callable[[], SamplingParams] = SamplingParams,
 ) -> list[SamplingParams]:
     """Sampling parameters of every prompt, from one for all, one for each, or none.
 
@@ -36,7 +38,7 @@ def one_for_each(
         ValueError: they are not `num_prompts`, or not SamplingParams.
     """
     if params is None:
-        params = SamplingParams()
+        params = make_default()
     if isinstance(params, SamplingParams):
         return [params] * num_prompts
     each = _plain_list(params)

@@ -1,7 +1,8 @@
-"""SamplingParams: how the tokens of a request are drawn, and when it ends."""
+"""SamplingParams: how the tokens of a request are drawn, what is reported, and when it ends."""
 
-from collections.abc import Iterable
-from dataclasses import dataclass, fields
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, fields
+from enum import Enum
 from typing import Any, Self
 
 from tpllm.checks import check_bool, check_int, check_number, check_seed
@@ -9,32 +10,92 @@ from tpllm.errors import refuse_unknown_settings
 
 # From about 1000 on every token is equally likely; at 1e37 float32 scores would overflow.
 MAX_TEMPERATURE = 1e6
+# Logits are multiplied or divided by it: further out, float32 would turn them into 0 or infinity.
+MAX_REPETITION_PENALTY = 1e6
+MAX_N = 16384
+# Each token reported costs memory in every result: as many as OpenAI and, unless told otherwise,
+# vLLM report.
+MAX_LOGPROBS = 20
+# OpenAI's range: 100 makes a token certain, -100 impossible, against any ordinary logit.
+MAX_LOGIT_BIAS = 100.0
+
+
+class RequestOutputKind(Enum):
+    """What each `RequestOutput` of a streamed request holds."""
+
+    CUMULATIVE = 0  # everything so far
+    DELTA = 1  # what is new since the last one
+    FINAL_ONLY = 2  # everything, once the request has ended
 
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingParams:
-    """How to draw a request's tokens, and when to stop. Names and defaults are vLLM's.
+    """How to draw a request's tokens, what to report, and when to stop.
+
+    Names, defaults and meanings are vLLM's. Logits go through, in this order: allowed_token_ids,
+    bad_words, min_tokens, logit_bias, repetition_penalty, frequency_penalty and presence_penalty;
+    then temperature, min_p, top_k and top_p. Greedy requests ignore the last three.
 
     Attributes:
+        n: continuations of the prompt, drawn independently
         temperature: divides the logits; 0 always takes the likeliest token (greedy)
+        top_p: draw from the fewest likeliest tokens that have this probability together; in (0, 1]
+        top_k: draw from this many likeliest tokens; 0 or -1 for all
+        min_p: draw from tokens at least this probable, relative to the likeliest; in [0, 1]
+        presence_penalty: taken off the logits of tokens generated before; in [-2, 2]
+        frequency_penalty: taken off for each time a token has been generated; in [-2, 2]
+        repetition_penalty: divides the positive logits of tokens of the prompt or generated before,
+            and multiplies the negative ones; 1 for none
+        seed: 64-bit, signed or unsigned; equal seeds draw equal tokens whatever the batch. None (or
+            vLLM's other way to say so, -1) draws from the engine's seed, differently for each
+            request.
+        stop: a text, or several, that ends the request where it appears
+        stop_token_ids: tokens that end the request, besides the model's end tokens
+        bad_words: texts that are never generated: the token that would complete one cannot be drawn
+        logit_bias: added to the logits of these token ids; cut to [-100, 100]
+        allowed_token_ids: only these can be drawn; None for all
         max_tokens: most tokens to generate; None for as many as `max_model_len` leaves room for
         min_tokens: end tokens and `stop_token_ids` cannot be drawn before this many tokens
         ignore_eos: go on past the model's end tokens (to measure speed)
-        stop_token_ids: tokens that end the request, besides the model's end tokens
-        seed: 64-bit, signed or unsigned; equal seeds draw equal tokens whatever the batch. None
-            draws from the engine's seed, differently for each request.
+        logprobs: report the log-probabilities of each generated token and of this many likeliest
+            ones, at most 20; those of the model, before any of the settings above. None for none
+        prompt_logprobs: the same for the tokens of the prompt, the first excepted; such a request
+            computes its whole prompt, also where the prefix cache has it
+        detokenize: whether to turn token ids into text
+        skip_special_tokens: leave special tokens out of the text
+        spaces_between_special_tokens: put spaces between special tokens in the text
+        include_stop_str_in_output: leave the `stop` text that ended the request in its output
+        output_kind: what each output of a streamed request holds
 
     Raises:
-        ValueError: a value is out of range, or not of its type.
+        ValueError: a value is out of range, not of its type, or contradicts another.
         UnknownSettingError: there is no such keyword.
     """
 
+    n: int = 1
     temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    seed: int | None = None
+    stop: str | tuple[str, ...] | list[str] = ()  # kept as a tuple
+    stop_token_ids: tuple[int, ...] | list[int] = ()  # kept as a tuple
+    bad_words: tuple[str, ...] | list[str] = ()  # kept as a tuple
+    logit_bias: dict[int, float] | None = field(default=None, hash=False)
+    allowed_token_ids: tuple[int, ...] | list[int] | None = None  # kept as a tuple
     max_tokens: int | None = 16
     min_tokens: int = 0
     ignore_eos: bool = False
-    stop_token_ids: tuple[int, ...] | list[int] = ()  # kept as a tuple
-    seed: int | None = None
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    detokenize: bool = True
+    skip_special_tokens: bool = True
+    spaces_between_special_tokens: bool = True
+    include_stop_str_in_output: bool = False
+    output_kind: RequestOutputKind = RequestOutputKind.CUMULATIVE
 
     def __new__(cls, *args: Any, **settings: Any) -> Self:
         # Before __init__, whose own TypeError would not say which name is the nearest.
@@ -42,7 +103,50 @@ class SamplingParams:
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
+        self._check_drawing()
+        self._check_token_lists()
+        self._check_ends()
+        self._check_reports()
+
+    @property
+    def is_greedy(self) -> bool:
+        """Whether the likeliest token is taken, so that nothing is drawn."""
+        return self.temperature == 0
+
+    def _check_drawing(self) -> None:
+        self._keep("n", check_int("n", self.n, minimum=1, maximum=MAX_N))
         self._keep("temperature", _check_temperature(self.temperature))
+        top_p = check_number("top_p", self.top_p)
+        if not 0 < top_p <= 1:
+            raise ValueError(f"top_p={top_p} must be above 0 and at most 1 (all tokens)")
+        self._keep("top_p", top_p)
+        self._keep("top_k", check_int("top_k", self.top_k, minimum=-1))
+        self._keep("min_p", _check_range("min_p", self.min_p, 0, 1))
+        for name in ("presence_penalty", "frequency_penalty"):
+            self._keep(name, _check_range(name, getattr(self, name), -2, 2))
+        self._keep("repetition_penalty", _check_repetition_penalty(self.repetition_penalty))
+        if self.seed is not None:
+            seed = check_seed("seed", self.seed)
+            self._keep("seed", None if seed == -1 else seed)
+        if self.is_greedy and self.n > 1:
+            raise ValueError(
+                f"n={self.n} with temperature=0 would give the same continuation {self.n} times; "
+                "use n=1, or a temperature above 0"
+            )
+
+    def _check_token_lists(self) -> None:
+        self._keep("stop_token_ids", _check_token_ids("stop_token_ids", self.stop_token_ids))
+        self._keep("bad_words", _check_texts("bad_words", self.bad_words))
+        self._keep("logit_bias", _check_logit_bias(self.logit_bias))
+        if self.allowed_token_ids is not None:
+            allowed = _check_token_ids("allowed_token_ids", self.allowed_token_ids)
+            if not allowed:
+                raise ValueError(
+                    "allowed_token_ids is empty, so no token could be drawn; use None for all"
+                )
+            self._keep("allowed_token_ids", tuple(dict.fromkeys(allowed)))
+
+    def _check_ends(self) -> None:
         if self.max_tokens is not None:
             self._keep("max_tokens", check_int("max_tokens", self.max_tokens, minimum=1))
         self._keep("min_tokens", check_int("min_tokens", self.min_tokens, minimum=0))
@@ -52,12 +156,36 @@ class SamplingParams:
                 "lower min_tokens or raise max_tokens"
             )
         check_bool("ignore_eos", self.ignore_eos)
-        self._keep("stop_token_ids", _check_token_ids("stop_token_ids", self.stop_token_ids))
-        if self.seed is not None:
-            self._keep("seed", check_seed("seed", self.seed))
+        stop = (self.stop,) if isinstance(self.stop, str) else self.stop
+        self._keep("stop", _check_texts("stop", stop))
+        check_bool("detokenize", self.detokenize)
+        if self.stop and not self.detokenize:
+            raise ValueError(
+                f"stop={list(self.stop)!r} is looked for in the text, and detokenize=False makes "
+                "none; leave detokenize on, or use stop_token_ids"
+            )
+
+    def _check_reports(self) -> None:
+        for name in ("logprobs", "prompt_logprobs"):
+            self._keep(name, _check_logprobs(name, getattr(self, name)))
+        check_bool("skip_special_tokens", self.skip_special_tokens)
+        check_bool("spaces_between_special_tokens", self.spaces_between_special_tokens)
+        check_bool("include_stop_str_in_output", self.include_stop_str_in_output)
+        if not isinstance(self.output_kind, RequestOutputKind):
+            raise ValueError(
+                f"output_kind={self.output_kind!r} must be a RequestOutputKind: "
+                f"{', '.join(kind.name for kind in RequestOutputKind)}"
+            )
 
     def _keep(self, name: str, value: object) -> None:
         object.__setattr__(self, name, value)  # the dataclass is frozen for everyone else
+
+
+def _check_range(name: str, value: object, minimum: float, maximum: float) -> float:
+    number = check_number(name, value)
+    if not minimum <= number <= maximum:
+        raise ValueError(f"{name}={number} must be between {minimum} and {maximum}")
+    return number
 
 
 def _check_temperature(value: object) -> float:
@@ -67,6 +195,55 @@ def _check_temperature(value: object) -> float:
             f"temperature={temperature} must be between 0 (greedy) and {MAX_TEMPERATURE:g}"
         )
     return temperature
+
+
+def _check_repetition_penalty(value: object) -> float:
+    penalty = check_number("repetition_penalty", value)
+    if not 1 / MAX_REPETITION_PENALTY <= penalty <= MAX_REPETITION_PENALTY:
+        raise ValueError(
+            f"repetition_penalty={penalty} must be above 0: between "
+            f"{1 / MAX_REPETITION_PENALTY:g} and {MAX_REPETITION_PENALTY:g}, 1 for none"
+        )
+    return penalty
+
+
+def _check_logprobs(name: str, value: object) -> int | None:
+    if value is None:
+        return None
+    if value == -1:
+        raise ValueError(
+            f"{name}=-1, the whole vocabulary, is not supported; ask for at most {MAX_LOGPROBS}"
+        )
+    return check_int(name, value, minimum=0, maximum=MAX_LOGPROBS)
+
+
+def _check_logit_bias(value: object) -> dict[int, float] | None:
+    """Its ids as ints, also where they were JSON's keys; each bias within OpenAI's range."""
+    if value is None:
+        return None
+    if not isinstance(value, Mapping):
+        raise ValueError(f"logit_bias={value!r} must be a dict from token ids to numbers")
+    bias = {}
+    for key, number in value.items():
+        token_id = int(key) if isinstance(key, str) and key.isdecimal() else key
+        token_id = check_int("logit_bias key", token_id, minimum=0)
+        number = check_number(f"logit_bias[{token_id}]", number)
+        bias[token_id] = min(MAX_LOGIT_BIAS, max(-MAX_LOGIT_BIAS, number))
+    return bias
+
+
+def _check_texts(name: str, value: object) -> tuple[str, ...]:
+    if value is None:  # vLLM's way to say "none"
+        return ()
+    if isinstance(value, str | bytes) or not isinstance(value, Iterable):
+        raise ValueError(f"{name}={value!r} must be a list of texts")
+    texts = tuple(value)
+    for i, text in enumerate(texts):
+        if not isinstance(text, str):
+            raise ValueError(f"{name}[{i}]={text!r} must be a text")
+        if not text:
+            raise ValueError(f"{name}[{i}] is empty, which is found everywhere; leave it out")
+    return texts
 
 
 def _check_token_ids(name: str, value: object) -> tuple[int, ...]:

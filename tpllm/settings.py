@@ -2,6 +2,7 @@
 
 import os
 from dataclasses import dataclass, fields
+from inspect import Parameter, Signature
 from typing import Any, Self, TypedDict
 
 from tpllm.checks import (
@@ -17,6 +18,7 @@ from tpllm.errors import refuse_unknown_settings
 DEVICES = ("auto", "cuda", "cpu")
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 LOAD_FORMATS = ("auto", "dummy")
+GENERATION_CONFIGS = ("auto", "vllm")
 
 # Smallest and largest value of each whole number. The largest are far beyond use, and keep what is
 # allocated for them (and every slot number, an int32) within bounds.
@@ -55,6 +57,7 @@ class SettingsKeywords(TypedDict, total=False):
     load_format: str
     tokenizer: str | os.PathLike[str] | None
     skip_tokenizer_init: bool
+    generation_config: str
     seed: int
 
 
@@ -83,6 +86,9 @@ class Settings:
             only config.json
         tokenizer: local folder or Hugging Face id; None for the model's own
         skip_tokenizer_init: whether to do without a tokenizer: token ids in, token ids out
+        generation_config: what requests without sampling parameters get. "auto" takes temperature,
+            top_k, top_p, min_p, repetition_penalty and max_new_tokens from the checkpoint's
+            generation_config.json; "vllm" takes the defaults of SamplingParams
         seed: 64-bit; what requests without a seed of their own are drawn from
 
     Raises:
@@ -106,6 +112,7 @@ class Settings:
     load_format: str = "auto"
     tokenizer: str | None = None
     skip_tokenizer_init: bool = False
+    generation_config: str = "auto"
     seed: int = 0
 
     def __new__(cls, *args: Any, **settings: Any) -> Self:
@@ -118,6 +125,7 @@ class Settings:
         check_choice("device", self.device, DEVICES)
         check_choice("dtype", self.dtype, DTYPES)
         check_choice("load_format", self.load_format, LOAD_FORMATS)
+        check_choice("generation_config", self.generation_config, GENERATION_CONFIGS)
         for name in SWITCHES:
             check_bool(name, getattr(self, name))
         for name, (minimum, maximum) in RANGES.items():
@@ -138,6 +146,17 @@ class Settings:
 
     def _keep(self, name: str, value: object) -> None:
         object.__setattr__(self, name, value)  # the dataclass is frozen for everyone else
+
+
+def signature() -> Signature:
+    """`LLM(model=None, *, tensor_parallel_size=1, ...)`, for help() and notebooks."""
+    model = Parameter("model", Parameter.POSITIONAL_OR_KEYWORD, default=None)
+    keywords = [
+        Parameter(field.name, Parameter.KEYWORD_ONLY, default=field.default, annotation=field.type)
+        for field in fields(Settings)
+        if field.name != "model"
+    ]
+    return Signature([model, *keywords])
 
 
 def _check_path(name: str, value: object) -> str | None:

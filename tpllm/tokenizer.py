@@ -1,9 +1,17 @@
 """Tokenizer: text to token ids and back, in batches; chats through the model's template."""
 
+import re
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
+
+from tpllm.detokenizer import (
+    ByteDetokenizer,
+    Detokenizer,
+    WindowDetokenizer,
+    piece_of_byte_level,
+)
 
 # One of these is in every folder that AutoTokenizer can read.
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
@@ -63,36 +71,160 @@ class Tokenizer:
         )
         return text
 
+    def bad_word_ids(self, words: Sequence[str]) -> list[list[int]]:
+        """Token sequences that spell `words`, at the beginning of a text and after a space.
+
+        Raises:
+            ValueError: a word spells no token.
+        """
+        sequences: list[list[int]] = []
+        for word in words:
+            bare, spaced = self.encode_batch(
+                [word.lstrip(), f" {word.lstrip()}"], add_special_tokens=False
+            )
+            if not bare:
+                raise ValueError(f"bad_words holds {word!r}, which spells no token; leave it out")
+            sequences.append(bare)
+            # of another length, the space is a token of its own: then what follows is `bare`
+            if len(spaced) == len(bare) and spaced[0] != bare[0]:
+                sequences.append(spaced)
+        return sequences
+
+    def detokenizer(
+        self, skip_special_tokens: bool = True, spaces_between_special_tokens: bool = True
+    ) -> Detokenizer:
+        """A new stream from token ids to text; all its pieces together are what `decode` gives.
+
+        Args:
+            skip_special_tokens: leave special tokens out
+            spaces_between_special_tokens: False leaves out the spaces that some tokenizers put
+                between two special tokens
+        """
+        if self._is_byte_level:
+            return ByteDetokenizer(
+                self._shown_pieces if skip_special_tokens else self._byte_level_pieces
+            )
+        hidden = self._special_ids if skip_special_tokens else frozenset()
+        without_spaces = not (spaces_between_special_tokens or skip_special_tokens)
+        return WindowDetokenizer(
+            lambda ids: self.decode(ids, skip_special_tokens=False),
+            lambda id_: id_ not in hidden and id_ in self._pieces,
+            lambda id_: _BYTE_PIECE.fullmatch(self._pieces[id_]) is not None,
+            {id_: self._pieces[id_] for id_ in self._added_tokens} if without_spaces else {},
+        )
+
+    def decode_one(self, token_id: int) -> str:
+        """A token by itself, as log-probabilities name it; a broken character stays broken."""
+        if self._is_byte_level:
+            piece = self._byte_level_pieces.get(token_id, "")
+            return piece if isinstance(piece, str) else piece.decode(errors="replace")
+        return self.decode([token_id], skip_special_tokens=False)
+
+    @cached_property
+    def _added_tokens(self) -> Mapping[int, Any]:
+        tokens: Mapping[int, Any] = self._inner.added_tokens_decoder
+        return tokens
+
+    @cached_property
+    def _special_ids(self) -> frozenset[int]:
+        return frozenset(id_ for id_, token in self._added_tokens.items() if token.special)
+
+    @cached_property
+    def _pieces(self) -> dict[int, str]:
+        """Every token as the vocabulary writes it."""
+        pieces = {id_: token for token, id_ in self._inner.get_vocab().items()}
+        return pieces | {id_: token.content for id_, token in self._added_tokens.items()}
+
+    @cached_property
+    def _is_byte_level(self) -> bool:
+        from tokenizers.decoders import ByteLevel
+
+        backend = getattr(self._inner, "backend_tokenizer", None)
+        return backend is not None and isinstance(backend.decoder, ByteLevel)
+
+    @cached_property
+    def _byte_level_pieces(self) -> dict[int, str | bytes]:
+        return {id_: piece_of_byte_level(token) for id_, token in self._pieces.items()}
+
+    @cached_property
+    def _shown_pieces(self) -> dict[int, str | bytes]:
+        """Of all but the special tokens."""
+        special = self._special_ids
+        return {id_: each for id_, each in self._byte_level_pieces.items() if id_ not in special}
+
     @property
     def has_chat_template(self) -> bool:
         return self._inner.chat_template is not None
 
-    def render_chat(self, messages: Sequence[Mapping[str, Any]]) -> str:
+    def render_chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        chat_template: str | None = None,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+    ) -> str:
         """A conversation as the prompt for its next answer, in the words of the chat template.
 
         Args:
             messages: `{"role": "user", "content": "..."}` and so on, oldest first
+            add_generation_prompt: end with what opens an answer
+            continue_final_message: leave the last message open, for the model to go on with it
+            chat_template: a Jinja template to use instead of the tokenizer's
+            tools: JSON schemas of functions that the model may call
+            chat_template_kwargs: what else this template reads, such as `enable_thinking`
 
         Raises:
             ValueError: there is no chat template, or it does not take these messages.
         """
         from jinja2 import TemplateError
 
-        if not self.has_chat_template:
+        if chat_template is None and not self.has_chat_template:
             raise ValueError(
-                f"the tokenizer of {self.folder.name} has no chat template; use generate()"
+                f"the tokenizer of {self.folder.name} has no chat template; use generate(), or "
+                "give chat_template="
+            )
+        if add_generation_prompt and continue_final_message:
+            raise ValueError(
+                "continue_final_message=True leaves the last message open, and "
+                "add_generation_prompt=True opens another one; set one of them to False"
             )
         _check_messages(messages)
         try:
             text: str = self._inner.apply_chat_template(
-                list(messages), tokenize=False, add_generation_prompt=True
+                [_with_plain_content(message) for message in messages],
+                tools=None if tools is None else list(tools),
+                chat_template=chat_template,
+                tokenize=False,
+                add_generation_prompt=add_generation_prompt,
+                continue_final_message=continue_final_message,
+                **(chat_template_kwargs or {}),
             )
         except (TemplateError, TypeError, ValueError, KeyError) as error:
+            of = "given" if chat_template is not None else f"of {self.folder.name}"
             raise ValueError(
-                f"the chat template of {self.folder.name} does not take these messages: "
-                f"{_first_line(error)}"
+                f"the chat template {of} does not take these messages: {_first_line(error)}"
             ) from error
         return text
+
+
+_BYTE_PIECE = re.compile("<0x[0-9A-F]{2}>")
+
+
+def require_tokenizer(tokenizer: Tokenizer | None) -> Tokenizer:
+    """An engine's tokenizer, for whoever cannot do without.
+
+    Raises:
+        ValueError: the engine was made without one.
+    """
+    if tokenizer is None:
+        raise ValueError(
+            "this engine has no tokenizer (skip_tokenizer_init=True, or dummy weights without "
+            "one); pass token ids, or name a tokenizer with tokenizer="
+        )
+    return tokenizer
 
 
 def _is_unicode(text: str) -> bool:
@@ -108,8 +240,27 @@ def _check_messages(messages: object) -> None:
     if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
         raise ValueError(f"messages={messages!r} must be a list of at least one message")
     for i, message in enumerate(messages):
-        if not isinstance(message, Mapping) or not {"role", "content"} <= message.keys():
+        if not isinstance(message, Mapping) or "role" not in message:
             raise ValueError(f'messages[{i}]={message!r} must be {{"role": ..., "content": ...}}')
+        if "content" not in message and "tool_calls" not in message:
+            raise ValueError(f"messages[{i}]={message!r} has neither content nor tool_calls")
+
+
+def _with_plain_content(message: Mapping[str, Any]) -> dict[str, Any]:
+    """A message with its content as one text, also where OpenAI's clients send a list of parts.
+
+    Raises:
+        ValueError: a part is no text.
+    """
+    content = message.get("content")
+    if content is None:
+        content = ""  # what only calls tools says nothing
+    elif isinstance(content, Sequence) and not isinstance(content, str):
+        for part in content:
+            if not isinstance(part, Mapping) or not isinstance(part.get("text"), str):
+                raise ValueError(f"a part of a message's content is {part!r}, and not a text")
+        content = "\n".join(part["text"] for part in content)
+    return {**message, "content": content}
 
 
 def _first_line(error: Exception) -> str:

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tpllm.channel.logprobs import LogprobBlock, position_words
 from tpllm.channel.ring import RingReader, RingWriter, create_ring
 from tpllm.channel.step_plan import (
     ENTERING_WORDS,
@@ -17,8 +18,18 @@ from tpllm.channel.step_plan import (
     StepPlan,
     StepResult,
 )
+from tpllm.sampling_params import MAX_LOGPROBS
 
-FIELDS = ("rows", "starts", "num_tokens", "samples", "entering", "block_updates", "token_ids")
+FIELDS = (
+    "rows",
+    "starts",
+    "num_tokens",
+    "samples",
+    "entering",
+    "block_updates",
+    "token_ids",
+    "row_options",
+)
 
 
 def words(rng: np.random.Generator, *shape: int) -> np.ndarray:
@@ -27,7 +38,13 @@ def words(rng: np.random.Generator, *shape: int) -> np.ndarray:
 
 
 def random_plan(
-    rng: np.random.Generator, S: int, num_decode: int, entering: int, updates: int, tokens: int
+    rng: np.random.Generator,
+    S: int,
+    num_decode: int,
+    entering: int,
+    updates: int,
+    tokens: int,
+    options: int = 0,
 ) -> StepPlan:
     return StepPlan(
         step=int(rng.integers(0, 2**62)),
@@ -39,6 +56,7 @@ def random_plan(
         entering=words(rng, entering, ENTERING_WORDS),
         block_updates=words(rng, updates, 2),
         token_ids=words(rng, tokens),
+        row_options=words(rng, options),
     )
 
 
@@ -65,6 +83,7 @@ sizes = st.integers(0, 5)
     entering=sizes,
     updates=sizes,
     tokens=st.integers(0, 40),
+    options=st.integers(0, 40),
 )
 def test_a_plan_is_read_as_it_was_written(seed: int, **counts: Any):
     sent = random_plan(np.random.default_rng(seed), **counts)
@@ -86,11 +105,13 @@ def test_a_result_is_read_as_it_was_written(seed: int, num_yielded: list[int]):
         step=int(rng.integers(0, 2**62)),
         num_yielded=np.array(num_yielded, dtype=np.int32),
         token_ids=words(rng, sum(num_yielded)),
+        logprobs=words(rng, 2 * sum(num_yielded)),
     )
     received = StepResult.decode(payload_of(sent))
     assert received.step == sent.step
     np.testing.assert_array_equal(received.num_yielded, sent.num_yielded, strict=True)
     np.testing.assert_array_equal(received.token_ids, sent.token_ids, strict=True)
+    np.testing.assert_array_equal(received.logprobs, sent.logprobs, strict=True)
 
 
 def test_parts_of_a_larger_array_are_written_in_their_own_order():
@@ -109,11 +130,9 @@ def test_parts_of_a_larger_array_are_written_in_their_own_order():
 
 
 LIMITS = [
-    PlanLimits(max_num_seqs=1, max_num_batched_tokens=1, max_blocks_per_seq=1, block_size=1),
-    PlanLimits(max_num_seqs=7, max_num_batched_tokens=100, max_blocks_per_seq=13, block_size=16),
-    PlanLimits(
-        max_num_seqs=256, max_num_batched_tokens=16384, max_blocks_per_seq=160, block_size=256
-    ),
+    PlanLimits(1, 1, max_blocks_per_seq=1, block_size=1, vocab_size=5),
+    PlanLimits(7, 100, max_blocks_per_seq=13, block_size=16, vocab_size=4099),
+    PlanLimits(256, 16384, max_blocks_per_seq=160, block_size=256, vocab_size=151936),
 ]
 
 
@@ -121,7 +140,8 @@ LIMITS = [
 def test_the_largest_plan_has_the_bytes_that_its_limits_announce(limits: PlanLimits):
     S = limits.max_num_seqs
     rng = np.random.default_rng(0)
-    plan = random_plan(rng, S, 0, S, limits.max_block_updates, tokens=limits.max_num_batched_tokens)
+    tokens, options = limits.max_num_batched_tokens, limits.max_option_words
+    plan = random_plan(rng, S, 0, S, limits.max_block_updates, tokens, options)
     assert payload_of(plan).size == limits.plan_bytes
     fds = create_ring(num_readers=1, num_slots=2, slot_bytes=limits.plan_bytes)
     try:
@@ -139,8 +159,17 @@ def test_the_largest_plan_has_the_bytes_that_its_limits_announce(limits: PlanLim
 
 @pytest.mark.parametrize("limits", LIMITS)
 def test_the_largest_result_has_the_bytes_that_its_limits_announce(limits: PlanLimits):
-    ones = np.ones(limits.max_num_seqs, dtype=np.int32)
-    assert payload_of(StepResult(0, ones, ones)).size == limits.result_bytes
+    S, N = limits.max_num_seqs, limits.max_num_batched_tokens
+    ones = np.ones(S, dtype=np.int32)
+    widest = position_words(MAX_LOGPROBS)
+
+    def block(index: int, n: int) -> np.ndarray:
+        return LogprobBlock.of(index, 0, np.ones((n, widest), np.int32), MAX_LOGPROBS).record()
+
+    # every row reports on its new token, and on a part of its prompt: all tokens of the step
+    of_prompts = [block(i, len(part)) for i, part in enumerate(np.array_split(np.arange(N), S))]
+    logprobs = np.concatenate([*of_prompts, *(block(i, 1) for i in range(S))])
+    assert payload_of(StepResult(0, ones, ones, logprobs)).size == limits.result_bytes
 
 
 def test_block_updates_leave_room_for_the_longest_sequence_and_for_a_full_step():
@@ -166,7 +195,8 @@ def test_a_row_that_enters_has_room_for_its_settings():
 
 @pytest.mark.parametrize("record", [StepPlan, StepResult])
 def test_a_record_of_another_version_is_refused(record: type[StepPlan | StepResult]):
-    payload = payload_of(StepResult(0, np.ones(1, np.int32), np.ones(1, np.int32))).copy()
-    payload[:8].view("<i8")[0] = 2
-    with pytest.raises(ValueError, match=r"version 2, this side speaks 1; both sides must run"):
+    one = np.ones(1, np.int32)
+    payload = payload_of(StepResult(0, one, one, one[:0])).copy()
+    payload[:8].view("<i8")[0] = 1
+    with pytest.raises(ValueError, match=r"version 1, this side speaks 2; both sides must run"):
         record.decode(payload)

@@ -15,6 +15,8 @@ from dataclasses import dataclass, field
 import numpy as np
 import xxhash
 
+from tpllm.channel.logprobs import LogprobBlock
+from tpllm.channel.row_options import RowOptions, read_records
 from tpllm.channel.step_plan import (
     RESERVED_BLOCK,
     ROW_STATE_WORDS,
@@ -23,7 +25,7 @@ from tpllm.channel.step_plan import (
     StepResult,
 )
 from tpllm.engine.block_manager import BlockManager
-from tpllm.engine.request import AddRequest, RequestUpdate, Sequence, Status
+from tpllm.engine.request import AddRequest, RequestUpdate, Sequence, Status, TokenLogprobs
 from tpllm.engine.scheduler import Scheduler
 from tpllm.sampling_params import SamplingParams
 
@@ -43,11 +45,20 @@ def draw(prefix: int, temperature: float, seed: int, banned: Iterable[int]) -> i
     return allowed[xxhash.xxh64_intdigest(struct.pack("<QQ", prefix, noise)) % len(allowed)]
 
 
+def logprobs_of(prefix: int, token_id: int, k: int) -> TokenLogprobs:
+    """What is reported of a token after `prefix`: made up, and different wherever they differ."""
+    numbers = np.random.default_rng([prefix, token_id])
+    rank = int(numbers.integers(1, 100))
+    ids = [token_id, *numbers.integers(0, VOCAB_SIZE, k).tolist()]
+    logprobs = numbers.random(1 + k, dtype=np.float32).tolist()
+    return TokenLogprobs(ids, logprobs, [rank, *range(1, k + 1)])
+
+
 class TrueSequence:
     """The tokens of a request when nothing else runs: its prompt and, without end, its draws."""
 
     def __init__(self, request: AddRequest, seed: int, max_total_tokens: int) -> None:
-        params = self._params = request.sampling_params
+        params = self.params = request.sampling_params
         self._seed = seed
         self.num_prompt_tokens = len(request.prompt_token_ids)
         self.ends = {*params.stop_token_ids, *([] if params.ignore_eos else [EOS])}
@@ -66,8 +77,16 @@ class TrueSequence:
         """Draw until the sequence has `num_tokens`, past its end if need be."""
         while len(self.tokens) < num_tokens:
             num_drawn = len(self.tokens) - self.num_prompt_tokens
-            banned = self.ends if num_drawn < self._params.min_tokens else ()
-            self._append(draw(self.prefixes[-1], self._params.temperature, self._seed, banned))
+            banned = self.ends if num_drawn < self.params.min_tokens else ()
+            self._append(draw(self.prefixes[-1], self.params.temperature, self._seed, banned))
+
+    def logprobs(self, begin: int, end: int, k: int) -> list[TokenLogprobs | None]:
+        """Of the tokens `begin` to `end`; nothing comes before the first."""
+        self.grow(end)
+        return [
+            logprobs_of(self.prefixes[i - 1], self.tokens[i], k) if i else None
+            for i in range(begin, end)
+        ]
 
     def outcome(self) -> tuple[list[int], str, int | None]:
         """The generated tokens, the finish reason and the stop reason."""
@@ -75,8 +94,8 @@ class TrueSequence:
         first = self.num_prompt_tokens
         drawn = self.tokens[first : first + self.max_tokens]
         for i, token_id in enumerate(drawn):
-            if token_id in self.ends and i >= self._params.min_tokens:
-                asked_for = token_id in self._params.stop_token_ids
+            if token_id in self.ends and i >= self.params.min_tokens:
+                asked_for = token_id in self.params.stop_token_ids
                 return drawn[: i + 1], "stop", token_id if asked_for else None
         return drawn, "length", None
 
@@ -96,6 +115,7 @@ class SimulatedWorker:
         self._tables = np.zeros((limits.max_num_seqs, limits.max_blocks_per_seq), dtype=np.int32)
         self._row_state = np.zeros((limits.max_num_seqs, ROW_STATE_WORDS), dtype=np.int32)
         self._last_tokens = [-1] * limits.max_num_seqs
+        self._options: dict[int, RowOptions] = {}
         self._cache = [0] * (num_blocks * limits.block_size)
         self.written_blocks: set[int] = set()  # by the latest step
         self.events: Counter[str] = Counter()
@@ -106,13 +126,21 @@ class SimulatedWorker:
         self._check_form(plan)
         for words in plan.entering:
             self._row_state[words[0]] = words[1:]
+            self._options.pop(int(words[0]), None)
+        for row, options, tokens in read_records(plan.row_options):
+            assert row in plan.entering[:, 0]
+            self._options[row] = options
+            truth = self._truth(row, tokens.size)
+            assert tokens.tolist() == truth.tokens[: tokens.size]
+            assert options.num_prompt_tokens == truth.num_prompt_tokens
         for position, block in plan.block_updates.tolist():
             self._tables.reshape(-1)[position] = block
         # as on a GPU, all rows store their keys and values before any row attends
         written_by = self._store(plan)
         self._attend(plan)
         self._note(plan, written_by)
-        return StepResult(plan.step, plan.samples.copy(), self._sample(plan))
+        drawn = self._sample(plan)
+        return StepResult(plan.step, plan.samples.copy(), drawn, self._report(plan))
 
     def _check_form(self, plan: StepPlan) -> None:
         limits = self._limits
@@ -125,6 +153,7 @@ class SimulatedWorker:
         assert plan.samples[: plan.num_decode].all()
         assert plan.token_ids.size == plan.num_tokens[plan.num_decode :].sum()
         assert len(plan.block_updates) <= limits.max_block_updates
+        assert plan.row_options.size <= limits.max_option_words
         assert set(plan.entering[:, 0].tolist()) <= set(plan.rows[plan.num_decode :].tolist())
         positions = plan.block_updates[:, 0].tolist()
         assert len(set(positions)) == len(positions)
@@ -183,6 +212,33 @@ class SimulatedWorker:
                 drawn.append(self._last_tokens[row])
         return np.array(drawn, dtype=np.int32)
 
+    def _report(self, plan: StepPlan) -> np.ndarray:
+        """Log-probabilities of new tokens, and of the prompt tokens that this step predicts."""
+        records = [np.empty(0, np.int32)]
+        for i, (row, start, num_tokens) in enumerate(_scheduled(plan)):
+            options = self._options.get(row, RowOptions())
+            end = start + num_tokens
+            truth = self._truth(row, end + 1)
+            spans = [
+                (start + 1, min(end + 1, truth.num_prompt_tokens), options.num_prompt_logprobs)
+            ]
+            if plan.samples[i]:
+                spans.append((end, end + 1, options.num_logprobs))
+            for begin, until, k in spans:
+                if k >= 0 and begin < until:
+                    parts = [each for each in truth.logprobs(begin, until, k) if each is not None]
+                    ids, logprobs, ranks = zip(*parts, strict=True)
+                    block = LogprobBlock(
+                        i,
+                        begin,
+                        np.array([each[0] for each in ranks], np.int32),
+                        np.array(ids, np.int32),
+                        np.array(logprobs, np.float32),
+                    )
+                    records.append(block.record())
+                    self.events["log-probability blocks"] += 1
+        return np.concatenate(records)
+
     def _note(self, plan: StepPlan, written_by: dict[int, int]) -> None:
         size = self._limits.block_size
         entering = set(plan.entering[:, 0].tolist())
@@ -203,6 +259,8 @@ class Watched:
     token_ids: list[int] = field(default_factory=list)
     finish_reason: str | None = None
     stop_reason: int | None = None
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
+    prompt_logprobs: list[TokenLogprobs | None] | None = None
 
 
 class SimulatedEngine:
@@ -225,7 +283,7 @@ class SimulatedEngine:
     ) -> None:
         max_blocks_per_seq = -(-max_model_len // block_size)
         self.limits = PlanLimits(
-            max_num_seqs, max_num_batched_tokens, max_blocks_per_seq, block_size
+            max_num_seqs, max_num_batched_tokens, max_blocks_per_seq, block_size, VOCAB_SIZE
         )
         self.blocks = BlockManager(num_blocks, block_size, enable_prefix_caching)
         self.scheduler = Scheduler(self.blocks, self.limits)
@@ -327,6 +385,7 @@ class SimulatedEngine:
             else:
                 heard = (each.token_ids, each.finish_reason, each.stop_reason)
                 assert heard == (token_ids, *reasons)
+            self._check_logprobs(each)
         stats = self.scheduler.stats
         assert stats.num_steps == len(self.plans)
         assert stats.num_prefill_chunks == self.events["chunks"]
@@ -354,6 +413,19 @@ class SimulatedEngine:
         assert self.scheduler.num_unfinished == len(statuses)
         assert self.scheduler.num_in_flight == len(self._in_flight)
 
+    def _check_logprobs(self, each: Watched) -> None:
+        """All that were asked for have come, one for each token and in order."""
+        truth, params = each.truth, each.truth.params
+        first = truth.num_prompt_tokens
+        expected: list[TokenLogprobs | None] = []
+        if params.logprobs is not None:
+            expected = truth.logprobs(first, first + len(each.token_ids), params.logprobs)
+        assert each.logprobs == expected
+        if params.prompt_logprobs is None:
+            assert each.prompt_logprobs is None
+        elif each.token_ids:
+            assert each.prompt_logprobs == truth.logprobs(0, first, params.prompt_logprobs)
+
     def _alive(self) -> list[Watched]:
         return [each for each in self.requests.values() if each.finish_reason is None]
 
@@ -364,6 +436,10 @@ class SimulatedEngine:
         each = self.requests[update.request_id]
         assert each.finish_reason is None, "news of a request that has ended"
         assert 0 <= update.num_cached_tokens < each.truth.num_prompt_tokens
+        if update.prompt_logprobs is not None:
+            assert not each.token_ids, "the prompt's come with the first token"
+            each.prompt_logprobs = list(update.prompt_logprobs)
+        each.logprobs += update.logprobs or []
         each.token_ids += update.new_token_ids
         each.finish_reason, each.stop_reason = update.finish_reason, update.stop_reason
         assert (each.seq.status is Status.FINISHED) == (each.finish_reason is not None)

@@ -13,14 +13,17 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from tpllm.channel.ring import RingReader
-from tpllm.channel.step_plan import CONTROL, PlanLimits
+from tpllm.channel.step_plan import CONTROL, PlanLimits, StepPlan, StepResult
 from tpllm.engine.launcher import WorkerGroup
 from tpllm.errors import SettingError
 from tpllm.worker.__main__ import Spec, main
 from tpllm.worker.replies import Replies
 
 FOR_EVER = 1 << 30
+_NO_WORDS = np.empty(0, dtype=np.int32)
 READY = ["ready"]
 SERVE = ["serve", FOR_EVER]
 HANG = ["hang"]
@@ -33,12 +36,13 @@ def start(
 ) -> WorkerGroup:
     """Start stub workers; the fixture `stub_workers` lets them be found."""
     settings = {"acts": {str(rank): each for rank, each in (acts or {}).items()}}
-    return WorkerGroup(world_size, PlanLimits(4, 64, 4, 16), settings, module=module)
+    return WorkerGroup(world_size, PlanLimits(4, 64, 4, 16, 8), settings, module=module)
 
 
 def until_ready(group: WorkerGroup) -> WorkerGroup:
     for rank in range(group.world_size):
-        assert group.receive_control(rank) == {"type": "ready", "rank": rank}
+        reply = group.receive_control(rank)
+        assert (reply["type"], reply["rank"]) == ("ready", rank)
     return group
 
 
@@ -58,7 +62,8 @@ class Stub:
         self._replies.phase(phase)
 
     def act_ready(self) -> None:
-        self._replies.control({"type": "ready", "rank": self._spec["rank"]})
+        rank = self._spec["rank"]
+        self._replies.control({"type": "ready", "rank": rank, "num_kv_blocks": 64, "info": {}})
 
     def act_serve(self, num_records: int) -> str | None:
         """Send every step back as its result, and answer questions."""
@@ -73,6 +78,20 @@ class Stub:
             elif self._spec["rank"] == 0:
                 self._replies.result([record.payload])
         return None
+
+    def act_compute(self, step_s: float) -> str:
+        """Serve an engine: a new token is 100 + the number of tokens before it."""
+        while True:
+            record = self._plans.receive()
+            assert record is not None
+            if record.kind == CONTROL:
+                assert json.loads(record.payload.tobytes())["type"] == "shutdown"
+                return "shutdown"
+            time.sleep(step_s)
+            if self._spec["rank"] == 0:
+                plan = StepPlan.decode(record.payload)
+                drawn = (100 + plan.starts + plan.num_tokens)[plan.samples == 1]
+                self._replies.result(StepResult(plan.step, plan.samples, drawn, _NO_WORDS).parts())
 
     def _answer(self, message: dict[str, Any]) -> dict[str, Any]:
         if message["type"] == "look around":

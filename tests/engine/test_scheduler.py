@@ -17,6 +17,7 @@ from hypothesis.stateful import (
 )
 
 from tests.engine.simulation import EOS, VOCAB_SIZE, SimulatedEngine, Watched
+from tpllm.channel.row_options import read_records
 from tpllm.channel.step_plan import StepPlan, StepResult
 from tpllm.engine.request import RequestUpdate, Status
 from tpllm.sampling_params import SamplingParams
@@ -209,10 +210,75 @@ def test_an_end_token_before_min_tokens_would_not_end_a_request():
         scheduler.schedule()
         one = np.ones(1, dtype=np.int32)
         reasons += [
-            each.finish_reason for each in scheduler.finish(StepResult(step, one, EOS * one))
+            each.finish_reason
+            for each in scheduler.finish(StepResult(step, one, EOS * one, one[:0]))
         ]
     assert reasons == [None, None, "stop"]
     assert request.seq.tokens[5:] == [EOS] * 3
+
+
+# ---- options and log-probabilities ---------------------------------------------------------------
+
+
+def test_a_row_without_options_carries_none():
+    engine = SimulatedEngine()
+    engine.add(prompt_of(6), SamplingParams(temperature=0.7, min_tokens=2, stop_token_ids=[3]))
+    engine.add(prompt_of(6), SamplingParams(temperature=0, top_k=5, top_p=0.5, min_p=0.5))
+    assert send(engine).row_options.size == 0
+    engine.run_to_end()
+
+
+def test_a_row_carries_its_options_once_and_again_after_a_preemption():
+    engine = SimulatedEngine(num_blocks=7, block_size=4)
+    params = generate(6, repetition_penalty=1.5, logprobs=1, prompt_logprobs=2)
+    for i in range(3):
+        engine.add(prompt_of(6, first=i + 1), params)
+    engine.run_to_end()
+    assert engine.scheduler.stats.num_preemptions
+    for plan in engine.plans:
+        rows = [each.row for each in read_records(plan.row_options)]
+        assert rows == plan.entering[:, 0].tolist()
+
+
+def test_prompt_logprobs_are_computed_from_the_first_token_on_whatever_the_cache_has():
+    engine = SimulatedEngine(block_size=4, max_num_batched_tokens=8)
+    engine.add(prompt_of(18))
+    engine.run_to_end()
+    asking = engine.add(prompt_of(18), generate(4, prompt_logprobs=2))
+    other = engine.add(prompt_of(18))
+    assert rows(send(engine)) == [(asking.seq.row, 0, 8)]
+    engine.run_to_end()
+    assert (asking.seq.num_cached_tokens, other.seq.num_cached_tokens) == (0, 16)
+
+
+def test_prompt_logprobs_that_were_handed_out_are_not_computed_again():
+    engine = SimulatedEngine(num_blocks=7, block_size=4)
+    for i in range(3):
+        engine.add(prompt_of(6, first=i + 1), generate(6, prompt_logprobs=2))
+    engine.run_to_end()
+    asked = [
+        each.options.num_prompt_logprobs
+        for plan in engine.plans
+        for each in read_records(plan.row_options)
+    ]
+    assert sorted(asked) == [-1, 2, 2, 2]
+
+
+def test_a_step_never_carries_more_options_than_the_limit():
+    engine = SimulatedEngine(
+        num_blocks=500, block_size=16, max_num_seqs=50, max_num_batched_tokens=50
+    )
+    limit = engine.limits.max_option_words
+    bias = dict.fromkeys(range(VOCAB_SIZE), 0.0)
+    first = engine.add(prompt_of(49), generate(1))
+    while first.finish_reason is None:
+        engine.step()
+    for _ in range(50):  # each of one token to compute
+        engine.add(prompt_of(49), generate(1, repetition_penalty=1.5, logit_bias=bias))
+    plan = send(engine)
+    num_words = plan.row_options.size // plan.rows.size
+    assert limit - num_words < plan.row_options.size <= limit
+    engine.run_to_end()
 
 
 # ---- admission, preemption -----------------------------------------------------------------------
@@ -477,6 +543,9 @@ def sampling_params(draw: st.DrawFn) -> SamplingParams:
         min_tokens=draw(st.integers(0, max_tokens)),
         ignore_eos=draw(st.booleans()),
         stop_token_ids=draw(st.lists(st.integers(0, VOCAB_SIZE - 1), max_size=2)),
+        logprobs=draw(st.sampled_from([None, None, 0, 2])),
+        prompt_logprobs=draw(st.sampled_from([None, None, 0, 3])),
+        repetition_penalty=draw(st.sampled_from([1.0, 1.5])),  # its row knows its tokens
     )
 
 
@@ -568,5 +637,6 @@ def test_random_traffic_is_served_as_if_each_request_were_alone():
         "preemptions",
         "preemptions with a token in flight",
         "tokens dropped",
+        "log-probability blocks",
     ):
         assert Traffic.events[event] >= 20, Traffic.events

@@ -53,7 +53,7 @@ def run_all(
 ) -> tuple[dict[str, list[int]], Tensor]:
     """Tokens of every request, and the cache as they left it, without the reserved block."""
     model, tp, config = shipped_model(device, dtype)
-    limits = PlanLimits(MAX_SEQS, 512, 4, BLOCK_SIZE)
+    limits = PlanLimits(MAX_SEQS, 512, 4, BLOCK_SIZE, config.vocab_size)
     runner = ModelRunner(model, tp, limits, config.vocab_size, static_decode=static_decode)
     caches = allocate_cache(model, NUM_BLOCKS, tp)
     runner.use_cache(caches)
@@ -67,8 +67,8 @@ def run_all(
     tokens: dict[str, list[int]] = {}
     marks = StepMarks(tp.device)
     while (plan := scheduler.schedule()) is not None:
-        drawn = runner.run(plan, marks).cpu().numpy()
-        for update in scheduler.finish(StepResult(plan.step, plan.samples, drawn)):
+        drawn = runner.run(plan, marks).tokens.cpu().numpy()
+        for update in scheduler.finish(StepResult(plan.step, plan.samples, drawn, drawn[:0])):
             tokens.setdefault(update.request_id, []).extend(update.new_token_ids)
     return tokens, torch.stack([torch.stack(layer) for layer in caches])[:, :, 1:]
 

@@ -17,10 +17,12 @@ from typing import Self
 
 import numpy as np
 
+from tpllm.channel.logprobs import BLOCK_HEADER_WORDS, position_words
 from tpllm.config import EngineConfig
+from tpllm.sampling_params import MAX_LOGPROBS
 
-VERSION = 1
-_HEADER_WORDS = 8  # int64: version, step, then six counts
+VERSION = 2
+_HEADER_WORDS = 8  # int64: version, step, then up to six counts
 
 # kinds of record in a ring
 STEP = 1
@@ -51,6 +53,7 @@ class StepPlan:
     entering: np.ndarray  # [n, ENTERING_WORDS] rows taken over by a new sequence
     block_updates: np.ndarray  # [m, 2] (row * max_blocks_per_seq + index in the table, block id)
     token_ids: np.ndarray  # [sum of num_tokens of the prefill rows]
+    row_options: np.ndarray  # records of the entering rows that ask for more: see `row_options`
 
     def parts(self) -> list[np.ndarray]:
         """The record's bytes, in order, for `RingWriter.try_send`."""
@@ -60,10 +63,12 @@ class StepPlan:
             len(self.entering),
             len(self.block_updates),
             self.token_ids.size,
+            self.row_options.size,
         )
         header = _write_header(self.step, counts)
         arrays = (self.rows, self.starts, self.num_tokens, self.samples)
-        return [header, *arrays, self.entering, self.block_updates, self.token_ids]
+        deltas = (self.entering, self.block_updates, self.token_ids, self.row_options)
+        return [header, *arrays, *deltas]
 
     @classmethod
     def decode(cls, payload: np.ndarray) -> "StepPlan":
@@ -72,11 +77,11 @@ class StepPlan:
         Raises:
             ValueError: another version wrote it.
         """
-        step, S, num_decode, n, m, tokens, *_ = _read_header(payload)
+        step, S, num_decode, n, m, tokens, options = _read_header(payload)
         words = payload[_HEADER_WORDS * 8 :].view("<i4")
-        sizes = [S, S, S, S, n * ENTERING_WORDS, m * 2, tokens]
+        sizes = [S, S, S, S, n * ENTERING_WORDS, m * 2, tokens, options]
         bounds = np.cumsum([0, *sizes]).tolist()
-        rows, starts, num_tokens, samples, entering, updates, ids = (
+        rows, starts, num_tokens, samples, entering, updates, ids, row_options = (
             words[begin:end] for begin, end in pairwise(bounds)
         )
         return cls(
@@ -89,6 +94,7 @@ class StepPlan:
             entering.reshape(n, ENTERING_WORDS),
             updates.reshape(m, 2),
             ids,
+            row_options,
         )
 
 
@@ -99,16 +105,19 @@ class StepResult:
     step: int
     num_yielded: np.ndarray  # [S] tokens that each row yields: 0 inside a prompt
     token_ids: np.ndarray  # [sum of num_yielded]
+    logprobs: np.ndarray  # blocks, for the rows that asked: see `logprobs`
 
     def parts(self) -> list[np.ndarray]:
-        header = _write_header(self.step, (self.num_yielded.size, self.token_ids.size))
-        return [header, self.num_yielded, self.token_ids]
+        counts = (self.num_yielded.size, self.token_ids.size, self.logprobs.size)
+        header = _write_header(self.step, counts)
+        return [header, self.num_yielded, self.token_ids, self.logprobs]
 
     @classmethod
     def decode(cls, payload: np.ndarray) -> "StepResult":
-        step, S, tokens, *_ = _read_header(payload)
+        step, S, tokens, logprobs, *_ = _read_header(payload)
         words = payload[_HEADER_WORDS * 8 :].view("<i4")
-        return cls(step, words[:S], words[S : S + tokens])
+        end = S + tokens
+        return cls(step, words[:S], words[S:end], words[end : end + logprobs])
 
 
 @dataclass(frozen=True)
@@ -119,6 +128,7 @@ class PlanLimits:
     max_num_batched_tokens: int
     max_blocks_per_seq: int
     block_size: int
+    vocab_size: int
 
     @classmethod
     def of(cls, config: EngineConfig) -> Self:
@@ -128,7 +138,24 @@ class PlanLimits:
             config.max_num_batched_tokens,
             config.max_blocks_per_seq,
             config.kv_block_size,
+            config.model_config.vocab_size,
         )
+
+    @property
+    def max_tokens_per_seq(self) -> int:
+        return self.max_blocks_per_seq * self.block_size
+
+    @property
+    def max_list_words(self) -> int:
+        """The most words that one request's lists may take: a bias for every token, and so on."""
+        return 3 * self.vocab_size + 1024
+
+    @property
+    def max_option_words(self) -> int:
+        # the largest single record; and a step full of new rows that ask for simple things
+        largest = self.max_list_words + self.max_tokens_per_seq
+        simple = self.max_num_seqs * 32 + self.max_num_batched_tokens
+        return 32 + max(largest, simple)
 
     @property
     def max_block_updates(self) -> int:
@@ -140,11 +167,15 @@ class PlanLimits:
     def plan_bytes(self) -> int:
         rows = self.max_num_seqs * (4 + ENTERING_WORDS)
         words = rows + 2 * self.max_block_updates + self.max_num_batched_tokens
+        words += self.max_option_words
         return _HEADER_WORDS * 8 + words * 4
 
     @property
     def result_bytes(self) -> int:
-        return _HEADER_WORDS * 8 + 2 * self.max_num_seqs * 4
+        # each row may report on its new token and on a chunk of its prompt
+        logprobs = self.max_num_seqs * (2 * BLOCK_HEADER_WORDS + position_words(MAX_LOGPROBS))
+        logprobs += self.max_num_batched_tokens * position_words(MAX_LOGPROBS)
+        return _HEADER_WORDS * 8 + (2 * self.max_num_seqs + logprobs) * 4
 
 
 def _write_header(step: int, counts: tuple[int, ...]) -> np.ndarray:

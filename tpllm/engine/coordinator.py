@@ -6,13 +6,12 @@ so it runs inside the caller's process offline and in a process of its own under
 
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import xxhash
 
 from tpllm.channel.step_plan import (
-    MAX_MASKED_STOP_IDS,
     RESULT,
     STEP,
     PlanLimits,
@@ -23,6 +22,7 @@ from tpllm.engine.block_manager import BlockManager
 from tpllm.engine.launcher import WorkerGroup
 from tpllm.engine.request import AddRequest, RequestUpdate, Sequence
 from tpllm.engine.scheduler import Scheduler, SchedulerStats
+from tpllm.engine.stats import TOTALS, EngineStats
 from tpllm.errors import SettingError
 
 # One step runs while the next is planned and sent. More would only make an end token cost more.
@@ -111,8 +111,8 @@ class Coordinator:
         """The process id of each rank's worker, for whoever wants to look inside one."""
         return self._workers.pids
 
-    def _check(self, request: AddRequest) -> None:
-        """Refuse what could never run.
+    def check(self, request: AddRequest) -> None:
+        """Refuse what could never run, before any of its kind is added.
 
         Raises:
             ValueError: names what is wrong with the prompt or its sampling parameters.
@@ -139,39 +139,25 @@ class Coordinator:
                     f"token id {token_id} is outside the vocabulary of {vocab_size} tokens; "
                     "was the text encoded with another model's tokenizer?"
                 )
-        for token_id in params.stop_token_ids:
-            if token_id >= vocab_size:
-                raise ValueError(
-                    f"stop_token_ids holds {token_id}, outside the vocabulary of {vocab_size} "
-                    "tokens; leave it out"
-                )
+        _check_against_vocabulary(request, vocab_size, self.limits.max_list_words)
         if len(prompt) + params.min_tokens > self.max_total_tokens:
             raise ValueError(
                 f"min_tokens={params.min_tokens} after a prompt of {len(prompt)} tokens is more "
                 f"than the {self.max_total_tokens} tokens that a sequence may have; lower it, or "
                 "raise max_model_len and num_kv_blocks"
             )
-        if params.min_tokens > 0:
+        if params.min_tokens > 0 and params.allowed_token_ids is not None:
             ends = set(params.stop_token_ids)
             if not params.ignore_eos:
                 ends.update(config.model_config.eos_token_ids)
-            if len(ends) > MAX_MASKED_STOP_IDS:
+            if ends.issuperset(params.allowed_token_ids):
                 raise ValueError(
-                    f"min_tokens={params.min_tokens} with {len(ends)} end tokens; at most "
-                    f"{MAX_MASKED_STOP_IDS} can be held back: give fewer stop_token_ids"
+                    f"min_tokens={params.min_tokens} holds back every token of allowed_token_ids; "
+                    "allow one that is no end token, or leave min_tokens out"
                 )
 
     def add(self, requests: list[AddRequest]) -> None:
-        """Queue requests, all or none; their tokens come out of later calls of `step`.
-
-        Raises:
-            ValueError: one of them could never run; it is named by its index as a prompt.
-        """
-        for i, request in enumerate(requests):
-            try:
-                self._check(request)
-            except ValueError as error:
-                raise ValueError(f"prompt {i}: {error}") from None
+        """Queue requests that `check` has let pass; later calls of `step` bring their tokens."""
         for request in requests:
             self._queue(request)
 
@@ -229,6 +215,22 @@ class Coordinator:
         times.collect_s += clock() - received
         return updates
 
+    def sleep_until_readable(self, fd: int) -> None:
+        """Sleep while there is nothing to do, until `fd` can be read or a worker fails."""
+        self._workers.sleep_until_readable(fd)
+
+    def engine_stats(self) -> EngineStats:
+        """What the engine is doing, as plain data."""
+        blocks, scheduler = self._blocks, self._scheduler
+        totals = asdict(scheduler.stats) | asdict(self.times)
+        return EngineStats(
+            num_waiting=scheduler.num_waiting,
+            num_running=scheduler.num_running,
+            kv_cache_usage=1 - blocks.num_free / blocks.num_usable_blocks,
+            health=self._workers.health(),
+            **{name: totals[name] for name in TOTALS},
+        )
+
     def reset_prefix_cache(self) -> None:
         """Forget all cached prefixes, as between two repeats of a benchmark."""
         self._blocks.reset_prefix_cache()
@@ -252,3 +254,42 @@ class Coordinator:
     def kill(self) -> None:
         """As `close`, without asking the workers first: for an engine in an unknown state."""
         self._workers.kill()
+
+
+def _check_against_vocabulary(request: AddRequest, vocab_size: int, max_words: int) -> None:
+    """Refuse ids that do not exist, and more of anything than there can be.
+
+    Raises:
+        ValueError: names the setting.
+    """
+    params = request.sampling_params
+    lists = {
+        "stop_token_ids": params.stop_token_ids,
+        "logit_bias": tuple(params.logit_bias or ()),
+        "allowed_token_ids": params.allowed_token_ids or (),
+        "bad_words": tuple(id_ for word in request.bad_word_ids for id_ in word),
+    }
+    for name, ids in lists.items():
+        for token_id in ids:
+            if not 0 <= token_id < vocab_size:
+                raise ValueError(
+                    f"{name} holds {token_id}, outside the vocabulary of {vocab_size} tokens; "
+                    "leave it out"
+                )
+    if (params.bad_words and not request.bad_word_ids) or not all(request.bad_word_ids):
+        raise ValueError(
+            f"bad_words={list(params.bad_words)} came without the token ids of each; "
+            "this engine has no tokenizer: name one with tokenizer=, or leave bad_words out"
+        )
+    for name in ("logprobs", "prompt_logprobs"):
+        if (getattr(params, name) or 0) > vocab_size:
+            raise ValueError(
+                f"{name}={getattr(params, name)} is more than the {vocab_size} tokens of the "
+                "vocabulary; lower it"
+            )
+    num_words = sum(map(len, lists.values())) + len(lists["logit_bias"]) + len(request.bad_word_ids)
+    if num_words > max_words:
+        raise ValueError(
+            f"{', '.join(lists)} take {num_words} words together, and a step carries {max_words}; "
+            "give fewer"
+        )

@@ -31,11 +31,13 @@ from tpllm.channel.ring import (
     wait_readable,
 )
 from tpllm.channel.step_plan import CONTROL, RESULT, PlanLimits
+from tpllm.child_process import write_spec
 from tpllm.engine.processes import (
-    WorkerProcesses,
+    ChildProcesses,
+    child_environment,
     fill_standard_descriptors,
+    how_it_ended,
     stderr_or_null,
-    worker_environment,
 )
 from tpllm.errors import SettingError, WorkerError
 from tpllm.interrupts import Interrupts
@@ -88,7 +90,7 @@ class WorkerGroup:
         self.phases = ["starting"] * world_size  # what each rank said last
         self._inbox: deque[tuple[int, Record]] = deque()  # received, and not asked for yet
         self._complaints: list[_Complaint] = []
-        self._processes = WorkerProcesses(os.getpid())
+        self._processes = ChildProcesses(os.getpid())
         # runs at garbage collection and at the interpreter's exit, whichever comes first
         self._finalizer = weakref.finalize(self, self._processes.release)
         try:
@@ -106,7 +108,7 @@ class WorkerGroup:
         plans = create_ring(self.world_size, _NUM_SLOTS, plan_bytes)
         self._processes.descriptors += plans.all()
         self._writer = RingWriter(plans)
-        self._processes.rings.append(self._writer)
+        self._processes.channels.append(self._writer)
         # only a name, which nobody can guess: the workers make it, since they can also remove it if
         # this process is killed at any moment from here on
         directory = Path(tempfile.gettempdir()) / f"tpllm-{secrets.token_hex(8)}"
@@ -119,7 +121,7 @@ class WorkerGroup:
             replies = create_ring(1, _NUM_SLOTS, reply_bytes)
             self._processes.descriptors += replies.all()
             self._readers.append(RingReader(replies, 0))
-            self._processes.rings.append(self._readers[rank])
+            self._processes.channels.append(self._readers[rank])
             spec = {
                 "rank": rank,
                 "world_size": self.world_size,
@@ -129,12 +131,11 @@ class WorkerGroup:
                 "replies": _as_json(replies),
                 "settings": settings,
             }
-            spec_fd = os.memfd_create("tpllm-spec", os.MFD_CLOEXEC)
+            spec_fd = write_spec(spec)
             self._processes.descriptors.append(spec_fd)
-            os.pwrite(spec_fd, json.dumps(spec).encode(), 0)
             inherited = (spec_fd, coordinator, *plans.all(), *replies.all())
             commands.append(([sys.executable, "-P", "-m", module, str(spec_fd)], inherited))
-        self._processes.spawn(commands, worker_environment(directory), output)
+        self._processes.spawn(commands, child_environment(directory), output)
         self._poll = select.poll()
         self._watched: dict[int, int] = {}  # pidfd -> rank
         for rank, process in enumerate(self._processes.processes):
@@ -221,6 +222,27 @@ class WorkerGroup:
         message: dict[str, Any] = json.loads(record.payload.tobytes())
         return message
 
+    def sleep_until_readable(self, fd: int) -> None:
+        """Sleep while nothing runs, until `fd` can be read or a worker fails."""
+        with self._processes.use():
+            self._poll.register(fd, select.POLLIN)
+            try:
+                while fd not in (ready := self._wait_for_events(timeout_s=None)):
+                    self._collect(None)  # a worker's last words come before its end
+                    if ready & self._watched.keys():
+                        self._fail_with_cause()
+            finally:
+                self._poll.unregister(fd)
+
+    def health(self) -> list[dict[str, Any]]:
+        """Of each rank: its rank and pid, what it said last that it does, whether it lives."""
+        return [
+            {"rank": rank, "pid": process.pid, "phase": phase, "alive": process.poll() is None}
+            for rank, (process, phase) in enumerate(
+                zip(self._processes.processes, self.phases, strict=True)
+            )
+        ]
+
     # ---- ending ------------------------------------------------------------------------------
 
     @property
@@ -247,9 +269,13 @@ class WorkerGroup:
         Raises:
             RuntimeError: it ended because the group is being closed.
         """
+        return not self._watched.keys().isdisjoint(self._wait_for_events(timeout_s))
+
+    def _wait_for_events(self, timeout_s: float | None) -> set[int]:
+        """Sleep until some descriptors have something; which ones."""
         events = self._poll.poll(None if timeout_s is None else timeout_s * 1e3)
         self._processes.refuse_if_ending()
-        return any(fd in self._watched for fd, _ in events)
+        return {fd for fd, _ in events}
 
     def _fail_with_cause(self) -> NoReturn:
         """Listen a moment for the rank that failed first, take everything down, raise.
@@ -285,15 +311,8 @@ class WorkerGroup:
         self._fail("\n".join(text for _, text in causes), rank=causes[0][0])
 
     def _describe_end(self, rank: int, code: int) -> str:
-        if code >= 0:
-            return (
-                f"worker rank {rank} ended with exit code {code} {self._when(rank)}; "
-                "its last lines on stderr may tell why"
-            )
-        return (
-            f"worker rank {rank} was killed by {_signal_name(-code)} {self._when(rank)}; "
-            f"{_usual_reason(-code)}"
-        )
+        how, usual_reason = how_it_ended(code)
+        return f"worker rank {rank} {how} {self._when(rank)}; {usual_reason}"
 
     def _when(self, rank: int) -> str:
         phase = self.phases[rank]
@@ -311,18 +330,3 @@ class WorkerGroup:
 
 def _as_json(ring: RingDescriptors) -> list[Any]:
     return [ring.memory, list(ring.ready), ring.freed]
-
-
-def _signal_name(number: int) -> str:
-    try:
-        return signal.Signals(number).name
-    except ValueError:  # a real-time signal has no name
-        return f"signal {number}"
-
-
-def _usual_reason(number: int) -> str:
-    if number == signal.SIGKILL:
-        return "the host may be out of memory: see dmesg, lower max_num_seqs or num_kv_blocks"
-    if number in (signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT):
-        return "a crash in native code: the worker's last lines on stderr tell more"
-    return "somebody ended it from outside"

@@ -1,10 +1,11 @@
-"""The worker processes of an engine, and everything else it has to give back.
+"""Processes that we start, and everything else that has to be given back with them.
 
-Apart from the `WorkerGroup` that talks to them, so that a finalizer can hold it.
+Apart from the object that talks to them, so that a finalizer can hold it.
 """
 
 import os
 import shutil
+import signal
 import subprocess
 import threading
 import time
@@ -12,33 +13,37 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Protocol
 
-from tpllm.channel.ring import RingReader, RingWriter
 from tpllm.interrupts import Interrupts
 
 
+class Closeable(Protocol):
+    def close(self) -> None: ...
+
+
 @dataclass
-class WorkerProcesses:
-    """What has to be given back, apart from the group so that a finalizer can hold it.
+class ChildProcesses:
+    """Our child processes, and what we share with them.
 
     `release` may come from any thread, from a signal handler or from the garbage collector, also in
-    the middle of a call that uses the rings: it ends the workers at once, which wakes that call,
+    the middle of a call that uses a channel: it ends the processes at once, which wakes that call,
     and descriptors are closed by whoever leaves last.
     """
 
     owner_pid: int
     directory: Path | None = None
     processes: list[subprocess.Popen[bytes]] = field(default_factory=list)
-    rings: list[RingReader | RingWriter] = field(default_factory=list)
+    channels: list[Closeable] = field(default_factory=list)
     descriptors: list[int] = field(default_factory=list)
     ending: bool = False
     released: threading.Event = field(default_factory=threading.Event)
-    # held to start a worker and to end them all, so that none is started behind an end's back
+    # held to start a process and to end them all, so that none is started behind an end's back
     lock: threading.RLock = field(default_factory=threading.RLock)
     _in_use: threading.Lock = field(default_factory=threading.Lock)
 
     def release(self, patience_s: float = 0.0) -> None:
-        """Wait `patience_s` for the workers to end, kill what is left, remove every trace.
+        """Wait `patience_s` for the processes to end, kill what is left, remove every trace.
 
         Does nothing in a forked copy of the owner, and nothing the second time.
         """
@@ -71,9 +76,9 @@ class WorkerProcesses:
         environment: dict[str, str],
         output: int,
     ) -> None:
-        """Start the workers from a thread that lives as long as they may.
+        """Start them from a thread that lives as long as they may.
 
-        The kernel sends a worker its parent-death signal when the thread that started it ends, not
+        The kernel sends a child its parent-death signal when the thread that started it ends, not
         the process: a caller's short-lived thread must not be that thread.
         """
         started = threading.Event()
@@ -133,15 +138,15 @@ class WorkerProcesses:
     def _close_descriptors(self) -> None:
         if not self._in_use.acquire(blocking=False):
             return  # the call that uses them closes them when it leaves
-        while self.rings:
-            self.rings.pop().close()
+        while self.channels:
+            self.channels.pop().close()
         while self.descriptors:
             os.close(self.descriptors.pop())
         self._in_use.release()
 
 
-def worker_environment(directory: Path) -> dict[str, str]:
-    """The workers' environment: this very tpllm importable, temporary files in our directory.
+def child_environment(directory: Path | None = None) -> dict[str, str]:
+    """A child's environment: this very tpllm importable, temporary files in `directory`.
 
     GPUs are counted as NVML counts them, by which the settings were checked.
     """
@@ -151,8 +156,27 @@ def worker_environment(directory: Path) -> dict[str, str]:
         "CUDA_DEVICE_ORDER": "PCI_BUS_ID",
         **os.environ,
         "PYTHONPATH": os.pathsep.join(paths),
-        "TMPDIR": str(directory),
+        **({} if directory is None else {"TMPDIR": str(directory)}),
     }
+
+
+def how_it_ended(exit_code: int) -> tuple[str, str]:
+    """An exit code in words, and what such an end usually comes from."""
+    if exit_code >= 0:
+        how = f"ended with exit code {exit_code}"
+        return how, "its last lines on stderr may tell why"
+    number = -exit_code
+    try:
+        name = signal.Signals(number).name
+    except ValueError:  # a real-time signal has no name
+        name = f"signal {number}"
+    if number == signal.SIGKILL:
+        reason = "the host may be out of memory: see dmesg, lower max_num_seqs or num_kv_blocks"
+    elif number in (signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT):
+        reason = "a crash in native code: the process's last lines on stderr tell more"
+    else:
+        reason = "somebody ended it from outside"
+    return f"was killed by {name}", reason
 
 
 def stderr_or_null() -> int:

@@ -1,19 +1,37 @@
 """What callers hand in and get back, and the engine's own record of a request."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import NamedTuple
 
+from tpllm.engine.row_options import row_options
 from tpllm.sampling_params import SamplingParams
 
 
 @dataclass(frozen=True)
 class AddRequest:
-    """Ask the coordinator to continue a prompt. Plain data: it may come from another process."""
+    """Ask the coordinator to continue a prompt. Plain data: it may come from another process.
+
+    Attributes:
+        bad_word_ids: the token sequences that `sampling_params.bad_words` stands for, made where
+            the tokenizer is: see `Tokenizer.bad_word_ids`
+    """
 
     request_id: str
     prompt_token_ids: list[int]
     sampling_params: SamplingParams
+    bad_word_ids: list[list[int]] = field(default_factory=list)
+
+
+class TokenLogprobs(NamedTuple):
+    """Log-probabilities at one position: of its token, then of the likeliest ones, in order.
+
+    The token itself may be among the likeliest again. All three lists are of equal length.
+    """
+
+    token_ids: list[int]
+    logprobs: list[float]
+    ranks: list[int]  # 1 for the likeliest token of all
 
 
 class RequestUpdate(NamedTuple):
@@ -24,6 +42,9 @@ class RequestUpdate(NamedTuple):
     finish_reason: str | None  # "stop", "length" or "abort"
     stop_reason: int | None  # the id from `stop_token_ids` that ended it
     num_cached_tokens: int  # prompt tokens found in the prefix cache at first admission
+    logprobs: list[TokenLogprobs] | None = None  # one for each new token, where asked for
+    # complete, with the first new token, where asked for; nothing predicts a prompt's first token
+    prompt_logprobs: list[TokenLogprobs | None] | None = None
 
 
 class Status(Enum):
@@ -52,7 +73,9 @@ class Sequence:
         "num_prompt_tokens",
         "num_registered_blocks",
         "num_steps_in_flight",
+        "options",
         "prefill_target",
+        "prompt_logprobs",
         "request_id",
         "row",
         "seed",
@@ -80,6 +103,12 @@ class Sequence:
         eos = () if params.ignore_eos else eos_token_ids
         self.end_token_ids = self.stop_token_ids.union(eos)
         self.min_total_tokens = self.num_prompt_tokens + params.min_tokens
+        masked = sorted(self.end_token_ids) if params.min_tokens else []
+        self.options = row_options(params, self.num_prompt_tokens, request.bad_word_ids, masked)
+        # None also once they have been handed out
+        self.prompt_logprobs: list[TokenLogprobs | None] | None = None
+        if params.prompt_logprobs is not None:
+            self.prompt_logprobs = [None] * self.num_prompt_tokens
         limit = max_total_tokens
         if params.max_tokens is not None:
             limit = min(limit, self.num_prompt_tokens + params.max_tokens)
@@ -90,6 +119,13 @@ class Sequence:
         self.num_steps_in_flight = 0
         self.block_digests: list[bytes] = []
         self.reset()
+
+    def take_prompt_logprobs(self) -> list[TokenLogprobs | None] | None:
+        """The prompt's log-probabilities, once they are complete; they are not computed again."""
+        complete, self.prompt_logprobs = self.prompt_logprobs, None
+        if complete is not None and self.options is not None:
+            self.options = replace(self.options, num_prompt_logprobs=-1)
+        return complete
 
     def reset(self) -> None:
         """Forget everything stored in the cache: the state of a sequence that waits."""

@@ -20,6 +20,8 @@ from operator import attrgetter
 
 import numpy as np
 
+from tpllm.channel.logprobs import LogprobBlock, read_blocks
+from tpllm.channel.row_options import record_words
 from tpllm.channel.step_plan import (
     ENTERING_WORDS,
     MAX_MASKED_STOP_IDS,
@@ -28,7 +30,7 @@ from tpllm.channel.step_plan import (
     StepResult,
 )
 from tpllm.engine.block_manager import BlockManager
-from tpllm.engine.request import RequestUpdate, Sequence, Status
+from tpllm.engine.request import RequestUpdate, Sequence, Status, TokenLogprobs
 
 
 @dataclass
@@ -41,6 +43,7 @@ class SchedulerStats:
     num_preemptions: int = 0
     num_prompt_tokens: int = 0  # of admitted requests, each counted once
     num_cached_tokens: int = 0  # of these, found in the prefix cache
+    num_generated_tokens: int = 0
 
 
 class _StepBuilder:
@@ -53,6 +56,7 @@ class _StepBuilder:
         self.prefill: list[tuple[Sequence, int]] = []  # with the tokens to compute
         self.entering: list[Sequence] = []
         self.block_updates: list[int] = []  # flat (table position, block) pairs
+        self.num_option_words = 0
 
 
 class Scheduler:
@@ -96,6 +100,15 @@ class Scheduler:
     @property
     def num_unfinished(self) -> int:
         return len(self._by_id)
+
+    @property
+    def num_waiting(self) -> int:
+        """Requests without a row: new ones, and preempted ones."""
+        return len(self._waiting)
+
+    @property
+    def num_running(self) -> int:
+        return len(self._running)
 
     @property
     def num_in_flight(self) -> int:
@@ -175,14 +188,19 @@ class Scheduler:
             num_blocks = -(-len(seq.tokens) // limits.block_size)
             digests = self._blocks.digest_chain(seq.tokens, seq.block_digests)
             # the last token is always computed: its logits are what the step is for
-            cached = self._blocks.match_prefix(
-                digests[: (len(seq.tokens) - 1) // limits.block_size]
-            )
+            num_matched = (len(seq.tokens) - 1) // limits.block_size
+            if seq.prompt_logprobs is not None:
+                num_matched = 0  # the hidden states of its prompt are not cached
+            cached = self._blocks.match_prefix(digests[:num_matched])
             num_new = num_blocks - len(cached)
             if not self._blocks.can_take(cached, num_new):
                 return
             if len(step.block_updates) // 2 + num_blocks > limits.max_block_updates:
                 return
+            num_option_words = _num_option_words(seq)
+            if step.num_option_words + num_option_words > limits.max_option_words:
+                return
+            step.num_option_words += num_option_words
             del self._waiting[seq]
             seq.status = Status.RUNNING
             seq.row = self._free_rows.pop()
@@ -224,6 +242,11 @@ class Scheduler:
             seq.num_computed_tokens += num_tokens
             seq.num_steps_in_flight += 1
             samples.append(seq.num_computed_tokens >= seq.prefill_target)
+        records = [
+            seq.options.record(seq.row, seq.tokens)
+            for seq in step.entering
+            if seq.options is not None
+        ]
         entering = np.array([_entering_words(seq) for seq in step.entering], dtype=np.int32)
         plan = StepPlan(
             step=self._step,
@@ -235,6 +258,7 @@ class Scheduler:
             entering=entering.reshape(-1, ENTERING_WORDS),
             block_updates=np.array(step.block_updates, dtype=np.int32).reshape(-1, 2),
             token_ids=np.array(token_ids, dtype=np.int32),
+            row_options=np.concatenate(records) if records else _NO_WORDS,
         )
         self.stats.num_steps += 1
         self.stats.num_prefill_chunks += samples.count(False)
@@ -251,16 +275,20 @@ class Scheduler:
         assert result.step == step, f"result of step {result.step}, expected step {step}"
         updates = []
         token_ids = iter(result.token_ids.tolist())
-        for seq, num_yielded in zip(seqs, result.num_yielded.tolist(), strict=True):
+        new_logprobs = _take_logprobs(seqs, result.logprobs)
+        for i, (seq, num_yielded) in enumerate(zip(seqs, result.num_yielded.tolist(), strict=True)):
             seq.num_steps_in_flight -= 1
             for token_id in islice(token_ids, num_yielded):
                 if seq.status is not Status.FINISHED:  # else it came too late, and is dropped
-                    updates.append(self._append(seq, token_id))
+                    updates.append(self._append(seq, token_id, new_logprobs.get(i)))
             if seq.num_steps_in_flight == 0 and seq in self._leaving:
                 self._release(seq)
+        self.stats.num_generated_tokens += len(updates)
         return updates
 
-    def _append(self, seq: Sequence, token_id: int) -> RequestUpdate:
+    def _append(
+        self, seq: Sequence, token_id: int, logprobs: list[TokenLogprobs] | None
+    ) -> RequestUpdate:
         seq.tokens.append(token_id)
         num_tokens = len(seq.tokens)
         if num_tokens >= (seq.num_registered_blocks + 1) * self._blocks.block_size:
@@ -274,7 +302,13 @@ class Scheduler:
         if finish_reason:
             self._end(seq)
         return RequestUpdate(
-            seq.request_id, [token_id], finish_reason, stop_reason, seq.num_cached_tokens
+            seq.request_id,
+            [token_id],
+            finish_reason,
+            stop_reason,
+            seq.num_cached_tokens,
+            logprobs,
+            seq.take_prompt_logprobs(),
         )
 
     def _register_blocks(self, seq: Sequence, num_stored: int) -> None:
@@ -322,11 +356,14 @@ class Scheduler:
         seq.reset()
 
 
+_NO_WORDS = np.empty(0, dtype=np.int32)
 _context_length = attrgetter("num_computed_tokens")
 
 
 def _entering_words(seq: Sequence) -> list[int]:
     masked = sorted(seq.end_token_ids) if seq.min_total_tokens > seq.num_prompt_tokens else []
+    if len(masked) > MAX_MASKED_STOP_IDS:
+        masked = []  # these are part of the row's options
     padding = [-1] * (MAX_MASKED_STOP_IDS - len(masked))
     temperature = int(np.float32(seq.temperature).view(np.int32))
     seed_low, seed_high = np.array([seq.seed], dtype="<u8").view("<i4").tolist()
@@ -338,4 +375,31 @@ def _entering_words(seq: Sequence) -> list[int]:
         seq.min_total_tokens,
         *masked,
         *padding,
+    ]
+
+
+def _num_option_words(seq: Sequence) -> int:
+    return 0 if seq.options is None else record_words(seq.options, len(seq.tokens))
+
+
+def _take_logprobs(seqs: list[Sequence], words: np.ndarray) -> dict[int, list[TokenLogprobs]]:
+    """Log-probabilities of new tokens, by the index of their row; those of prompts are put away."""
+    new: dict[int, list[TokenLogprobs]] = {}
+    for block in read_blocks(words):
+        seq = seqs[block.index]
+        first = block.first_position
+        if first >= seq.num_prompt_tokens:
+            new[block.index] = _token_logprobs(block)
+        elif seq.prompt_logprobs is not None:
+            seq.prompt_logprobs[first : first + block.ranks.size] = _token_logprobs(block)
+    return new
+
+
+def _token_logprobs(block: LogprobBlock) -> list[TokenLogprobs]:
+    likeliest = list(range(1, block.token_ids.shape[1]))
+    return [
+        TokenLogprobs(ids, logprobs, [rank, *likeliest])
+        for ids, logprobs, rank in zip(
+            block.token_ids.tolist(), block.logprobs.tolist(), block.ranks.tolist(), strict=True
+        )
     ]

@@ -76,12 +76,12 @@ class ParallelLMHead(_VocabParallel):
 
     Shapes:
         input [S, E], equal on every rank
-        output [S, Vl], this rank's slice
+        output [S, Vl], this rank's slice; `out`, where one is given
         weight [Vl, E], this rank's shard
     """
 
-    def forward(self, hidden: Tensor) -> Tensor:
-        return F.linear(hidden, self.weight)
+    def forward(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:
+        return torch.mm(hidden, self.weight.t(), out=out)
 
     def tie_to(self, embedding: VocabParallelEmbedding) -> None:
         """Share the embedding's weight (`tie_word_embeddings`); only the embedding is loaded."""

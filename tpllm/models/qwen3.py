@@ -238,9 +238,12 @@ class Qwen3ForCausalLM(nn.Module):
         hidden: Tensor = self.model(input_ids, positions, batch, kv_caches)
         return hidden
 
-    def compute_logits(self, hidden: Tensor) -> Tensor:
-        """Score this rank's vocabulary: hidden [S, E], the rows to sample from, to [S, Vl]."""
-        logits: Tensor = self.lm_head(hidden)
+    def compute_logits(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:
+        """Score this rank's vocabulary: hidden [S, E], the rows to sample from, to [S, Vl].
+
+        They are written to `out`, where that is given.
+        """
+        logits: Tensor = self.lm_head(hidden, out)
         return logits
 
     def load(self, weights: WeightSource) -> None:

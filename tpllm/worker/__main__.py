@@ -6,7 +6,6 @@ then the channel, so that every later failure can be told, and only then torch, 
 to import.
 """
 
-import json
 import os
 import shutil
 import sys
@@ -15,8 +14,8 @@ from collections.abc import Callable
 from typing import Any, NoReturn
 
 from tpllm.channel.ring import RingDescriptors, RingReader, RingWriter
+from tpllm.child_process import read_spec, tie_to_parent
 from tpllm.errors import SettingError
-from tpllm.worker.lifeline import tie_to_coordinator
 from tpllm.worker.replies import Replies
 
 Spec = dict[str, Any]
@@ -38,9 +37,10 @@ def serve(spec: Spec, plans: RingReader, replies: Replies) -> None:
 
 def main(serve: Serve = serve) -> NoReturn:
     """Join the engine and `serve` in it; tests serve something smaller."""
-    spec = _read_spec(int(sys.argv[1]))
+    spec = read_spec(int(sys.argv[1]))
     os.makedirs(spec["directory"], mode=0o700, exist_ok=True)
-    tie_to_coordinator(spec["coordinator"], spec["directory"])
+    # every worker removes the directory, so the last one does
+    tie_to_parent(spec["coordinator"], lambda: _remove(spec["directory"]))
     exit_code = 1
     try:
         replies = Replies(RingWriter(_descriptors(spec["replies"])))
@@ -49,7 +49,7 @@ def main(serve: Serve = serve) -> NoReturn:
     except BaseException:
         traceback.print_exc()  # there is no channel to tell it through
     # the coordinator removes it as well, unless it is killed while it waits for us
-    shutil.rmtree(spec["directory"], ignore_errors=True)
+    _remove(spec["directory"])
     # At once: peers wait for this rank in collectives, threads wait for nothing; and the driver
     # frees the GPU faster than destructors do, and waits for no peer.
     os._exit(exit_code)
@@ -68,9 +68,8 @@ def _serve_and_tell(serve: Serve, spec: Spec, plans: RingReader, replies: Replie
     return 0
 
 
-def _read_spec(fd: int) -> Spec:
-    spec: Spec = json.loads(os.pread(fd, os.fstat(fd).st_size, 0))
-    return spec
+def _remove(directory: str) -> None:
+    shutil.rmtree(directory, ignore_errors=True)
 
 
 def _descriptors(ring: list[Any]) -> RingDescriptors:

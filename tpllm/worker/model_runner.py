@@ -8,7 +8,7 @@ from torch import Tensor
 
 from tpllm.channel.step_plan import ENTERING_WORDS, PlanLimits, StepPlan
 from tpllm.layers.attention import AttentionBatch, KVCache, PrefillBatch
-from tpllm.layers.sampler import SamplingBatch, sample
+from tpllm.layers.sampler import SamplingBatch
 from tpllm.models.registry import CausalLM
 from tpllm.parallel.group import TPGroup
 from tpllm.worker import cuda_graphs
@@ -18,8 +18,11 @@ from tpllm.worker.batch_state import (
     flatten_chunks,
     gather_decode_inputs,
 )
+from tpllm.worker.option_table import OptionTable, upload
 from tpllm.worker.staging import HostStaging, aligned
 from tpllm.worker.step_times import StepMarks
+from tpllm.worker.token_sampler import Drawing, LogprobWords, StepOutput, TokenSampler
+from tpllm.worker.trial_step import largest_step
 
 Mark = Callable[[], None]
 
@@ -48,12 +51,20 @@ class ModelRunner:
         self._model = model
         self._tp = tp
         self._limits = limits
-        self._vocab_size = vocab_size
         self._static_decode = static_decode
         self._kv_caches: list[KVCache] = []
         self._graphs: dict[int, cuda_graphs.CapturedStep] = {}
         self.state = BatchState(
             limits.max_num_seqs, limits.max_blocks_per_seq, limits.block_size, tp.device
+        )
+        lm_head = model.lm_head
+        self._options = OptionTable(
+            limits, lm_head.vocab_start, lm_head.local_vocab_size, tp.device
+        )
+        self._sampler = TokenSampler(self._options, lm_head.vocab_start, vocab_size, tp)
+        # One for all graphs: what a step left here is there for the rows that ask for more.
+        self._decode_logits = lm_head.weight.new_empty(
+            limits.max_num_seqs if static_decode else 0, lm_head.local_vocab_size
         )
         words = 3 * limits.max_num_batched_tokens + 8 * (limits.max_num_seqs + 1)
         words += ENTERING_WORDS * limits.max_num_seqs + 2 * limits.max_block_updates
@@ -72,11 +83,12 @@ class ModelRunner:
         self._graphs = cuda_graphs.capture(self._decode, sizes)
 
     @torch.inference_mode()
-    def run(self, plan: StepPlan, marks: StepMarks) -> Tensor:
-        """Compute one step: the token ids that it drew, [number of rows that sample] int32.
+    def run(self, plan: StepPlan, marks: StepMarks) -> StepOutput:
+        """Compute one step, on every rank together.
 
-        The result may be a buffer that the next step overwrites: copy it on the current stream.
+        The tokens may be a buffer that the next step overwrites: copy it on the current stream.
         """
+        self._options.enter(plan.entering[:, 0], plan.row_options)
         marks.is_decode = plan.num_decode == plan.rows.size
         if marks.is_decode and self._static_decode:
             return self._run_decode(plan, marks)
@@ -84,7 +96,7 @@ class ModelRunner:
 
     # ---- decode rows alone -------------------------------------------------------------------
 
-    def _run_decode(self, plan: StepPlan, marks: StepMarks) -> Tensor:
+    def _run_decode(self, plan: StepPlan, marks: StepMarks) -> StepOutput:
         S = plan.rows.size
         assert not len(plan.entering), "a row enters with a chunk of its prompt"
         size = cuda_graphs.padded_size(self.decode_sizes, S)
@@ -97,8 +109,12 @@ class ModelRunner:
         self.state.apply(updates[:0], updates)
         if graph := self._graphs.get(size):
             graph.graph.replay()
-            return graph.tokens[:S]
-        return self._decode(size, marks.sample)[:S]
+            tokens = graph.tokens
+        else:
+            tokens = self._decode(size, marks.sample)
+        inputs = self._inputs_of(size)
+        drawing = Drawing(np.arange(S), plan.rows, plan.starts + 1, inputs.sampling)
+        return self._finish(self._decode_logits[:S], tokens[:S], inputs.rows[:S], drawing)
 
     def _decode(self, size: int, mark_sampling: Mark = lambda: None) -> Tensor:
         """One token of each of `size` rows, as staged: reads and writes fixed buffers only."""
@@ -113,7 +129,8 @@ class ModelRunner:
         )
         hidden = self._model(inputs.input_ids, inputs.positions, batch, self._kv_caches)
         mark_sampling()
-        return self._sample(hidden, inputs.rows, inputs.sampling)
+        logits = self._model.compute_logits(hidden, out=self._decode_logits[:size])
+        return self._draw(logits, inputs.rows, inputs.sampling)
 
     def _inputs_of(self, size: int) -> DecodeInputs:
         inputs = self._decode_inputs.get(size)
@@ -125,15 +142,20 @@ class ModelRunner:
             self._decode_inputs[size] = inputs
         return inputs
 
-    def _sample(self, hidden: Tensor, rows: Tensor, batch: SamplingBatch) -> Tensor:
-        logits = self._model.compute_logits(hidden)  # [S, Vl]
-        tokens = sample(logits, batch, self._model.lm_head.vocab_start, self._vocab_size, self._tp)
+    def _draw(self, logits: Tensor, rows: Tensor, batch: SamplingBatch) -> Tensor:
+        tokens = self._sampler.draw(logits, batch)
         self.state.last_tokens[rows] = tokens  # the next step's input, without a trip to the host
         return tokens
 
+    def _finish(self, logits: Tensor, tokens: Tensor, rows: Tensor, drawing: Drawing) -> StepOutput:
+        output = self._sampler.finish(logits, tokens, drawing)
+        if len(self._options):
+            self.state.last_tokens[rows] = output.tokens  # some were drawn again
+        return output
+
     # ---- everything else ---------------------------------------------------------------------
 
-    def _run_mixed(self, plan: StepPlan, marks: StepMarks) -> Tensor:
+    def _run_mixed(self, plan: StepPlan, marks: StepMarks) -> StepOutput:
         D = plan.num_decode
         state = self.state
         token_rows, positions, cu_seqlens = flatten_chunks(plan.rows, plan.starts, plan.num_tokens)
@@ -192,36 +214,52 @@ class ModelRunner:
         input_ids = torch.cat([state.last_tokens[rows[:D]], prefill_ids])  # [N]
         hidden = self._model(input_ids, positions_, batch, self._kv_caches)
         marks.sample()
+        prompt_logprobs = self._prompt_logprobs(plan, hidden, cu_seqlens)
         if sampling_rows.size == 0:  # all rows end inside their prompts
-            return prefill_ids[:0]
-        return self._sample(
-            hidden[last_indices], sample_rows, state.sampling(sample_rows, sample_positions)
+            return StepOutput(prefill_ids[:0], prompt_logprobs)
+        logits = self._model.compute_logits(hidden[last_indices])  # [S, Vl]
+        sampling = state.sampling(sample_rows, sample_positions)
+        tokens = self._draw(logits, sample_rows, sampling)
+        drawing = Drawing(sampling_rows, plan.rows[sampling_rows], ends[sampling_rows], sampling)
+        output = self._finish(logits, tokens, sample_rows, drawing)
+        output.logprobs += prompt_logprobs
+        return output
+
+    def _prompt_logprobs(
+        self, plan: StepPlan, hidden: Tensor, cu_seqlens: np.ndarray
+    ) -> list[LogprobWords]:
+        """Of the prompt tokens that this step's hidden states [N, E] predict, where rows ask."""
+        blocks, indices, places = [], [], []
+        width = self._options.tokens.shape[1]
+        for i in range(plan.num_decode, plan.rows.size if len(self._options) else 0):
+            row, start = int(plan.rows[i]), int(plan.starts[i])
+            options = self._options.of(row)
+            if options is None or options.num_prompt_logprobs < 0:
+                continue
+            n = min(int(plan.num_tokens[i]), options.num_prompt_tokens - 1 - start)
+            if n > 0:  # else the chunk is the prompt's last token, which predicts a new one
+                blocks.append((i, start + 1, n, options.num_prompt_logprobs))
+                indices.append(cu_seqlens[i] + np.arange(n, dtype=np.int64))
+                places.append(row * width + start + 1 + np.arange(n, dtype=np.int64))
+        if not blocks:
+            return []
+        device = self._tp.device
+        where = upload(np.concatenate(indices), device)
+        tokens = self._options.tokens.view(-1)[upload(np.concatenate(places), device)]
+        words = self._sampler.logprob_words(
+            lambda begin, end: self._model.compute_logits(hidden[where[begin:end]]),
+            tokens,
+            max(k for *_, k in blocks),
         )
+        return [LogprobWords(words, blocks)]
 
     # ---- start-up and measurement ------------------------------------------------------------
 
     def run_largest_step(self, marks: StepMarks) -> None:
         """Run the step that takes the most memory, on the reserved block and row alone."""
-        limits = self._limits
-        S = limits.max_num_seqs
-        chunk = min(
-            max(1, limits.max_num_batched_tokens // S),
-            limits.block_size * limits.max_blocks_per_seq,
-        )
-        rows = np.full(S, self.state.padding_row, dtype=np.int32)
-        empty = np.empty(0, dtype=np.int32)
-        plan = StepPlan(
-            step=-1,
-            num_decode=0,
-            rows=rows,
-            starts=np.zeros(S, dtype=np.int32),
-            num_tokens=np.full(S, chunk, dtype=np.int32),
-            samples=np.ones(S, dtype=np.int32),
-            entering=empty.reshape(0, ENTERING_WORDS),
-            block_updates=empty.reshape(0, 2),
-            token_ids=np.zeros(S * chunk, dtype=np.int32),
-        )
+        plan = largest_step(self._limits, self.state.padding_row)
         self.run(plan, marks)
+        self._options.enter(plan.entering[:, 0], plan.row_options[:0])
 
     @torch.inference_mode()
     def time_sampling(self, repeats: int = 20) -> float:
@@ -236,10 +274,14 @@ class ModelRunner:
         hidden = torch.ones(size, lm_head.shape[1]).to(lm_head)
         batch = self.state.sampling(rows, torch.zeros_like(rows, dtype=torch.int32))
         batch.temperatures.fill_(1)  # the costlier case: noise for every id
-        self._sample(hidden, rows, batch)
+
+        def sample() -> None:
+            self._draw(self._model.compute_logits(hidden), rows, batch)
+
+        sample()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-            self._sample(hidden, rows, batch)
+            sample()
         marks = StepMarks(self._tp.device)
         marks.begin()
         for _ in range(repeats):

@@ -4,7 +4,7 @@ import os
 import queue
 import threading
 import traceback
-from typing import NamedTuple
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -12,15 +12,38 @@ import torch
 from tpllm.channel.step_plan import PlanLimits, StepPlan, StepResult
 from tpllm.worker.replies import Replies
 from tpllm.worker.step_times import StepMarks, StepTimes
+from tpllm.worker.token_sampler import LogprobWords, StepOutput
 
+_NO_WORDS = np.empty(0, dtype=np.int32)
 _NUM_READBACKS = 4  # two steps in flight, the one before them for its times, and one to spare
 
 
-class Readback(NamedTuple):
-    """A pinned buffer that receives a step's tokens, and the marks that say when it has."""
+@dataclass
+class Readback:
+    """Pinned memory that receives what a step yields, and the marks that say when it has."""
 
     tokens: torch.Tensor
     marks: StepMarks
+    logprobs: list[tuple[LogprobWords, torch.Tensor]] = field(default_factory=list)
+
+    def receive(self, output: StepOutput) -> None:
+        """Copy what the device will have computed, without waiting for it."""
+        self.tokens[: output.tokens.numel()].copy_(output.tokens, non_blocking=True)
+        self.logprobs = []
+        for each in output.logprobs:
+            # torch keeps pinned memory for reuse, and most steps need none of this
+            host = torch.empty(
+                each.words.shape, dtype=torch.int32, pin_memory=self.tokens.is_pinned()
+            )
+            host.copy_(each.words, non_blocking=True)
+            self.logprobs.append((each, host))
+
+    def logprob_records(self) -> np.ndarray:
+        """What has arrived, as a step's result carries it."""
+        records = [
+            record for each, host in self.logprobs for record in each.to_records(host.numpy())
+        ]
+        return np.concatenate([_NO_WORDS, *records])
 
 
 class ResultSender:
@@ -57,7 +80,8 @@ class ResultSender:
                 step, num_yielded, readback = self._sent.get()
                 readback.marks.wait_end()
                 tokens = readback.tokens.numpy()[: int(num_yielded.sum())]
-                self._replies.result(StepResult(step, num_yielded, tokens).parts())
+                logprobs = readback.logprob_records()
+                self._replies.result(StepResult(step, num_yielded, tokens, logprobs).parts())
                 self._times.add(readback.marks)
                 if previous is not None:  # its end is where this step's idle time began
                     self._free.put(previous)

@@ -156,8 +156,7 @@ class Worker:
         if profile:
             profile.before_step(plan.rows.size)
         readback = self._results.next_buffer()
-        tokens = self._runner.run(plan, readback.marks)
-        readback.tokens[: tokens.numel()].copy_(tokens, non_blocking=True)
+        readback.receive(self._runner.run(plan, readback.marks))
         readback.marks.end()
         readback.marks.prepare_ms = (time.perf_counter() - begin) * 1e3
         self._results.send(plan, readback)

@@ -1,0 +1,26 @@
+"""The engine's process with workers that need no torch: `python -m stub_engine FD`.
+
+What the workers act out stands in the environment, as JSON: see `stub_worker`.
+"""
+
+import json
+import os
+from typing import Any
+
+from tpllm.channel.step_plan import PlanLimits
+from tpllm.engine import coordinator, engine_process
+from tpllm.engine.launcher import WorkerGroup
+
+ACTS = "TPLLM_TEST_ACTS"
+
+
+def start_stubs(world_size: int, limits: PlanLimits, settings: dict[str, Any]) -> WorkerGroup:
+    acts = json.loads(os.environ.get(ACTS, "{}"))
+    # the key of a rank that is told nothing: it works
+    each = {str(r): acts.get(str(r), [["ready"], ["compute", 0.0]]) for r in range(world_size)}
+    return WorkerGroup(world_size, limits, {"acts": each}, module="stub_worker")
+
+
+if __name__ == "__main__":
+    vars(coordinator)["WorkerGroup"] = start_stubs
+    engine_process.main()

@@ -1,0 +1,93 @@
+"""Messages between an engine's process and its caller's, within one process here."""
+
+import math
+import socket
+from collections.abc import Iterator
+
+import pytest
+
+from tpllm.engine import messages
+from tpllm.engine.connection import Connection, Message
+from tpllm.engine.request import AddRequest, RequestUpdate, TokenLogprobs
+from tpllm.errors import SettingError, WorkerError
+from tpllm.sampling_params import RequestOutputKind, SamplingParams
+
+Pair = tuple[Connection, Connection]
+
+
+@pytest.fixture
+def pair() -> Iterator[Pair]:
+    ends = [Connection(end) for end in socket.socketpair()]
+    yield ends[0], ends[1]
+    for end in ends:
+        end.close()
+
+
+def through(pair: Pair, message: Message) -> Message:
+    pair[0].send(message)
+    (received,) = pair[1].receive(wait=True)
+    return received
+
+
+def test_sending_never_waits_for_a_side_that_does_not_read(pair):
+    text = "x" * 10**6
+    for number in range(50):
+        pair[0].send({"number": number, "text": text})  # far more than a socket holds
+    received: list[Message] = []
+    while len(received) < 50:
+        received += pair[1].receive(wait=True)
+    assert [message["number"] for message in received] == list(range(50))
+    assert all(message["text"] == text for message in received)
+
+
+def test_without_waiting_there_may_be_nothing(pair):
+    assert pair[1].receive(wait=False) == []
+
+
+def test_what_was_sent_arrives_before_the_end_of_the_other_side(pair):
+    pair[0].send({"last": "words"})
+    pair[0].flush(timeout_s=60)
+    pair[0].close()
+    assert pair[1].receive(wait=True) == [{"last": "words"}]
+    with pytest.raises(EOFError, match="the other side of the connection is gone"):
+        pair[1].receive(wait=True)
+    pair[1].send({"nobody": "listens"})
+
+
+def test_requests_arrive_as_they_were(pair):
+    params = SamplingParams(
+        temperature=0.25,
+        seed=2**64 - 1,
+        logit_bias={5: -1.5},
+        stop=["a", "b"],
+        allowed_token_ids=[1, 2],
+        max_tokens=None,
+        logprobs=0,
+    )
+    requests = [AddRequest("0", [1, 2], params, [[3], [4, 5]]), AddRequest("1", [], params)]
+    assert messages.read_add(through(pair, messages.add(requests))) == requests
+
+
+def test_how_outputs_are_told_is_the_caller_s_business_alone(pair):
+    params = SamplingParams(output_kind=RequestOutputKind.DELTA)
+    (request,) = messages.read_add(through(pair, messages.add([AddRequest("0", [1], params)])))
+    assert request.sampling_params == SamplingParams()
+
+
+def test_updates_arrive_as_they_were(pair):
+    logprobs = TokenLogprobs([7, 8], [-0.1, -math.inf], [1, 2])
+    updates = [
+        RequestUpdate("0", [7], None, None, 0, [logprobs], [None, logprobs]),
+        RequestUpdate("1", [], "abort", None, 16),
+        RequestUpdate("2", [9], "stop", 9, 0),
+    ]
+    assert messages.read_updates(through(pair, messages.updates(updates))) == updates
+
+
+@pytest.mark.parametrize(
+    "kind, error", [("setting", SettingError), ("value", ValueError), ("worker", WorkerError)]
+)
+def test_an_error_arrives_as_what_it_was(pair, kind, error):
+    read = messages.read_error(through(pair, messages.error("told", kind, 1)))
+    assert (type(read), str(read)) == (error, "told")
+    assert getattr(read, "rank", 1) == 1

@@ -1,0 +1,322 @@
+"""Tokens of an engine that is played here, and what callers read of them."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tpllm.checkpoint import resolve_model
+from tpllm.engine.request import RequestUpdate, TokenLogprobs
+from tpllm.output_processor import OutputProcessor, Request
+from tpllm.outputs import CompletionOutput, Logprob, RequestOutput
+from tpllm.sampling_params import RequestOutputKind, SamplingParams
+from tpllm.tokenizer import Tokenizer
+
+TOKENIZER = Tokenizer(resolve_model(None))
+DELTA, CUMULATIVE, FINAL_ONLY = (
+    RequestOutputKind.DELTA,
+    RequestOutputKind.CUMULATIVE,
+    RequestOutputKind.FINAL_ONLY,
+)
+END = 4095
+KINDS = [DELTA, CUMULATIVE, FINAL_ONLY]
+
+
+def ids_of(text: str) -> list[int]:
+    return TOKENIZER.encode_batch([text], add_special_tokens=False)[0]
+
+
+class Engine:
+    """One request, and the engine's part for it."""
+
+    def __init__(self, tokenizer: Tokenizer | None = TOKENIZER, **params: Any) -> None:
+        self.processor = OutputProcessor(tokenizer)
+        self.request = self.processor.add("hi", [1, 2], SamplingParams(**params))
+        self.aborted: list[str] = []
+        self.outputs: list[RequestOutput] = []
+
+    def update(self, *new_ids: int, child: int = 0, end: str | None = None, **more: Any) -> None:
+        engine_id = self.request.engine_requests[child].request_id
+        stop_reason = more.pop("stop_reason", None)
+        update = RequestUpdate(engine_id, list(new_ids), end, stop_reason, 0, **more)
+        processed = self.processor.process([update])
+        self.aborted += processed.to_abort
+        for request in processed.changed:
+            self.outputs.append(request.take())
+
+    def run(self, ids: Sequence[int], end: str = "length", stop_reason: int | None = None) -> None:
+        for token_id in ids[:-1]:
+            self.update(token_id)
+        self.update(ids[-1], end=end, stop_reason=stop_reason)
+
+    @property
+    def last(self) -> CompletionOutput:
+        return self.outputs[-1].outputs[0]
+
+    def joined(self) -> tuple[str, list[int]]:
+        """What a reader of deltas has."""
+        each = [output.outputs[0] for output in self.outputs]
+        return "".join(o.text for o in each), [id_ for o in each for id_ in o.token_ids]
+
+
+# ---- kinds of output -----------------------------------------------------------------------------
+
+
+def test_cumulative_outputs_grow_and_earlier_ones_stay_as_they_were():
+    engine = Engine(output_kind=CUMULATIVE)
+    ids = ids_of("I shall not want")
+    engine.run(ids)
+    for n, output in enumerate(engine.outputs, start=1):
+        assert output.outputs[0].token_ids == ids[:n]
+        assert output.outputs[0].text == TOKENIZER.decode(ids[:n])
+        assert output.finished == (n == len(ids))
+    assert engine.outputs[0].prompt == "hi" and engine.outputs[0].prompt_token_ids == [1, 2]
+
+
+def test_deltas_are_what_is_new():
+    engine = Engine(output_kind=DELTA)
+    ids = ids_of("naïve — 日本 🙂")
+    engine.run(ids)
+    assert len(engine.outputs) == len(ids)
+    assert engine.joined() == (TOKENIZER.decode(ids), ids)
+    assert all("\ufffd" not in output.outputs[0].text for output in engine.outputs)
+
+
+def test_final_only_comes_once():
+    engine = Engine(output_kind=FINAL_ONLY)
+    ids = ids_of("I shall not want")
+    engine.run(ids)
+    (output,) = engine.outputs
+    assert output.finished and engine.last.text == "I shall not want"
+    assert engine.last.token_ids == ids and engine.last.finish_reason == "length"
+
+
+def test_a_delta_taken_late_holds_all_steps_since():
+    processor = OutputProcessor(TOKENIZER)
+    request = processor.add(None, [1], SamplingParams(output_kind=DELTA))
+    ids = ids_of("I shall not want")
+    for token_id in ids:
+        processor.process(
+            [RequestUpdate(request.engine_requests[0].request_id, [token_id], None, None, 0)]
+        )
+    assert request.has_news
+    assert request.take().outputs[0].token_ids == ids
+    assert not request.has_news
+
+
+# ---- the end of a text ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("stop_reason", [None, END])
+def test_an_end_token_is_among_the_ids_and_not_in_the_text(kind, stop_reason):
+    engine = Engine(output_kind=kind, skip_special_tokens=False)
+    ids = [*ids_of("Amen."), END]
+    engine.run(ids, "stop", stop_reason)
+    text, token_ids = (
+        engine.joined() if kind is DELTA else (engine.last.text, engine.last.token_ids)
+    )
+    assert (text, token_ids) == ("Amen.", ids)
+    assert (engine.last.finish_reason, engine.last.stop_reason) == ("stop", stop_reason)
+
+
+def test_an_end_token_is_in_the_text_where_that_is_asked_for():
+    engine = Engine(skip_special_tokens=False, include_stop_str_in_output=True)
+    engine.run([*ids_of("Amen."), END], "stop")
+    assert engine.last.text == "Amen.<|im_end|>"
+
+
+def test_a_character_that_stays_half_is_told_at_the_end():
+    engine = Engine(output_kind=DELTA)
+    half = ids_of("🙂")[:-1]
+    assert half
+    engine.run(half)
+    assert engine.joined() == (TOKENIZER.decode(half), half)
+
+
+def test_without_detokenizing_there_is_no_text():
+    for engine in (Engine(detokenize=False), Engine(None)):
+        engine.run(ids_of("Amen."))
+        assert engine.last.text == ""
+        assert engine.last.token_ids == ids_of("Amen.")
+
+
+def test_news_after_the_end_is_passed_over():
+    engine = Engine(stop="shall")
+    engine.run(ids_of(" I shall"))
+    num_outputs = len(engine.outputs)
+    engine.update(5)
+    engine.update(end="abort")
+    assert len(engine.outputs) == num_outputs
+
+
+# ---- stop strings --------------------------------------------------------------------------------
+
+
+@settings(deadline=None, derandomize=True, database=None, max_examples=150)
+@given(data=st.data(), kind=st.sampled_from(KINDS), includes=st.booleans())
+def test_a_stop_string_ends_the_text_wherever_the_borders_of_tokens_are(data, kind, includes):
+    text = "I shall not want. He maketh me — 日本 🙂 — to lie down"
+    begin = data.draw(st.integers(0, len(text) - 1))
+    stop = text[begin : data.draw(st.integers(begin + 1, min(len(text), begin + 12)))]
+    end = text.index(stop) + len(stop)
+    engine = Engine(output_kind=kind, stop=["nowhere", stop], include_stop_str_in_output=includes)
+    ids = ids_of(text)
+    position = 0
+    while not engine.aborted and position < len(ids):
+        num_new = data.draw(st.integers(1, 3))
+        engine.update(*ids[position : position + num_new])
+        position += num_new
+    got, token_ids = engine.joined() if kind is DELTA else (engine.last.text, engine.last.token_ids)
+    assert got == text[: end if includes else end - len(stop)]
+    assert token_ids == ids[: len(token_ids)]
+    assert stop in TOKENIZER.decode(token_ids)  # no token too few, and none too many
+    assert stop not in TOKENIZER.decode(token_ids[:-1]).replace("\ufffd", "")
+    assert (engine.last.finish_reason, engine.last.stop_reason) == ("stop", stop)
+    assert engine.aborted == [engine.request.engine_requests[0].request_id]
+
+
+def test_what_may_begin_a_stop_string_waits_and_comes_if_it_does_not():
+    engine = Engine(output_kind=DELTA, stop="not here")
+    engine.run(ids_of("I shall not want"))
+    texts = [output.outputs[0].text for output in engine.outputs]
+    assert "".join(texts) == "I shall not want"
+    held = next(
+        i for i, id_ in enumerate(ids_of("I shall not want")) if "not" in TOKENIZER.decode([id_])
+    )
+    assert "not" not in "".join(texts[: held + 1]) and texts[-1].startswith("not")
+
+
+def test_an_end_while_text_is_held_back_tells_it():
+    engine = Engine(output_kind=DELTA, stop="not here")
+    engine.run(ids_of("I shall not"))
+    assert engine.joined()[0] == "I shall not"
+
+
+def test_a_stop_string_before_min_tokens_is_passed_over():
+    ids = ids_of("a b a b a b")
+    engine = Engine(stop="b", min_tokens=3, max_tokens=30)
+    engine.run(ids)
+    num_tokens = len(engine.last.token_ids)
+    assert 3 < num_tokens <= len(ids)
+    assert engine.last.text == TOKENIZER.decode(ids[:num_tokens]).removesuffix("b")
+    assert "b" in engine.last.text and engine.last.stop_reason == "b"
+
+
+def test_the_last_token_may_complete_a_stop_string():
+    engine = Engine(stop="want")
+    engine.run(ids_of("I shall not want"), "length")
+    assert (engine.last.text, engine.last.finish_reason) == ("I shall not ", "stop")
+    assert engine.aborted == []  # the engine has ended it too
+
+
+@pytest.mark.parametrize("params", [{"stop": "x"}, {"bad_words": ["x"]}])
+def test_texts_to_look_for_need_a_tokenizer(params):
+    with pytest.raises(ValueError, match=r"=\['x'\] needs a tokenizer, and this engine has none"):
+        Engine(None, **params)
+
+
+# ---- several continuations -----------------------------------------------------------------------
+
+
+def test_the_continuations_of_a_request_are_requests_with_seeds_of_their_own():
+    engine = Engine(n=3, seed=7)
+    requests = engine.request.engine_requests
+    assert len({each.request_id for each in requests}) == 3
+    assert requests[0].sampling_params.seed == 7
+    assert len({each.sampling_params.seed for each in requests}) == 3
+    again = Engine(n=3, seed=7).request.engine_requests
+    assert [each.sampling_params for each in again] == [each.sampling_params for each in requests]
+    assert {each.sampling_params.seed for each in Engine(n=2).request.engine_requests} == {None}
+
+
+def test_continuations_are_joined_and_the_last_end_is_the_request_s():
+    engine = Engine(n=2)
+    engine.update(*ids_of("first"), child=0)
+    engine.update(*ids_of("second"), child=1, end="length")
+    engine.update(END, child=0, end="stop")
+    assert [output.finished for output in engine.outputs] == [False, False, True]
+    texts = [(each.index, each.text, each.finish_reason) for each in engine.outputs[-1].outputs]
+    assert texts == [(0, "first", "stop"), (1, "second", "length")]
+
+
+def test_a_delta_holds_the_continuations_with_news():
+    engine = Engine(n=3, output_kind=DELTA)
+    engine.update(*ids_of("second"), child=1)
+    engine.update(*ids_of("third"), child=2, end="length")
+    assert [[each.index for each in output.outputs] for output in engine.outputs] == [[1], [2]]
+
+
+def test_final_only_waits_for_all_continuations():
+    engine = Engine(n=2, output_kind=FINAL_ONLY)
+    engine.update(5, child=1, end="length")
+    assert engine.outputs == []
+    engine.update(5, child=0, end="length")
+    assert [each.index for each in engine.outputs[0].outputs] == [0, 1]
+
+
+def test_an_abort_ends_what_still_runs():
+    engine = Engine(n=2, output_kind=DELTA)
+    engine.update(5, child=1, end="length")
+    aborted = engine.processor.abort(engine.request.request_id)
+    assert aborted == (engine.request, [engine.request.engine_requests[0].request_id])
+    output = engine.request.take()
+    assert output.finished and [each.finish_reason for each in output.outputs] == ["abort"]
+    assert engine.processor.abort(engine.request.request_id) is None
+
+
+def test_an_id_may_be_used_again_after_its_end():
+    processor = OutputProcessor(TOKENIZER)
+
+    def add() -> Request:
+        return processor.add(None, [1], SamplingParams(), request_id="mine")
+
+    first = add()
+    with pytest.raises(ValueError, match="request_id='mine' is still running"):
+        add()
+    assert processor.drop([first.engine_requests[0].request_id]) is first
+    assert add().engine_requests[0].request_id != first.engine_requests[0].request_id
+    assert processor.add(None, [1], SamplingParams()).request_id != "mine"
+
+
+# ---- log-probabilities ---------------------------------------------------------------------------
+
+
+def test_log_probabilities_have_the_token_itself_first_and_once():
+    engine = Engine(logprobs=2, output_kind=DELTA)
+    hi, end = ids_of("hi")[0], END
+    engine.update(hi, logprobs=[TokenLogprobs([hi, end, 7], [-2.5, -0.5, -1.0], [3, 1, 2])])
+    engine.update(
+        end, end="stop", logprobs=[TokenLogprobs([end, end, 7], [-0.25, -0.25, -3.0], [1, 1, 2])]
+    )
+    first, second = (output.outputs[0] for output in engine.outputs)
+    assert first.logprobs is not None and second.logprobs is not None
+    assert [list(each) for each in first.logprobs] == [[hi, end, 7]]
+    assert first.logprobs[0][hi] == Logprob(-2.5, 3, TOKENIZER.decode([hi]))
+    assert first.logprobs[0][end] == Logprob(-0.5, 1, "<|im_end|>")
+    assert second.logprobs == [{end: Logprob(-0.25, 1, "<|im_end|>"), 7: second.logprobs[0][7]}]
+    assert (first.cumulative_logprob, second.cumulative_logprob) == (-2.5, -2.75)
+
+
+def test_log_probabilities_of_tokens_after_a_stop_string_are_dropped():
+    engine = Engine(logprobs=0, stop="shall")
+    ids = ids_of("I shall not want")
+    engine.update(*ids, logprobs=[TokenLogprobs([id_], [-1.0], [1]) for id_ in ids])
+    assert engine.last.logprobs is not None
+    assert len(engine.last.logprobs) == len(engine.last.token_ids) < len(ids)
+    assert engine.last.cumulative_logprob == -len(engine.last.token_ids)
+
+
+def test_those_of_the_prompt_come_once_in_deltas_and_always_otherwise():
+    prompt_logprobs = [None, TokenLogprobs([2, 9], [-1.0, -0.5], [2, 1])]
+    for kind, num_times in ((DELTA, 1), (CUMULATIVE, 2), (FINAL_ONLY, 1)):
+        engine = Engine(prompt_logprobs=1, output_kind=kind)
+        engine.update(5, prompt_logprobs=prompt_logprobs)
+        engine.update(6, end="length")
+        told = [o.prompt_logprobs for o in engine.outputs if o.prompt_logprobs is not None]
+        assert len(told) == num_times
+        assert told[0][0] is None and told[0][1] is not None
+        assert list(told[0][1]) == [2, 9]
+        assert told[0][1][9] == Logprob(-0.5, 1, TOKENIZER.decode([9]))

@@ -1,0 +1,366 @@
+"""AsyncLLM: an engine for servers. Requests come and go at any time, each its own stream."""
+
+import asyncio
+import os
+import threading
+import time
+import weakref
+from collections.abc import AsyncGenerator, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractAsyncContextManager, suppress
+from itertools import count
+from typing import Self, Unpack
+
+from tpllm.config import EngineConfig
+from tpllm.engine import messages
+from tpllm.engine.connection import Message
+from tpllm.engine.engine_client import EngineClient
+from tpllm.engine.stats import EngineStats
+from tpllm.errors import WorkerError
+from tpllm.output_processor import OutputProcessor, Request
+from tpllm.outputs import RequestOutput
+from tpllm.prompts import Prompt, as_list
+from tpllm.sampling_params import SamplingParams
+from tpllm.settings import Settings, SettingsKeywords, signature
+from tpllm.tokenizer import Tokenizer, require_tokenizer
+
+# Encoding this many characters takes about a millisecond, for which an event loop may well wait.
+_LONG_TEXT = 4096
+
+
+class AsyncLLM(AbstractAsyncContextManager["AsyncLLM"]):
+    """A model that continues prompts for many callers at once, from any event loop.
+
+    The engine (scheduler and workers) has a process of its own; text is made into tokens and back
+    here. Making one blocks until the engine is ready. Usable as an async context manager.
+
+        async with AsyncLLM("Qwen/Qwen3-8B", tensor_parallel_size=2) as engine:
+            async for output in engine.generate("The capital of France is", SamplingParams()):
+                print(output.outputs[0].text)
+
+    Args:
+        model: local folder or Hugging Face id; None for the small model that ships with tpllm
+        **settings: see `tpllm.settings.Settings` for every keyword
+
+    Raises:
+        ValueError, FileNotFoundError: a setting or file is wrong; no process is left running.
+        WorkerError: the engine failed to start; likewise.
+    """
+
+    def __init__(
+        self,
+        model: str | os.PathLike[str] | None = None,
+        **settings: Unpack[SettingsKeywords],
+    ) -> None:
+        begin = time.perf_counter()
+        self.config = EngineConfig.resolve(model, **settings)
+        self._tokenizer: Tokenizer | None = None
+        client: EngineClient | None = None
+        self._encoder = ThreadPoolExecutor(1, "tpllm-tokenizer")  # for long texts
+        try:
+            if self.config.tokenizer_folder is not None:
+                self._tokenizer = Tokenizer(self.config.tokenizer_folder)
+                loading = self._encoder.submit(self._tokenizer.load)  # while the engine starts
+            client = EngineClient(self.config)
+            if self._tokenizer is not None:
+                loading.result()
+        except BaseException:
+            if client is not None:
+                client.kill()
+            self._encoder.shutdown(wait=False)
+            raise
+        self._client = client
+        self._streams = _Streams(client, OutputProcessor(self._tokenizer))
+        self._streams.start()
+        # the streams' thread holds no AsyncLLM, so that this runs when nobody else does either
+        weakref.finalize(self, client.kill)
+        self.startup_s = time.perf_counter() - begin
+
+    async def generate(
+        self,
+        prompt: Prompt,
+        sampling_params: SamplingParams | None = None,
+        request_id: str | None = None,
+    ) -> AsyncGenerator[RequestOutput, None]:
+        """Continue a prompt; yields as it grows, in the form of `sampling_params.output_kind`.
+
+        A caller slower than the model gets several steps in one output. Closing the generator, or
+        cancelling the task that iterates it, aborts the request.
+
+        Args:
+            prompt: a text, a list of token ids, `{"prompt_token_ids": [...]}` or
+                `{"prompt": "..."}`
+            sampling_params: None for `get_default_sampling_params()`
+            request_id: what `abort` calls it; None for one that no other request has
+
+        Raises (at the first iteration):
+            ValueError: the prompt cannot run.
+            WorkerError: the engine has failed, now or earlier: see `dead_error`.
+            RuntimeError: the engine is closed.
+        """
+        params = sampling_params
+        if params is None:
+            params = self.get_default_sampling_params()
+        elif not isinstance(params, SamplingParams):
+            raise ValueError(f"sampling_params={params!r} must be SamplingParams")
+        (given,) = as_list([prompt])
+        if isinstance(given, str):
+            stream = self._streams.open(given, await self._encode(given), params, request_id)
+        else:
+            stream = self._streams.open(None, given, params, request_id)
+        try:
+            while True:
+                output = await stream.next()
+                yield output
+                if output.finished:
+                    return
+        finally:
+            self._streams.close(stream)
+
+    async def abort(self, request_id: str | Iterable[str]) -> None:
+        """End a request, or several; its stream yields what there is, with reason "abort".
+
+        Harmless for requests that are unknown or have ended.
+        """
+        ids = [request_id] if isinstance(request_id, str) else request_id
+        for each in ids:
+            self._streams.abort(each)
+
+    async def stats(self) -> EngineStats:
+        """What the engine is doing; it answers between two steps.
+
+        Raises:
+            WorkerError: the engine has failed.
+            RuntimeError: the engine is closed.
+        """
+        return await asyncio.wrap_future(self._streams.ask_for_stats())
+
+    def get_tokenizer(self) -> Tokenizer:
+        """The model's tokenizer.
+
+        Raises:
+            ValueError: the engine was made without one.
+        """
+        return require_tokenizer(self._tokenizer)
+
+    def get_default_sampling_params(self) -> SamplingParams:
+        """What a request without sampling parameters gets: see the setting `generation_config`."""
+        return self.config.default_sampling_params
+
+    @property
+    def dead_error(self) -> BaseException | None:
+        """Why the engine has failed; None while it works, and when it was closed."""
+        return self._streams.dead_error
+
+    @property
+    def engine_pid(self) -> int:
+        """The process id of the engine."""
+        return self._client.pid
+
+    @property
+    def worker_pids(self) -> list[int]:
+        """The process id of each rank's worker, a child of the engine's process."""
+        return self._client.worker_pids
+
+    async def close(self) -> None:
+        """Give processes, shared memory and GPU memory back. Harmless when repeated.
+
+        Streams that are open end with a RuntimeError.
+        """
+        await asyncio.to_thread(self.shutdown)
+
+    def shutdown(self) -> None:
+        """As `close`, for callers without an event loop; waits until everything is gone."""
+        self._client.close()
+        self._streams.join()
+        self._encoder.shutdown()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *exception: object) -> None:
+        await self.close()
+
+    async def _encode(self, text: str) -> list[int]:
+        tokenizer = self.get_tokenizer()
+        if len(text) < _LONG_TEXT:
+            return tokenizer.encode_batch([text])[0]
+        loop = asyncio.get_running_loop()
+        return (await loop.run_in_executor(self._encoder, tokenizer.encode_batch, [text]))[0]
+
+
+AsyncLLM.__signature__ = signature()  # type: ignore[attr-defined]
+AsyncLLM.__doc__ = f"{AsyncLLM.__doc__}\n    Settings:\n{Settings.__doc__}"
+
+
+class _Stream:
+    """One caller's end of a request, on the event loop that it was opened in."""
+
+    def __init__(self, streams: "_Streams", request: Request) -> None:
+        self.request = request
+        self.loop = asyncio.get_running_loop()
+        self.error: BaseException | None = None
+        self._streams = streams
+        self._has_news = asyncio.Event()
+
+    def wake(self) -> None:
+        """Call it on the loop."""
+        self._has_news.set()
+
+    async def next(self) -> RequestOutput:
+        """What is new; sleeps until something is.
+
+        Raises:
+            ValueError: the engine refused the request.
+            WorkerError, RuntimeError: nothing more comes.
+        """
+        while True:
+            await self._has_news.wait()
+            self._has_news.clear()
+            output = self._streams.take(self)
+            if output is not None:  # else the wake-up came late, for what had been taken
+                return output
+
+
+class _Streams:
+    """The open streams of an engine, and the thread that reads what it sends.
+
+    The thread makes the texts too: an event loop only takes what is ready. Both hold the lock for
+    the books of a step at most.
+    """
+
+    def __init__(self, client: EngineClient, processor: OutputProcessor) -> None:
+        self.dead_error: BaseException | None = None
+        self._client = client
+        self._processor = processor
+        self._lock = threading.Lock()
+        self._open: dict[Request, _Stream] = {}
+        self._questions: dict[int, Future[EngineStats]] = {}
+        self._numbers = count()
+        self._end: BaseException | None = None  # why nothing more comes
+        self._thread = threading.Thread(target=self._run, name="tpllm-streams", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def join(self) -> None:
+        self._thread.join()
+
+    # ---- from an event loop ------------------------------------------------------------------
+
+    def open(
+        self, text: str | None, ids: list[int], params: SamplingParams, request_id: str | None
+    ) -> _Stream:
+        with self._lock:
+            self._refuse_if_over()
+            request = self._processor.add(text, ids, params, request_id=request_id)
+            stream = self._open[request] = _Stream(self, request)
+            self._client.send(messages.add(request.engine_requests))
+        return stream
+
+    def take(self, stream: _Stream) -> RequestOutput | None:
+        with self._lock:
+            if stream.error is not None:
+                raise stream.error
+            return stream.request.take() if stream.request.has_news else None
+
+    def close(self, stream: _Stream) -> None:
+        """The caller wants no more of it; aborts the request if it still runs."""
+        with self._lock:
+            if self._open.pop(stream.request, None) is not None:
+                self._abort(stream.request.request_id)
+
+    def abort(self, request_id: str) -> None:
+        with self._lock:
+            request = self._abort(request_id)
+            if request is not None:
+                self._wake([self._open[request]])
+
+    def _abort(self, request_id: str) -> Request | None:
+        aborted = self._processor.abort(request_id)
+        if aborted is None:
+            return None
+        request, engine_ids = aborted
+        self._client.send({"type": "abort", "request_ids": engine_ids})
+        return request
+
+    def ask_for_stats(self) -> "Future[EngineStats]":
+        with self._lock:
+            self._refuse_if_over()
+            number = next(self._numbers)
+            question = self._questions[number] = Future()
+            self._client.send({"type": "stats", "number": number})
+        return question
+
+    def _refuse_if_over(self) -> None:
+        if self._end is not None:
+            raise _again(self._end)
+        if self._client.closed:
+            raise RuntimeError("this AsyncLLM is closed; make a new one")
+
+    # ---- the thread --------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        try:
+            while True:
+                received = self._client.receive()
+                with self._lock:
+                    self._take_in(received)
+        except BaseException as error:
+            if type(error) is RuntimeError:  # closed by ourselves
+                error = RuntimeError("this AsyncLLM is closed; make a new one")
+            else:
+                self._client.kill()
+                self.dead_error = error
+            with self._lock:
+                self._end_all(error)
+
+    def _take_in(self, received: list[Message]) -> None:
+        changed: dict[Request, None] = {}
+        for message in received:
+            kind = message["type"]
+            if kind == "updates":
+                processed = self._processor.process(messages.read_updates(message))
+                changed.update(dict.fromkeys(processed.changed))
+                if processed.to_abort:
+                    self._client.send({"type": "abort", "request_ids": processed.to_abort})
+            elif kind == "refused":
+                request = self._processor.drop(message["request_ids"])
+                if request is not None:
+                    self._open[request].error = ValueError(message["error"])
+                    changed[request] = None
+            elif kind == "stats":
+                question = self._questions.pop(message["number"])
+                if question.set_running_or_notify_cancel():
+                    question.set_result(messages.read_stats(message))
+        self._wake([self._open[request] for request in changed if request in self._open])
+
+    def _end_all(self, error: BaseException) -> None:
+        self._end = error
+        for stream in self._open.values():
+            stream.error = _again(error)
+        self._wake(list(self._open.values()))
+        for question in self._questions.values():
+            if question.set_running_or_notify_cancel():
+                question.set_exception(_again(error))
+
+    def _wake(self, streams: list[_Stream]) -> None:
+        """Tell the loops of these streams, each loop once: a step may have news for hundreds."""
+        by_loop: dict[asyncio.AbstractEventLoop, list[_Stream]] = {}
+        for stream in streams:
+            by_loop.setdefault(stream.loop, []).append(stream)
+        for loop, of_loop in by_loop.items():
+            with suppress(RuntimeError):  # the loop is closed, and nobody waits any more
+                loop.call_soon_threadsafe(_wake_all, of_loop)
+
+
+def _wake_all(streams: list[_Stream]) -> None:
+    for stream in streams:
+        stream.wake()
+
+
+def _again(error: BaseException) -> BaseException:
+    """A copy to raise: one exception raised in many tasks would collect their tracebacks."""
+    if isinstance(error, WorkerError):
+        return WorkerError(str(error), rank=error.rank)
+    return type(error)(*error.args)

@@ -1,0 +1,94 @@
+"""A two-way connection between the engine's process and its caller's: plain data over a socket.
+
+Each message is one MessagePack map (https://msgpack.org), one after the other without any framing
+of our own, since each tells where it ends; there is no pickle. What the maps hold is in `messages`.
+"""
+
+import socket
+from contextlib import suppress
+from queue import Empty, SimpleQueue
+from threading import Thread, current_thread
+from typing import Any
+
+import msgpack
+
+Message = dict[str, Any]
+
+_READ_BYTES = 1 << 20
+_MAX_MESSAGE_BYTES = 2**31 - 1  # prompt log-probabilities of a long prompt: some tens of MB
+
+
+class Connection:
+    """One end of the socket. Either side may be killed at any moment.
+
+    `send` never waits: a thread packs and writes, so that neither the steps of the engine nor the
+    event loop of its caller ever wait for the other side. What waits to be written is bounded by
+    the tokens that the running requests may have.
+    """
+
+    def __init__(self, opened: socket.socket) -> None:
+        self._socket = opened
+        self._unpacker = msgpack.Unpacker(
+            strict_map_key=False, max_buffer_size=_MAX_MESSAGE_BYTES
+        )  # keys are ints in a logit_bias
+        self._outbox: SimpleQueue[Message | None] = SimpleQueue()
+        self._writer = Thread(
+            target=_write, args=(opened, self._outbox), name="tpllm-connection", daemon=True
+        )
+        self._writer.start()
+
+    def fileno(self) -> int:
+        return self._socket.fileno()
+
+    def send(self, message: Message) -> None:
+        """Have it written soon. What the other side's end prevents is dropped."""
+        self._outbox.put(message)
+
+    def receive(self, *, wait: bool) -> list[Message]:
+        """The messages that have come; with `wait`, sleeps until there is one.
+
+        Raises:
+            EOFError: the other side is gone, or `close` was called.
+        """
+        while True:
+            try:
+                data = self._socket.recv(_READ_BYTES, 0 if wait else socket.MSG_DONTWAIT)
+            except BlockingIOError:
+                return []
+            except OSError:  # reset by a side that was killed, or closed here
+                data = b""
+            if not data:
+                raise EOFError("the other side of the connection is gone")
+            self._unpacker.feed(data)
+            if messages := list(self._unpacker):
+                return messages
+
+    def flush(self, timeout_s: float) -> None:
+        """Write what is left, and end the sending direction. Nothing can be sent any more."""
+        self._outbox.put(None)
+        if current_thread() is not self._writer:
+            self._writer.join(timeout_s)
+
+    def close(self) -> None:
+        """Let go of the socket at once; wakes a thread that waits in it."""
+        with suppress(OSError):  # the other side may be gone
+            self._socket.shutdown(socket.SHUT_RDWR)
+        self.flush(timeout_s=1.0)
+        self._socket.close()
+
+
+def _write(opened: socket.socket, outbox: "SimpleQueue[Message | None]") -> None:
+    """The writer's thread; it holds no `Connection`, so that one can be collected."""
+    pack = msgpack.Packer().pack
+    while True:
+        messages = [outbox.get()]
+        with suppress(Empty):
+            while True:
+                messages.append(outbox.get_nowait())
+        data = b"".join([pack(message) for message in messages if message is not None])
+        try:
+            opened.sendall(data)
+        except OSError:
+            return
+        if None in messages:
+            return

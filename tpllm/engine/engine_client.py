@@ -1,0 +1,123 @@
+"""The caller's end of an engine that runs in a process of its own."""
+
+import os
+import socket
+import subprocess
+import sys
+import weakref
+from contextlib import suppress
+
+from tpllm.child_process import write_spec
+from tpllm.config import EngineConfig
+from tpllm.engine import messages
+from tpllm.engine.connection import Connection, Message
+from tpllm.engine.launcher import CLOSE_TIMEOUT_S
+from tpllm.engine.processes import (
+    ChildProcesses,
+    child_environment,
+    fill_standard_descriptors,
+    how_it_ended,
+    stderr_or_null,
+)
+from tpllm.errors import WorkerError
+from tpllm.interrupts import Interrupts
+
+MODULE = "tpllm.engine.engine_process"
+_GRACE_S = 5.0  # for a process whose connection has ended to end itself
+
+
+class EngineClient:
+    """Starts an engine's process, talks to it, and sees to its end.
+
+    Raises:
+        ValueError: the engine refused a setting; nothing of it is left running.
+        WorkerError: it failed to start; likewise.
+    """
+
+    def __init__(self, config: EngineConfig) -> None:
+        self._processes = ChildProcesses(os.getpid())
+        # runs at garbage collection and at the interpreter's exit, whichever comes first
+        self._finalizer = weakref.finalize(self, self._processes.release)
+        try:
+            with Interrupts():  # what has been made, but not yet noted, could not be given back
+                self._start(config)
+            (ready,) = self.receive()
+            self.worker_pids: list[int] = ready["worker_pids"]
+        except BaseException:
+            self._processes.release()
+            raise
+
+    def _start(self, config: EngineConfig) -> None:
+        processes = self._processes
+        output = stderr_or_null()
+        processes.descriptors += fill_standard_descriptors()
+        ours, theirs = socket.socketpair()
+        self._connection = Connection(ours)
+        processes.channels.append(self._connection)
+        with theirs:
+            parent = os.pidfd_open(os.getpid())
+            processes.descriptors.append(parent)
+            spec = {"config": config.to_json(), "parent": parent, "socket": theirs.fileno()}
+            spec_fd = write_spec(spec)
+            processes.descriptors.append(spec_fd)
+            command = [sys.executable, "-P", "-m", MODULE, str(spec_fd)]
+            inherited = (spec_fd, parent, theirs.fileno())
+            processes.spawn([(command, inherited)], child_environment(), output)
+
+    @property
+    def pid(self) -> int:
+        """The process id of the engine, the parent of its workers."""
+        return self._process.pid
+
+    @property
+    def _process(self) -> "subprocess.Popen[bytes]":
+        return self._processes.processes[0]
+
+    @property
+    def closed(self) -> bool:
+        return self._processes.released.is_set()
+
+    def send(self, message: Message) -> None:
+        """Have it sent; never waits."""
+        self._connection.send(message)
+
+    def receive(self) -> list[Message]:
+        """Sleep until messages come.
+
+        Raises:
+            RuntimeError: this side has closed the engine.
+            ValueError, WorkerError: the engine has failed; nothing of it is left.
+        """
+        with self._processes.use():
+            try:
+                received = self._connection.receive(wait=True)
+            except EOFError:
+                self._processes.refuse_if_ending()
+                raise self._describe_end() from None
+        last = received[-1]
+        if last["type"] == "error":
+            self._processes.release(_GRACE_S)
+            raise messages.read_error(last)
+        return received
+
+    def _describe_end(self) -> WorkerError:
+        with suppress(subprocess.TimeoutExpired):
+            self._process.wait(_GRACE_S)
+        code = self._process.poll()
+        self.kill()
+        if code is None:
+            return WorkerError("the engine's process closed its connection and did not end")
+        how, usual_reason = how_it_ended(code)
+        return WorkerError(f"the engine's process {how}; {usual_reason}")
+
+    def close(self) -> None:
+        """Ask the engine to end, then see to it. Harmless when repeated, or in a forked copy."""
+        if self.closed or os.getpid() != self._processes.owner_pid:
+            return
+        self.send({"type": "shutdown"})
+        # as long as it waits for its workers, and a little for itself
+        self._processes.release(CLOSE_TIMEOUT_S + _GRACE_S)
+
+    def kill(self) -> None:
+        """End the engine at once; its workers notice, and end by themselves."""
+        self._processes.release()

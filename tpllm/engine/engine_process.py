@@ -1,0 +1,88 @@
+"""The engine in a process of its own: `python -m tpllm.engine.engine_process FD`.
+
+Started by `EngineClient` alone. The workers are children of this process, and all are tied: whoever
+ends, the others notice and end too. Between two steps it reads what callers want; without requests
+it sleeps.
+"""
+
+import os
+import socket
+import sys
+import traceback
+from typing import NoReturn
+
+from tpllm.child_process import read_spec, tie_to_parent
+from tpllm.config import EngineConfig
+from tpllm.engine import messages
+from tpllm.engine.connection import Connection, Message
+from tpllm.engine.coordinator import Coordinator
+from tpllm.errors import SettingError, WorkerError
+
+_FLUSH_TIMEOUT_S = 5.0
+
+
+def main() -> NoReturn:
+    """Run an engine until its caller ends it, is gone, or a worker fails."""
+    spec = read_spec(int(sys.argv[1]))
+    # the workers are tied to this process, and remove their directory themselves
+    tie_to_parent(spec["parent"], clean_up=lambda: None)
+    connection = Connection(socket.socket(fileno=spec["socket"]))
+    exit_code = 1
+    try:
+        _run(Coordinator(EngineConfig.from_json(spec["config"])), connection)
+        exit_code = 0
+    except EOFError:  # the caller is gone: there is nobody to tell
+        pass
+    except BaseException as error:
+        connection.send(_describe(error))
+    connection.flush(_FLUSH_TIMEOUT_S)
+    os._exit(exit_code)  # no destructors: everything has been given back
+
+
+def _run(coordinator: Coordinator, connection: Connection) -> None:
+    try:
+        connection.send({"type": "ready", "worker_pids": coordinator.worker_pids})
+        while True:
+            if not (coordinator.num_unfinished or coordinator.num_in_flight):
+                coordinator.sleep_until_readable(connection.fileno())
+            for message in connection.receive(wait=False):
+                if message["type"] == "shutdown":
+                    return
+                _handle(message, coordinator, connection)
+            updates = coordinator.step()
+            if updates:
+                connection.send(messages.updates(updates))
+    finally:
+        coordinator.close()
+
+
+def _handle(message: Message, coordinator: Coordinator, connection: Connection) -> None:
+    kind = message["type"]
+    if kind == "add":
+        requests = messages.read_add(message)
+        try:
+            coordinator.check(requests[0])  # the others differ in their seeds alone
+        except ValueError as error:
+            ids = [request.request_id for request in requests]  # the continuations of one prompt
+            connection.send({"type": "refused", "request_ids": ids, "error": str(error)})
+        else:
+            coordinator.add(requests)
+    elif kind == "abort":
+        coordinator.abort(message["request_ids"])  # whoever asked for it waits for no news
+    else:
+        assert kind == "stats", f"a message of unknown type {kind!r}"
+        connection.send(messages.stats(message["number"], coordinator.engine_stats()))
+
+
+def _describe(error: BaseException) -> Message:
+    if isinstance(error, SettingError):
+        return messages.error(str(error), "setting")
+    if isinstance(error, WorkerError):
+        return messages.error(str(error), "worker", error.rank)
+    if isinstance(error, ValueError):
+        return messages.error(str(error), "value")
+    return messages.error(f"the engine's process failed:\n{traceback.format_exc()}", "worker")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,106 @@
+"""What the engine's process and its caller say to each other. Each message is a map with a `type`.
+
+To the engine:
+    add         requests: [[id, prompt token ids, sampling parameters, bad word ids], ...],
+                the continuations of one prompt
+    abort       request_ids
+    stats       number: comes back with the answer
+    shutdown
+
+From it:
+    ready       worker_pids, once the engine can take requests
+    updates     updates: the fields of a `RequestUpdate` in order, of every request with news of one
+                step
+    refused     request_ids, error: those of an `add` could never run, and why
+    stats       number, stats: the fields of `EngineStats`
+    error       error, kind ("setting", "worker" or "value"), rank: the engine has failed; the last
+                message
+"""
+
+from collections.abc import Iterable
+from dataclasses import asdict, fields
+from typing import Any
+
+from tpllm.engine.connection import Message
+from tpllm.engine.request import AddRequest, RequestUpdate, TokenLogprobs
+from tpllm.engine.stats import EngineStats
+from tpllm.errors import SettingError, WorkerError
+from tpllm.sampling_params import SamplingParams
+
+_DEFAULTS = SamplingParams()
+_NOT_SENT = {"output_kind"}  # is the caller's own business, and no plain data
+_SENT = [field.name for field in fields(SamplingParams) if field.name not in _NOT_SENT]
+
+
+def add(requests: Iterable[AddRequest]) -> Message:
+    rows = [
+        [each.request_id, each.prompt_token_ids, _changed(each.sampling_params), each.bad_word_ids]
+        for each in requests
+    ]
+    return {"type": "add", "requests": rows}
+
+
+def _changed(params: SamplingParams) -> dict[str, Any]:
+    return {
+        name: value
+        for name in _SENT
+        if (value := getattr(params, name)) != getattr(_DEFAULTS, name)
+    }
+
+
+def read_add(message: Message) -> list[AddRequest]:
+    return [
+        AddRequest(request_id, prompt_token_ids, SamplingParams(**params), bad_word_ids)
+        for request_id, prompt_token_ids, params, bad_word_ids in message["requests"]
+    ]
+
+
+def updates(each: list[RequestUpdate]) -> Message:
+    return {"type": "updates", "updates": each}  # tuples are packed as arrays
+
+
+def read_updates(message: Message) -> list[RequestUpdate]:
+    return [_read_update(*row) for row in message["updates"]]
+
+
+def _read_update(
+    request_id: str,
+    new_token_ids: list[int],
+    finish_reason: str | None,
+    stop_reason: int | None,
+    num_cached_tokens: int,
+    logprobs: list[list[Any]] | None,
+    prompt_logprobs: list[list[Any] | None] | None,
+) -> RequestUpdate:
+    return RequestUpdate(
+        request_id,
+        new_token_ids,
+        finish_reason,
+        stop_reason,
+        num_cached_tokens,
+        None if logprobs is None else [TokenLogprobs(*each) for each in logprobs],
+        None
+        if prompt_logprobs is None
+        else [None if each is None else TokenLogprobs(*each) for each in prompt_logprobs],
+    )
+
+
+def stats(number: int, each: EngineStats) -> Message:
+    return {"type": "stats", "number": number, "stats": asdict(each)}
+
+
+def read_stats(message: Message) -> EngineStats:
+    return EngineStats(**message["stats"])
+
+
+def error(text: str, kind: str, rank: int | None = None) -> Message:
+    return {"type": "error", "error": text, "kind": kind, "rank": rank}
+
+
+def read_error(message: Message) -> Exception:
+    text = message["error"]
+    if message["kind"] == "setting":
+        return SettingError(text)
+    if message["kind"] == "value":
+        return ValueError(text)
+    return WorkerError(text, rank=message["rank"])

@@ -1,0 +1,69 @@
+"""Log-probabilities of tokens, and the likeliest ones, where the vocabulary is split over ranks.
+
+n positions, V vocab_size, Vl ids on this rank, k likeliest tokens.
+
+What crosses the link of a position is its largest logit, the sum of its probabilities, the logit
+and the rank of its token, and k keys of each rank (see `token_order`), never the logits.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from tpllm.layers.token_order import (
+    LOWEST_KEY,
+    UNIT,
+    keys_of,
+    logits_and_ids,
+    max_over_ranks,
+    sums_from,
+)
+from tpllm.parallel.collectives import all_gather, all_reduce
+from tpllm.parallel.group import TPGroup
+
+
+def token_logprobs(
+    scores: Tensor, token_ids: Tensor, num_likeliest: int, vocab_start: int, tp: TPGroup
+) -> Tensor:
+    """How likely each token was, and which ones were likeliest: [n, 3 + 2k] int32.
+
+    A row holds the token's rank (1 for the likeliest; of equal logits the lower id comes first),
+    then 1 + k ids, the token's own first, and the bits of their 1 + k float32 log-probabilities.
+
+    Args:
+        scores: [n, Vl] float32, the model's logits as `scores_of` gives them
+        token_ids: [n] int32, equal on every rank
+        num_likeliest: k, at most V
+    """
+    local_size = scores.shape[1]
+    cols = token_ids.long() - vocab_start
+    inside = cols.clamp(0, local_size - 1)
+    own = scores.gather(1, inside.unsqueeze(1)).squeeze(1)
+    own = own.masked_fill(cols != inside, -torch.inf)
+    largest, own = max_over_ranks(torch.stack([scores.amax(dim=1), own]), tp)
+
+    own_keys = keys_of(own, token_ids.long())
+    rank = all_reduce(sums_from(scores, own_keys.unsqueeze(1), vocab_start), tp)  # [n, 1]
+    lowest = torch.full_like(own_keys, LOWEST_KEY).unsqueeze(1)
+    weights_of = (largest, torch.ones_like(largest))
+    mass = all_reduce(sums_from(scores, lowest, vocab_start, weights_of), tp).squeeze(1)
+    log_sum = largest.double() + mass.double().log() - math.log(UNIT)  # [n]
+
+    likeliest, ids = logits_and_ids(_likeliest(scores, num_likeliest, vocab_start, tp))  # [n, k]
+    all_ids = torch.cat([token_ids.unsqueeze(1), ids], dim=1)
+    logits = torch.cat([own.unsqueeze(1), likeliest], dim=1)
+    logprobs = (logits.double() - log_sum.unsqueeze(1)).float()
+    return torch.cat([rank.int(), all_ids, logprobs.view(torch.int32)], dim=1)
+
+
+def _likeliest(scores: Tensor, num_likeliest: int, vocab_start: int, tp: TPGroup) -> Tensor:
+    """Keys of the likeliest tokens of all ranks, in order: [n, k] int64."""
+    num_rows, local_size = scores.shape
+    if num_likeliest == 0:
+        return torch.empty(num_rows, 0, dtype=torch.int64, device=scores.device)
+    ids = torch.arange(vocab_start, vocab_start + local_size, device=scores.device)
+    num_local = min(num_likeliest, local_size)
+    local = keys_of(scores, ids).topk(num_local, dim=1).values  # [n, k or Vl]
+    gathered = all_gather(local, tp).transpose(0, 1).flatten(1)  # [n, tp.size * num_local]
+    return gathered.topk(num_likeliest, dim=1).values

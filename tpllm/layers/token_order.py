@@ -1,0 +1,216 @@
+"""The order of tokens by logit, ties by id, and exact sums over the tokens from a point of it on.
+
+S sequences, V vocab_size, Vl ids on this rank, B points.
+
+A token's place in the order is one number, its key: `(bits of the logit, made to sort as the logit
+does) * 2**20 + (2**20 - 1 - id)`, so that larger is likelier and of equal logits the lower id comes
+first. Whatever cuts the vocabulary (top-k, top-p, min-p) cuts this order somewhere, and a cut is
+the smallest key that stays.
+
+Sums are of int64, so they are the same in any order, split over ranks in any way: either every
+token counts 1, or its probability as a whole multiple of 2**-40 of the likeliest one's. Less than
+half of 2**-40 a token is lost, which over 150,000 tokens is 7e-8 of the whole.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from tpllm.parallel.collectives import all_gather
+from tpllm.parallel.group import TPGroup
+
+ID_BITS = 20
+KEY_BITS = 32 + ID_BITS
+LOWEST_KEY = -(2 ** (KEY_BITS - 1))  # at or below every token's
+UNIT = 2.0**40  # the weight of the likeliest token
+_LAST_ID = 2**ID_BITS - 1
+_SIGN_MASK = 0x7FFFFFFF
+_LARGEST = 3.0e38  # finite bounds of what is subtracted, so that no infinity meets another
+
+_TILE = 8192  # ids a program
+_SUB_TILE = 256  # ids a step of it
+
+
+def scores_of(logits: Tensor, vocab_start: int, vocab_size: int) -> Tensor:
+    """A float32 copy of logits [S, Vl] whose padding and NaN are -inf: [S, Vl], rows strided.
+
+    Behind each row lies at least one column more, for scattered writes that belong nowhere: see
+    `with_spare_column`.
+    """
+    num_rows, local_size = logits.shape
+    memory = logits.new_empty(num_rows, local_size + 8 - local_size % 8, dtype=torch.float32)
+    scores = memory[:, :local_size]
+    scores.copy_(logits)
+    scores[:, max(vocab_size - vocab_start, 0) :] = -torch.inf
+    memory[:, local_size:] = -torch.inf
+    return scores.masked_fill_(scores.isnan(), -torch.inf)
+
+
+def with_spare_column(scores: Tensor) -> Tensor:
+    """The memory of `scores_of`'s result as [S, stride], stride > Vl: column Vl is free."""
+    num_rows, width = scores.shape[0], scores.stride(0)
+    memory: Tensor = scores.as_strided((num_rows, width), (width, 1))
+    return memory
+
+
+def sortable(logits: Tensor) -> Tensor:
+    """int64 numbers that sort as the float32 logits do; -0 and 0 give the same."""
+    bits = (logits + 0.0).view(torch.int32).long()
+    return bits ^ ((bits >> 31) & _SIGN_MASK)
+
+
+def keys_of(logits: Tensor, ids: Tensor) -> Tensor:
+    """Keys of float32 logits and their ids, of shapes that broadcast: int64."""
+    return (sortable(logits) << ID_BITS) + (_LAST_ID - ids)
+
+
+def logits_and_ids(keys: Tensor) -> tuple[Tensor, Tensor]:
+    """What `keys_of` was given: float32 logits and int32 ids."""
+    bits = keys >> ID_BITS
+    logits = (bits ^ ((bits >> 31) & _SIGN_MASK)).int().view(torch.float32)
+    return logits, (_LAST_ID - (keys & _LAST_ID)).int()
+
+
+def max_over_ranks(values: Tensor, tp: TPGroup) -> Tensor:
+    """Elementwise maximum over the ranks."""
+    return all_gather(values, tp).amax(dim=0)
+
+
+def sums_from_reference(
+    scores: Tensor,
+    points: Tensor,
+    vocab_start: int,
+    weights_of: tuple[Tensor, Tensor] | None = None,
+    needed: Tensor | None = None,
+) -> Tensor:
+    """What `sums_from_triton` computes, in plain torch."""
+    ids = torch.arange(vocab_start, vocab_start + scores.shape[1], device=scores.device)
+    keys = keys_of(scores, ids)  # [S, Vl]
+    weights = torch.ones_like(keys)
+    if weights_of is not None:
+        largest, temperatures = (each.double().unsqueeze(1) for each in weights_of)
+        # float64, because torch may take a vector's last elements through another fp32 exponential
+        below = (scores.double() - largest.clamp(-_LARGEST, _LARGEST)) / temperatures
+        weights = (below.clamp(max=0.0).exp() * UNIT).long()
+    sums = [
+        weights.masked_fill(keys < point.unsqueeze(1), 0).sum(dim=1) for point in points.unbind(1)
+    ]
+    out = torch.stack(sums, dim=1)
+    return out if needed is None else out.masked_fill_(needed.unsqueeze(1) <= 0, 0)
+
+
+@triton.jit
+def keys_in_kernel(scores: tl.tensor, ids: tl.tensor, ID_BITS: tl.constexpr) -> tl.tensor:
+    """As `keys_of`."""
+    scores = tl.where(scores == 0.0, 0.0, scores)  # -0 is 0
+    bits = scores.to(tl.int32, bitcast=True)
+    bits = bits ^ ((bits >> 31) & 0x7FFFFFFF)
+    return (bits.to(tl.int64) << ID_BITS) + ((1 << ID_BITS) - 1 - ids)
+
+
+@triton.jit(do_not_specialize=["num_points"])
+def _sums_from_kernel(
+    scores_ptr: tl.tensor,  # [S, Vl]
+    points_ptr: tl.tensor,  # [S, B] int64
+    largest_ptr: tl.tensor,  # [S]
+    temperatures_ptr: tl.tensor,  # [S]
+    needed_ptr: tl.tensor,  # [S] int64
+    sums_ptr: tl.tensor,  # [S, B] int64, zeros
+    scores_stride: tl.tensor,
+    local_size: tl.tensor,  # Vl
+    vocab_start: tl.tensor,
+    num_points: tl.tensor,  # B
+    WEIGHTED: tl.constexpr,
+    SKIPS: tl.constexpr,
+    ID_BITS: tl.constexpr,
+    UNIT: tl.constexpr,
+    LARGEST: tl.constexpr,
+    TILE: tl.constexpr,
+    SUB_TILE: tl.constexpr,
+    POINTS: tl.constexpr,
+) -> None:
+    row, tile = tl.program_id(0), tl.program_id(1)
+    needed = 1
+    if SKIPS:
+        needed = tl.load(needed_ptr + row)
+    if needed > 0:
+        point = tl.arange(0, POINTS)
+        wanted = point < num_points
+        points = tl.load(points_ptr + row * num_points + point, mask=wanted, other=0)
+        row_ptr = scores_ptr + row.to(tl.int64) * scores_stride
+        sums = tl.zeros([POINTS, SUB_TILE], dtype=tl.int64)
+        for first in range(0, TILE, SUB_TILE):
+            cols = tile * TILE + first + tl.arange(0, SUB_TILE)
+            mask = cols < local_size
+            scores = tl.load(row_ptr + cols, mask=mask, other=-float("inf"))
+            keys = keys_in_kernel(scores, vocab_start + cols, ID_BITS)
+            if WEIGHTED:
+                largest = tl.load(largest_ptr + row)
+                largest = tl.minimum(tl.maximum(largest, -LARGEST), LARGEST)
+                below = (scores - largest) / tl.load(temperatures_ptr + row)
+                weights = (tl.exp(tl.minimum(below, 0.0)) * UNIT).to(tl.int64)
+            else:
+                weights = tl.full([SUB_TILE], 1, dtype=tl.int64)
+            hit = (keys[None, :] >= points[:, None]) & mask[None, :]
+            sums += tl.where(hit, weights[None, :], 0)
+        total = tl.sum(sums, axis=1)
+        # sums of integers: the order of these additions does not matter
+        tl.atomic_add(sums_ptr + row * num_points + point, total, mask=wanted)
+
+
+def sums_from_triton(
+    scores: Tensor,
+    points: Tensor,
+    vocab_start: int,
+    weights_of: tuple[Tensor, Tensor] | None = None,
+    needed: Tensor | None = None,
+) -> Tensor:
+    """Sums over this rank's tokens from each point of the order on: [S, B] int64.
+
+    Args:
+        scores: [S, Vl] float32, no NaN, last dimension contiguous
+        points: [S, B] int64, keys
+        weights_of: None to count tokens; or (largest score [S] over all ranks, temperature [S]
+            above 0), and a token weighs exp((score - largest) / temperature) * UNIT, rounded down
+        needed: [S] int64; rows where it is not above 0 are passed over, and their sums are 0
+    """
+    num_rows, local_size = scores.shape
+    num_points = points.shape[1]
+    sums = torch.zeros_like(points)
+    largest, temperatures = weights_of or (scores, scores)
+    grid = (num_rows, triton.cdiv(local_size, _TILE))
+    _sums_from_kernel[grid](
+        scores,
+        points.contiguous(),
+        largest,
+        temperatures,
+        points if needed is None else needed,
+        sums,
+        scores.stride(0),
+        local_size,
+        vocab_start,
+        num_points,
+        WEIGHTED=weights_of is not None,
+        SKIPS=needed is not None,
+        ID_BITS=ID_BITS,
+        UNIT=UNIT,
+        LARGEST=_LARGEST,
+        TILE=min(_TILE, triton.next_power_of_2(max(local_size, _SUB_TILE))),
+        SUB_TILE=_SUB_TILE,
+        POINTS=triton.next_power_of_2(num_points),
+        num_warps=8,
+    )
+    return sums
+
+
+def sums_from(
+    scores: Tensor,
+    points: Tensor,
+    vocab_start: int,
+    weights_of: tuple[Tensor, Tensor] | None = None,
+    needed: Tensor | None = None,
+) -> Tensor:
+    """See `sums_from_triton`."""
+    implementation = sums_from_triton if scores.is_cuda else sums_from_reference
+    return implementation(scores, points, vocab_start, weights_of, needed)

@@ -1,0 +1,247 @@
+"""From the logits of a step to its tokens, and to the log-probabilities that rows ask for.
+
+S rows that draw, P of them with changed logits, V vocab_size, Vl ids on this rank.
+
+All rows are drawn from the model's logits first, as a CUDA graph does it. Those whose options
+change the logits are drawn again from a float32 copy of theirs; the others pay nothing for them.
+The noise belongs to (seed, position, id), so a row draws the same in whatever company.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tpllm.channel.logprobs import LogprobBlock
+from tpllm.channel.row_options import RowOptions
+from tpllm.layers.logit_changes import add_at, ends_with, keep_only, penalize
+from tpllm.layers.logprobs import token_logprobs
+from tpllm.layers.sampler import SamplingBatch, sample
+from tpllm.layers.token_order import scores_of
+from tpllm.layers.truncation import Truncation, truncate
+from tpllm.parallel.group import TPGroup
+from tpllm.worker.option_table import OptionTable, RowLists, upload
+
+# Float32 scores, or int64 keys, that are made at once: 256 and 512 MiB. More rows take turns.
+MAX_ELEMENTS = 1 << 26
+# Tokens of rows with penalties that are looked at at once: some 30 bytes each.
+MAX_TOKENS = 1 << 22
+
+
+@dataclass
+class LogprobWords:
+    """Log-probabilities of a step's positions on the device, and whom they concern.
+
+    Attributes:
+        words: [n, position_words(k)] int32, k the most that one of these rows asks for
+        blocks: (index of the row in the plan, first position, number of positions, k of the row),
+            for the n positions in order
+    """
+
+    words: Tensor
+    blocks: list[tuple[int, int, int, int]]
+
+    def to_records(self, words: np.ndarray) -> list[np.ndarray]:
+        """Records for the step's result, from `words` copied to the host."""
+        records, begin = [], 0
+        for index, first_position, n, k in self.blocks:
+            block = LogprobBlock.of(index, first_position, words[begin : begin + n], k)
+            records.append(block.record())
+            begin += n
+        return records
+
+
+@dataclass
+class StepOutput:
+    """What a step yields: tokens [number of rows that draw] int32, and log-probabilities."""
+
+    tokens: Tensor
+    logprobs: list[LogprobWords] = field(default_factory=list)
+
+
+@dataclass
+class Drawing:
+    """The rows of a step that draw, S of them.
+
+    Attributes:
+        indices: [S] of each row in the plan, on the host
+        rows: [S], on the host
+        positions: [S], of the token that each draws, on the host
+        batch: the same rows' settings on the device
+    """
+
+    indices: np.ndarray
+    rows: np.ndarray
+    positions: np.ndarray
+    batch: SamplingBatch
+
+
+class TokenSampler:
+    """Draws tokens on one rank's slice of the vocabulary.
+
+    Args:
+        options: what rows ask for; this class notes drawn tokens in it
+        vocab_start, vocab_size: id of the slice's first column, and V
+    """
+
+    def __init__(
+        self, options: OptionTable, vocab_start: int, vocab_size: int, tp: TPGroup
+    ) -> None:
+        self._options = options
+        self._vocab_start = vocab_start
+        self._vocab_size = vocab_size
+        self._tp = tp
+
+    def draw(self, logits: Tensor, batch: SamplingBatch) -> Tensor:
+        """Tokens [S] int32 by temperature alone; reads nothing of the host, so it can be captured.
+
+        Args:
+            logits: [S, Vl]
+        """
+        return sample(logits, batch, self._vocab_start, self._vocab_size, self._tp)
+
+    def finish(self, logits: Tensor, tokens: Tensor, drawing: Drawing) -> StepOutput:
+        """Do what rows ask for beyond `draw`; changes `tokens` in place.
+
+        Every rank calls this with the same rows, so all take the same way through it.
+
+        Args:
+            logits: [S, Vl], as the model gave them
+            tokens: [S], what `draw` drew from them
+        """
+        output = StepOutput(tokens)
+        if not len(self._options):
+            return output
+        asking = [
+            (i, options)
+            for i, row in enumerate(drawing.rows.tolist())
+            if (options := self._options.of(row)) is not None
+        ]
+        changed = [(i, options) for i, options in asking if options.changes_logits]
+        size = max(1, MAX_ELEMENTS // logits.shape[1])
+        for begin in range(0, len(changed), size):
+            self._draw_again(logits, tokens, drawing, changed[begin : begin + size])
+        reading = [i for i, options in asking if options.reads_tokens]
+        if reading:
+            where = self._upload(reading)
+            rows = self._upload(drawing.rows[reading])
+            positions = drawing.batch.positions[where]
+            self._options.tokens[rows, positions.long()] = tokens[where]
+        reporting = [(i, each.num_logprobs) for i, each in asking if each.num_logprobs >= 0]
+        if reporting:
+            where = self._upload([i for i, _ in reporting])
+            words = self.logprob_words(
+                lambda begin, end: logits[where[begin:end]],
+                tokens[where],
+                max(k for _, k in reporting),
+            )
+            blocks = [
+                (int(drawing.indices[i]), int(drawing.positions[i]), 1, k) for i, k in reporting
+            ]
+            output.logprobs.append(LogprobWords(words, blocks))
+        return output
+
+    def logprob_words(
+        self, logits_of: Callable[[int, int], Tensor], token_ids: Tensor, num_likeliest: int
+    ) -> Tensor:
+        """Log-probabilities of tokens [n] and of the likeliest ones: see `token_logprobs`.
+
+        Args:
+            logits_of: gives the logits [end - begin, Vl] of positions begin .. end, which are asked
+                for in pieces so that memory stays bounded
+        """
+        n, local_size = token_ids.shape[0], self._options.local_vocab_size
+        size = max(1, MAX_ELEMENTS // (2 * local_size))  # keys take twice the memory of scores
+        words = []
+        for begin in range(0, n, size):
+            end = min(n, begin + size)
+            scores = scores_of(logits_of(begin, end), self._vocab_start, self._vocab_size)
+            ids = token_ids[begin:end]
+            words.append(token_logprobs(scores, ids, num_likeliest, self._vocab_start, self._tp))
+        return torch.cat(words)
+
+    # ---- rows whose logits change ------------------------------------------------------------
+
+    def _draw_again(
+        self,
+        logits: Tensor,
+        tokens: Tensor,
+        drawing: Drawing,
+        changed: list[tuple[int, RowOptions]],
+    ) -> None:
+        """Draw the rows of `changed` from their changed logits."""
+        indices = [i for i, _ in changed]
+        where, rows = self._upload(indices), self._upload(drawing.rows[indices])
+        batch = SamplingBatch(**{name: x[where] for name, x in vars(drawing.batch).items()})
+        positions = batch.positions.long()
+        scores = scores_of(logits[where], self._vocab_start, self._vocab_size)  # [P, Vl]
+        if self._options.lists is not None:
+            allowing = [p for p, (_, each) in enumerate(changed) if each.allowed_ids.size]
+            self._apply_lists(self._options.lists, scores, rows, positions, batch, allowing)
+        penalized = [p for p, (_, each) in enumerate(changed) if each.has_penalties]
+        if penalized:
+            longest = int(drawing.positions[[indices[p] for p in penalized]].max())
+            for here in self._upload(penalized).split(max(1, MAX_TOKENS // longest)):
+                penalize(
+                    scores,
+                    here,
+                    self._options.tokens[rows[here], :longest],
+                    positions[here],
+                    self._options.prompt_lengths(rows[here]),
+                    self._options.penalties(rows[here]),
+                    self._vocab_start,
+                )
+        if any(each.truncates for _, each in changed):
+            top_ks, top_ps, min_ps = self._options.truncations(rows)
+            truncation = Truncation(
+                batch.temperatures,
+                top_ks if any(each.top_k > 0 for _, each in changed) else None,
+                top_ps if any(each.top_p < 1 for _, each in changed) else None,
+                min_ps if any(each.min_p > 0 for _, each in changed) else None,
+            )
+            truncate(scores, truncation, self._vocab_start, self._vocab_size, self._tp)
+        tokens[where] = self.draw(scores, batch)
+
+    def _apply_lists(
+        self,
+        lists: RowLists,
+        scores: Tensor,
+        rows: Tensor,
+        positions: Tensor,
+        batch: SamplingBatch,
+        allowing: list[int],
+    ) -> None:
+        """allowed_token_ids, bad_words, min_tokens and logit_bias, in vLLM's order.
+
+        Args:
+            rows, positions: [P] int64, as of `scores`
+            allowing: indices of those rows that have allowed ids
+        """
+        num_rows = self._options.tokens.shape[0]
+        slots = rows.new_full((num_rows,), -1)
+        slots[rows] = torch.arange(len(rows), device=rows.device)
+        if allowing:
+            keep_only(scores, self._upload(allowing), slots[lists.allowed[0]], lists.allowed[1])
+        if lists.words.shape[0]:
+            word_rows, last = lists.last_of_words
+            word_slots = slots[word_rows]
+            found = ends_with(
+                self._options.tokens,
+                word_rows,
+                positions[word_slots],  # of some row, where the word's own is not part of the step
+                self._options.prompt_lengths(word_rows),
+                lists.words,
+            )
+            add_at(scores, word_slots.masked_fill(~found, -1), last, -torch.inf)
+        if lists.banned[0].numel():
+            banned_slots = slots[lists.banned[0]]
+            early = (batch.positions < batch.min_positions)[banned_slots]
+            add_at(scores, banned_slots.masked_fill(~early, -1), lists.banned[1], -torch.inf)
+        if lists.bias_values.numel():
+            add_at(scores, slots[lists.bias[0]], lists.bias[1], lists.bias_values)
+
+    def _upload(self, indices: np.ndarray | list[int]) -> Tensor:
+        """Indices on the device, int64."""
+        return upload(np.array(indices, dtype=np.int64), self._tp.device)

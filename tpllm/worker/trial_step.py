@@ -1,0 +1,41 @@
+"""The step that takes the most memory, to be run once before the cache is sized."""
+
+from dataclasses import replace
+
+import numpy as np
+
+from tpllm.channel.row_options import RowOptions
+from tpllm.channel.step_plan import ENTERING_WORDS, PlanLimits, StepPlan
+from tpllm.sampling_params import MAX_LOGPROBS
+
+_ONE = np.zeros(1, dtype=np.int32)
+# Everything that works on whole rows of the vocabulary.
+_COSTLIEST = RowOptions(
+    num_prompt_tokens=2**31 - 1,
+    top_k=1,
+    top_p=0.5,
+    repetition_penalty=1.5,
+    allowed_ids=_ONE,
+)
+
+
+def largest_step(limits: PlanLimits, row: int) -> StepPlan:
+    """A step of as many tokens and as many drawing rows as there may be, all of them `row`."""
+    S = limits.max_num_seqs
+    chunk = min(max(1, limits.max_num_batched_tokens // S), limits.max_tokens_per_seq)
+    entering = np.zeros((1, ENTERING_WORDS), dtype=np.int32)
+    entering[0, 0] = row
+    most = min(MAX_LOGPROBS, limits.vocab_size)
+    costliest = replace(_COSTLIEST, num_logprobs=most, num_prompt_logprobs=most)
+    return StepPlan(
+        step=-1,
+        num_decode=0,
+        rows=np.full(S, row, dtype=np.int32),
+        starts=np.zeros(S, dtype=np.int32),
+        num_tokens=np.full(S, chunk, dtype=np.int32),
+        samples=np.ones(S, dtype=np.int32),
+        entering=entering,
+        block_updates=np.empty((0, 2), dtype=np.int32),
+        token_ids=np.zeros(S * chunk, dtype=np.int32),
+        row_options=costliest.record(row, []),
+    )
