@@ -7,6 +7,7 @@ from torch import Tensor
 from tpllm.layers import paged_decode
 from tpllm.layers.attention import AttentionBatch, TorchAttentionBackend
 from tpllm.layers.paged_decode import PagedDecode
+from tpllm.layers.rotary import QKNormRope, qk_norm_rope_store_reference, rotary_cos_sin
 
 
 def make_case(
@@ -64,3 +65,45 @@ def test_the_number_of_parts_follows_the_context(device, monkeypatch) -> None:
     parts.fill_(torch.nan)
     decode(q[:1], k_cache, v_cache, batch.context_lens[:1], batch.block_tables[:1], 1.0)
     assert bool(parts.isnan().all())
+
+
+@pytest.mark.parametrize("parts", [1, 3])
+@pytest.mark.parametrize(
+    "contexts, K, G, D, block_size",
+    [([1], 1, 1, 16, 4), ([130, 1, 64, 65, 200], 2, 3, 32, 16), ([300, 7], 1, 8, 48, 256)],
+)
+def test_norms_rotates_and_stores_on_the_way(
+    contexts, K, G, D, block_size, parts, device_and_dtype, assert_as_accurate, monkeypatch
+) -> None:
+    """The same as the store's kernel first and attention after it."""
+    device, dtype = device_and_dtype
+    monkeypatch.setattr(paged_decode, "_MAX_PARTS", parts)
+    monkeypatch.setattr(paged_decode, "_MIN_PART", 64)
+    _, k_cache, v_cache, batch = make_case(contexts, K, G, D, block_size, device, dtype)
+    generator = torch.Generator().manual_seed(1)
+    S, H = len(contexts), K * G
+    qkv = torch.randn(S, (H + 2 * K) * D, generator=generator).to(device, dtype)
+    q_weight, k_weight = torch.rand(2, D, generator=generator).to(device, dtype)
+    cos_sin = rotary_cos_sin(D, max(contexts), 1e4, device)
+    positions = batch.context_lens - 1
+    pages = batch.block_tables[torch.arange(S, device=device), positions // block_size]
+    slots = pages * block_size + positions % block_size
+    k_cache.view(-1, K, D)[slots] = v_cache.view(-1, K, D)[slots] = torch.nan  # the newest token's
+
+    def apart(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+        turned, keys, values = (t.to(dtype, copy=True) for t in (qkv, k_cache, v_cache))
+        qk_norm_rope_store_reference(
+            turned, q_weight, k_weight, 1e-6, positions, cos_sin, keys, values, slots, H, K
+        )
+        q = turned.view(S, -1, D)[:, :H]
+        return TorchAttentionBackend().decode(q, keys, values, batch, 0.3), keys, values
+
+    plain, plain_keys, plain_values = apart(dtype)
+    exact, exact_keys, _ = apart(torch.float64)
+    rope = QKNormRope(q_weight, k_weight, 1e-6, positions, cos_sin)
+    q = qkv.view(S, -1, D)[:, :H]
+    ours = PagedDecode()(q, k_cache, v_cache, batch.context_lens, batch.block_tables, 0.3, rope)
+    assert_as_accurate(ours, plain, exact)
+    at_slots = [cache.view(-1, K, D)[slots] for cache in (k_cache, plain_keys, exact_keys)]
+    assert_as_accurate(*at_slots)
+    assert torch.equal(v_cache.view(-1, K, D)[slots], plain_values.view(-1, K, D)[slots])

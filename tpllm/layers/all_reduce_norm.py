@@ -13,7 +13,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from tpllm.layers.dependent_launch import dependent_launch
 from tpllm.layers.norm import RMSNorm, add_and_norm
 from tpllm.parallel.collectives import all_reduce, min_over_ranks
 from tpllm.parallel.group import TPGroup
@@ -64,9 +66,14 @@ def _all_reduce_norm_kernel(
     RANK: tl.constexpr,
     SIZE: tl.constexpr,
     MAX_PROGRAMS: tl.constexpr,
+    PDL: tl.constexpr,
 ) -> None:
     program = tl.program_id(0)
+    if PDL:
+        gdc_wait()
     meet(signal_ptrs, epochs_ptr, program, RANK, SIZE, MAX_PROGRAMS)
+    if PDL:
+        gdc_launch_dependents()
     cols = tl.arange(0, BLOCK)
     mask = cols < E
     pointers = base_ptrs.to(tl.pointer_type(tl.uint64))
@@ -106,7 +113,7 @@ def all_reduce_norm(
     assert peers is not None and E % 8 == 0
     out = torch.empty_like(residual)
     block = triton.next_power_of_2(E)
-    _all_reduce_norm_kernel[(min(N, MAX_PROGRAMS),)](
+    _all_reduce_norm_kernel[(min(N, peers.max_programs),)](
         peers.base_ptrs,
         peers.signal_ptrs,
         peers.epochs,
@@ -123,6 +130,8 @@ def all_reduce_norm(
         SIZE=tp.size,
         MAX_PROGRAMS=MAX_PROGRAMS,
         num_warps=min(max(block // 256, 1), 16),
+        maxnreg=64,  # two programs of 512 threads on a multiprocessor, see `max_programs`
+        **dependent_launch(residual.device),
     )
     return out
 

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tpllm.layers.gemv import gemv
 from tpllm.layers.weights import WeightSource, divide, empty_parameter, fill, shard
 from tpllm.parallel.collectives import all_reduce
 from tpllm.parallel.group import TPGroup
@@ -215,6 +216,8 @@ class RowParallelLinear(nn.Module):
         It lies in `slot` of the peer memory, if one is given and it fits.
         """
         out = self.tp.partial_slot(slot, x.shape[0])
+        if x.shape[0] == 1 and self.bias is None:
+            return gemv(x, self.weight, out)[0]
         if out is None:
             return F.linear(x, self.weight, self.bias)
         if self.bias is None:

@@ -19,6 +19,10 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from tpllm.layers.dependent_launch import dependent_launch
+from tpllm.layers.rotary import QKNormRope
 
 _BLOCK_N = 64  # keys a program reads at a time
 # Joining costs some 0.3 us a part, one after the other. So parts are few, and the more heads there
@@ -27,6 +31,30 @@ _MIN_PART = 128  # tokens
 _MAX_PARTS = 32
 # Eight for each multiprocessor of an H200: 32 contexts of 8k reach 4.3 TB/s so, with two 3.1.
 _PROGRAMS_WANTED = 1056
+
+
+@triton.jit
+def _norm_and_turn(
+    row_ptrs: tl.tensor,  # [R, 1]
+    weight_ptr: tl.tensor,  # [D]
+    turn_ptr: tl.tensor,  # [D]: cosines | sines
+    dims: tl.tensor,  # [D]
+    mask: tl.tensor,  # [R, D]
+    eps: tl.tensor,
+    D: tl.constexpr,
+) -> tl.tensor:
+    """Heads normed, scaled and rotated as `qk_norm_rope_store` does it: [R, D] fp32."""
+    other = (dims + D // 2) % D  # where the second element of each one's pair is
+    in_head = dims < D
+    x = tl.load(row_ptrs + dims, mask=mask, other=0.0).to(tl.float32)
+    pair = tl.load(row_ptrs + other, mask=mask, other=0.0).to(tl.float32)
+    scale = tl.rsqrt(tl.sum(x * x, axis=1) / D + eps)[:, None]
+    weight = tl.load(weight_ptr + dims, mask=in_head, other=0.0).to(tl.float32)
+    pair_weight = tl.load(weight_ptr + other, mask=in_head, other=0.0).to(tl.float32)
+    cos = tl.load(turn_ptr + dims % (D // 2), mask=in_head, other=0.0)
+    sin = tl.load(turn_ptr + D // 2 + dims % (D // 2), mask=in_head, other=0.0)
+    sin = tl.where(dims < D // 2, -sin, sin)
+    return x * scale * weight[None, :] * cos[None, :] + pair * scale * pair_weight[None, :] * sin
 
 
 @triton.jit(do_not_specialize=["max_parts", "max_blocks", "min_part"])
@@ -45,14 +73,21 @@ def _paged_decode_kernel(
     max_parts: tl.tensor,
     min_part: tl.tensor,  # tokens
     scale: tl.tensor,  # softmax scale times log2(e)
+    q_norm_ptr: tl.tensor,  # [D]; this and the next three only if ROPE
+    k_norm_ptr: tl.tensor,  # [D]
+    cos_sin_ptr: tl.tensor,  # [L, D]
+    eps: tl.tensor,
     NUM_KV_HEADS: tl.constexpr,
     G: tl.constexpr,
     G_PADDED: tl.constexpr,
     D: tl.constexpr,
     D_PADDED: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    ROPE: tl.constexpr,
+    PDL: tl.constexpr,
 ) -> None:
     part, kv_head, seq = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    # Lengths and tables are from before the step's first layer: they may be read before the wait.
     context_len = tl.load(context_lens_ptr + seq)
     part_len = tl.maximum(tl.cdiv(context_len, max_parts), min_part)
     part_len = tl.cdiv(part_len, BLOCK_N) * BLOCK_N
@@ -63,9 +98,31 @@ def _paged_decode_kernel(
     heads = tl.arange(0, G_PADDED)  # [G]
     dims = tl.arange(0, D_PADDED)  # [D]
     head_mask = (heads < G)[:, None] & (dims < D)[None, :]
-    q_ptrs = q_ptr + seq.to(tl.int64) * q_stride + (kv_head * G + heads)[:, None] * D + dims
-    q = tl.load(q_ptrs, mask=head_mask, other=0.0)  # [G, D]
+    qkv_ptr = q_ptr + seq.to(tl.int64) * q_stride  # keys and values follow where ROPE
+    head_ptrs = qkv_ptr + (kv_head * G + heads)[:, None] * D  # [G, 1]
     table_ptr = block_tables_ptr + seq.to(tl.int64) * max_blocks
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
+    if ROPE:
+        newest = context_len - 1
+        turn_ptr = cos_sin_ptr + newest.to(tl.int64) * D
+        q = _norm_and_turn(head_ptrs, q_norm_ptr, turn_ptr, dims, head_mask, eps, D)
+        q = q.to(q_ptr.dtype.element_ty)
+        if part == num_parts - 1:  # the newest token is in this program's part
+            block = tl.load(table_ptr + newest // block_size).to(tl.int64)
+            slot = block * block_size + newest % block_size
+            first_row = (heads == 0)[:, None] & (dims < D)[None, :]  # of a tile as high as q's
+            key_ptrs = qkv_ptr + (NUM_KV_HEADS * G + kv_head) * D + heads[:, None] * 0
+            key = _norm_and_turn(key_ptrs, k_norm_ptr, turn_ptr, dims, first_row, eps, D)
+            value_ptrs = key_ptrs + NUM_KV_HEADS * D + dims
+            value = tl.load(value_ptrs, mask=first_row, other=0.0)
+            cached = (slot * NUM_KV_HEADS + kv_head) * D + dims[None, :] + heads[:, None] * 0
+            tl.store(k_cache_ptr + cached, key, mask=first_row)
+            tl.store(v_cache_ptr + cached, value, mask=first_row)
+            tl.debug_barrier()  # all threads of this program read them below
+    else:
+        q = tl.load(head_ptrs + dims, mask=head_mask, other=0.0)  # [G, D]
 
     maximum = tl.full([G_PADDED], -float("inf"), dtype=tl.float32)
     normaliser = tl.zeros([G_PADDED], dtype=tl.float32)
@@ -145,15 +202,21 @@ class PagedDecode:
         context_lens: Tensor,
         block_tables: Tensor,
         scale: float,
+        rope: QKNormRope | None = None,
     ) -> Tensor:
         """Attend with one query per sequence.
 
         Shapes: q [S, H, D], heads and their elements contiguous; caches
         [num_blocks, block_size, K, D] contiguous; context_lens [S] int32; block_tables [S, B]
         int32. The result is [S, H, D].
+
+        With `rope` the rows of q go on with the raw keys and values of the newest token: queries
+        and keys are normed and rotated here, at position `context_lens - 1`, and keys and values
+        stored in the cache.
         """
         S, H, D = q.shape
         block_size, K = k_cache.shape[1:3]
+        assert rope is None or q.stride(0) == (H + 2 * K) * D
         G = H // K
         longest = block_tables.shape[1] * block_size
         max_parts = max(1, min(_MAX_PARTS, _PROGRAMS_WANTED // (S * K), longest // _MIN_PART))
@@ -182,13 +245,17 @@ class PagedDecode:
             max_parts,
             max(_MIN_PART, 2 * S * K),
             scale * 1.4426950408889634,
+            *((rope.q_weight, rope.k_weight, rope.cos_sin, rope.eps) if rope else (q, q, q, 0.0)),
             NUM_KV_HEADS=K,
             G=G,
             G_PADDED=max(16, triton.next_power_of_2(G)),
             D=D,
             D_PADDED=max(16, triton.next_power_of_2(D)),
             BLOCK_N=_BLOCK_N,
+            ROPE=rope is not None,
             num_warps=4,
             num_stages=3,
+            # early programs of a large batch crowd where a multiprocessor is free first: 2 % slower
+            **(dependent_launch(q.device) if rope else {"PDL": False}),
         )
         return out

@@ -7,6 +7,8 @@ Sources: RoFormer (2021), https://arxiv.org/abs/2104.09864, in the "rotate half"
 GPT-NeoX; per-head norms of q and k as in the Qwen3 Technical Report, https://arxiv.org/abs/2505.09388
 """
 
+from dataclasses import dataclass
+
 import torch
 import triton
 import triton.language as tl
@@ -205,3 +207,21 @@ def qk_norm_rope_store(
         num_heads,
         num_kv_heads,
     )
+
+
+@dataclass(frozen=True)
+class QKNormRope:
+    """Norms and rotation that a step's queries and keys still have to go through.
+
+    Attributes:
+        q_weight, k_weight: [D], scales of the norms
+        eps: added to the mean square
+        positions: [N] int32, each token's index in its sequence
+        cos_sin: [L, D] fp32, from `rotary_cos_sin`
+    """
+
+    q_weight: Tensor
+    k_weight: Tensor
+    eps: float
+    positions: Tensor
+    cos_sin: Tensor

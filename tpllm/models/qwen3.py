@@ -15,7 +15,6 @@ Source: Qwen3 Technical Report (2025), https://arxiv.org/abs/2505.09388
 import torch
 from torch import Tensor, nn
 
-from tpllm.layers.activation import silu_and_mul
 from tpllm.layers.all_reduce_norm import AllReduceRMSNorm
 from tpllm.layers.attention import Attention, AttentionBackend, AttentionBatch, KVCache
 from tpllm.layers.embedding import ParallelLMHead, VocabParallelEmbedding
@@ -25,7 +24,8 @@ from tpllm.layers.linear import (
     RowParallelLinear,
     kv_head_shard,
 )
-from tpllm.layers.rotary import qk_norm_rope_store, rotary_cos_sin
+from tpllm.layers.norm_linear import norm_linear
+from tpllm.layers.rotary import QKNormRope, rotary_cos_sin
 from tpllm.layers.weights import WeightSource, empty_parameter, fill
 from tpllm.model_config import ModelConfig
 from tpllm.parallel.group import TPGroup
@@ -36,7 +36,7 @@ _ATTENTION_SLOT, _MLP_SLOT, _EMBEDDING_SLOT = range(NUM_SLOTS)
 
 
 class Qwen3Attention(nn.Module):
-    """Project to heads, norm and rotate q and k, store k and v in the cache, attend, project."""
+    """Norm, project to heads, norm and rotate q and k, store k and v, attend, project."""
 
     def __init__(
         self, config: ModelConfig, tp: TPGroup, dtype: torch.dtype, backend: AttentionBackend
@@ -45,6 +45,7 @@ class Qwen3Attention(nn.Module):
         heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
         self.head_dim = config.head_dim
         self.eps = config.rms_norm_eps
+        self.norm = _norm(config, tp, dtype)
         self.qkv_proj = QKVParallelLinear(
             config.hidden_size,
             heads,
@@ -70,27 +71,16 @@ class Qwen3Attention(nn.Module):
     def forward(
         self,
         x: Tensor,
+        residual: Tensor | None,
         positions: Tensor,
         cos_sin: Tensor,
         batch: AttentionBatch,
         kv_cache: KVCache,
-    ) -> Tensor:
-        qkv = self.qkv_proj(x)  # [N, (H + 2K) * D]
-        qk_norm_rope_store(
-            qkv,
-            self.q_norm,
-            self.k_norm,
-            self.eps,
-            positions,
-            cos_sin,
-            *kv_cache,
-            batch.slot_mapping,
-            self.num_heads,
-            self.num_kv_heads,
-        )
-        x = self.attention(qkv, *kv_cache, batch)  # [N, H * D]
-        x = self.o_proj.partial(x, _ATTENTION_SLOT)  # [N, E]
-        return x
+    ) -> tuple[Tensor, Tensor]:
+        qkv, residual = norm_linear(self.norm, self.qkv_proj, x, residual)  # [N, (H + 2K) * D]
+        rope = QKNormRope(self.q_norm, self.k_norm, self.eps, positions, cos_sin)
+        x = self.attention(qkv, *kv_cache, batch, rope)  # [N, H * D]
+        return self.o_proj.partial(x, _ATTENTION_SLOT), residual  # [N, E]
 
     def load(self, weights: WeightSource, name: str) -> None:
         self.qkv_proj.load(weights, [f"{name}.{part}_proj" for part in "qkv"])
@@ -100,10 +90,11 @@ class Qwen3Attention(nn.Module):
 
 
 class Qwen3MLP(nn.Module):
-    """SwiGLU: `down(silu(gate(x)) * up(x))`."""
+    """Norm, then SwiGLU: `down(silu(gate(x)) * up(x))`."""
 
     def __init__(self, config: ModelConfig, tp: TPGroup, dtype: torch.dtype) -> None:
         super().__init__()
+        self.norm = _norm(config, tp, dtype)
         self.gate_up_proj = MergedColumnParallelLinear(
             config.hidden_size, [config.intermediate_size] * 2, tp=tp, dtype=dtype
         )
@@ -111,10 +102,9 @@ class Qwen3MLP(nn.Module):
             config.intermediate_size, config.hidden_size, tp=tp, dtype=dtype
         )
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = silu_and_mul(self.gate_up_proj(x))  # [N, I]
-        x = self.down_proj.partial(x, _MLP_SLOT)  # [N, E]
-        return x
+    def forward(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        x, residual = norm_linear(self.norm, self.gate_up_proj, x, residual, swiglu=True)  # [N, I]
+        return self.down_proj.partial(x, _MLP_SLOT), residual  # [N, E]
 
     def load(self, weights: WeightSource, name: str) -> None:
         self.gate_up_proj.load(weights, [f"{name}.gate_proj", f"{name}.up_proj"])
@@ -122,15 +112,13 @@ class Qwen3MLP(nn.Module):
 
 
 class Qwen3DecoderLayer(nn.Module):
-    """Attention, then MLP, each behind a norm and added to the residual stream by the next one."""
+    """Attention, then MLP; what each yields is added to the residual stream by the next norm."""
 
     def __init__(
         self, config: ModelConfig, tp: TPGroup, dtype: torch.dtype, backend: AttentionBackend
     ) -> None:
         super().__init__()
-        self.input_layernorm = _norm(config, tp, dtype)
         self.self_attn = Qwen3Attention(config, tp, dtype, backend)
-        self.post_attention_layernorm = _norm(config, tp, dtype)
         self.mlp = Qwen3MLP(config, tp, dtype)
 
     def forward(
@@ -142,15 +130,14 @@ class Qwen3DecoderLayer(nn.Module):
         batch: AttentionBatch,
         kv_cache: KVCache,
     ) -> tuple[Tensor, Tensor]:
-        x, residual = self.input_layernorm(x, residual)
-        x = self.self_attn(x, positions, cos_sin, batch, kv_cache)
-        x, residual = self.post_attention_layernorm(x, residual)
-        return self.mlp(x), residual
+        x, residual = self.self_attn(x, residual, positions, cos_sin, batch, kv_cache)
+        x, residual = self.mlp(x, residual)
+        return x, residual
 
     def load(self, weights: WeightSource, name: str) -> None:
-        self.input_layernorm.load(weights, f"{name}.input_layernorm")
+        self.self_attn.norm.load(weights, f"{name}.input_layernorm")
         self.self_attn.load(weights, f"{name}.self_attn")
-        self.post_attention_layernorm.load(weights, f"{name}.post_attention_layernorm")
+        self.mlp.norm.load(weights, f"{name}.post_attention_layernorm")
         self.mlp.load(weights, f"{name}.mlp")
 
 

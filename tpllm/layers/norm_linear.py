@@ -1,0 +1,37 @@
+"""A norm, the column-parallel layer behind it and its activation: how every block begins."""
+
+from torch import Tensor
+
+from tpllm.layers.activation import silu_and_mul
+from tpllm.layers.all_reduce_norm import AllReduceRMSNorm
+from tpllm.layers.gemv import gemv
+from tpllm.layers.linear import MergedColumnParallelLinear, QKVParallelLinear
+
+
+def norm_linear(
+    norm: AllReduceRMSNorm,
+    linear: QKVParallelLinear | MergedColumnParallelLinear,
+    x: Tensor,
+    residual: Tensor | None,
+    *,
+    swiglu: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """`linear(norm(x + residual))`, and the sum: one kernel for one row on one rank.
+
+    Args:
+        x: [N, E], this rank's term of what the norm adds up
+        residual: [N, E]; None at the first norm. Not to be used afterwards
+        swiglu: whether `silu(gate) * up` of the output's halves is wanted
+
+    Returns:
+        The output [N, out_features of this rank, halved by swiglu], and the residual stream [N, E].
+    """
+    one_row = x.shape[0] == 1 and linear.bias is None
+    if one_row and norm.tp.size == 1:
+        weights = (norm.weight, norm.eps)
+        return gemv(x, linear.weight, norm=weights, residual=residual, swiglu=swiglu)
+    x, residual = norm(x, residual)
+    if one_row:
+        return gemv(x, linear.weight, swiglu=swiglu)[0], residual
+    x = linear(x)
+    return (silu_and_mul(x) if swiglu else x), residual
