@@ -44,8 +44,8 @@ class Tokenizer:
             ) from error
 
     def load(self) -> None:
-        """Read the tokenizer now rather than at first use."""
-        _ = self._inner
+        """Read the tokenizer now rather than at first use, and make the tables for its texts."""
+        self.detokenizer()
 
     def encode_batch(self, texts: list[str], add_special_tokens: bool = True) -> list[list[int]]:
         """Token ids of each text, with the special tokens that the tokenizer adds to any text.
