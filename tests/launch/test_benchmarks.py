@@ -53,3 +53,11 @@ def test_the_cost_of_scheduling_is_measured() -> None:
     figures = run("bench_host.py", "--only", "schedule", "--num-seqs", "1", "64")
     assert set(figures["schedule"]) == {"1 sequences", "64 sequences"}
     assert all(row["step_ms"] > 0 for row in figures["schedule"].values())
+
+
+def test_the_cost_of_every_sampling_option_is_measured() -> None:
+    arguments = ["--device", "cpu", "--num-seqs", "4", "--num-steps", "4"]
+    options = run("bench_sampling.py", *arguments)["options"]
+    assert len(options) == 14
+    assert options["temperature"]["added_ms"] == 0
+    assert all(each["step_ms"] > 0 for each in options.values())
