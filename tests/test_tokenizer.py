@@ -42,6 +42,21 @@ def test_ids_beyond_the_tokenizer_give_no_text(tokenizer):
     assert tokenizer.decode([4096, 100_000]) == ""
 
 
+def test_bad_words_are_spelled_at_the_beginning_of_a_text_and_after_a_space(tokenizer):
+    bare, spaced = tokenizer.encode_batch(["the", " the"])
+    assert (len(bare), len(spaced)) == (1, 1)
+    assert tokenizer.bad_word_ids(["the"]) == tokenizer.bad_word_ids([" the"]) == [bare, spaced]
+    # where the space is a token of its own, what follows it is the bare word
+    word = "日本"
+    assert tokenizer.encode_batch([f" {word}"])[0][1:] == tokenizer.encode_batch([word])[0]
+    assert tokenizer.bad_word_ids([word]) == tokenizer.encode_batch([word])
+
+
+def test_a_bad_word_that_spells_nothing_is_refused(tokenizer):
+    with pytest.raises(ValueError, match="bad_words holds ' ', which spells no token"):
+        tokenizer.bad_word_ids(["the", " "])
+
+
 def test_a_chat_becomes_the_prompt_of_its_next_answer(tokenizer):
     messages = [
         {"role": "user", "content": "What is 1 + 1?"},

@@ -47,11 +47,10 @@ def draw(prefix: int, temperature: float, seed: int, banned: Iterable[int]) -> i
 
 def logprobs_of(prefix: int, token_id: int, k: int) -> TokenLogprobs:
     """What is reported of a token after `prefix`: made up, and different wherever they differ."""
-    numbers = np.random.default_rng([prefix, token_id])
-    rank = int(numbers.integers(1, 100))
-    ids = [token_id, *numbers.integers(0, VOCAB_SIZE, k).tolist()]
-    logprobs = numbers.random(1 + k, dtype=np.float32).tolist()
-    return TokenLogprobs(ids, logprobs, [rank, *range(1, k + 1)])
+    numbers = extend(prefix, token_id)
+    ids = [token_id, *(numbers >> 3 * i & 7 for i in range(k))]
+    logprobs = [(numbers >> 10 * i & 1023) / 1024 for i in range(1 + k)]
+    return TokenLogprobs(ids, logprobs, [1 + numbers % 99, *range(1, k + 1)])
 
 
 class TrueSequence:
@@ -216,7 +215,9 @@ class SimulatedWorker:
         """Log-probabilities of new tokens, and of the prompt tokens that this step predicts."""
         records = [np.empty(0, np.int32)]
         for i, (row, start, num_tokens) in enumerate(_scheduled(plan)):
-            options = self._options.get(row, RowOptions())
+            options = self._options.get(row)
+            if options is None:
+                continue
             end = start + num_tokens
             truth = self._truth(row, end + 1)
             spans = [

@@ -534,6 +534,16 @@ def prompts(draw: st.DrawFn) -> list[int]:
     return family[: draw(st.integers(1, len(family)))] + own
 
 
+OPTIONS: list[dict[str, Any]] = [
+    {},
+    {},
+    {"logprobs": 0},
+    {"repetition_penalty": 1.5},  # its row knows its tokens
+    {"prompt_logprobs": 3},
+    {"logprobs": 2, "prompt_logprobs": 0, "top_k": 3},
+]
+
+
 @st.composite
 def sampling_params(draw: st.DrawFn) -> SamplingParams:
     max_tokens = draw(st.integers(1, 16))
@@ -543,9 +553,7 @@ def sampling_params(draw: st.DrawFn) -> SamplingParams:
         min_tokens=draw(st.integers(0, max_tokens)),
         ignore_eos=draw(st.booleans()),
         stop_token_ids=draw(st.lists(st.integers(0, VOCAB_SIZE - 1), max_size=2)),
-        logprobs=draw(st.sampled_from([None, None, 0, 2])),
-        prompt_logprobs=draw(st.sampled_from([None, None, 0, 3])),
-        repetition_penalty=draw(st.sampled_from([1.0, 1.5])),  # its row knows its tokens
+        **draw(st.sampled_from(OPTIONS)),
     )
 
 

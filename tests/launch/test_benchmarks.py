@@ -58,3 +58,11 @@ def test_the_cost_of_scheduling_is_measured() -> None:
 def test_the_cost_of_text_is_measured() -> None:
     figures = run("bench_host.py", "--only", "text", "--num-seqs", "16")
     assert all(value > 0 for value in figures["text"]["16 streams"].values())
+
+
+def test_the_cost_of_every_sampling_option_is_measured() -> None:
+    arguments = ["--device", "cpu", "--num-seqs", "4", "--num-steps", "4"]
+    options = run("bench_sampling.py", *arguments)["options"]
+    assert len(options) == 14
+    assert options["temperature"]["added_ms"] == 0
+    assert all(each["step_ms"] > 0 for each in options.values())

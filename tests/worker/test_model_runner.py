@@ -2,8 +2,10 @@
 bit, and half precision against float32.
 """
 
+from itertools import chain
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -23,8 +25,17 @@ from tpllm.sampling_params import SamplingParams
 from tpllm.worker.kv_cache import CacheShape
 from tpllm.worker.model_runner import ModelRunner
 from tpllm.worker.step_times import StepMarks
+from tpllm.worker.trial_step import largest_step
 
 BLOCK_SIZE, NUM_BLOCKS, MAX_SEQS = 256, 40, 20
+
+OPTIONS: list[dict[str, Any]] = [
+    {},
+    {"top_k": 9, "top_p": 0.8},
+    {"repetition_penalty": 1.3, "logprobs": 2},
+    {"logit_bias": {5: 3.0}, "min_tokens": 4, "stop_token_ids": list(range(100))},
+    {"logprobs": 20, "prompt_logprobs": 1},
+]
 
 
 def shipped_model(device: str, dtype: torch.dtype) -> tuple[Qwen3ForCausalLM, TPGroup, ModelConfig]:
@@ -61,14 +72,19 @@ def run_all(
         runner.capture_graphs(runner.decode_sizes)
     scheduler = Scheduler(BlockManager(NUM_BLOCKS, BLOCK_SIZE), limits)
     for i, reference in enumerate(shipped_greedy()[:MAX_SEQS]):
-        params = SamplingParams(temperature=i % 2, max_tokens=5 + i, ignore_eos=True)
+        params = SamplingParams(
+            temperature=i % 2, max_tokens=5 + i, ignore_eos=True, **OPTIONS[i % len(OPTIONS)]
+        )
         request = AddRequest(str(i), reference.prompt_ids, params)
         scheduler.add(Sequence(request, seed=i, eos_token_ids=(), max_total_tokens=1024))
     tokens: dict[str, list[int]] = {}
     marks = StepMarks(tp.device)
     while (plan := scheduler.schedule()) is not None:
-        drawn = runner.run(plan, marks).tokens.cpu().numpy()
-        for update in scheduler.finish(StepResult(plan.step, plan.samples, drawn, drawn[:0])):
+        output = runner.run(plan, marks)
+        drawn = output.tokens.cpu().numpy()
+        records = [each.to_records(each.words.cpu().numpy()) for each in output.logprobs]
+        logprobs = np.concatenate([drawn[:0], *chain(*records)])
+        for update in scheduler.finish(StepResult(plan.step, plan.samples, drawn, logprobs)):
             tokens.setdefault(update.request_id, []).extend(update.new_token_ids)
     return tokens, torch.stack([torch.stack(layer) for layer in caches])[:, :, 1:]
 
@@ -80,7 +96,24 @@ def test_padded_decode_steps_change_nothing() -> None:
     padded_tokens, padded_cache = run_all("cpu", torch.float32)
     plain_tokens, plain_cache = run_all("cpu", torch.float32, static_decode=False)
     assert padded_tokens == plain_tokens
+    assert len(padded_tokens) == MAX_SEQS
     torch.testing.assert_close(padded_cache, plain_cache, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda:0", marks=pytest.mark.gpu)])
+def test_the_largest_step_leaves_no_options_behind(device: str) -> None:
+    """It is run to measure memory, with every option on all rows."""
+    model, tp, config = shipped_model(device, torch.float32)
+    limits = PlanLimits(3, 40, 4, BLOCK_SIZE, config.vocab_size)
+    runner = ModelRunner(model, tp, limits, config.vocab_size, static_decode=False)
+    runner.use_cache(allocate_cache(model, 1, tp))
+    plan = largest_step(limits, runner.state.padding_row)
+    assert (plan.rows.size, plan.token_ids.size) == (3, 39)
+    output = runner.run(plan, StepMarks(tp.device))
+    assert output.tokens.tolist() == [0] * 3  # the only id that it allows
+    assert sorted(each.words.shape for each in output.logprobs) == [(3, 43), (39, 43)]
+    runner.run_largest_step(StepMarks(tp.device))
+    assert not len(runner._options)
 
 
 @pytest.mark.gpu

@@ -17,7 +17,7 @@ from tpllm.layers.token_order import (
     keys_of,
     logits_and_ids,
     max_over_ranks,
-    sums_from,
+    token_sums,
 )
 from tpllm.parallel.collectives import all_gather, all_reduce
 from tpllm.parallel.group import TPGroup
@@ -44,10 +44,10 @@ def token_logprobs(
     largest, own = max_over_ranks(torch.stack([scores.amax(dim=1), own]), tp)
 
     own_keys = keys_of(own, token_ids.long())
-    rank = all_reduce(sums_from(scores, own_keys.unsqueeze(1), vocab_start), tp)  # [n, 1]
+    rank = all_reduce(token_sums(scores, vocab_start)(own_keys.unsqueeze(1)), tp)  # [n, 1]
     lowest = torch.full_like(own_keys, LOWEST_KEY).unsqueeze(1)
-    weights_of = (largest, torch.ones_like(largest))
-    mass = all_reduce(sums_from(scores, lowest, vocab_start, weights_of), tp).squeeze(1)
+    weights = token_sums(scores, vocab_start, (largest, torch.ones_like(largest)))
+    mass = all_reduce(weights(lowest), tp).squeeze(1)
     log_sum = largest.double() + mass.double().log() - math.log(UNIT)  # [n]
 
     likeliest, ids = logits_and_ids(_likeliest(scores, num_likeliest, vocab_start, tp))  # [n, k]

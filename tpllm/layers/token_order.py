@@ -12,7 +12,10 @@ token counts 1, or its probability as a whole multiple of 2**-40 of the likelies
 half of 2**-40 a token is lost, which over 150,000 tokens is 7e-8 of the whole.
 """
 
+from collections.abc import Callable
+
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -26,7 +29,11 @@ LOWEST_KEY = -(2 ** (KEY_BITS - 1))  # at or below every token's
 UNIT = 2.0**40  # the weight of the likeliest token
 _LAST_ID = 2**ID_BITS - 1
 _SIGN_MASK = 0x7FFFFFFF
-_LARGEST = 3.0e38  # finite bounds of what is subtracted, so that no infinity meets another
+_LARGEST = torch.finfo(torch.float32).max  # bounds what is subtracted: no infinity less another
+
+# Sums from points [S, B] int64 (keys) on: [S, B] int64. Rows whose second argument [S] int64 is not
+# above 0 are passed over, and their sums are 0.
+Sums = Callable[..., Tensor]
 
 _TILE = 8192  # ids a program
 _SUB_TILE = 256  # ids a step of it
@@ -62,7 +69,8 @@ def sortable(logits: Tensor) -> Tensor:
 
 def keys_of(logits: Tensor, ids: Tensor) -> Tensor:
     """Keys of float32 logits and their ids, of shapes that broadcast: int64."""
-    return (sortable(logits) << ID_BITS) + (_LAST_ID - ids)
+    keys: Tensor = (sortable(logits) << ID_BITS) + (_LAST_ID - ids)
+    return keys
 
 
 def logits_and_ids(keys: Tensor) -> tuple[Tensor, Tensor]:
@@ -77,27 +85,25 @@ def max_over_ranks(values: Tensor, tp: TPGroup) -> Tensor:
     return all_gather(values, tp).amax(dim=0)
 
 
-def sums_from_reference(
-    scores: Tensor,
-    points: Tensor,
-    vocab_start: int,
-    weights_of: tuple[Tensor, Tensor] | None = None,
-    needed: Tensor | None = None,
-) -> Tensor:
-    """What `sums_from_triton` computes, in plain torch."""
+def token_sums_reference(
+    scores: Tensor, vocab_start: int, weights_of: tuple[Tensor, Tensor] | None = None
+) -> Sums:
+    """What `token_sums_triton` gives, in plain torch: sorts once, then looks up."""
     ids = torch.arange(vocab_start, vocab_start + scores.shape[1], device=scores.device)
-    keys = keys_of(scores, ids)  # [S, Vl]
+    keys, order = keys_of(scores, ids).sort(dim=1)  # [S, Vl]
     weights = torch.ones_like(keys)
     if weights_of is not None:
         largest, temperatures = (each.double().unsqueeze(1) for each in weights_of)
         # float64, because torch may take a vector's last elements through another fp32 exponential
         below = (scores.double() - largest.clamp(-_LARGEST, _LARGEST)) / temperatures
-        weights = (below.clamp(max=0.0).exp() * UNIT).long()
-    sums = [
-        weights.masked_fill(keys < point.unsqueeze(1), 0).sum(dim=1) for point in points.unbind(1)
-    ]
-    out = torch.stack(sums, dim=1)
-    return out if needed is None else out.masked_fill_(needed.unsqueeze(1) <= 0, 0)
+        weights = (below.clamp(max=0.0).exp() * UNIT).long().gather(1, order)
+    sums_before = F.pad(weights.cumsum(dim=1), (1, 0))  # [S, Vl + 1]
+
+    def sums(points: Tensor, needed: Tensor | None = None) -> Tensor:
+        out = sums_before[:, -1:] - sums_before.gather(1, torch.searchsorted(keys, points))
+        return out if needed is None else out.masked_fill_(needed.unsqueeze(1) <= 0, 0)
+
+    return sums
 
 
 @triton.jit
@@ -110,7 +116,7 @@ def keys_in_kernel(scores: tl.tensor, ids: tl.tensor, ID_BITS: tl.constexpr) -> 
 
 
 @triton.jit(do_not_specialize=["num_points"])
-def _sums_from_kernel(
+def _token_sums_kernel(
     scores_ptr: tl.tensor,  # [S, Vl]
     points_ptr: tl.tensor,  # [S, B] int64
     largest_ptr: tl.tensor,  # [S]
@@ -159,58 +165,52 @@ def _sums_from_kernel(
         tl.atomic_add(sums_ptr + row * num_points + point, total, mask=wanted)
 
 
-def sums_from_triton(
-    scores: Tensor,
-    points: Tensor,
-    vocab_start: int,
-    weights_of: tuple[Tensor, Tensor] | None = None,
-    needed: Tensor | None = None,
-) -> Tensor:
-    """Sums over this rank's tokens from each point of the order on: [S, B] int64.
+def token_sums_triton(
+    scores: Tensor, vocab_start: int, weights_of: tuple[Tensor, Tensor] | None = None
+) -> Sums:
+    """Sums over this rank's tokens, to be asked for any points of the order.
 
     Args:
         scores: [S, Vl] float32, no NaN, last dimension contiguous
-        points: [S, B] int64, keys
         weights_of: None to count tokens; or (largest score [S] over all ranks, temperature [S]
             above 0), and a token weighs exp((score - largest) / temperature) * UNIT, rounded down
-        needed: [S] int64; rows where it is not above 0 are passed over, and their sums are 0
     """
     num_rows, local_size = scores.shape
-    num_points = points.shape[1]
-    sums = torch.zeros_like(points)
+    tile = min(_TILE, triton.next_power_of_2(max(local_size, _SUB_TILE)))
     largest, temperatures = weights_of or (scores, scores)
-    grid = (num_rows, triton.cdiv(local_size, _TILE))
-    _sums_from_kernel[grid](
-        scores,
-        points.contiguous(),
-        largest,
-        temperatures,
-        points if needed is None else needed,
-        sums,
-        scores.stride(0),
-        local_size,
-        vocab_start,
-        num_points,
-        WEIGHTED=weights_of is not None,
-        SKIPS=needed is not None,
-        ID_BITS=ID_BITS,
-        UNIT=UNIT,
-        LARGEST=_LARGEST,
-        TILE=min(_TILE, triton.next_power_of_2(max(local_size, _SUB_TILE))),
-        SUB_TILE=_SUB_TILE,
-        POINTS=triton.next_power_of_2(num_points),
-        num_warps=8,
-    )
+
+    def sums(points: Tensor, needed: Tensor | None = None) -> Tensor:
+        num_points = points.shape[1]
+        out = torch.zeros_like(points, memory_format=torch.contiguous_format)
+        _token_sums_kernel[(num_rows, triton.cdiv(local_size, tile))](
+            scores,
+            points.contiguous(),
+            largest,
+            temperatures,
+            points if needed is None else needed,
+            out,
+            scores.stride(0),
+            local_size,
+            vocab_start,
+            num_points,
+            WEIGHTED=weights_of is not None,
+            SKIPS=needed is not None,
+            ID_BITS=ID_BITS,
+            UNIT=UNIT,
+            LARGEST=_LARGEST,
+            TILE=tile,
+            SUB_TILE=_SUB_TILE,
+            POINTS=triton.next_power_of_2(num_points),
+            num_warps=8,
+        )
+        return out
+
     return sums
 
 
-def sums_from(
-    scores: Tensor,
-    points: Tensor,
-    vocab_start: int,
-    weights_of: tuple[Tensor, Tensor] | None = None,
-    needed: Tensor | None = None,
-) -> Tensor:
-    """See `sums_from_triton`."""
-    implementation = sums_from_triton if scores.is_cuda else sums_from_reference
-    return implementation(scores, points, vocab_start, weights_of, needed)
+def token_sums(
+    scores: Tensor, vocab_start: int, weights_of: tuple[Tensor, Tensor] | None = None
+) -> Sums:
+    """See `token_sums_triton`."""
+    implementation = token_sums_triton if scores.is_cuda else token_sums_reference
+    return implementation(scores, vocab_start, weights_of)

@@ -14,7 +14,6 @@ https://arxiv.org/abs/1904.09751 (top-p); Nguyen et al. (2024), https://arxiv.or
 (min-p)
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -26,11 +25,12 @@ from tpllm.layers.token_order import (
     ID_BITS,
     KEY_BITS,
     LOWEST_KEY,
+    Sums,
     keys_in_kernel,
     keys_of,
     max_over_ranks,
     sortable,
-    sums_from,
+    token_sums,
 )
 from tpllm.parallel.collectives import all_reduce
 from tpllm.parallel.group import TPGroup
@@ -67,11 +67,6 @@ def cuts(
         scores: [S, Vl] float32, as `scores_of` gives them
     """
 
-    def sums(
-        points: Tensor, weights_of: tuple[Tensor, Tensor] | None, needed: Tensor | None
-    ) -> Tensor:
-        return all_reduce(sums_from(scores, points, vocab_start, weights_of, needed), tp)
-
     temperatures = torch.where(truncation.temperatures > 0, truncation.temperatures, 1.0)
     cut = torch.full(scores.shape[:1], LOWEST_KEY, dtype=torch.int64, device=scores.device)
     if truncation.min_ps is not None or truncation.top_ps is not None:
@@ -81,29 +76,32 @@ def cuts(
         cut = torch.where(truncation.min_ps > 0, bound << ID_BITS, cut)
     if truncation.top_ks is not None:
         wanted = truncation.top_ks.long().clamp(max=vocab_size)
-        found = _largest_key(lambda points: sums(points, None, wanted), wanted)
+        found = _largest_key(token_sums(scores, vocab_start), wanted, tp)
         cut = torch.where(wanted > 0, torch.maximum(cut, found), cut)
     if truncation.top_ps is not None:
-        weights_of = (largest, temperatures)
-        whole = sums(cut.unsqueeze(1), weights_of, None).squeeze(1)
+        weights = token_sums(scores, vocab_start, (largest, temperatures))
+        kept = cut.unsqueeze(1)
+        whole = all_reduce(weights(kept), tp).squeeze(1)
         cuts_here = truncation.top_ps < 1
         wanted = (truncation.top_ps.double() * whole).ceil().long().clamp(min=1)
         wanted = torch.where(cuts_here, wanted, 0)
-        kept = cut.unsqueeze(1)
         found = _largest_key(
-            lambda points: sums(torch.maximum(points, kept), weights_of, wanted), wanted
+            lambda points, needed: weights(torch.maximum(points, kept), needed), wanted, tp
         )
         cut = torch.where(cuts_here, torch.maximum(cut, found), cut)
     return cut
 
 
-def _largest_key(sums: Callable[[Tensor], Tensor], wanted: Tensor) -> Tensor:
-    """The largest key from which on the sum still reaches `wanted` [S]: [S] int64."""
+def _largest_key(sums: Sums, wanted: Tensor, tp: TPGroup) -> Tensor:
+    """The largest key from which on the sum over all ranks still reaches `wanted` [S]: [S] int64.
+
+    It means nothing for rows that want 0.
+    """
     low = torch.full_like(wanted, LOWEST_KEY)
     digits = torch.arange(1, 2**_DIGIT_BITS, device=wanted.device)
     for shift in range(KEY_BITS - _DIGIT_BITS, -1, -_DIGIT_BITS):
         points = low.unsqueeze(1) + (digits << shift)  # [S, 15]
-        reached = sums(points) >= wanted.unsqueeze(1)
+        reached = all_reduce(sums(points, wanted), tp) >= wanted.unsqueeze(1)
         low = low + (reached.sum(dim=1) << shift)
     return low
 

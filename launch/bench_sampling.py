@@ -1,0 +1,119 @@
+"""Measures what each sampling option costs: milliseconds of a decode step beyond plain temperature.
+
+All sequences of a batch of short contexts ask for the same option; "one row" has it asked for by a
+single one of them. The step is bound by the weights' bytes; what an option adds by passes over the
+float32 logits of its rows (156 MB for 256 rows of Qwen3), and on several GPUs by the latency of a
+few dozen small sums. `step_ms` is the median from result to result, as a caller sees it; `gpu_ms`
+the mean on the GPU's own clock, which shows where the host is the slower one.
+
+Prints a table, then one JSON line.
+
+    python launch/bench_sampling.py --model launch/configs/Qwen3-8B --load-format dummy --tp 2
+"""
+
+import argparse
+import json
+import random
+import statistics
+import time
+from dataclasses import replace
+from typing import Any
+
+from bench_tp import environment
+
+from tpllm import LLM, SamplingParams
+from tpllm.engine.request import AddRequest
+
+PROMPT_LENGTH = 32
+NUM_WARM_UP = 8
+
+
+def options_of(vocab_size: int, num_tokens: int) -> dict[str, dict[str, Any]]:
+    """Every option, by the name it has in the table."""
+    ids = random.Random(0).sample(range(vocab_size), 1000)
+    penalties = {"repetition_penalty": 1.1, "frequency_penalty": 0.5, "presence_penalty": 0.5}
+    return {
+        "temperature": {},
+        "greedy": {"temperature": 0.0},
+        "top_k=50": {"top_k": 50},
+        "top_p=0.95": {"top_p": 0.95},
+        "min_p=0.05": {"min_p": 0.05},
+        "top_k=20, top_p=0.95": {"top_k": 20, "top_p": 0.95},
+        "three penalties": penalties,
+        "logit_bias of 300 ids": {"logit_bias": dict.fromkeys(ids[:300], -1.0)},
+        "allowed_token_ids, 1000": {"allowed_token_ids": ids},
+        "bad_words, 10": {"bad_words": ["word"] * 10},
+        "min_tokens, 100 end ids": {"min_tokens": num_tokens, "stop_token_ids": ids[:100]},
+        "logprobs=0": {"logprobs": 0},
+        "logprobs=20": {"logprobs": 20},
+    }
+
+
+def measure(llm: LLM, each: list[SamplingParams], num_steps: int) -> dict[str, float]:
+    """A batch of requests, in the middle of which `num_steps` decode steps are timed."""
+    coordinator = llm.coordinator
+    numbers = random.Random(0)
+    vocab_size = llm.config.model_config.vocab_size
+    requests = []
+    for i, params in enumerate(each):
+        prompt = [numbers.randrange(vocab_size) for _ in range(PROMPT_LENGTH)]
+        words = [[7 * j, 7 * j + 1, j] for j in range(len(params.bad_words))]
+        requests.append(AddRequest(str(i), prompt, params, words))
+    coordinator.add(requests)
+    heard = 0
+    while heard < NUM_WARM_UP * len(each):
+        heard += sum(len(update.new_token_ids) for update in coordinator.step())
+    coordinator.worker_times()
+    times_ms = []
+    for _ in range(num_steps):
+        begin = time.perf_counter()
+        coordinator.step()
+        times_ms.append((time.perf_counter() - begin) * 1e3)
+    decode = coordinator.worker_times()["decode"]
+    coordinator.abort(request.request_id for request in requests)
+    while coordinator.num_in_flight:
+        coordinator.step()
+    figures = {"step_ms": statistics.median(times_ms)}
+    if decode["steps"]:
+        figures["gpu_ms"] = decode["gpu_ms"] / decode["steps"]
+    return {name: round(value, 4) for name, value in figures.items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--model", help="folder or Hugging Face id (default: the shipped model)")
+    parser.add_argument("--tp", type=int, default=1, metavar="N", help="tensor_parallel_size")
+    parser.add_argument("--num-seqs", type=int, default=256, help="sequences in the batch")
+    parser.add_argument("--num-steps", type=int, default=100, help="decode steps that are timed")
+    parser.add_argument("--load-format", default="auto", help='"dummy" needs only a config.json')
+    parser.add_argument("--device", default="auto")
+    args = parser.parse_args()
+
+    num_tokens = NUM_WARM_UP + args.num_steps + 16
+    with LLM(
+        args.model,
+        tensor_parallel_size=args.tp,
+        load_format=args.load_format,
+        device=args.device,
+        max_model_len=PROMPT_LENGTH + num_tokens,
+        max_num_seqs=args.num_seqs,
+        skip_tokenizer_init=True,
+    ) as llm:
+        result: dict[str, Any] = {"arguments": vars(args)} | environment(llm)
+        plain = SamplingParams(temperature=0.6, ignore_eos=True, max_tokens=None)
+        options = options_of(llm.config.model_config.vocab_size, num_tokens)
+        batches = {name: [replace(plain, **each)] * args.num_seqs for name, each in options.items()}
+        batches["one row top_p=0.95"] = [plain] * (args.num_seqs - 1) + [replace(plain, top_p=0.95)]
+        result["options"] = {
+            name: measure(llm, params, args.num_steps) for name, params in batches.items()
+        }
+    first = result["options"]["temperature"]["step_ms"]
+    print(f"{args.model or 'shipped model'}, tp={args.tp}, {args.num_seqs} sequences")
+    for name, figures in result["options"].items():
+        figures["added_ms"] = round(figures["step_ms"] - first, 4)
+        print(f"  {name:<26}" + "   ".join(f"{key} {value:8.3f}" for key, value in figures.items()))
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,236 @@
+"""Draws with options, against transformers' processors and the same noise, on random logits."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from tpllm.channel.row_options import RowOptions, read_records
+from tpllm.channel.step_plan import PlanLimits
+from tpllm.layers.gumbel import gumbel_reference, noise_bits_reference
+from tpllm.layers.sampler import SamplingBatch
+from tpllm.parallel.group import TPGroup
+from tpllm.worker import token_sampler
+from tpllm.worker.option_table import OptionTable
+from tpllm.worker.token_sampler import Drawing, StepOutput, TokenSampler
+
+V = 997
+LIMITS = PlanLimits(10, 100, 4, 16, V)
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+
+
+def ids(*values: int) -> np.ndarray:
+    return np.array(values, dtype=np.int32)
+
+
+HISTORY = [5, 9, 5, 300, 41, 7, 5, 41]  # of every row, five of them its prompt
+# A bias that makes these likely enough to matter.
+BIAS: dict[str, Any] = {
+    "bias_ids": ids(7, 5, 41, 300),
+    "bias_values": np.array([9, 9, 9, 9], np.float32),
+}
+OPTIONS: dict[str, RowOptions | None] = {
+    "none": None,
+    "logprobs": RowOptions(num_logprobs=3),
+    "top_k": RowOptions(top_k=7),
+    "top_p": RowOptions(top_p=0.4),
+    "min_p": RowOptions(min_p=0.3),
+    "penalties": RowOptions(
+        5, repetition_penalty=8.0, frequency_penalty=0.7, presence_penalty=0.4, **BIAS
+    ),
+    "allowed": RowOptions(allowed_ids=ids(3, 4, 5, 600, 601)),
+    "bad words": RowOptions(
+        5, bad_word_ids=ids(7, 5, 41, 300, 5, 41, 5, 9, 5), bad_word_ends=ids(1, 4, 7, 9), **BIAS
+    ),
+    "banned": RowOptions(banned_ids=ids(7, 5), **BIAS),
+    "everything": RowOptions(
+        5,
+        top_k=50,
+        top_p=0.9,
+        min_p=0.001,
+        repetition_penalty=1.2,
+        frequency_penalty=0.3,
+        presence_penalty=-0.3,
+        num_logprobs=20,
+        allowed_ids=np.arange(0, V, 2, dtype=np.int32),
+        bad_word_ids=ids(4, 41, 8),
+        bad_word_ends=ids(1, 3),
+        banned_ids=ids(12),
+        **BIAS,
+    ),
+}
+
+
+def expected_token(logits: Tensor, options: RowOptions | None, noise: Tensor, heat: float) -> int:
+    """One row by transformers' processors in vLLM's order, then the largest noisy score."""
+    from transformers.generation import logits_process as theirs
+
+    chosen = options or RowOptions()
+    scores: Any = logits.float().clone().unsqueeze(0)
+    tokens: Any = torch.tensor([HISTORY])
+    if chosen.allowed_ids.size:
+        kept = scores[0, chosen.allowed_ids].clone()
+        scores.fill_(-torch.inf)[0, chosen.allowed_ids] = kept
+    words = [each.tolist() for each in np.split(chosen.bad_word_ids, chosen.bad_word_ends)[:-1]]
+    if words:
+        output: Any = torch.tensor([HISTORY[chosen.num_prompt_tokens :]])
+        eos: Any = V
+        scores = theirs.NoBadWordsLogitsProcessor(words, eos)(output, scores)
+    scores[0, chosen.banned_ids] = -torch.inf
+    scores[0, chosen.bias_ids] += torch.from_numpy(chosen.bias_values)
+    if chosen.has_penalties:
+        penalty = chosen.repetition_penalty
+        scores = theirs.RepetitionPenaltyLogitsProcessor(penalty)(tokens, scores)
+        for token in set(output_ids := HISTORY[chosen.num_prompt_tokens :]):
+            scores[0, token] -= chosen.frequency_penalty * output_ids.count(token)
+            scores[0, token] -= chosen.presence_penalty
+    scores /= heat
+    if chosen.min_p:
+        scores = theirs.MinPLogitsWarper(chosen.min_p)(tokens, scores)
+    if chosen.top_k:
+        scores = theirs.TopKLogitsWarper(chosen.top_k)(tokens, scores)
+    if chosen.top_p < 1:
+        scores = theirs.TopPLogitsWarper(chosen.top_p)(tokens, scores)
+    return int((scores[0] + noise).argmax())
+
+
+class Rig:
+    """Rows in the order of `names`, each with its options, about to draw the ninth token."""
+
+    def __init__(self, names: list[str], device: str, greedy: bool = False) -> None:
+        tp = TPGroup.single(torch.device(device))
+        self.names, self.greedy = names, greedy
+        self.table = OptionTable(LIMITS, 0, V, tp.device)
+        self.sampler = TokenSampler(self.table, 0, V, tp)
+        self.rows = np.array([list(OPTIONS).index(name) for name in names], dtype=np.int32)
+        records = [
+            options.record(row, HISTORY)
+            for row, name in zip(self.rows.tolist(), names, strict=True)
+            if (options := OPTIONS[name]) is not None
+        ]
+        self.table.enter(self.rows, np.concatenate([ids(), *records]))
+        rng = torch.Generator().manual_seed(0)
+        self.logits = (2 * torch.randn(len(OPTIONS), V, generator=rng))[self.rows].to(tp.device)
+        S = len(names)
+        self.batch = SamplingBatch(
+            temperatures=torch.full((S,), 0.0 if greedy else 0.8, device=tp.device),
+            seeds=torch.from_numpy(self.rows[:, None] + np.array([[1, 2]], np.int32)).to(tp.device),
+            positions=torch.full((S,), len(HISTORY), dtype=torch.int32, device=tp.device),
+            min_positions=torch.full((S,), 99, dtype=torch.int32, device=tp.device),
+            stop_ids=torch.full((S, 1), -1, dtype=torch.int32, device=tp.device),
+        )
+
+    def draw(self) -> StepOutput:
+        tokens = self.sampler.draw(self.logits, self.batch)
+        positions = np.full(len(self.names), len(HISTORY))
+        drawing = Drawing(np.arange(len(self.names)), self.rows, positions, self.batch)
+        return self.sampler.finish(self.logits, tokens, drawing)
+
+    def expected(self) -> list[int]:
+        batch = self.batch
+        noise = gumbel_reference(noise_bits_reference(batch.seeds, batch.positions, 0, V)).cpu()
+        if self.greedy:
+            noise = torch.zeros_like(noise)
+        return [
+            expected_token(self.logits[i].cpu(), OPTIONS[name], noise[i], 1 if self.greedy else 0.8)
+            for i, name in enumerate(self.names)
+        ]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("greedy", [False, True])
+def test_every_option_draws_what_transformers_processors_leave(device: str, greedy: bool) -> None:
+    names = [
+        name
+        for name, options in OPTIONS.items()
+        if not greedy or options is None or not options.truncates
+    ]
+    rig = Rig(names, device, greedy)
+    assert rig.draw().tokens.tolist() == rig.expected()
+
+
+def test_options_change_what_is_drawn() -> None:
+    """Or the test above would prove nothing."""
+    rig = Rig(list(OPTIONS), "cpu")
+    drawn = rig.draw().tokens.tolist()
+    without = rig.sampler.draw(rig.logits, rig.batch).tolist()
+    noise = gumbel_reference(noise_bits_reference(rig.batch.seeds, rig.batch.positions, 0, V))
+    for i, options in enumerate(OPTIONS.values()):
+        if options is not None and options.bias_ids.size:  # what the bias alone would draw
+            without[i] = expected_token(rig.logits[i], RowOptions(**BIAS), noise[i], 0.8)
+    same = [name for i, name in enumerate(OPTIONS) if drawn[i] == without[i]]
+    assert same == ["none", "logprobs"]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_rows_alone_in_any_order_and_in_pieces_draw_the_same(
+    device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    together = Rig(list(OPTIONS), device).draw()
+    expected = dict(zip(OPTIONS, together.tokens.tolist(), strict=True))
+    for name in OPTIONS:
+        assert Rig([name], device).draw().tokens.tolist() == [expected[name]]
+    backwards = list(OPTIONS)[::-1]
+    monkeypatch.setattr(token_sampler, "MAX_ELEMENTS", 2 * V)
+    monkeypatch.setattr(token_sampler, "MAX_TOKENS", 1)
+    pieces = Rig(backwards, device).draw()
+    assert pieces.tokens.tolist() == [expected[name] for name in backwards]
+    words = [output.logprobs[0].words[:, :4].tolist() for output in (together, pieces)]
+    assert words[0] == words[1][::-1]
+
+
+def test_logprobs_are_those_of_the_model_and_each_row_gets_as_many_as_it_asked_for() -> None:
+    rig = Rig(list(OPTIONS), "cpu")
+    output = rig.draw()
+    (reported,) = output.logprobs
+    assert reported.blocks == [(1, 8, 1, 3), (9, 8, 1, 20)]
+    exact = torch.log_softmax(rig.logits.double(), dim=1)
+    for (index, _, _, k), block in zip(
+        reported.blocks, reported.to_records(reported.words.numpy()), strict=True
+    ):
+        token = int(output.tokens[index])
+        likeliest = exact[index].topk(k)
+        rank = int((exact[index] > exact[index, token]).sum()) + 1
+        assert block[:5].tolist() == [index, 8, 1, 1 + k, rank]
+        assert block[5 : 6 + k].tolist() == [token, *likeliest.indices.tolist()]
+        logprobs = torch.from_numpy(block[6 + k :].view(np.float32).copy()).double()
+        values = torch.cat([exact[index, token].unsqueeze(0), likeliest.values])
+        torch.testing.assert_close(logprobs, values, rtol=0, atol=2e-6)
+
+
+def test_drawn_tokens_are_noted_for_the_rows_that_read_theirs() -> None:
+    rig = Rig(list(OPTIONS), "cpu")
+    output = rig.draw()
+    for row, (name, options) in enumerate(OPTIONS.items()):
+        noted = rig.table.tokens[row, : len(HISTORY) + 1].tolist()
+        reads = options is not None and options.reads_tokens
+        assert noted == ([*HISTORY, int(output.tokens[row])] if reads else [0] * 9), name
+
+
+def test_a_row_taken_over_keeps_nothing_of_its_last_owner() -> None:
+    rig = Rig(list(OPTIONS), "cpu")
+    rig.table.enter(rig.rows, ids())
+    assert len(rig.table) == 0 and rig.table.lists is None
+    plain = rig.sampler.draw(rig.logits, rig.batch).tolist()
+    assert rig.draw().tokens.tolist() == plain
+    row, banned = 3, RowOptions(banned_ids=ids(plain[3]))
+    rig.table.enter(ids(row), banned.record(row, []))
+    drawn = rig.draw().tokens.tolist()
+    assert drawn[row] != plain[row]
+    assert drawn[:row] + drawn[row + 1 :] == plain[:row] + plain[row + 1 :]
+
+
+def test_options_survive_the_trip() -> None:
+    sent = {row: options for row, options in enumerate(OPTIONS.values()) if options is not None}
+    words = np.concatenate([options.record(row, HISTORY) for row, options in sent.items()])
+    for row, received, tokens in read_records(words):
+        options = sent.pop(row)
+        assert tokens.tolist() == (HISTORY if options.reads_tokens else [])
+        for name, value in vars(options).items():
+            if isinstance(value, np.ndarray):
+                np.testing.assert_array_equal(getattr(received, name), value, strict=True)
+            else:
+                assert getattr(received, name) == pytest.approx(value)
+    assert not sent
