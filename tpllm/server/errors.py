@@ -57,9 +57,12 @@ class APIError(HTTPException):
         )
 
 
+_ENCODER = json.JSONEncoder(separators=(",", ":"), allow_nan=False)
+
+
 def to_json(content: object) -> str:
     """Compact JSON. Only ASCII: no text of a request can make it fail to encode."""
-    return json.dumps(content, separators=(",", ":"), allow_nan=False)
+    return _ENCODER.encode(content)
 
 
 def from_value_error(error: ValueError) -> APIError:
