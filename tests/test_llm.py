@@ -174,7 +174,7 @@ def test_a_sequence_longer_than_the_cache_is_refused_if_asked_for() -> None:
 
 def test_help_shows_every_setting() -> None:
     parameters = inspect.signature(LLM).parameters
-    assert list(parameters) == [field.name for field in fields(Settings)]
+    assert list(parameters) == [*(field.name for field in fields(Settings)), "on_phase"]
     assert parameters["tensor_parallel_size"].default == 1
     assert "gpu_memory_utilization: share of each GPU" in (LLM.__doc__ or "")
 

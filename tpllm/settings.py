@@ -149,14 +149,15 @@ class Settings:
 
 
 def signature() -> Signature:
-    """`LLM(model=None, *, tensor_parallel_size=1, ...)`, for help() and notebooks."""
+    """`LLM(model=None, *, tensor_parallel_size=1, ..., on_phase=None)`, for help() and notebooks."""
     model = Parameter("model", Parameter.POSITIONAL_OR_KEYWORD, default=None)
     keywords = [
         Parameter(field.name, Parameter.KEYWORD_ONLY, default=field.default, annotation=field.type)
         for field in fields(Settings)
         if field.name != "model"
     ]
-    return Signature([model, *keywords])
+    on_phase = Parameter("on_phase", Parameter.KEYWORD_ONLY, default=None)
+    return Signature([model, *keywords, on_phase])
 
 
 def _check_path(name: str, value: object) -> str | None:

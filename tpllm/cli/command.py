@@ -1,0 +1,96 @@
+"""What commands have in common: how one is declared, and how one gets its engine."""
+
+import sys
+from argparse import (
+    ArgumentParser,
+    Namespace,
+    RawDescriptionHelpFormatter,
+    _SubParsersAction,
+)
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
+from types import MappingProxyType
+from typing import TypeAlias
+
+import tpllm
+from tpllm.cli.options import add_flags, add_positional, given_flags
+from tpllm.cli.progress import StartupProgress
+from tpllm.cli.sources import Given, collect
+from tpllm.settings import Settings
+
+Commands: TypeAlias = "_SubParsersAction[ArgumentParser]"  # argparse has no public name for it
+NO_DEFAULTS: Mapping[str, object] = MappingProxyType({})
+
+
+def add_command(
+    commands: Commands,
+    name: str,
+    run: Callable[[Namespace], int],
+    summary: str,
+    example: str,
+) -> ArgumentParser:
+    """A command's parser; `run(args)` returns the exit code."""
+    parser = commands.add_parser(
+        name,
+        help=summary,
+        description=f"{summary[:1].upper()}{summary[1:]}.\n\nExample:\n  {example}",
+        formatter_class=RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.set_defaults(run=run)
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    return parser
+
+
+def add_group(commands: Commands, name: str, summary: str) -> Commands:
+    """A word that has commands of its own."""
+    parser = commands.add_parser(name, help=summary, description=f"{summary.capitalize()}.")
+    return parser.add_subparsers(dest=f"{name}_command", required=True, metavar="COMMAND")
+
+
+def add_engine_flags(
+    parser: ArgumentParser,
+    *,
+    positional: bool = True,
+    leave_out: Collection[str] = (),
+    defaults: Mapping[str, object] = NO_DEFAULTS,
+) -> None:
+    """Flags for every engine setting, and MODEL as a word of its own where that is `positional`.
+
+    `defaults` are the command's own.
+    """
+    if positional:
+        add_positional(parser, Settings, "model")
+    parser.add_argument("--quiet", action="store_true", help="do not tell how the start goes on")
+    add_config_flag(parser)
+    add_flags(parser, Settings, "engine", leave_out, defaults)
+
+
+def add_config_flag(parser: ArgumentParser) -> None:
+    parser.add_argument(
+        "--config",
+        metavar="FILE",
+        help="a YAML file of settings (default: the one that TPLLM_CONFIG names)",
+    )
+
+
+def engine_settings(args: Namespace, defaults: Mapping[str, object] = NO_DEFAULTS) -> Given:
+    """The engine settings from every source, checked each by itself.
+
+    Raises:
+        ValueError: one is wrong; nothing has been started.
+    """
+    given = collect(Settings, given_flags(args, Settings), args.config)
+    given.values.update({**defaults, **given.values})
+    with given.named_in_errors():
+        Settings(**given.values)
+    return given
+
+
+@contextmanager
+def engine(args: Namespace, given: Given) -> Iterator["tpllm.LLM"]:
+    """An engine for the duration; the phases of its start are told on stderr."""
+    with StartupProgress(sys.stderr, quiet=args.quiet) as progress, given.named_in_errors():
+        llm = tpllm.LLM(**given.values, on_phase=progress.on_phase)
+    with llm:
+        yield llm
