@@ -107,7 +107,7 @@ def test_a_wrong_command_line_is_one_line_on_stderr(capsys, arguments, message):
     assert err.count("\n") == 1
 
 
-@pytest.mark.parametrize("command", ["generate"])
+@pytest.mark.parametrize("command", ["generate", "chat"])
 def test_every_command_has_help_with_an_example(capsys, command):
     with pytest.raises(SystemExit) as caught:
         main([*command.split(), "--help"])

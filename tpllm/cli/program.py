@@ -13,9 +13,9 @@ from argparse import ArgumentParser
 from typing import NoReturn
 
 import tpllm
-from tpllm.cli import generate
+from tpllm.cli import chat, generate
 
-COMMANDS = (generate,)
+COMMANDS = (generate, chat)
 
 USER_MISTAKES = (ValueError, FileNotFoundError, PermissionError)
 
