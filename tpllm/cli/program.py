@@ -13,9 +13,9 @@ from argparse import ArgumentParser
 from typing import NoReturn
 
 import tpllm
-from tpllm.cli import chat, generate
+from tpllm.cli import chat, generate, info
 
-COMMANDS = (generate, chat)
+COMMANDS = (generate, chat, info)
 
 USER_MISTAKES = (ValueError, FileNotFoundError, PermissionError)
 
