@@ -95,6 +95,7 @@ def test_a_wrong_engine_setting_is_refused_before_anything_starts(llm, capsys):
         ),
         (["generate", "hi", "--nonsense"], "unrecognized arguments: --nonsense (see tpllm"),
         (["generate", "hi", "--max-tok", "5"], "unrecognized arguments: --max-tok 5 (see tpllm"),
+        (["bench"], "the following arguments are required: COMMAND (see tpllm bench --help)"),
         (["fly"], "argument COMMAND: invalid choice: 'fly'"),
     ],
 )
@@ -107,7 +108,7 @@ def test_a_wrong_command_line_is_one_line_on_stderr(capsys, arguments, message):
     assert err.count("\n") == 1
 
 
-@pytest.mark.parametrize("command", ["generate", "chat", "info"])
+@pytest.mark.parametrize("command", ["generate", "chat", "info", "bench seed", "bench serve"])
 def test_every_command_has_help_with_an_example(capsys, command):
     with pytest.raises(SystemExit) as caught:
         main([*command.split(), "--help"])

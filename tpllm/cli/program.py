@@ -13,9 +13,9 @@ from argparse import ArgumentParser
 from typing import NoReturn
 
 import tpllm
-from tpllm.cli import chat, generate, info
+from tpllm.cli import bench, chat, generate, info
 
-COMMANDS = (generate, chat, info)
+COMMANDS = (generate, chat, bench, info)
 
 USER_MISTAKES = (ValueError, FileNotFoundError, PermissionError)
 
