@@ -64,6 +64,20 @@ class Option:
             return ",".join(map(str, self.default))
         return str(self.default)
 
+    @property
+    def type_text(self) -> str:
+        """The type in words for people."""
+        words = {
+            bool: "true or false",
+            int: "whole number",
+            float: "number",
+            str: "text",
+            dict: "numbers by token id",
+        }[self.kind]
+        if self.choices is not None:
+            words = " or ".join(self.choices)
+        return words + ("s" if self.is_list else "") + (" or none" if self.can_be_none else "")
+
     def parse(self, text: str) -> object:
         """The value that `text` stands for; several items are parted by commas.
 

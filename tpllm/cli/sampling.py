@@ -14,12 +14,15 @@ from tpllm.sampling_params import RequestOutputKind, SamplingParams
 # Engine settings without a flag here: --seed is the request's own, and text takes a tokenizer.
 LEFT_OUT = ("seed", "skip_tokenizer_init")
 
+# What the commands decide by themselves: whether an answer comes in pieces.
+UNTYPED = ("output_kind",)
+
 
 def add_sampling_flags(
     parser: ArgumentParser, defaults: Mapping[str, object], leave_out: tuple[str, ...] = ()
 ) -> None:
     """Flags for sampling parameters; `defaults` are this command's own."""
-    add_flags(parser, SamplingParams, "sampling", ("output_kind", *leave_out), defaults)
+    add_flags(parser, SamplingParams, "sampling", (*UNTYPED, *leave_out), defaults)
 
 
 def sampling_params(args: Namespace, defaults: Mapping[str, Any]) -> SamplingParams:
