@@ -4,6 +4,7 @@ import asyncio
 import json
 import random
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
@@ -103,8 +104,12 @@ async def run_load(
     arrivals: list[float],
     max_concurrency: int | None = None,
     timeout_s: float = 3600.0,
+    on_end: Callable[[], object] = lambda: None,
 ) -> Load:
-    """Send every job when its time has come, or as soon as fewer than `max_concurrency` run."""
+    """Send every job when its time has come, or as soon as fewer than `max_concurrency` run.
+
+    `on_end` is called when one has ended, well or not.
+    """
     records = [Record(job.num_prompt_tokens) for job in jobs]
     # an own slot for each where there is no limit
     slots = asyncio.Semaphore(max_concurrency or max(1, len(jobs)))
@@ -114,6 +119,7 @@ async def run_load(
         record.late_s = time.perf_counter() - planned
         async with slots:
             await _send(server, job, record, timeout_s)
+        on_end()
 
     async with asyncio.TaskGroup() as tasks:
         for job, record, arrival in zip(jobs, records, arrivals, strict=True):

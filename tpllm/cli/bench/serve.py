@@ -15,6 +15,8 @@ from argparse import ArgumentTypeError, Namespace
 from itertools import product
 from typing import Any
 
+from tqdm import tqdm
+
 import tpllm
 from tpllm.cli.bench.client import Server
 from tpllm.cli.bench.load import Job, arrival_times, run_load
@@ -135,7 +137,10 @@ async def _measure(
     for rate, max_concurrency in product(args.request_rate, args.max_concurrency):
         jobs = _jobs(args, model, words, args.num_prompts, draw)
         arrivals = arrival_times(rate, len(jobs), args.seed)
-        load = await run_load(server, jobs, arrivals, max_concurrency, args.timeout_s)
+        with tqdm(total=len(jobs), unit="request", leave=False, disable=None) as bar:
+            load = await run_load(
+                server, jobs, arrivals, max_concurrency, args.timeout_s, on_end=bar.update
+            )
         figures = {"request_rate": rate, "max_concurrency": max_concurrency}
         figures |= summarize(load, objectives)
         limit = "" if max_concurrency is None else f", at most {max_concurrency} at once"
