@@ -77,15 +77,17 @@ def _all_reduce(config: EngineConfig, hardware: Hardware, on_gpu: bool) -> Choic
         return "Gloo", "the CPU has no other"
     if config.disable_custom_all_reduce:
         return "NCCL", "disable_custom_all_reduce is set"
-    apart = [
-        link.ranks for link in hardware.links if max(link.ranks) < ranks and not link.peer_access
-    ]
-    if apart:
-        a, b = apart[0]
-        return "NCCL", f"GPU {a} and GPU {b} do not reach each other's memory"
+    links = [link for link in hardware.links if max(link.ranks) < ranks]
+    for link in links:
+        if link.peer_access is False:
+            a, b = link.ranks
+            return "NCCL", f"GPU {a} and GPU {b} do not reach each other's memory"
+    reach = "the GPUs reach each other's memory"
+    if any(link.peer_access is None for link in links):
+        reach = f"if {reach}, which NVML does not tell"
     return (
         "peer memory for small steps, NCCL for large ones",
-        "the GPUs reach each other's memory; tried against NCCL when the workers start",
+        f"{reach}; tried against NCCL when the workers start",
     )
 
 

@@ -33,7 +33,7 @@ def add_command(
     parser = commands.add_parser(
         name,
         help=summary,
-        description=f"{summary[:1].upper()}{summary[1:]}.\n\nExample:\n  {example}",
+        description=f"{_sentence(summary)}\n\nExample:\n  {example}",
         formatter_class=RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
@@ -44,34 +44,40 @@ def add_command(
 
 def add_group(commands: Commands, name: str, summary: str) -> Commands:
     """A word that has commands of its own."""
-    parser = commands.add_parser(name, help=summary, description=f"{summary.capitalize()}.")
+    parser = commands.add_parser(name, help=summary, description=_sentence(summary))
     return parser.add_subparsers(dest=f"{name}_command", required=True, metavar="COMMAND")
+
+
+def _sentence(words: str) -> str:
+    return f"{words[:1].upper()}{words[1:]}."
 
 
 def add_engine_flags(
     parser: ArgumentParser,
     *,
     positional: bool = True,
+    starts: bool = True,
     leave_out: Collection[str] = (),
     defaults: Mapping[str, object] = NO_DEFAULTS,
 ) -> None:
-    """Flags for every engine setting, and MODEL as a word of its own where that is `positional`.
+    """Flags for every engine setting, and where to find others.
 
-    `defaults` are the command's own.
+    Args:
+        positional: whether MODEL may be a word of its own
+        starts: whether the command starts an engine by `engine`, which can be silent
+        leave_out: settings that are of no use to it
+        defaults: the command's own
     """
     if positional:
         add_positional(parser, Settings, "model")
-    parser.add_argument("--quiet", action="store_true", help="do not tell how the start goes on")
-    add_config_flag(parser)
-    add_flags(parser, Settings, "engine", leave_out, defaults)
-
-
-def add_config_flag(parser: ArgumentParser) -> None:
+    if starts:
+        parser.add_argument("--quiet", action="store_true", help="tell nothing of the start")
     parser.add_argument(
         "--config",
         metavar="FILE",
         help="a YAML file of settings (default: the one that TPLLM_CONFIG names)",
     )
+    add_flags(parser, Settings, "engine", leave_out, defaults)
 
 
 def engine_settings(args: Namespace, defaults: Mapping[str, object] = NO_DEFAULTS) -> Given:

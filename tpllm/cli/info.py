@@ -32,7 +32,7 @@ def add(commands: Commands) -> None:
         "tpllm info Qwen/Qwen3-8B --tensor-parallel-size 2",
     )
     parser.add_argument("--json", action="store_true", help="for scripts")
-    add_engine_flags(parser)
+    add_engine_flags(parser, starts=False)
 
 
 def run(args: Namespace) -> int:
