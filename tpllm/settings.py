@@ -149,7 +149,7 @@ class Settings:
 
 
 def signature() -> Signature:
-    """`LLM(model=None, *, tensor_parallel_size=1, ..., on_phase=None)`, for help() and notebooks."""
+    """`LLM(model=None, *, tensor_parallel_size=1, ...)`, for help() and notebooks."""
     model = Parameter("model", Parameter.POSITIONAL_OR_KEYWORD, default=None)
     keywords = [
         Parameter(field.name, Parameter.KEYWORD_ONLY, default=field.default, annotation=field.type)

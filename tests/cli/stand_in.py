@@ -49,6 +49,9 @@ class StandIn:
     def get_tokenizer(self) -> "StandIn":
         return self
 
+    def get_default_sampling_params(self) -> SamplingParams:
+        return SamplingParams(temperature=0.6, top_k=20, max_tokens=5)
+
     def render_chat(self, messages: list[dict[str, str]]) -> str:
         if not self.has_chat_template:
             raise ValueError("there is no chat template")

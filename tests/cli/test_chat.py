@@ -7,7 +7,8 @@ import select
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 
 import pytest
 
@@ -15,7 +16,7 @@ from tests.scripts import ROOT
 from tpllm import RequestOutputKind, SamplingParams
 from tpllm.cli import main
 
-DEADLINE_S = 60.0
+DEADLINE_S = 120.0
 
 
 @pytest.fixture
@@ -35,9 +36,23 @@ def test_each_line_is_answered_and_remembered(llm, say):
     assert (code, err) == (0, "")
     assert out == "[user: hi]\n[user: hi][assistant: [user: hi]][user: and you?]\n"
     assert llm.made["closed"]
+
+
+def test_answers_are_drawn_as_the_model_recommends_unless_told_otherwise(llm, say):
+    say("hi", words=("--top-p", "0.5", "--temperature", "0.1"))
     assert llm.made["params"] == SamplingParams(
-        temperature=0.7, max_tokens=None, output_kind=RequestOutputKind.DELTA
+        temperature=0.1,
+        top_p=0.5,
+        top_k=20,
+        max_tokens=None,
+        output_kind=RequestOutputKind.DELTA,
     )
+
+
+def test_a_wrong_sampling_value_is_refused_before_the_engine_starts(llm, say):
+    code, _, err = say("hi", words=("--top-p", "2"))
+    assert (code, llm.made) == (2, {})
+    assert err.startswith("tpllm: error: top_p=2.0 must be")
 
 
 def test_reset_forgets_and_exit_ends(say):
@@ -87,10 +102,14 @@ def test_the_model_can_be_named_without_a_flag(llm, say):
 
 # ---- in a terminal -----------------------------------------------------------------------------
 
-SESSION = """
-import os, signal, sys
+OWN_TERMINAL = """
+import os, signal
 os.close(os.open(os.ttyname(0), os.O_RDWR))  # it becomes ours: Ctrl-C goes to this program
 signal.signal(signal.SIGINT, signal.default_int_handler)
+"""
+
+SESSION = """
+import sys
 
 import tpllm
 from tests.cli.stand_in import StandIn
@@ -150,13 +169,39 @@ class Terminal:
 
 
 @pytest.fixture
-def terminal() -> Iterator[Terminal]:
-    session = Terminal(SESSION)
-    yield session
-    session.close()
+def run_in_terminal() -> Iterator[Callable[[str], Terminal]]:
+    """Starts a program in a terminal; it ends with the test."""
+    with ExitStack() as stack:
+
+        def run(code: str) -> Terminal:
+            terminal = Terminal(OWN_TERMINAL + code)
+            stack.callback(terminal.close)
+            return terminal
+
+        yield run
 
 
-def test_ctrl_c_stops_the_answer_and_not_the_session(terminal):
+def test_a_real_engine_stops_its_answer_at_ctrl_c_and_gives_the_next(run_in_terminal):
+    """Answers would take seconds each: end tokens are held back."""
+    words = ["chat", "--device", "cpu", "--min-tokens", "1500", "--temperature", "0"]
+    terminal = run_in_terminal(f"import sys; from tpllm.cli import main; sys.exit(main({words}))")
+    terminal.wait_for("loading weights")
+    terminal.wait_for("  ready")
+    for _ in range(2):
+        terminal.wait_for("> ")
+        terminal.type("What is 348 + 44?\n")
+        terminal.wait_for("?\r\n392")
+        terminal.type("\x03")
+        terminal.wait_for(" [stopped]\r\n")
+        terminal.wait_for("> ")
+        terminal.type("/reset\n")
+    terminal.wait_for("> ")
+    terminal.type("\x04")
+    assert terminal.process.wait(DEADLINE_S) == 0
+
+
+def test_ctrl_c_stops_the_answer_and_not_the_session(run_in_terminal):
+    terminal = run_in_terminal(SESSION)
     terminal.wait_for("Ctrl-C stops an answer")
     terminal.wait_for("> ")
     terminal.type(" ".join(f"w{i}" for i in range(400)) + "\n")

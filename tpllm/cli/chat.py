@@ -3,19 +3,23 @@
 import sys
 from argparse import Namespace
 from contextlib import closing
+from dataclasses import replace
+from typing import Any
 
 from tpllm.cli.command import Commands, add_command, add_engine_flags, engine, engine_settings
+from tpllm.cli.options import given_flags
 from tpllm.cli.sampling import (
     LEFT_OUT,
     add_sampling_flags,
     chat_prompt,
-    sampling_params,
     stream,
 )
 from tpllm.llm import LLM
 from tpllm.sampling_params import SamplingParams
 
-DEFAULTS = {"temperature": 0.7, "max_tokens": None}
+# As the help shows them: from the model's generation_config.json, where it has one.
+RECOMMENDED = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+DEFAULTS = dict.fromkeys(RECOMMENDED, "what the model recommends") | {"max_tokens": "none"}
 # One answer is shown as it comes, as text.
 OF_NO_USE = ("n", "logprobs", "prompt_logprobs", "detokenize")
 
@@ -39,9 +43,11 @@ def add(commands: Commands) -> None:
 
 
 def run(args: Namespace) -> int:
-    params = sampling_params(args, DEFAULTS)
+    asked: dict[str, Any] = {"max_tokens": None} | given_flags(args, SamplingParams)
+    SamplingParams(**asked)  # refused, if it is, before the engine starts
     given = engine_settings(args)
     with engine(args, given) as llm:
+        params = replace(llm.get_default_sampling_params(), **asked)
         conversation = Conversation(llm, params, args.system)
         with given.named_in_errors():  # a model without a chat template is of no use here
             chat_prompt(llm, [{"role": "user", "content": "?"}])

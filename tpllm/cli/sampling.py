@@ -50,5 +50,5 @@ def chat_prompt(llm: LLM, messages: list[dict[str, str]]) -> dict[str, list[int]
 def stream(llm: LLM, prompt: Any, params: SamplingParams) -> Generator[RequestOutput, None, None]:
     """What is new of one answer, as it comes. Whoever stops listening ends the request."""
     params = replace(params, output_kind=RequestOutputKind.DELTA)
-    with closing(llm.generate_stream(prompt, params)) as outputs:  # type: ignore[attr-defined]
+    with closing(llm.generate_stream(prompt, params)) as outputs:
         yield from outputs
