@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+import tpllm.server
 from tests.cli.fake_server import FakeServer, serving
 from tpllm.checkpoint import SHIPPED_MODEL
 from tpllm.cli import main
@@ -24,7 +25,15 @@ LINES = [line for kind, block in BLOCKS if kind == "bash" for line in block.spli
 
 
 def test_the_page_has_every_command():
-    for command in ("generate", "chat", "bench seed", "bench latency", "bench serve", "info"):
+    for command in (
+        "generate",
+        "chat",
+        "serve",
+        "bench seed",
+        "bench latency",
+        "bench serve",
+        "info",
+    ):
         assert any(f"tpllm {command}" in line for line in LINES), command
 
 
@@ -43,6 +52,7 @@ def test_every_command_of_the_page_runs(line, llm, fake_server, monkeypatch, tmp
         monkeypatch.setitem(workloads.MEASURES, name, lambda llm, repeats, breakdown: {"x": 1})
     monkeypatch.setattr(workloads, "environment", lambda llm: {})
     monkeypatch.setattr(llm, "startup_s", 1.0, raising=False)
+    monkeypatch.setattr(tpllm.server, "run", lambda model, engine, server: 0, raising=False)
     words = shlex.split(line.rpartition(" | ")[2])
     while "=" in words[0]:
         name, _, value = words.pop(0).partition("=")

@@ -16,6 +16,7 @@ from tpllm.cli.options import (
     options_of,
 )
 from tpllm.sampling_params import SamplingParams
+from tpllm.server import ServerSettings
 from tpllm.settings import Settings
 
 
@@ -157,7 +158,7 @@ def test_a_type_that_cannot_be_typed_is_our_own_mistake():
         options_of(Strange)
 
 
-@pytest.mark.parametrize("settings", [Settings, SamplingParams])
+@pytest.mark.parametrize("settings", [Settings, SamplingParams, ServerSettings])
 def test_every_field_has_help_and_a_default_that_is_valid_when_typed(settings):
     options = options_of(settings, leave_out=["output_kind"])
     assert set(field_helps(settings)) == {field.name for field in fields(settings)}

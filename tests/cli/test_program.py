@@ -108,7 +108,9 @@ def test_a_wrong_command_line_is_one_line_on_stderr(capsys, arguments, message):
     assert err.count("\n") == 1
 
 
-@pytest.mark.parametrize("command", ["generate", "chat", "info", "bench seed", "bench serve"])
+@pytest.mark.parametrize(
+    "command", ["generate", "chat", "serve", "info", "bench seed", "bench serve"]
+)
 def test_every_command_has_help_with_an_example(capsys, command):
     with pytest.raises(SystemExit) as caught:
         main([*command.split(), "--help"])

@@ -5,8 +5,10 @@ from typing import Any
 
 import pytest
 
-from tpllm.cli.sources import collect, read_config
+from tpllm.cli.options import options_of
+from tpllm.cli.sources import SETTINGS_CLASSES, collect, read_config
 from tpllm.errors import UnknownSettingError
+from tpllm.server import ServerSettings
 from tpllm.settings import Settings
 
 
@@ -120,6 +122,21 @@ def test_a_file_that_is_no_text_is_refused(tmp_path):
         read_config(path)
     with pytest.raises(FileNotFoundError, match="does not exist or is not a file"):
         read_config(tmp_path)
+
+
+def test_a_name_is_a_setting_of_one_class():
+    names = [option.name for settings in SETTINGS_CLASSES for option in options_of(settings)]
+    assert len(names) == len(set(names))
+    assert "config" not in names  # TPLLM_CONFIG names the file
+
+
+def test_settings_of_other_commands_may_stand_beside(tmp_path):
+    path = write(tmp_path, "port: 1\nseed: 2\n")
+    assert collect(Settings, {}, str(path), {"TPLLM_HOST": "::1"}).values == {"seed": 2}
+    assert collect(ServerSettings, {}, str(path), {"TPLLM_HOST": "::1"}).values == {
+        "port": 1,
+        "host": "::1",
+    }
 
 
 def test_an_unknown_setting_is_the_error_that_llm_raises_too(tmp_path):

@@ -13,9 +13,9 @@ from argparse import ArgumentParser
 from typing import NoReturn
 
 import tpllm
-from tpllm.cli import bench, chat, generate, info
+from tpllm.cli import bench, chat, generate, info, serve
 
-COMMANDS = (generate, chat, bench, info)
+COMMANDS = (generate, chat, serve, bench, info)
 
 USER_MISTAKES = (ValueError, FileNotFoundError, PermissionError)
 

@@ -18,20 +18,21 @@ class StartupProgress(AbstractContextManager["StartupProgress"]):
         self._told: set[str] = set()
 
     def __enter__(self) -> Self:
-        self._tell("starting")
+        self.tell("starting")
         return self
 
     def __exit__(self, exc_type: object, exc: object, traceback: object) -> None:
         if exc_type is None:
-            self._tell("ready")
+            self.tell("ready")
 
     def on_phase(self, rank: int, phase: str) -> None:
         """A worker has begun a phase."""
         if phase not in self._told:
             self._told.add(phase)
-            self._tell(phase)
+            self.tell(phase)
 
-    def _tell(self, phase: str) -> None:
+    def tell(self, phase: str) -> None:
+        """Write a line."""
         if not self._quiet:
             seconds = time.perf_counter() - self._begin
             print(f"tpllm: {seconds:5.1f} s  {phase}", file=self._stream, flush=True)

@@ -12,10 +12,11 @@ import yaml
 
 from tpllm.cli.options import PREFIX, options_of
 from tpllm.errors import refuse_unknown_settings
+from tpllm.server import ServerSettings
 from tpllm.settings import Settings
 
 # Whatever command runs, the environment and a file may hold the settings of all of them.
-SETTINGS_CLASSES: tuple[type, ...] = (Settings,)
+SETTINGS_CLASSES: tuple[type, ...] = (Settings, ServerSettings)
 CONFIG_VARIABLE = PREFIX + "CONFIG"
 
 
