@@ -1,11 +1,16 @@
-"""`tpllm serve` up to the server, for which a stand-in runs here."""
+"""`tpllm serve`: up to the server, for which a stand-in runs, and once to its very end."""
 
+import json
+import re
+import signal
+import subprocess
 import sys
 from typing import Any
 
 import pytest
 
 import tpllm.server
+from tests.scripts import ROOT
 from tpllm.cli import main
 from tpllm.server import ServerSettings
 
@@ -87,3 +92,34 @@ def test_without_the_packages_of_the_extra_it_says_which_to_install(monkeypatch,
     monkeypatch.delitem(vars(tpllm.server), "run", raising=False)
     assert main(["serve"]) == 2
     assert "run pip install 'tpllm[server]'" in capsys.readouterr().err
+
+
+def test_a_real_server_bears_the_load_of_the_bench_and_ends_at_a_signal(capsys):
+    """From the command line to the first token and back: nothing here stands in for another."""
+    words = ["--device", "cpu", "--port", "0", "--max-num-seqs", "4", "--num-kv-blocks", "64"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "tpllm", "serve", *words],
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+    )
+    assert process.stderr is not None
+    try:
+        told = ""
+        while (found := re.search(r"http://\S+:\d+(?= serves )", told)) is None:
+            line = process.stderr.readline()
+            assert line, f"the server ended: {told}"
+            told += line
+        assert "loading weights" in told
+        load = "--num-prompts 3 --num-warmups 1 --input-len 8 --output-len 4 --endpoint chat"
+        assert main(["bench", "serve", "--base-url", found[0], *load.split()]) == 0
+        process.send_signal(signal.SIGTERM)
+        _, rest = process.communicate(timeout=120)
+    finally:
+        process.kill()
+        process.communicate()
+    assert process.returncode == 0, rest
+    [run] = json.loads(capsys.readouterr().out.splitlines()[-1])["runs"]
+    assert (run["completed"], run["output_tokens"]) == (3, 12)
+    assert run["input_tokens"] > 3 * 8  # the chat template has words of its own
+    assert run["ttft_ms"]["p50"] > 0
