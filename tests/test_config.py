@@ -5,7 +5,7 @@ import pytest
 import tpllm.config
 from tests.checkpoints import write_config
 from tpllm.checkpoint import resolve_model
-from tpllm.config import EngineConfig, can_use_flash_attn
+from tpllm.config import EngineConfig, why_no_flash_attn
 from tpllm.devices import Gpu
 from tpllm.errors import UnknownSettingError
 
@@ -152,18 +152,25 @@ def test_an_unknown_keyword_is_refused_with_the_nearest_name(machine):
 
 
 @pytest.mark.parametrize(
-    "gpus, dtype, head_dim, expected",
+    "gpus, dtype, head_dim, reason",
     [
-        ([H200], "bfloat16", 128, True),
-        ([H200, H200], "float16", 64, True),
-        ([H200], "float32", 128, False),
-        ([H200], "bfloat16", 320, False),
-        ([H200], "bfloat16", 60, False),
-        ([], "bfloat16", 128, False),
+        ([H200], "bfloat16", 128, None),
+        ([H200, H200], "float16", 64, None),
+        ([H200], "float32", 128, "it knows no float32"),
+        ([H200], "bfloat16", 320, "head_dim=320 is no multiple of 8 up to 256"),
+        ([H200], "bfloat16", 60, "head_dim=60 is no multiple of 8 up to 256"),
+        ([], "bfloat16", 128, "it needs a GPU"),
     ],
 )
-def test_flash_attn_serves_where_it_can(machine, gpus, dtype, head_dim, expected):
+def test_flash_attn_serves_where_it_can(machine, gpus, dtype, head_dim, reason):
     machine(*gpus)
-    assert can_use_flash_attn(gpus, dtype, head_dim) is expected
+    assert why_no_flash_attn(gpus, dtype, head_dim) == reason
     machine(*gpus, flash_attn=False)
-    assert not can_use_flash_attn(gpus, dtype, head_dim)
+    without = reason or "the package flash-attn is missing"
+    assert why_no_flash_attn(gpus, dtype, head_dim) == without
+
+
+def test_flash_attn_needs_an_ampere_gpu():
+    old = Gpu("Tesla T4", "GPU-t4", (7, 5))
+    reason = "Tesla T4 has compute capability 7.5, and it needs 8.0"
+    assert why_no_flash_attn([H200, old], "float16", 128) == reason

@@ -21,6 +21,7 @@ MAY_IMPORT = {
     "models": {"layers", "parallel", "model_config", "checkpoint"},
     "channel": PLAIN,
     "worker": PLAIN | {"models", "layers", "parallel", "channel", "checkpoint", "child_process"},
+    "server": PLAIN | {"async_llm"},
     "engine": PLAIN | {"channel", "child_process", "interrupts"},
 }
 WITHOUT_TORCH = {"torch", "triton", "transformers", "flash_attn"}
@@ -83,6 +84,11 @@ def test_import_tpllm_loads_nothing_heavy():
 def test_the_configuration_needs_no_torch():
     statement = "from tpllm.config import EngineConfig; EngineConfig.resolve()"
     assert not loaded_by(statement) & WITHOUT_TORCH
+
+
+def test_the_servers_settings_need_none_of_its_packages():
+    loaded = loaded_by("from tpllm.server import ServerSettings")
+    assert not loaded & {*WITHOUT_TORCH, "fastapi", "uvicorn", "numpy"}
 
 
 def test_every_public_name_resolves():

@@ -20,10 +20,19 @@ SHORT = SamplingParams(temperature=0, max_tokens=6)
 DRAWN = [SamplingParams(temperature=0.8, max_tokens=24, seed=i, ignore_eos=True) for i in range(6)]
 
 
+HEARD: list[tuple[int, str]] = []
+
+
 @pytest.fixture(scope="module")
 def llm() -> Iterator[LLM]:
-    with LLM(device="cpu", num_kv_blocks=40, max_num_seqs=16) as llm:
+    with LLM(
+        device="cpu", num_kv_blocks=40, max_num_seqs=16, on_phase=lambda *phase: HEARD.append(phase)
+    ) as llm:
         yield llm
+
+
+def test_the_phases_of_the_start_are_told(llm: LLM) -> None:
+    assert {(0, "importing torch"), (0, "loading weights")} <= set(HEARD)
 
 
 def test_texts_ids_and_mappings_give_the_same(llm: LLM) -> None:
@@ -257,7 +266,7 @@ def test_a_sequence_longer_than_the_cache_is_refused_if_asked_for() -> None:
 
 def test_help_shows_every_setting() -> None:
     parameters = inspect.signature(LLM).parameters
-    assert list(parameters) == [field.name for field in fields(Settings)]
+    assert list(parameters) == [*(field.name for field in fields(Settings)), "on_phase"]
     assert parameters["tensor_parallel_size"].default == 1
     assert "gpu_memory_utilization: share of each GPU" in (LLM.__doc__ or "")
 

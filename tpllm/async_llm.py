@@ -5,7 +5,7 @@ import os
 import threading
 import time
 import weakref
-from collections.abc import AsyncGenerator, Iterable
+from collections.abc import AsyncGenerator, Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractAsyncContextManager, suppress
 from itertools import count
@@ -40,6 +40,7 @@ class AsyncLLM(AbstractAsyncContextManager["AsyncLLM"]):
 
     Args:
         model: local folder or Hugging Face id; None for the small model that ships with tpllm
+        on_phase: called with rank and phase as the workers start, "loading weights" for one
         **settings: see `tpllm.settings.Settings` for every keyword
 
     Raises:
@@ -50,6 +51,8 @@ class AsyncLLM(AbstractAsyncContextManager["AsyncLLM"]):
     def __init__(
         self,
         model: str | os.PathLike[str] | None = None,
+        *,
+        on_phase: Callable[[int, str], None] | None = None,
         **settings: Unpack[SettingsKeywords],
     ) -> None:
         begin = time.perf_counter()
@@ -61,7 +64,7 @@ class AsyncLLM(AbstractAsyncContextManager["AsyncLLM"]):
             if self.config.tokenizer_folder is not None:
                 self._tokenizer = Tokenizer(self.config.tokenizer_folder)
                 loading = self._encoder.submit(self._tokenizer.load)  # while the engine starts
-            client = EngineClient(self.config)
+            client = EngineClient(self.config, on_phase=on_phase)
             if self._tokenizer is not None:
                 loading.result()
         except BaseException:

@@ -65,7 +65,7 @@ class EngineConfig(Settings):
         model_config.check_parallel(wanted.tensor_parallel_size)
         device, gpus = _resolve_device(wanted)
         dtype = _resolve_dtype(wanted, device, gpus, model_config)
-        use_flash_attn = can_use_flash_attn(gpus, dtype, model_config.head_dim)
+        use_flash_attn = why_no_flash_attn(gpus, dtype, model_config.head_dim) is None
         concrete = {
             "device": device,
             "dtype": dtype,
@@ -120,16 +120,18 @@ class EngineConfig(Settings):
         return cls(**values)
 
 
-def can_use_flash_attn(gpus: list[Gpu], dtype: str, head_dim: int) -> bool:
-    """Whether flash-attn 2 can prefill: the package is there, and takes these GPUs and heads."""
-    return (
-        bool(gpus)
-        and all(gpu.compute_capability >= (8, 0) for gpu in gpus)
-        and dtype in HALF_DTYPES
-        and head_dim % 8 == 0
-        and head_dim <= 256
-        and find_spec("flash_attn") is not None
-    )
+def why_no_flash_attn(gpus: list[Gpu], dtype: str, head_dim: int) -> str | None:
+    """What keeps flash-attn 2 from doing the prefill; None if it can."""
+    if not gpus:
+        return "it needs a GPU"
+    for gpu in gpus:
+        if gpu.compute_capability < (8, 0):
+            return f"{gpu.name} has compute capability {gpu.capability}, and it needs 8.0"
+    if dtype not in HALF_DTYPES:
+        return f"it knows no {dtype}"
+    if head_dim % 8 or head_dim > 256:
+        return f"head_dim={head_dim} is no multiple of 8 up to 256"
+    return None if find_spec("flash_attn") is not None else "the package flash-attn is missing"
 
 
 def _hub_name(model: str | None) -> str | None:
@@ -168,10 +170,9 @@ def _resolve_dtype(
         dtype = model_config.dtype if device == "cuda" else "float32"
     for rank, gpu in enumerate(gpus):
         if dtype == "bfloat16" and gpu.compute_capability < (8, 0):
-            major, minor = gpu.compute_capability
             raise ValueError(
                 f"dtype='bfloat16' needs compute capability 8.0, and GPU {rank} ({gpu.name}) has "
-                f"{major}.{minor}; use dtype='float16' or dtype='float32'"
+                f"{gpu.capability}; use dtype='float16' or dtype='float32'"
             )
     return dtype
 

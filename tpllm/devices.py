@@ -14,6 +14,11 @@ class Gpu:
     uuid: str
     compute_capability: tuple[int, int]
 
+    @property
+    def capability(self) -> str:
+        """The compute capability as people write it: "9.0"."""
+        return ".".join(map(str, self.compute_capability))
+
 
 def visible_gpus() -> list[Gpu]:
     """The GPUs that CUDA would offer here, in order; none without a driver or a CUDA torch.

@@ -3,7 +3,7 @@
 import os
 import threading
 import time
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, closing, contextmanager
 from typing import Any, Self, Unpack
@@ -32,6 +32,7 @@ class LLM(AbstractContextManager["LLM"]):
 
     Args:
         model: local folder or Hugging Face id; None for the small model that ships with tpllm
+        on_phase: called with rank and phase as the workers start, "loading weights" for one
         **settings: see `tpllm.settings.Settings` for every keyword
 
     Raises:
@@ -43,6 +44,8 @@ class LLM(AbstractContextManager["LLM"]):
     def __init__(
         self,
         model: str | os.PathLike[str] | None = None,
+        *,
+        on_phase: Callable[[int, str], None] | None = None,
         **settings: Unpack[SettingsKeywords],
     ) -> None:
         begin = time.perf_counter()
@@ -56,7 +59,7 @@ class LLM(AbstractContextManager["LLM"]):
                 if self.config.tokenizer_folder is not None:
                     self._tokenizer = Tokenizer(self.config.tokenizer_folder)
                     loading = pool.submit(self._tokenizer.load)
-                coordinator = Coordinator(self.config)
+                coordinator = Coordinator(self.config, on_phase=on_phase)
             if self._tokenizer is not None:
                 loading.result()
         except BaseException:

@@ -156,7 +156,8 @@ def signature() -> Signature:
         for field in fields(Settings)
         if field.name != "model"
     ]
-    return Signature([model, *keywords])
+    on_phase = Parameter("on_phase", Parameter.KEYWORD_ONLY, default=None)
+    return Signature([model, *keywords, on_phase])
 
 
 def _check_path(name: str, value: object) -> str | None:

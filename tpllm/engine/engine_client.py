@@ -5,6 +5,7 @@ import socket
 import subprocess
 import sys
 import weakref
+from collections.abc import Callable
 from contextlib import suppress
 
 from tpllm.child_process import write_spec
@@ -29,23 +30,36 @@ _GRACE_S = 5.0  # for a process whose connection has ended to end itself
 class EngineClient:
     """Starts an engine's process, talks to it, and sees to its end.
 
+    `on_phase(rank, phase)` hears of the workers' progress until they are ready.
+
     Raises:
         ValueError: the engine refused a setting; nothing of it is left running.
         WorkerError: it failed to start; likewise.
     """
 
-    def __init__(self, config: EngineConfig) -> None:
+    def __init__(
+        self, config: EngineConfig, *, on_phase: Callable[[int, str], None] | None = None
+    ) -> None:
         self._processes = ChildProcesses(os.getpid())
         # runs at garbage collection and at the interpreter's exit, whichever comes first
         self._finalizer = weakref.finalize(self, self._processes.release)
         try:
             with Interrupts():  # what has been made, but not yet noted, could not be given back
                 self._start(config)
-            (ready,) = self.receive()
-            self.worker_pids: list[int] = ready["worker_pids"]
+            self.worker_pids = self._wait_until_ready(on_phase)
         except BaseException:
             self._processes.release()
             raise
+
+    def _wait_until_ready(self, on_phase: Callable[[int, str], None] | None) -> list[int]:
+        """The workers' process ids, once there are all; `on_phase` hears how they get there."""
+        while True:
+            for message in self.receive():
+                if message["type"] == "ready":
+                    worker_pids: list[int] = message["worker_pids"]
+                    return worker_pids
+                if on_phase:
+                    on_phase(message["rank"], message["phase"])
 
     def _start(self, config: EngineConfig) -> None:
         processes = self._processes

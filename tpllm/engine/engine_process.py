@@ -29,7 +29,9 @@ def main() -> NoReturn:
     connection = Connection(socket.socket(fileno=spec["socket"]))
     exit_code = 1
     try:
-        _run(Coordinator(EngineConfig.from_json(spec["config"])), connection)
+        config = EngineConfig.from_json(spec["config"])
+        coordinator = Coordinator(config, on_phase=lambda *phase: _tell_phase(connection, *phase))
+        _run(coordinator, connection)
         exit_code = 0
     except EOFError:  # the caller is gone: there is nobody to tell
         pass
@@ -37,6 +39,10 @@ def main() -> NoReturn:
         connection.send(_describe(error))
     connection.flush(_FLUSH_TIMEOUT_S)
     os._exit(exit_code)  # no destructors: everything has been given back
+
+
+def _tell_phase(connection: Connection, rank: int, phase: str) -> None:
+    connection.send({"type": "phase", "rank": rank, "phase": phase})
 
 
 def _run(coordinator: Coordinator, connection: Connection) -> None:

@@ -8,6 +8,7 @@ To the engine:
     shutdown
 
 From it:
+    phase       rank, phase: what a worker has begun, until all are ready
     ready       worker_pids, once the engine can take requests
     updates     updates: the fields of a `RequestUpdate` in order, of every request with news of one
                 step

@@ -1,0 +1,174 @@
+"""Flags, environment variables and help, made of a settings class."""
+
+from argparse import ArgumentParser
+from dataclasses import dataclass, fields
+from enum import Enum
+from typing import Literal
+
+import pytest
+
+from tpllm.cli.options import (
+    Option,
+    add_flags,
+    add_positional,
+    field_helps,
+    given_flags,
+    options_of,
+)
+from tpllm.sampling_params import SamplingParams
+from tpllm.server import ServerSettings
+from tpllm.settings import Settings
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kinds:
+    """One field of each kind.
+
+    Attributes:
+        count: how many,
+            on two lines
+        share: 50% of it
+        name: a text
+        switch: whether so
+        numbers: several numbers
+        texts: one text, or several
+        pairs: numbers by id
+        mode: one of two
+
+    Raises:
+        ValueError: not part of the help.
+    """
+
+    count: int | None = None
+    share: float = 0.5
+    name: str = "x"
+    switch: bool = True
+    numbers: tuple[int, ...] | list[int] | None = None
+    texts: str | tuple[str, ...] | list[str] = ()
+    pairs: dict[int, float] | None = None
+    mode: Literal["a", "b"] = "a"
+
+
+OPTIONS = {option.name: option for option in options_of(Kinds)}
+
+
+def parsed(*words: str, settings: type = Kinds) -> dict[str, object]:
+    parser = ArgumentParser(exit_on_error=False)
+    add_flags(parser, settings, "settings")
+    return given_flags(parser.parse_args(words), settings)
+
+
+@pytest.mark.parametrize(
+    "words, value",
+    [
+        ("--count 5", 5),
+        ("--count none", None),
+        ("--share 1e-3", 0.001),
+        ("--name none", "none"),
+        ("--switch", True),
+        ("--no-switch", False),
+        ("--numbers 1,2 --numbers 3", [1, 2, 3]),
+        ("--numbers none", None),
+        ("--texts a,b --texts c", ["a,b", "c"]),
+        ("--pairs 5=1.5,6=-2 --pairs 7=0", {5: 1.5, 6: -2.0, 7: 0.0}),
+        ("--mode b", "b"),
+    ],
+)
+def test_a_flag_gives_a_value_of_the_type_of_its_field(words, value):
+    assert parsed(*words.split()) == {words.split()[0][2:].replace("no-", ""): value}
+
+
+def test_what_is_not_given_is_absent():
+    assert parsed() == {}
+
+
+@pytest.mark.parametrize(
+    "name, text, value",
+    [
+        ("switch", "Yes", True),
+        ("switch", "0", False),
+        ("numbers", "1, 2", [1, 2]),
+        ("texts", "a, b", ["a", "b"]),
+        ("pairs", "1=2,3=4", {1: 2.0, 3: 4.0}),
+    ],
+)
+def test_an_environment_variable_parts_items_by_commas(name, text, value):
+    assert OPTIONS[name].parse(text) == value
+
+
+@pytest.mark.parametrize(
+    "name, text, message",
+    [
+        ("count", "5.0", "'5.0' is not a whole number"),
+        ("count", "", "'' is not a whole number"),
+        ("share", "half", "'half' is not a number"),
+        ("share", "none", "'none' is not a number"),
+        ("switch", "maybe", "'maybe' is neither true nor false"),
+        ("numbers", "1,x", "'x' is not a whole number"),
+        ("pairs", "5", "'5' is not of the form ID=NUMBER"),
+        ("pairs", "a=5", "'a' is not a token id"),
+        ("mode", "c", "'c' is not one of 'a', 'b'"),
+    ],
+)
+def test_a_text_of_the_wrong_type_is_refused(name, text, message):
+    with pytest.raises(ValueError) as caught:
+        OPTIONS[name].parse(text)
+    assert str(caught.value) == message
+
+
+def test_help_is_the_docstring_s_words_with_the_default(capsys):
+    parser = ArgumentParser()
+    add_flags(parser, Kinds, "settings", leave_out=["mode"], defaults={"count": 7})
+    parser.print_help()
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "--count N How many, on two lines (default: 7)" in shown
+    assert "--share X 50% of it (default: 0.5)" in shown
+    assert "--switch, --no-switch Whether so (default: true)" in shown
+    assert "--texts TEXT One text, or several (default: none)" in shown
+    assert "--mode" not in shown and "ValueError" not in shown
+
+
+def test_a_word_says_the_same_as_its_flag_but_not_beside_it():
+    parser = ArgumentParser()
+    add_positional(parser, Kinds, "name")
+    add_flags(parser, Kinds, "settings")
+    assert given_flags(parser.parse_args(["abc"]), Kinds) == {"name": "abc"}
+    assert given_flags(parser.parse_args(["--name", "abc"]), Kinds) == {"name": "abc"}
+    assert given_flags(parser.parse_args([]), Kinds) == {}
+    for words in (["abc", "--name", "b"], ["--name", "b", "abc"]):
+        with pytest.raises(ValueError, match="name is given twice: '.*' and '.*'"):
+            given_flags(parser.parse_args(words), Kinds)
+
+
+def test_two_classes_may_have_a_field_of_one_name():
+    parser = ArgumentParser()
+    add_flags(parser, Settings, "engine", leave_out=["seed"])
+    add_flags(parser, SamplingParams, "sampling", leave_out=["output_kind"])
+    args = parser.parse_args(["--seed", "3", "--dtype", "float32"])
+    assert given_flags(args, SamplingParams) == {"seed": 3}
+    assert given_flags(args, Settings) == {"dtype": "float32"}
+
+
+def test_a_type_that_cannot_be_typed_is_our_own_mistake():
+    @dataclass
+    class Strange:
+        kind: Enum
+
+    with pytest.raises(TypeError, match="kind: .* has no form on a command line"):
+        options_of(Strange)
+
+
+@pytest.mark.parametrize("settings", [Settings, SamplingParams, ServerSettings])
+def test_every_field_has_help_and_a_default_that_is_valid_when_typed(settings):
+    options = options_of(settings, leave_out=["output_kind"])
+    assert set(field_helps(settings)) == {field.name for field in fields(settings)}
+    for option in options:
+        assert option.help and "\n" not in option.help
+        assert settings(**typed_default(option)) == settings()
+
+
+def typed_default(option: Option) -> dict[str, object]:
+    """The default as typed by somebody who has read of it in the help."""
+    if option.default_text == "none":
+        return {}
+    return {option.name: option.parse(option.default_text)}

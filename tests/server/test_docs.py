@@ -1,0 +1,32 @@
+"""What docs/server.md says of settings, metrics and fields is what there is."""
+
+import re
+from dataclasses import fields
+from pathlib import Path
+
+import httpx
+import pytest
+
+from tpllm.server import ServerSettings
+from tpllm.server.protocol import ChatCompletionRequest, CompletionRequest
+
+DOCS = (Path(__file__).parents[2] / "docs" / "server.md").read_text()
+
+
+def test_every_setting_is_in_the_table_with_its_default() -> None:
+    rows = re.findall(r"^\| `(\w+)` \| `(.+?)` \|", DOCS, re.MULTILINE)
+    assert rows == [(field.name, repr(field.default)) for field in fields(ServerSettings)]
+
+
+def test_every_metric_is_in_the_table(http: httpx.Client) -> None:
+    names = re.findall(r"^# TYPE (\w+) ", http.get("/metrics").text, re.MULTILINE)
+    told = re.sub(r"`_waiting`", "`tpllm_sequences_waiting`", DOCS)
+    missing = [n for n in names if not n.endswith("_created") and f"`{n}" not in told]
+    assert missing == []
+
+
+@pytest.mark.parametrize("body", [CompletionRequest, ChatCompletionRequest])
+def test_every_field_is_named(body: type[CompletionRequest]) -> None:
+    not_yet = {"response_format", "structured_outputs", "best_of", "suffix", "modalities"}
+    names = {name for name in body.model_fields if not name.startswith("guided_")} - not_yet
+    assert [name for name in sorted(names) if f"`{name}`" not in DOCS] == []

@@ -1,0 +1,299 @@
+"""What raw HTTP gets: bad bodies, keys, limits, slow and half-closed clients."""
+
+import json
+import logging
+import socket
+from collections.abc import Iterator
+from contextlib import suppress
+from typing import Any
+
+import httpx
+import pytest
+from openai import AuthenticationError, NotFoundError
+
+from tests.leaks import wait_until
+from tests.server.conftest import Served, running_server
+
+CHAT = "/v1/chat/completions"
+HELLO = {"messages": [{"role": "user", "content": "hello"}]}
+
+
+def error_of(response: httpx.Response, status: int) -> dict[str, Any]:
+    """The error of an answer, which has OpenAI's shape and this status."""
+    assert response.status_code == status, response.text
+    error: dict[str, Any] = response.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    return error
+
+
+def head(path: str, length: int) -> bytes:
+    return (
+        f"POST {path} HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
+        f"content-length: {length}\r\n\r\n"
+    ).encode()
+
+
+def read_all(sock: socket.socket) -> bytes:
+    """What comes until the server closes the connection."""
+    data = b""
+    with suppress(ConnectionResetError):
+        while more := sock.recv(65536):
+            data += more
+    return data
+
+
+# ---- bodies ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "body, message",
+    [
+        (b"{", "the body is not valid JSON"),
+        (b"", "the body must be a JSON object"),
+        (b"[]", "the body must be a JSON object"),
+        (b"\xff\xfe\x00", "the body cannot be read as JSON"),
+        (b"[" * 100_000, "the body cannot be read as JSON"),
+        (b'{"messages": 5}', "messages=5 must be a valid list"),
+        (b"{}", "messages is missing"),
+        (
+            b'{"messages": [{"role": "user", "content": "\\ud800"}]}',
+            "prompt 0 holds a lone surrogate",
+        ),
+        (b'{"messages": [], "\\ud800": 1}', "the name of a field is not valid Unicode"),
+        (
+            b'{"messages": [{"role": "user", "content": "x"}], "x": "\\ud800"}',
+            "there is no field 'x'",
+        ),
+        (
+            b'{"messages": [{"role": "user", "content": "x"}], "temperature": NaN}',
+            "temperature=nan must be",
+        ),
+        (
+            b'{"messages": [{"role": "user", "content": "x"}], "seed": 1e999}',
+            "seed=inf must be a",
+        ),
+    ],
+)
+def test_a_bad_body_is_refused_in_openais_shape(
+    http: httpx.Client, body: bytes, message: str
+) -> None:
+    response = http.post(CHAT, content=body, headers={"content-type": "application/json"})
+    error = error_of(response, 400)
+    assert error["message"].startswith(message), error["message"]
+    assert error["type"] == "invalid_request_error"
+
+
+def test_json_must_be_called_json(http: httpx.Client) -> None:
+    # a page of another origin can send text/plain without asking: it must not reach the model
+    body = json.dumps(HELLO)
+    response = http.post(CHAT, content=body, headers={"content-type": "text/plain"})
+    assert "Content-Type: application/json" in error_of(response, 400)["message"]
+
+
+def test_paths_and_methods_that_are_not_there(http: httpx.Client) -> None:
+    assert "/v1/nothing" in error_of(http.get("/v1/nothing"), 404)["message"]
+    assert "GET is not allowed" in error_of(http.get(CHAT), 405)["message"]
+
+
+def test_another_model_is_not_found(served: Served) -> None:
+    with served.openai() as client, pytest.raises(NotFoundError) as refused:
+        client.completions.create(model="gpt-9", prompt="x")
+    assert refused.value.code == "model_not_found"
+    assert refused.value.param == "model"
+
+
+@pytest.fixture(scope="module")
+def strict() -> Iterator[Served]:
+    """A server with a key and narrow limits."""
+    with running_server(
+        api_key="s3cret",
+        max_body_bytes=2000,
+        client_timeout_s=0.5,
+        cors_origins=["https://good.example"],
+        log_requests=True,
+    ) as served:
+        yield served
+
+
+@pytest.fixture
+def with_key(strict: Served) -> Iterator[httpx.Client]:
+    with strict.http(headers={"authorization": "Bearer s3cret"}) as http:
+        yield http
+
+
+def test_a_body_beyond_the_limit_is_refused(with_key: httpx.Client) -> None:
+    body = json.dumps({**HELLO, "user": "x" * 3000}).encode()
+    json_type = {"content-type": "application/json"}
+    error = error_of(with_key.post(CHAT, content=body, headers=json_type), 413)
+    assert error["code"] == "body_too_large"
+    parts = (body[i : i + 500] for i in range(0, len(body), 500))  # without a Content-Length
+    error_of(with_key.post(CHAT, content=parts, headers=json_type), 413)
+    assert with_key.post(CHAT, json=HELLO).status_code == 200
+
+
+def test_a_huge_body_is_refused_without_being_kept(with_key: httpx.Client) -> None:
+    parts = (b" " * 100_000 for _ in range(300))
+    response = with_key.post(CHAT, content=parts, headers={"content-type": "application/json"})
+    error_of(response, 413)
+
+
+# ---- keys ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        None,
+        "s3cret",
+        "Bearer",
+        "Bearer s3cre",
+        "Bearer s3cret2",
+        "Basic s3cret",
+        "Bearer é",
+    ],
+)
+def test_without_the_key_nothing_is_told(strict: Served, value: str | None) -> None:
+    headers = {} if value is None else {"authorization": value.encode("latin-1")}
+    with strict.http(headers=headers) as http:
+        for path in ("/v1/models", "/metrics", "/version", "/openapi.json", "/nothing"):
+            error = error_of(http.get(path), 401)
+            assert error["code"] == "invalid_api_key"
+            assert "s3cre" not in error["message"]
+        error_of(http.post(CHAT, json=HELLO), 401)
+        assert http.get("/health").status_code == 200
+    assert strict.engine.seen == [] or all(len(ids) for ids, _ in strict.engine.seen)
+
+
+def test_openais_client_sends_the_key(strict: Served) -> None:
+    with strict.openai("s3cret") as client:
+        assert [model.id for model in client.models.list()] == ["letters"]
+    with strict.openai("wrong") as client, pytest.raises(AuthenticationError):
+        client.models.list()
+
+
+def test_requests_are_logged_without_their_secrets(
+    strict: Served, with_key: httpx.Client, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.INFO, "tpllm.server"):
+        private = {"messages": [{"role": "user", "content": "my diary"}]}
+        assert with_key.post(CHAT + "?q=my+query", json=private).status_code == 200
+        with strict.http() as http:
+            http.get("/v1/models", headers={"authorization": "Bearer hush"})
+        assert wait_until(lambda: len(caplog.messages) >= 2)
+    assert "method=POST path=/v1/chat/completions status=200 outcome=ok" in caplog.text
+    assert "path=/v1/models status=401 outcome=invalid" in caplog.text
+    assert not any(word in caplog.text for word in ("diary", "query", "s3cret", "hush"))
+
+
+def test_the_key_is_in_no_repr() -> None:
+    from tpllm.server import ServerSettings
+
+    assert "s3cret" not in repr(ServerSettings(api_key="s3cret"))
+
+
+def test_only_named_origins_may_call_from_a_page(strict: Served) -> None:
+    ask = {
+        "access-control-request-method": "POST",
+        "access-control-request-headers": "authorization",
+    }
+    with strict.http() as http:  # a preflight has no key
+        good = http.options(CHAT, headers={"origin": "https://good.example", **ask})
+        evil = http.options(CHAT, headers={"origin": "https://evil.example", **ask})
+    assert good.headers["access-control-allow-origin"] == "https://good.example"
+    assert "access-control-allow-origin" not in evil.headers
+
+
+def test_without_cors_no_origin_may(http: httpx.Client) -> None:
+    response = http.get("/v1/models", headers={"origin": "https://good.example"})
+    assert "access-control-allow-origin" not in response.headers
+    assert response.headers["x-content-type-options"] == "nosniff"
+
+
+# ---- clients that are gone, slow or broken ---------------------------------------------------
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("how", ["close", "half-close"])
+def test_a_client_that_hangs_up_ends_its_request(served: Served, stream: bool, how: str) -> None:
+    served.hold()
+    body = json.dumps({**HELLO, "stream": stream}).encode()
+    with served.connect() as sock:
+        sock.sendall(head(CHAT, len(body)) + body)
+        assert wait_until(lambda: served.engine.num_running == 1)
+        if how == "half-close":  # it cannot be told from one that is gone
+            sock.shutdown(socket.SHUT_WR)
+            assert wait_until(lambda: served.engine.num_running == 0)
+    assert wait_until(lambda: served.engine.num_running == 0)
+    assert len(served.engine.gone) == 1
+    served.go_on()
+
+
+def test_a_stream_that_is_left_early_ends_its_request(served: Served) -> None:
+    served.engine.reply = "x" * 500
+    served.engine.step_s = 0.01
+    with served.openai() as client:
+        stream = client.chat.completions.create(
+            model="letters", messages=[{"role": "user", "content": "x"}], stream=True
+        )
+        next(iter(stream))
+        stream.close()
+        assert wait_until(lambda: served.engine.num_running == 0)
+    assert len(served.engine.gone) == 1
+
+
+def test_several_prompts_are_all_ended(served: Served) -> None:
+    served.hold()
+    body = json.dumps({"prompt": ["a", "b", "c"]}).encode()
+    with served.connect() as sock:
+        sock.sendall(head("/v1/completions", len(body)) + body)
+        assert wait_until(lambda: served.engine.num_running == 3)
+    assert wait_until(lambda: len(served.engine.gone) == 3)
+
+
+def test_a_request_that_does_not_end_is_given_up(strict: Served) -> None:
+    for beginning in (
+        b"",
+        b"POST /v1",
+        head(CHAT, 100).replace(b"host", b"authorization: Bearer s3cret\r\nhost") + b"{",
+    ):
+        with strict.connect() as sock:
+            sock.sendall(beginning)
+            answer = read_all(sock)
+        assert answer == b"" or answer.startswith(b"HTTP/1.1 408")
+
+
+def test_a_client_that_does_not_read_is_given_up(strict: Served) -> None:
+    engine = strict.engine
+    engine.reply, engine.letters_per_step = "x" * 1900, 1
+    body = json.dumps({**HELLO, "stream": True, "n": 100, "logprobs": True}).encode()
+    key = b"authorization: Bearer s3cret\r\nhost"
+    try:
+        with socket.socket() as sock:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            sock.connect(("127.0.0.1", strict.port))
+            sock.sendall(head(CHAT, len(body)).replace(b"host", key) + body)
+            assert wait_until(lambda: engine.num_running == 100)
+            assert wait_until(lambda: engine.num_running == 0)
+        assert len(engine.gone) == 1
+    finally:
+        engine.reply, engine.letters_per_step = None, 3
+
+
+def test_an_endless_head_is_refused(served: Served) -> None:
+    with served.connect() as sock:
+        with suppress(ConnectionError):
+            sock.sendall(b"GET / HTTP/1.1\r\n" + b"a: b\r\n" * 20_000)
+        assert read_all(sock)[:12] in (b"HTTP/1.1 431", b"")
+
+
+def test_what_is_no_http_is_refused_in_openais_shape(served: Served) -> None:
+    with served.connect() as sock:
+        sock.sendall(b"\x16\x03\x01 this is TLS\r\n\r\n")
+        answer = read_all(sock)
+    assert answer.startswith(b"HTTP/1.1 400")
+    assert json.loads(answer.partition(b"\r\n\r\n")[2])["error"]["code"] is None
+
+
+def test_a_connection_serves_several_requests(http: httpx.Client) -> None:
+    for _ in range(3):
+        assert http.post(CHAT, json=HELLO).status_code == 200

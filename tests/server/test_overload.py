@@ -1,0 +1,220 @@
+"""A full queue, requests that take too long, an engine that dies, and the quiet end."""
+
+import asyncio
+import os
+import signal
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import httpx
+import pytest
+from openai import APIError, InternalServerError, RateLimitError
+
+from tests.leaks import wait_until
+from tests.server.conftest import running_server
+from tests.server.fake_engine import FakeEngine
+from tests.server.test_http import CHAT, HELLO, error_of
+from tpllm.server import ServerSettings, serve
+from tpllm.server.admission import Admission
+from tpllm.server.serving import listening_socket
+
+
+def small() -> FakeEngine:
+    return FakeEngine(max_num_seqs=1)
+
+
+def test_a_full_queue_answers_429_while_those_inside_go_on() -> None:
+    with running_server(small, max_queue=2) as served, served.http() as http:
+        served.hold()
+        with ThreadPoolExecutor(3) as pool:
+            inside = [pool.submit(http.post, CHAT, json=HELLO) for _ in range(3)]
+            assert wait_until(lambda: served.engine.num_running == 3)
+            refused = http.post(CHAT, json=HELLO)
+            error = error_of(refused, 429)
+            assert error["type"] == "rate_limit_error" and error["code"] == "queue_full"
+            assert 1 <= int(refused.headers["retry-after"]) <= 60
+            with served.openai() as client, pytest.raises(RateLimitError):
+                client.completions.create(model="letters", prompt="x", stream=True)
+            assert http.get("/health").status_code == 200
+            served.go_on()
+            assert all(each.result().status_code == 200 for each in inside)
+        assert http.post(CHAT, json=HELLO).status_code == 200
+        too_many = http.post("/v1/completions", json={"prompt": "x", "n": 4})
+        assert "at most 3 at a time" in error_of(too_many, 400)["message"]
+        metrics = http.get("/metrics").text
+        assert f'tpllm_requests_total{{outcome="overloaded",path="{CHAT}"}} 1.0' in metrics
+
+
+def test_a_request_that_takes_too_long_is_ended() -> None:
+    with running_server(request_timeout_s=0.3) as served, served.http() as http:
+        served.hold()
+        error = error_of(http.post(CHAT, json=HELLO), 504)
+        assert error["code"] == "timeout" and "0.3 s" in error["message"]
+        assert wait_until(lambda: served.engine.num_running == 0)
+        served.go_on()
+        served.engine.reply, served.engine.step_s = "x" * 300, 0.05
+        with served.openai() as client, pytest.raises(APIError, match="longer than"):
+            for _ in client.completions.create(
+                model="letters", prompt="x", max_tokens=300, stream=True
+            ):
+                pass
+        assert len(served.engine.gone) == 2
+        assert 'outcome="timeout"' in http.get("/metrics").text
+
+
+def test_an_engine_that_dies_is_told_to_everyone_and_ends_the_server() -> None:
+    with running_server() as served, served.http() as http:
+        served.hold()
+        with ThreadPoolExecutor(2) as pool:
+            waiting = [
+                pool.submit(http.post, CHAT, json={**HELLO, "stream": stream})
+                for stream in (False, True)
+            ]
+            assert wait_until(lambda: served.engine.num_running == 2)
+            served.call(served.engine.die)
+            for each in waiting:
+                error = error_of(each.result(), 503)
+                assert error["message"] == "the engine has failed: worker rank 1 died in step 7"
+                assert error["code"] == "engine_failed"
+        assert served.exit_code.result(30) == 1
+        assert served.engine.is_closed
+
+
+def test_a_dead_engine_shows_in_health_and_refuses() -> None:
+    async def answers() -> list[httpx.Response]:
+        from tpllm.server import build_app
+
+        engine = FakeEngine()
+        engine.die()
+        transport = httpx.ASGITransport(build_app(engine))
+        async with httpx.AsyncClient(transport=transport, base_url="http://x") as http:
+            return [
+                await http.get("/health"),
+                await http.post(CHAT, json=HELLO),
+                await http.get("/metrics"),
+            ]
+
+    health, chat, metrics = asyncio.run(answers())
+    assert health.status_code == 503
+    assert health.json()["status"] == "the engine has failed: worker rank 1 died in step 7"
+    assert "secret" not in health.text
+    assert error_of(chat, 503)["code"] == "engine_failed"
+    assert "tpllm_engine_up 0.0" in metrics.text
+
+
+def test_a_failure_in_the_middle_of_a_stream_is_an_event() -> None:
+    with running_server() as served, served.openai() as client:
+        served.engine.reply, served.engine.step_s = "x" * 300, 0.02
+        stream = client.completions.create(model="letters", prompt="x", max_tokens=300, stream=True)
+        next(iter(stream))
+        served.call(served.engine.die)
+        with pytest.raises(APIError, match="the engine has failed"):
+            list(stream)
+
+
+def test_a_mistake_of_ours_is_told_without_its_insides(caplog: pytest.LogCaptureFixture) -> None:
+    with running_server() as served, served.openai() as client:
+        served.engine.generate = None
+        with pytest.raises(InternalServerError, match="in an unexpected way") as failed:
+            client.completions.create(model="letters", prompt="x")
+        assert "NoneType" not in str(failed.value)
+        assert "NoneType" in caplog.text
+
+
+def test_a_drain_lets_the_running_end_and_refuses_the_new() -> None:
+    with running_server(drain_timeout_s=30) as served, served.http() as http:
+        served.hold()
+        with ThreadPoolExecutor(1) as pool:
+            running = pool.submit(http.post, CHAT, json=HELLO)
+            assert wait_until(lambda: served.engine.num_running == 1)
+            served.call(served.stop.set)
+            assert wait_until(lambda: http.get("/health").status_code == 503)
+            assert http.get("/health").json()["status"] == "shutting down"
+            refused = http.post(CHAT, json=HELLO)
+            assert error_of(refused, 503)["code"] == "shutting_down"
+            assert refused.headers["retry-after"] == "1"
+            served.go_on()
+            assert running.result().status_code == 200
+        assert served.exit_code.result(30) == 0
+
+
+def test_a_drain_ends_what_runs_longer_than_its_time() -> None:
+    with running_server(drain_timeout_s=0.1) as served, served.http() as http:
+        served.hold()
+        with ThreadPoolExecutor(1) as pool:
+            running = pool.submit(http.post, CHAT, json=HELLO)
+            assert wait_until(lambda: served.engine.num_running == 1)
+            served.call(served.stop.set)
+            assert error_of(running.result(), 503)["code"] == "shutting_down"
+        assert served.exit_code.result(30) == 0
+        assert len(served.engine.gone) == 1
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("twice", [False, True])
+def test_one_signal_drains_and_two_end_at_once(number: int, twice: bool) -> None:
+    """In the main thread, where signals arrive; the client is in another."""
+    settings = ServerSettings(port=0, drain_timeout_s=60)
+    codes: list[Any] = []
+
+    def client(port: int, engine: FakeEngine, go_on: Any) -> None:
+        url = f"http://127.0.0.1:{port}"
+        with httpx.Client(base_url=url, timeout=30) as http, ThreadPoolExecutor(1) as pool:
+            running = pool.submit(http.post, CHAT, json=HELLO)
+            assert wait_until(lambda: engine.num_running == 1)
+            os.kill(os.getpid(), number)
+            assert wait_until(lambda: http.get("/health").status_code == 503)
+            if twice:
+                os.kill(os.getpid(), number)
+            else:
+                go_on()
+            codes.append(running.result().status_code)
+
+    async def main(sock: Any) -> int:
+        engine = FakeEngine()
+        engine.hold.clear()
+        loop = asyncio.get_running_loop()
+
+        def go_on() -> None:
+            loop.call_soon_threadsafe(engine.hold.set)
+
+        args = (sock.getsockname()[1], engine, go_on)
+        thread = threading.Thread(target=client, args=args, name="tpllm-test-client")
+        sock.listen()  # connections wait until the server is there
+        thread.start()
+        code = await serve(engine, settings, sock)
+        thread.join(30)
+        assert not thread.is_alive()
+        return code
+
+    before = signal.getsignal(number)
+    with listening_socket(settings) as sock:
+        code = asyncio.run(main(sock))
+    assert signal.getsignal(number) is before
+    assert (code, codes) == ((128 + number, [503]) if twice else (0, [200]))
+
+
+def test_retry_after_follows_the_pace_of_the_server() -> None:
+    async def run() -> tuple[int, int]:
+        admission = Admission(1, 60)
+        slow = admission._retry_after_s()
+        for _ in range(100):
+            with admission.enter(1):
+                pass
+        return slow, admission._retry_after_s()
+
+    assert asyncio.run(run()) == (5, 9)
+
+
+def test_a_taken_port_is_refused_before_anything_starts() -> None:
+    with listening_socket(ServerSettings(port=0)) as sock:
+        sock.listen()
+        port = sock.getsockname()[1]
+        taken = f"port={port} of host='127.0.0.1' cannot be had"
+        with pytest.raises(ValueError, match=taken), listening_socket(ServerSettings(port=port)):
+            pass
+    unknown = "host='no such host' is no address"
+    settings = ServerSettings(host="no such host")
+    with pytest.raises(ValueError, match=unknown), listening_socket(settings):
+        pass

@@ -1,0 +1,84 @@
+"""ServerSettings: what is taken, what is refused, and what a model advises."""
+
+from typing import Any
+
+import pytest
+
+from tests.server.conftest import running_server
+from tests.server.fake_engine import FakeEngine
+from tpllm.errors import UnknownSettingError
+from tpllm.server import ServerSettings
+
+
+def test_the_defaults_let_nobody_else_in() -> None:
+    settings = ServerSettings()
+    assert settings.host == "127.0.0.1" and settings.is_local
+    assert settings.cors_origins == () and settings.log_requests is False
+    assert not ServerSettings(host="0.0.0.0").is_local
+
+
+def test_names_and_origins_are_kept_as_tuples() -> None:
+    settings = ServerSettings(served_model_name="a", cors_origins=["http://localhost:3000", "*"])
+    assert settings.served_model_name == ("a",)
+    assert settings.cors_origins == ("http://localhost:3000", "*")
+    hash(settings)
+
+
+@pytest.mark.parametrize(
+    "wrong, message",
+    [
+        ({"port": 70000}, "port=70000 must be at most 65535"),
+        ({"port": "8000"}, "port='8000' must be a whole number"),
+        ({"host": ""}, "host='' must be an address"),
+        ({"max_queue": -1}, "max_queue=-1 must be at least 0"),
+        ({"max_logprobs": 21}, "max_logprobs=21 must be at most 20"),
+        ({"request_timeout_s": 0}, "request_timeout_s=0.0 must be more than 0"),
+        ({"drain_timeout_s": float("inf")}, "drain_timeout_s=inf must be finite"),
+        ({"page": 1}, "page=1 must be True or False"),
+        ({"served_model_name": []}, "served_model_name=.. names nothing"),
+        ({"served_model_name": [""]}, "served_model_name holds ''"),
+        ({"cors_origins": ["example.org"]}, "cors_origins holds 'example.org', which is no origin"),
+        ({"cors_origins": ["https://example.org/"]}, "which is no origin"),
+        ({"cors_origins": 5}, "cors_origins=5 must be a text, or a list of texts"),
+    ],
+)
+def test_a_wrong_setting_is_refused_by_name(wrong: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ServerSettings(**wrong)
+
+
+@pytest.mark.parametrize("key", ["", "two words", "schlüssel", b"bytes"])
+def test_a_wrong_key_is_refused_without_being_shown(key: Any) -> None:
+    with pytest.raises(ValueError, match="^api_key must be") as refused:
+        ServerSettings(api_key=key)
+    assert not key or repr(key) not in str(refused.value)
+
+
+def test_an_unknown_setting_is_refused_with_the_nearest() -> None:
+    with pytest.raises(UnknownSettingError, match="did you mean 'max_queue'"):
+        ServerSettings(max_queues=1)  # type: ignore[call-arg]
+
+
+def test_what_a_request_leaves_open_is_the_models_advice() -> None:
+    defaults = {"temperature": 0.6, "top_k": 20, "max_tokens": 50}
+    chat = {"messages": [{"role": "user", "content": "hello"}]}
+    with running_server(lambda: FakeEngine(defaults=defaults)) as served, served.http() as http:
+        for path, body in (
+            ("/v1/chat/completions", chat),
+            ("/v1/chat/completions", {**chat, "temperature": 0.1, "max_tokens": 3}),
+            ("/v1/completions", {"prompt": "x"}),
+        ):
+            assert http.post(path, json=body).status_code == 200
+        seen = [params for _, params in served.engine.seen]
+    assert [params.temperature for params in seen] == [0.6, 0.1, 0.6]
+    assert [params.max_tokens for params in seen] == [50, 3, 16]
+    assert {params.top_k for params in seen} == {20}
+
+
+def test_answers_have_a_longest_length() -> None:
+    with running_server(max_output_tokens=3) as served, served.http() as http:
+        chat = {"messages": [{"role": "user", "content": "hello"}]}
+        assert http.post("/v1/chat/completions", json=chat).status_code == 200
+        assert served.engine.seen[0][1].max_tokens == 3
+        refused = http.post("/v1/chat/completions", json={**chat, "max_tokens": 4})
+        assert refused.json()["error"]["message"] == "max_tokens=4 must be at most 3"

@@ -1,0 +1,235 @@
+"""A lean HTTP/1.1 client on asyncio, for many server-sent streams at once.
+
+A load generator must not be what it measures. A general HTTP library spends several times as much
+on each piece of a stream (docs/cli.md has the figures), which at 256 streams is more than there is.
+So this one does the least: one connection for each request, read where the bytes arrive.
+"""
+
+import asyncio
+import json
+import ssl
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+from urllib.parse import urlsplit
+
+import tpllm
+
+OnData = Callable[[bytes, float], None]  # bytes of the body, and when they came
+
+
+@dataclass(frozen=True)
+class Server:
+    """Where an OpenAI-compatible server is.
+
+    Attributes:
+        url: "http://host:port", with or without a path and the "/v1" of OpenAI's clients
+        api_key: sent as a bearer token; None for none
+
+    Raises:
+        ValueError: `url` is none.
+    """
+
+    url: str
+    api_key: str | None = None
+
+    def __post_init__(self) -> None:
+        try:
+            parts = urlsplit(self.url)
+            is_url = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+        except ValueError:  # a port that is no number
+            is_url = False
+        if not is_url:
+            raise ValueError(f"--base-url {self.url} must be of the form http://host:port")
+
+    @property
+    def root(self) -> str:
+        """The path above /v1, where vLLM's and our own endpoints are."""
+        return urlsplit(self.url).path.rstrip("/").removesuffix("/v1")
+
+    async def connect(self, on_data: OnData | None = None) -> "Exchange":
+        """Open the connection for one request.
+
+        Raises:
+            OSError: there is nobody.
+        """
+        parts = urlsplit(self.url)
+        tls = ssl.create_default_context() if parts.scheme == "https" else None
+        port = parts.port or (443 if tls else 80)
+        loop = asyncio.get_running_loop()
+        assert parts.hostname is not None
+        try:
+            _, exchange = await loop.create_connection(
+                lambda: Exchange(on_data), parts.hostname, port, ssl=tls
+            )
+        except OSError as error:
+            raise ConnectionError(f"no server answers at {self.url} ({error})") from error
+        return exchange
+
+    def request(self, method: str, path: str, body: dict[str, Any] | None = None) -> bytes:
+        """A request as it goes over the wire; `path` begins below `root`."""
+        content = b"" if body is None else json.dumps(body).encode()
+        lines = [
+            f"{method} {self.root}{path} HTTP/1.1",
+            f"Host: {urlsplit(self.url).netloc.rpartition('@')[2]}",
+            f"User-Agent: tpllm/{tpllm.__version__}",
+            "Connection: close",
+            f"Content-Length: {len(content)}",
+        ]
+        if body is not None:
+            lines.append("Content-Type: application/json")
+        if self.api_key is not None:
+            lines.append(f"Authorization: Bearer {self.api_key}")
+        return "\r\n".join(lines).encode() + b"\r\n\r\n" + content
+
+    async def call(self, method: str, path: str, body: dict[str, Any] | None = None) -> Any:
+        """The JSON that answers a request which is not streamed.
+
+        Raises:
+            OSError: there is nobody, or no answer that is HTTP and JSON.
+            HTTPStatusError: the answer is no success.
+        """
+        collected: list[bytes] = []
+        exchange = await self.connect(lambda data, _: collected.append(data))
+        try:
+            status = await exchange.run(self.request(method, path, body))
+        finally:
+            exchange.close()
+        content = b"".join(collected)
+        if status != 200:
+            raise HTTPStatusError(path, status, content)
+        try:
+            return json.loads(content)
+        except ValueError:
+            raise OSError(f"{path} of {self.url} answers something other than JSON") from None
+
+
+class HTTPStatusError(OSError):
+    """An answer other than 200.
+
+    Attributes:
+        status: the number
+    """
+
+    def __init__(self, path: str, status: int, content: bytes) -> None:
+        words = " ".join(content.decode(errors="replace").split())[:300]
+        super().__init__(f"{path} answers with HTTP {status}: {words}")
+        self.status = status
+
+
+class Exchange(asyncio.Protocol):
+    """One request and its answer, on a connection of its own.
+
+    `on_data(bytes, time)` gets the body as it comes, without the frames of chunked encoding; time
+    is that of time.perf_counter() when the bytes were read.
+    """
+
+    def __init__(self, on_data: OnData | None) -> None:
+        self._on_data = on_data
+        self._buffer = bytearray()
+        self._status: int | None = None
+        self._chunked = False
+        self._left: int | None = None  # bytes of a body whose length was announced
+        self._transport: asyncio.Transport | None = None
+        self._done: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+
+    async def run(self, request: bytes) -> int:
+        """Send the request; the status of the answer, once its body has come.
+
+        Raises:
+            OSError: the connection ended before, or what came is not HTTP.
+        """
+        assert self._transport is not None
+        self._transport.write(request)
+        return await self._done
+
+    def close(self) -> None:
+        if self._transport is not None:
+            self._transport.abort()
+
+    # ---- asyncio calls these -----------------------------------------------------------------
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport)
+        self._transport = transport
+
+    def data_received(self, data: bytes) -> None:
+        now = time.perf_counter()
+        if self._done.done():
+            return
+        self._buffer += data
+        try:
+            if self._status is None and not self._take_head():
+                return
+            self._take_body(now)
+        except ValueError as error:
+            self._fail(f"the server's answer is not HTTP/1.1 ({error})")
+
+    def connection_lost(self, error: Exception | None) -> None:
+        if self._done.done():
+            return
+        if self._status is not None and not self._chunked and self._left is None:
+            self._done.set_result(self._status)  # a body that ends with its connection
+        else:
+            self._fail(f"the server closed the connection early ({error or 'no reason given'})")
+
+    # ---- inside ------------------------------------------------------------------------------
+
+    def _take_head(self) -> bool:
+        """Read status and headers once they are complete."""
+        head, blank, rest = bytes(self._buffer).partition(b"\r\n\r\n")
+        if not blank:
+            return False
+        lines = head.decode("latin-1").split("\r\n")
+        version, _, rest_of_line = lines[0].partition(" ")
+        if not version.startswith("HTTP/1."):
+            raise ValueError(lines[0][:40])
+        self._status = int(rest_of_line[:3])
+        for line in lines[1:]:
+            name, _, value = line.partition(":")
+            if name.lower() == "transfer-encoding":
+                self._chunked = "chunked" in value.lower()
+            elif name.lower() == "content-length":
+                self._left = int(value)
+        self._buffer = bytearray(rest)
+        return True
+
+    def _take_body(self, now: float) -> None:
+        if self._chunked:
+            self._take_chunks(now)
+            return
+        data = bytes(self._buffer)
+        self._buffer.clear()
+        if self._left is not None:
+            data = data[: self._left]
+            self._left -= len(data)
+        if data and self._on_data is not None:
+            self._on_data(data, now)
+        if self._left == 0:
+            self._finish()
+
+    def _take_chunks(self, now: float) -> None:
+        """Each chunk is its size in hexadecimal, a line end, the bytes, a line end."""
+        buffer = self._buffer
+        while (end := buffer.find(b"\r\n")) >= 0:
+            size = int(buffer[:end].partition(b";")[0], 16)
+            begin = end + 2
+            if len(buffer) < begin + size + 2:
+                return
+            data = bytes(buffer[begin : begin + size])
+            del buffer[: begin + size + 2]
+            if size == 0:
+                self._finish()
+                return
+            if self._on_data is not None:
+                self._on_data(data, now)
+
+    def _finish(self) -> None:
+        assert self._status is not None
+        self._done.set_result(self._status)
+        self.close()
+
+    def _fail(self, message: str) -> None:
+        self._done.set_exception(ConnectionError(message))
+        self.close()

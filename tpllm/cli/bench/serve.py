@@ -1,0 +1,242 @@
+"""`tpllm bench serve`: loads any OpenAI-compatible server, and tells how it bears it.
+
+A run sends its requests as a Poisson process of a given rate, at most so many at once; several
+rates give a curve. Each run has prompts of its own, so that no prefix cache helps from run to run.
+"""
+
+import asyncio
+import json
+import math
+import os
+import random
+import resource
+import sys
+from argparse import ArgumentTypeError, Namespace
+from itertools import product
+from typing import Any
+
+from tqdm import tqdm
+
+import tpllm
+from tpllm.cli.bench.client import Server
+from tpllm.cli.bench.load import Job, arrival_times, run_load
+from tpllm.cli.bench.prompts import random_prompt, single_token_words, token_counter
+from tpllm.cli.bench.report import parse_objectives, print_curve, print_run, summarize
+from tpllm.cli.command import Commands, add_command
+
+PATHS = {"completions": "/v1/completions", "chat": "/v1/chat/completions"}
+
+
+def add(commands: Commands) -> None:
+    parser = add_command(
+        commands,
+        "serve",
+        run,
+        "load an OpenAI-compatible server, and measure latencies and throughput",
+        "tpllm bench serve --request-rate 1 2 4 8 --goodput ttft:200 tpot:50",
+    )
+    _add_server_flags(parser.add_argument_group("server"))
+    _add_load_flags(parser.add_argument_group("load"))
+    _add_request_flags(parser.add_argument_group("requests"))
+
+
+def _add_server_flags(group: Any) -> None:
+    group.add_argument("--base-url", default="http://127.0.0.1:8000", metavar="URL")
+    group.add_argument("--model", help="as the server calls it (default: its first)")
+    group.add_argument("--endpoint", choices=tuple(PATHS), default="completions")
+    group.add_argument(
+        "--api-key",
+        default=os.environ.get("OPENAI_API_KEY"),
+        metavar="KEY",
+        help="sent as a bearer token (default: OPENAI_API_KEY)",
+    )
+    group.add_argument(
+        "--tokenizer", metavar="MODEL", help="counts tokens (default: the server's /tokenize)"
+    )
+
+
+def _add_load_flags(group: Any) -> None:
+    group.add_argument(
+        "--request-rate",
+        type=_rate,
+        nargs="+",
+        default=[math.inf],
+        metavar="R",
+        help="requests per second, arriving at random; inf (default) sends all at once",
+    )
+    group.add_argument(
+        "--max-concurrency",
+        type=_positive,
+        nargs="+",
+        default=[None],
+        metavar="N",
+        help="most requests at one time (default: any number)",
+    )
+    group.add_argument(
+        "--num-prompts", type=_positive, default=200, metavar="N", help="a run (200)"
+    )
+    group.add_argument("--num-warmups", type=_positive, default=4, metavar="N", help="untimed (4)")
+    group.add_argument(
+        "--seed", type=int, default=0, metavar="N", help="of prompts and arrivals (0)"
+    )
+    group.add_argument(
+        "--goodput",
+        nargs="+",
+        default=[],
+        metavar="NAME:MS",
+        help="count requests that keep all of these: ttft, tpot, e2el in milliseconds",
+    )
+    group.add_argument(
+        "--timeout-s", type=float, default=3600.0, metavar="S", help="for one request (3600)"
+    )
+
+
+def _add_request_flags(group: Any) -> None:
+    for name, default in (("input", (512, 512)), ("output", (128, 128))):
+        group.add_argument(
+            f"--{name}-len",
+            type=_length,
+            default=default,
+            metavar="N|LO-HI",
+            help=f"tokens of each {name}, drawn evenly from a range ({default[0]})",
+        )
+    group.add_argument("--temperature", type=float, default=0.0, metavar="T", help="(0)")
+    group.add_argument(
+        "--respect-eos",
+        action="store_true",
+        help="let the model end early; do not send ignore_eos, which OpenAI itself lacks",
+    )
+    group.add_argument(
+        "--extra-body", type=_json_object, default={}, metavar="JSON", help="more for each request"
+    )
+
+
+def run(args: Namespace) -> int:
+    objectives = parse_objectives(args.goodput)
+    server = Server(args.base_url, args.api_key)
+    _allow_many_files()
+    runs = asyncio.run(_measure(args, server, objectives))
+    if len(runs) > 1:
+        print_curve(runs)
+    given = {k: v for k, v in vars(args).items() if k not in ("run", "api_key", "command", "debug")}
+    print(
+        json.dumps({"tpllm": tpllm.__version__, "arguments": _plain(given), "runs": _plain(runs)})
+    )
+    return 0 if all(figures["completed"] for figures in runs) else 1
+
+
+async def _measure(
+    args: Namespace, server: Server, objectives: dict[str, float]
+) -> list[dict[str, Any]]:
+    model = args.model or await _first_model(server)
+    print(f"tpllm: {model} at {server.url}", file=sys.stderr)
+    words = await single_token_words(token_counter(server, model, args.tokenizer))
+    draw = random.Random(args.seed)
+    await _warm_up(args, server, _jobs(args, model, words, args.num_warmups, draw))
+    runs = []
+    for rate, max_concurrency in product(args.request_rate, args.max_concurrency):
+        jobs = _jobs(args, model, words, args.num_prompts, draw)
+        arrivals = arrival_times(rate, len(jobs), args.seed)
+        with tqdm(total=len(jobs), unit="request", leave=False, disable=None) as bar:
+            load = await run_load(
+                server, jobs, arrivals, max_concurrency, args.timeout_s, on_end=bar.update
+            )
+        figures = {"request_rate": rate, "max_concurrency": max_concurrency}
+        figures |= summarize(load, objectives)
+        limit = "" if max_concurrency is None else f", at most {max_concurrency} at once"
+        print_run(f"{rate:g} requests per second{limit}", figures)
+        runs.append(figures)
+    return runs
+
+
+async def _first_model(server: Server) -> str:
+    answer = await server.call("GET", "/v1/models")
+    try:
+        return str(answer["data"][0]["id"])
+    except (KeyError, IndexError, TypeError):
+        raise OSError(f"/v1/models of {server.url} names no model; give --model") from None
+
+
+async def _warm_up(args: Namespace, server: Server, jobs: list[Job]) -> None:
+    """Send a few requests at once; what fails here would fail all along.
+
+    Raises:
+        OSError: one did.
+    """
+    load = await run_load(server, jobs, [0.0] * len(jobs), timeout_s=args.timeout_s)
+    for record in load.records:
+        if record.error is not None:
+            raise OSError(f"a request to {server.url} failed: {record.error}")
+
+
+def _jobs(
+    args: Namespace, model: str, words: list[str], num_jobs: int, draw: random.Random
+) -> list[Job]:
+    jobs = []
+    for _ in range(num_jobs):
+        num_in, num_out = draw.randint(*args.input_len), draw.randint(*args.output_len)
+        text = random_prompt(words, num_in, draw)
+        body: dict[str, Any] = {
+            "model": model,
+            "max_tokens": num_out,
+            "temperature": args.temperature,
+            "stream": True,
+            "stream_options": {"include_usage": True},
+        }
+        if args.endpoint == "chat":
+            body["messages"] = [{"role": "user", "content": text}]
+        else:
+            body["prompt"] = text
+        if not args.respect_eos:
+            body["ignore_eos"] = True
+        jobs.append(Job(PATHS[args.endpoint], body | args.extra_body, num_in))
+    return jobs
+
+
+def _allow_many_files() -> None:
+    """As many connections as the system lets us have; shells often set 1024."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+
+
+def _rate(text: str) -> float:
+    try:
+        rate = float(text)
+    except ValueError:
+        rate = 0.0
+    if not rate > 0:
+        raise ArgumentTypeError(f"{text!r} is not a rate above 0, or inf")
+    return rate
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) == 0:
+        raise ArgumentTypeError(f"{text!r} is not a whole number above 0")
+    return int(text)
+
+
+def _length(text: str) -> tuple[int, int]:
+    low, _, high = text.partition("-")
+    lowest, highest = _positive(low), _positive(high or low)
+    if lowest > highest:
+        raise ArgumentTypeError(f"{text!r} is a range that ends before it begins")
+    return lowest, highest
+
+
+def _json_object(text: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except ValueError:
+        value = None
+    if not isinstance(value, dict):
+        raise ArgumentTypeError(f"{text!r} is not a JSON object")
+    return value
+
+
+def _plain(value: Any) -> Any:
+    """JSON has no infinity: a rate of inf is written as a word."""
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return "inf" if value == math.inf else value

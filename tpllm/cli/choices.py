@@ -1,0 +1,99 @@
+"""Choices: what an engine would use here for given settings, each with its reason."""
+
+from tpllm.cli.hardware import Hardware
+from tpllm.cli.sources import Given
+from tpllm.config import EngineConfig, why_no_flash_attn
+from tpllm.devices import visible_gpus
+
+Choice = tuple[str, str]  # what is taken, and why
+
+
+def explain(given: Given, hardware: Hardware) -> dict[str, Choice]:
+    """Choice and reason by name.
+
+    Raises:
+        ValueError, FileNotFoundError: no engine could start with these settings.
+    """
+    config = EngineConfig.resolve(**given.values)
+    on_gpu = config.device == "cuda"
+    return {
+        "model": (config.model_config.name, str(config.folder)),
+        "device": _device(config, given, hardware),
+        "dtype": _dtype(config, given, on_gpu),
+        "max_model_len": (
+            f"{config.max_model_len} tokens",
+            _asked("max_model_len", given) or "the model's limit, or less if the cache is smaller",
+        ),
+        "prefill attention": _prefill(config, on_gpu),
+        "decode attention": (
+            ("split kernel (Triton)", "the kernel of our own, for GPUs")
+            if on_gpu
+            else ("torch", "the CPU has no other")
+        ),
+        "all-reduce": _all_reduce(config, hardware, on_gpu),
+        "decode steps": _decode_steps(config, given, on_gpu),
+        "KV block": (
+            f"{config.kv_block_size} tokens",
+            _asked("kv_block_size", given)
+            or ("flash-attn reads pages of 256" if config.use_flash_attn else "the default here"),
+        ),
+    }
+
+
+def _asked(name: str, given: Given) -> str | None:
+    """Where a value that overrides the default came from."""
+    if name in given.origins and given.values[name] not in (None, "auto"):
+        return f"asked for by {given.origins[name]}"
+    return None
+
+
+def _device(config: EngineConfig, given: Given, hardware: Hardware) -> Choice:
+    ranks = config.tensor_parallel_size
+    if config.device == "cuda":
+        why = f"{len(hardware.gpus)} visible"
+        return f"GPU 0 to {ranks - 1}" if ranks > 1 else "GPU 0", _asked("device", given) or why
+    why = _asked("device", given) or hardware.why_no_gpu or "no GPU is visible"
+    return f"cpu, {ranks} process{'es' if ranks > 1 else ''}", why
+
+
+def _dtype(config: EngineConfig, given: Given, on_gpu: bool) -> Choice:
+    default = "the checkpoint's" if on_gpu else "16 bits are emulated on most CPUs"
+    return config.dtype, _asked("dtype", given) or default
+
+
+def _prefill(config: EngineConfig, on_gpu: bool) -> Choice:
+    if config.use_flash_attn:
+        return "flash-attn 2", "the fastest here"
+    gpus = visible_gpus()[: config.tensor_parallel_size] if on_gpu else []
+    why = why_no_flash_attn(gpus, config.dtype, config.model_config.head_dim)
+    return "torch", f"no flash-attn: {why}"
+
+
+def _all_reduce(config: EngineConfig, hardware: Hardware, on_gpu: bool) -> Choice:
+    ranks = config.tensor_parallel_size
+    if ranks == 1:
+        return "none", "one rank has it all"
+    if not on_gpu:
+        return "Gloo", "the CPU has no other"
+    if config.disable_custom_all_reduce:
+        return "NCCL", "disable_custom_all_reduce is set"
+    links = [link for link in hardware.links if max(link.ranks) < ranks]
+    for link in links:
+        if link.peer_access is False:
+            a, b = link.ranks
+            return "NCCL", f"GPU {a} and GPU {b} do not reach each other's memory"
+    reach = "the GPUs reach each other's memory"
+    if any(link.peer_access is None for link in links):
+        reach = f"if {reach}, which NVML does not tell"
+    return (
+        "peer memory for small steps, NCCL for large ones",
+        f"{reach}; tried against NCCL when the workers start",
+    )
+
+
+def _decode_steps(config: EngineConfig, given: Given, on_gpu: bool) -> Choice:
+    if not on_gpu:
+        return "eager", "CUDA graphs need a GPU"
+    if config.enforce_eager:
+        return "eager", _asked("enforce_eager", given) or "enforce_eager is set"
+    return "CUDA graphs", "one launch for a whole step"

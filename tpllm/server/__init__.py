@@ -1,0 +1,45 @@
+"""The OpenAI-compatible server: HTTP in front of an `AsyncLLM`.
+
+`ServerSettings` loads nothing; the other names need the packages of the extra `server`.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+from tpllm.server.settings import ServerSettings
+
+if TYPE_CHECKING:
+    from tpllm.server.app import build_app
+    from tpllm.server.serving import run, serve
+
+__all__ = ["ServerSettings", "build_app", "run", "serve"]
+
+_HOME = {
+    "build_app": "tpllm.server.app",
+    "run": "tpllm.server.serving",
+    "serve": "tpllm.server.serving",
+}
+
+
+def __getattr__(name: str) -> object:
+    """Import a name from its home at first use (PEP 562).
+
+    Raises:
+        ImportError: the packages of the extra are not installed.
+    """
+    if name not in _HOME:
+        raise AttributeError(f"module 'tpllm.server' has no attribute {name!r}")
+    try:
+        value: object = getattr(import_module(_HOME[name]), name)
+    except ModuleNotFoundError as error:
+        if (error.name or "").startswith("tpllm"):
+            raise
+        raise ImportError(
+            f"the server needs the package {error.name!r}; run pip install 'tpllm[server]'"
+        ) from error
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

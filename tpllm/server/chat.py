@@ -1,0 +1,222 @@
+"""POST /v1/chat/completions: conversations answered."""
+
+import time
+from collections.abc import AsyncGenerator
+from typing import Any
+
+from starlette.responses import Response
+
+from tpllm.outputs import CompletionOutput
+from tpllm.sampling_params import SamplingParams
+from tpllm.server.answer_parser import (
+    AnswerParser,
+    CallArguments,
+    CallStart,
+    Content,
+    Piece,
+    Reasoning,
+    Thinking,
+)
+from tpllm.server.generation import Answer, Generation
+from tpllm.server.logprobs import chat_logprobs, prompt_logprobs
+from tpllm.server.protocol import ChatCompletionRequest
+from tpllm.server.responses import EventStream, JSONAnswer
+from tpllm.server.service import Service, new_id
+
+
+def answer_chat(service: Service, body: ChatCompletionRequest) -> Response:
+    """The answer to a checked request; its work begins when the answer is sent.
+
+    Raises:
+        APIError: the request is refused.
+    """
+    service.check_model(body.model)
+    params = service.sampling.of_chat(body)
+    chat = _Chat(service, body, params)
+    timeout_s = service.settings.request_timeout_s
+    if body.stream:
+        return EventStream(chat.stream(), timeout_s)
+    return JSONAnswer(chat.whole(), timeout_s)
+
+
+class _Chat:
+    def __init__(
+        self, service: Service, body: ChatCompletionRequest, params: SamplingParams
+    ) -> None:
+        self._service = service
+        self._body = body
+        self._params = params
+        self._id = new_id("chatcmpl-")
+        self._created = int(time.time())
+        self._num_top = body.top_logprobs or 0
+        self._uses_tools = bool(body.tools) and body.tool_choice != "none"
+        self._thinking = Thinking.NONE
+
+    async def whole(self) -> dict[str, Any]:
+        """The answer, once all of it is there."""
+        with self._service.admission.enter(self._params.n):
+            generation = await self._begin()
+            await generation.run()
+        content = {
+            **self._head("chat.completion"),
+            "choices": [self._choice(answer) for answer in generation.answers],
+            "usage": generation.usage(),
+        }
+        if self._body.prompt_logprobs is not None:
+            content["prompt_logprobs"] = prompt_logprobs(generation.prompts[0].logprobs or [])
+        return content
+
+    async def stream(self) -> AsyncGenerator[dict[str, Any], None]:
+        """The answer in chunks: each answer's role, what is new of it, and how it ended."""
+        options = self._body.stream_options
+        wants_usage = bool(options and options.include_usage)
+        always = bool(options and options.continuous_usage_stats)
+        head = self._head("chat.completion.chunk")
+        with self._service.admission.enter(self._params.n):
+            generation = await self._begin()
+            deltas = [_Deltas(self._parser(), self._shows_reasoning) for _ in generation.answers]
+            async for _, answer, part in generation.parts():
+                for choice in self._chunks(answer, part, deltas[answer.index]):
+                    chunk = {**head, "choices": [choice]}
+                    if always:
+                        chunk["usage"] = generation.usage()
+                    elif wants_usage:
+                        chunk["usage"] = None
+                    yield chunk
+        if wants_usage:
+            yield {**head, "choices": [], "usage": generation.usage()}
+
+    async def _begin(self) -> Generation:
+        service = self._service
+        service.check_engine()
+        text, ids = await service.prompts.render(self._conversation())
+        body = self._body
+        asked = body.max_tokens is not None or body.max_completion_tokens is not None
+        service.sampling.check_length(len(ids), self._params, asked)
+        if service.settings.parse_reasoning:
+            self._thinking = Thinking.after(text)
+        return service.generation([ids], self._params, self._id)
+
+    def _conversation(self) -> ChatCompletionRequest:
+        """The request as the template shall see it."""
+        changes: dict[str, Any] = {}
+        if self._body.tool_choice == "none":
+            changes["tools"] = None
+        if self._body.reasoning_effort == "none" and self._body.enable_thinking is None:
+            changes["enable_thinking"] = False
+        return self._body.model_copy(update=changes)
+
+    def _parser(self) -> AnswerParser:
+        max_calls = 1 if self._body.parallel_tool_calls is False else None
+        return AnswerParser(self._thinking, self._uses_tools, max_calls)
+
+    @property
+    def _shows_reasoning(self) -> bool:
+        return self._body.include_reasoning is not False
+
+    def _head(self, kind: str) -> dict[str, Any]:
+        return {
+            "id": self._id,
+            "object": kind,
+            "created": self._created,
+            "model": self._service.model_name,
+        }
+
+    def _choice(self, answer: Answer) -> dict[str, Any]:
+        """A whole answer, as OpenAI has it."""
+        parser = self._parser()
+        message = _message([*parser.feed(answer.text), *parser.finish()])
+        if not self._shows_reasoning:
+            message["reasoning_content"] = None
+        return {
+            "index": answer.index,
+            "message": message,
+            "logprobs": self._logprobs(answer),
+            "finish_reason": _finish_reason(answer.finish_reason, parser),
+            "stop_reason": answer.stop_reason,
+        }
+
+    def _chunks(
+        self, answer: Answer, part: CompletionOutput, deltas: "_Deltas"
+    ) -> list[dict[str, Any]]:
+        """Choices of the chunks that a part of an answer makes; none while a tag may be coming."""
+        new = deltas.of(part)
+        if not new and part.logprobs:
+            new = [{"content": ""}]  # its tokens are told, even if its text is not yet
+        choices: list[dict[str, Any]] = [
+            {"index": answer.index, "delta": delta, "logprobs": None, "finish_reason": None}
+            for delta in new
+        ]
+        if part.logprobs and choices:
+            choices[-1]["logprobs"] = self._logprobs(part)
+        if part.finish_reason is not None:
+            reason = _finish_reason(part.finish_reason, deltas.parser)
+            last = {"index": answer.index, "delta": {}, "logprobs": None}
+            choices.append({**last, "finish_reason": reason, "stop_reason": part.stop_reason})
+        return choices
+
+    def _logprobs(self, part: Answer | CompletionOutput) -> dict[str, Any] | None:
+        if not self._body.logprobs:
+            return None
+        return chat_logprobs(part.token_ids, part.logprobs or [], self._num_top)
+
+
+class _Deltas:
+    """The pieces of one streamed answer, as the `delta` of OpenAI's chunks."""
+
+    def __init__(self, parser: AnswerParser, shows_reasoning: bool) -> None:
+        self.parser = parser
+        self._shows_reasoning = shows_reasoning
+        self._has_begun = False
+
+    def of(self, part: CompletionOutput) -> list[dict[str, Any]]:
+        """What a part adds; its role comes before the first."""
+        pieces = self.parser.feed(part.text)
+        if part.finish_reason is not None:
+            pieces += self.parser.finish()
+        deltas = [] if self._has_begun else [{"role": "assistant", "content": ""}]
+        self._has_begun = True
+        for piece in pieces:
+            if not isinstance(piece, Reasoning) or self._shows_reasoning:
+                deltas.append(_delta(piece))
+        return deltas
+
+
+def _delta(piece: Piece) -> dict[str, Any]:
+    match piece:
+        case Reasoning(text):
+            return {"reasoning_content": text}
+        case Content(text):
+            return {"content": text}
+        case CallStart(index, name):
+            function = {"name": name, "arguments": ""}
+            call = {"index": index, "id": new_id("call_"), "type": "function", "function": function}
+            return {"tool_calls": [call]}
+        case CallArguments(index, text):
+            return {"tool_calls": [{"index": index, "function": {"arguments": text}}]}
+
+
+def _message(pieces: list[Piece]) -> dict[str, Any]:
+    content = "".join(piece.text for piece in pieces if isinstance(piece, Content))
+    reasoning = "".join(piece.text for piece in pieces if isinstance(piece, Reasoning))
+    calls: list[dict[str, Any]] = []
+    for piece in pieces:
+        if isinstance(piece, CallStart):
+            function = {"name": piece.name, "arguments": ""}
+            calls.append({"id": new_id("call_"), "type": "function", "function": function})
+        elif isinstance(piece, CallArguments):
+            calls[piece.index]["function"]["arguments"] += piece.text
+    message: dict[str, Any] = {
+        "role": "assistant",
+        "content": content if content or not calls else None,
+        "reasoning_content": reasoning or None,
+        "refusal": None,
+    }
+    if calls:
+        message["tool_calls"] = calls
+    return message
+
+
+def _finish_reason(reason: str | None, parser: AnswerParser) -> str | None:
+    """A model that calls tools has not ended its turn: it waits for what they give."""
+    return "tool_calls" if reason == "stop" and parser.num_calls else reason

@@ -1,0 +1,143 @@
+"""POST /v1/completions: texts continued."""
+
+import time
+from collections.abc import AsyncGenerator
+from typing import Any
+
+from starlette.responses import Response
+
+from tpllm.outputs import CompletionOutput
+from tpllm.sampling_params import SamplingParams
+from tpllm.server.generation import Answer, Generation, PromptState
+from tpllm.server.logprobs import completion_logprobs, prompt_logprobs
+from tpllm.server.protocol import CompletionRequest
+from tpllm.server.responses import EventStream, JSONAnswer
+from tpllm.server.service import Service, new_id
+
+
+def complete(service: Service, body: CompletionRequest) -> Response:
+    """The answer to a checked request; its work begins when the answer is sent.
+
+    Raises:
+        APIError: the request is refused.
+    """
+    service.check_model(body.model)
+    params = service.sampling.of_completion(body)
+    completion = _Completion(service, body, params)
+    timeout_s = service.settings.request_timeout_s
+    if body.stream:
+        return EventStream(completion.stream(), timeout_s)
+    return JSONAnswer(completion.whole(), timeout_s)
+
+
+class _Completion:
+    def __init__(self, service: Service, body: CompletionRequest, params: SamplingParams) -> None:
+        self._service = service
+        self._body = body
+        self._params = params
+        self._num_seqs = len(body.prompt) * params.n
+        self._head = {
+            "id": new_id("cmpl-"),
+            "object": "text_completion",
+            "created": int(time.time()),
+            "model": service.model_name,
+        }
+        self._prompt_texts: list[str] = []  # when they are echoed
+        self._first_texts: list[str] = []  # of the first token of each, when they are echoed
+        self._offsets: dict[int, int] = {}  # by answer: letters before its next token
+        self._only_echo = bool(body.echo) and body.max_tokens == 0
+
+    async def whole(self) -> dict[str, Any]:
+        """The answer, once all of it is there."""
+        with self._service.admission.enter(self._num_seqs):
+            generation = await self._begin()
+            await generation.run()
+        choices = []
+        for i, prompt in enumerate(generation.prompts):
+            for answer in prompt.answers:
+                if self._only_echo:
+                    _drop(answer)
+                choice = self._choice(i, prompt, answer, answer, is_first=True)
+                if self._body.prompt_logprobs is not None:
+                    choice["prompt_logprobs"] = prompt_logprobs(prompt.logprobs or [])
+                choices.append(choice)
+        return {**self._head, "choices": choices, "usage": generation.usage()}
+
+    async def stream(self) -> AsyncGenerator[dict[str, Any], None]:
+        """The answer in chunks."""
+        options = self._body.stream_options
+        wants_usage = bool(options and options.include_usage)
+        always = bool(options and options.continuous_usage_stats)
+        with self._service.admission.enter(self._num_seqs):
+            generation = await self._begin()
+            indices = {id(prompt): i for i, prompt in enumerate(generation.prompts)}
+            begun: set[int] = set()
+            async for prompt, answer, part in generation.parts():
+                is_first = answer.index not in begun
+                begun.add(answer.index)
+                if self._only_echo:
+                    _drop(answer)
+                shown = answer if self._only_echo else part
+                choice = self._choice(indices[id(prompt)], prompt, answer, shown, is_first)
+                chunk = {**self._head, "choices": [choice]}
+                if always:
+                    chunk["usage"] = generation.usage()
+                elif wants_usage:
+                    chunk["usage"] = None
+                yield chunk
+        if wants_usage:
+            yield {**self._head, "choices": [], "usage": generation.usage()}
+
+    async def _begin(self) -> Generation:
+        service, body = self._service, self._body
+        service.check_engine()
+        special = body.add_special_tokens is not False
+        ids = await service.prompts.encode(body.prompt, special)
+        for each in ids:
+            asked = body.max_tokens is not None and not self._only_echo
+            service.sampling.check_length(len(each), self._params, asked)
+        if body.echo:
+            for prompt, each in zip(body.prompt, ids, strict=True):
+                is_text = isinstance(prompt, str)
+                self._prompt_texts.append(prompt if is_text else await service.prompts.decode(each))
+            self._first_texts = [
+                (await service.prompts.token_texts(each[:1]) or [""])[0] for each in ids
+            ]
+        return service.generation(ids, self._params, str(self._head["id"]))
+
+    def _choice(
+        self,
+        prompt_index: int,
+        prompt: PromptState,
+        answer: Answer,
+        part: Answer | CompletionOutput,
+        is_first: bool,
+    ) -> dict[str, Any]:
+        """`part` of an answer, or all of it, as OpenAI has it."""
+        echoes = bool(self._body.echo) and is_first
+        text = self._prompt_texts[prompt_index] if echoes else ""
+        logprobs = None
+        if self._body.logprobs is not None:
+            ids, positions = list(part.token_ids), [*(part.logprobs or ())]
+            if echoes:
+                ids = [*prompt.token_ids, *ids]
+                positions = [*(prompt.logprobs or []), *positions]
+            first = self._first_texts[prompt_index] if echoes else ""
+            offset = self._offsets.get(answer.index, 0)
+            logprobs = completion_logprobs(ids, positions, self._body.logprobs, offset, first)
+            if ids:
+                self._offsets[answer.index] = logprobs["text_offset"][-1] + len(
+                    logprobs["tokens"][-1]
+                )
+        return {
+            "index": answer.index,
+            "text": text + part.text,
+            "logprobs": logprobs,
+            "finish_reason": part.finish_reason,
+            "stop_reason": part.stop_reason,
+        }
+
+
+def _drop(answer: Answer) -> None:
+    """Forget the one token that was drawn for the sake of the prompt's log-probabilities."""
+    answer.text, answer.token_ids, answer.logprobs = "", [], []

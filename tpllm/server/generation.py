@@ -1,0 +1,162 @@
+"""One HTTP request's way through the engine: several prompts, each with n answers, in parts."""
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from typing import Any
+
+from tpllm.outputs import CompletionOutput, RequestOutput
+from tpllm.sampling_params import SamplingParams
+from tpllm.server.engine import Engine
+from tpllm.server.logprobs import Position
+from tpllm.server.metrics import Metrics
+
+
+class Answer:
+    """One of n answers to one prompt, put together from what has come of it."""
+
+    def __init__(self, index: int) -> None:
+        self.index = index  # among all answers of the HTTP request
+        self.text = ""
+        self.token_ids: list[int] = []
+        self.logprobs: list[Position] = []
+        self.finish_reason: str | None = None
+        self.stop_reason: int | str | None = None
+
+    def add(self, part: CompletionOutput) -> None:
+        self.text += part.text
+        self.token_ids += part.token_ids
+        self.logprobs += part.logprobs or []
+        self.finish_reason = part.finish_reason
+        self.stop_reason = part.stop_reason
+
+
+class PromptState:
+    """One prompt of the request: its answers so far."""
+
+    def __init__(self, token_ids: list[int], answers: list[Answer]) -> None:
+        self.token_ids = token_ids
+        self.answers = answers
+        self.logprobs: list[Position | None] | None = None
+        self.num_cached_tokens = 0
+
+
+class Generation:
+    """Runs the prompts and hands on what is new, as it comes.
+
+    Args:
+        prompts: token ids
+        params: of every prompt; `output_kind` is DELTA
+        request_id: the answer's id; the engine's requests are named after it
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        metrics: Metrics,
+        prompts: list[list[int]],
+        params: SamplingParams,
+        request_id: str,
+    ) -> None:
+        self._engine = engine
+        self._metrics = metrics
+        self._params = params
+        self._request_id = request_id
+        n = params.n
+        self.prompts = [
+            PromptState(ids, [Answer(i * n + k) for k in range(n)]) for i, ids in enumerate(prompts)
+        ]
+
+    @property
+    def answers(self) -> list[Answer]:
+        return [answer for prompt in self.prompts for answer in prompt.answers]
+
+    def usage(self) -> dict[str, Any]:
+        """Tokens so far, in OpenAI's shape."""
+        prompt = sum(len(each.token_ids) for each in self.prompts)
+        completion = sum(len(answer.token_ids) for answer in self.answers)
+        cached = sum(each.num_cached_tokens for each in self.prompts)
+        return {
+            "prompt_tokens": prompt,
+            "completion_tokens": completion,
+            "total_tokens": prompt + completion,
+            "prompt_tokens_details": {"cached_tokens": cached},
+        }
+
+    async def run(self) -> None:
+        """Run to the end."""
+        async with aclosing(self.parts()) as parts:
+            async for _ in parts:
+                pass
+
+    async def parts(
+        self,
+    ) -> AsyncGenerator[tuple[PromptState, Answer, CompletionOutput], None]:
+        """Every part of every answer, when it has come and been added to its answer."""
+        begin = time.perf_counter()
+        streams = [
+            self._engine.generate(
+                {"prompt_token_ids": prompt.token_ids}, self._params, f"{self._request_id}-{i}"
+            )
+            for i, prompt in enumerate(self.prompts)
+        ]
+        last = [begin] * len(self.answers)
+        async with aclosing(_merged(streams)) as outputs:
+            async for i, output in outputs:
+                prompt = self.prompts[i]
+                prompt.num_cached_tokens = output.num_cached_tokens
+                if prompt.logprobs is None:
+                    prompt.logprobs = output.prompt_logprobs
+                for part in output.outputs:
+                    answer = prompt.answers[part.index]
+                    if answer.finish_reason is not None:
+                        continue  # it has ended, and stands here beside its siblings
+                    now = time.perf_counter()
+                    is_first = not answer.token_ids
+                    answer.add(part)
+                    if part.token_ids:
+                        self._metrics.tokens(now - last[answer.index], is_first)
+                        last[answer.index] = now
+                    yield prompt, answer, part
+        self._metrics.finished(time.perf_counter() - begin)
+
+
+async def _merged(
+    streams: list[AsyncGenerator[RequestOutput, None]],
+) -> AsyncGenerator[tuple[int, RequestOutput], None]:
+    """What comes of each stream, with the stream's index. All are closed at the end."""
+    if len(streams) == 1:  # the usual case, without a task and a queue
+        async with aclosing(streams[0]) as stream:
+            async for output in stream:
+                yield 0, output
+        return
+    queue: asyncio.Queue[tuple[int, RequestOutput] | BaseException | None] = asyncio.Queue(
+        len(streams)
+    )
+
+    async def pump(index: int, stream: AsyncGenerator[RequestOutput, None]) -> None:
+        try:
+            async with aclosing(stream):
+                async for output in stream:
+                    await queue.put((index, output))
+        except Exception as error:
+            await queue.put(error)
+        else:
+            await queue.put(None)
+
+    tasks = [asyncio.ensure_future(pump(i, stream)) for i, stream in enumerate(streams)]
+    try:
+        num_open = len(tasks)
+        while num_open:
+            item = await queue.get()
+            if isinstance(item, BaseException):
+                raise item
+            if item is None:
+                num_open -= 1
+            else:
+                yield item
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)

@@ -1,0 +1,136 @@
+"""The door: who has no key, or brings too much, gets no further. Everyone is counted."""
+
+import hashlib
+import hmac
+import logging
+import time
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from tpllm.server.errors import APIError
+from tpllm.server.service import Service
+
+logger = logging.getLogger("tpllm.server")
+
+OPEN_PATHS = frozenset({"/", "/health"})  # the page asks for the key itself; probes have none
+GENERATING_PATHS = frozenset({"/v1/completions", "/v1/chat/completions"})
+COUNTED_PATHS = GENERATING_PATHS | {"/v1/models", "/tokenize", "/detokenize"}
+
+
+class Guard:
+    """ASGI middleware around all endpoints: key, body limit, early refusal, counting, log line."""
+
+    def __init__(self, app: ASGIApp, service: Service) -> None:
+        self._app = app
+        self._service = service
+        key = service.settings.api_key
+        self._key_digest = None if key is None else _digest(key.encode())
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        begin = time.perf_counter()
+        state = scope.setdefault("state", {})
+        state["outcome"] = None
+        status = 0
+
+        async def send_counted(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                MutableHeaders(scope=message).setdefault("x-content-type-options", "nosniff")
+            await send(message)
+
+        try:
+            try:
+                self._check(scope)
+            except APIError as error:
+                await error.response()(scope, receive, send_counted)
+            else:
+                await self._app(scope, self._limited(receive), send_counted)
+        except Exception:
+            state["outcome"] = "error"
+            raise
+        finally:
+            self._tell(scope, status, 1000 * (time.perf_counter() - begin))
+
+    def _tell(self, scope: Scope, status: int, ms: float) -> None:
+        """Count a request that has been answered, and log it if that is wanted."""
+        path = scope["path"]
+        outcome = scope["state"]["outcome"] or _outcome(status)
+        if path in COUNTED_PATHS:
+            self._service.metrics.answered(path, outcome)
+        if self._service.settings.log_requests:
+            shown = path if path.isprintable() else repr(path)
+            line = "method=%s path=%s status=%d outcome=%s ms=%.1f"
+            logger.info(line, scope["method"], shown, status, outcome, ms)
+
+    def _check(self, scope: Scope) -> None:
+        """What can be refused by the head of a request.
+
+        Raises:
+            APIError
+        """
+        headers = Headers(scope=scope)
+        path = scope["path"]
+        if path not in OPEN_PATHS and not self._knows_key(headers):
+            raise APIError(
+                401,
+                "the API key is missing or wrong; send it as Authorization: Bearer ...",
+                code="invalid_api_key",
+                headers={"WWW-Authenticate": "Bearer"},
+            )
+        length = headers.get("content-length", "")
+        if length.isdecimal() and int(length) > self._service.settings.max_body_bytes:
+            raise self._too_large()
+        if path in GENERATING_PATHS and scope["method"] == "POST":
+            self._service.check_engine()  # and all before the body is read
+            self._service.admission.check()
+
+    def _knows_key(self, headers: Headers) -> bool:
+        if self._key_digest is None:
+            return True
+        scheme, _, key = headers.get("authorization", "").partition(" ")
+        # digests have one length: the time to compare tells nothing, not even how long the key is
+        same = hmac.compare_digest(_digest(key.strip().encode("latin-1")), self._key_digest)
+        return same and scheme.lower() == "bearer"
+
+    def _limited(self, receive: Receive) -> Receive:
+        """`receive`, with the body's limit also where its length was not announced."""
+        num_bytes = 0
+
+        async def receive_limited() -> Message:
+            nonlocal num_bytes
+            message = await receive()
+            num_bytes += len(message.get("body", b""))
+            if num_bytes > self._service.settings.max_body_bytes:
+                raise self._too_large()
+            return message
+
+        return receive_limited
+
+    def _too_large(self) -> APIError:
+        limit = self._service.settings.max_body_bytes
+        return APIError(
+            413,
+            f"the body is larger than {limit} bytes, this server's limit",
+            code="body_too_large",
+        )
+
+
+def _digest(key: bytes) -> bytes:
+    return hashlib.sha256(key).digest()
+
+
+def _outcome(status: int) -> str:
+    if status == 429:
+        return "overloaded"
+    if status == 503:
+        return "unavailable"
+    if status == 504:
+        return "timeout"
+    if status >= 500:
+        return "error"
+    return "invalid" if status >= 400 else "ok"

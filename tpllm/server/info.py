@@ -1,0 +1,160 @@
+"""Endpoints that tell of the model and the engine, and the tokenizer's two."""
+
+import asyncio
+from collections.abc import Iterable
+from typing import Any
+
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.exposition import CONTENT_TYPE_LATEST
+from starlette.responses import Response
+
+import tpllm
+from tpllm.checks import check_int
+from tpllm.server.errors import APIError, from_value_error, to_json
+from tpllm.server.protocol import Conversation, DetokenizeRequest, TokenizeRequest
+from tpllm.server.responses import engine_failed
+from tpllm.server.service import Service
+
+STATS_TIMEOUT_S = 5.0
+
+
+def json_response(content: object, status: int = 200) -> Response:
+    return Response(to_json(content), status, media_type="application/json")
+
+
+def models(service: Service) -> Response:
+    """GET /v1/models: every name of the one model."""
+    return json_response(
+        {"object": "list", "data": [_card(service, n) for n in service.model_names]}
+    )
+
+
+def model(service: Service, name: str) -> Response:
+    """GET /v1/models/NAME. Raises: APIError 404."""
+    service.check_model(name)
+    return json_response(_card(service, name))
+
+
+def _card(service: Service, name: str) -> dict[str, Any]:
+    return {
+        "id": name,
+        "object": "model",
+        "created": service.created,
+        "owned_by": "tpllm",
+        "root": service.engine.config.model or service.engine.config.model_config.name,
+        "parent": None,
+        "max_model_len": service.engine.config.max_model_len,
+    }
+
+
+def version() -> Response:
+    """GET /version."""
+    return json_response({"version": tpllm.__version__})
+
+
+async def tokenize(service: Service, body: TokenizeRequest) -> Response:
+    """POST /tokenize: vLLM's shape. Raises: APIError 400."""
+    service.check_model(body.model)
+    if (body.prompt is None) == (body.messages is None):
+        raise APIError(400, "give either prompt, a text, or messages, a conversation")
+    if body.prompt is not None:
+        special = body.add_special_tokens is not False
+        ids = (await service.prompts.encode([body.prompt], special))[0]
+    else:
+        names = Conversation.model_fields.keys() & body.model_fields_set
+        conversation = Conversation.model_construct(**{name: getattr(body, name) for name in names})
+        _, ids = await service.prompts.render(conversation)
+    texts = await service.prompts.token_texts(ids) if body.return_token_strs else None
+    limit = service.engine.config.max_model_len
+    content = {"count": len(ids), "max_model_len": limit, "tokens": ids, "token_strs": texts}
+    return json_response(content)
+
+
+async def detokenize(service: Service, body: DetokenizeRequest) -> Response:
+    """POST /detokenize: vLLM's shape. Raises: APIError 400."""
+    service.check_model(body.model)
+    try:
+        ids = [check_int(f"tokens[{i}]", each, minimum=0) for i, each in enumerate(body.tokens)]
+    except ValueError as error:
+        raise from_value_error(error) from None
+    return json_response({"prompt": await service.prompts.decode(ids)})
+
+
+async def health(service: Service) -> Response:
+    """GET /health: 200 while the engine can take requests, otherwise 503; and every rank."""
+    status, ranks = "ok", []
+    if service.engine.dead_error is not None:
+        status = engine_failed(service.engine.dead_error).message
+    else:
+        stats = await _stats(service)
+        if stats is None:
+            status = f"the engine has not answered for {STATS_TIMEOUT_S:g} s"
+        else:
+            ranks = [dict(rank) for rank in stats.health]
+            if not all(rank["alive"] for rank in ranks):
+                status = "a rank has ended"
+    if status == "ok" and service.admission.draining:
+        status = "shutting down"
+    content = {"status": status, "model": service.model_name, "ranks": ranks}
+    return json_response(content, 200 if status == "ok" else 503)
+
+
+async def metrics(service: Service) -> Response:
+    """GET /metrics. Without the engine's own figures once it has failed."""
+    families = list(_families(service, await _stats(service)))
+    return Response(service.metrics.text(families), media_type=CONTENT_TYPE_LATEST)
+
+
+async def _stats(service: Service) -> Any | None:
+    """The engine's figures; None if it has failed, or does not answer."""
+    if service.engine.dead_error is not None:
+        return None
+    try:
+        async with asyncio.timeout(STATS_TIMEOUT_S):
+            return await service.engine.stats()
+    except (TimeoutError, RuntimeError):
+        return None
+
+
+def _families(service: Service, stats: Any | None) -> Iterable[Metric]:
+    def gauge(name: str, words: str, value: float) -> Metric:
+        return GaugeMetricFamily(f"tpllm_{name}", words, value=value)
+
+    def counter(name: str, words: str, value: float) -> Metric:
+        return CounterMetricFamily(f"tpllm_{name}", words, value=value)
+
+    yield gauge("engine_up", "1 while the engine runs, 0 once it has failed", stats is not None)
+    yield gauge(
+        "server_sequences",
+        "Sequences in the server, running or waiting",
+        service.admission.num_seqs,
+    )
+    yield gauge("server_draining", "1 while the server shuts down", service.admission.draining)
+    limit = service.engine.config.max_num_seqs
+    yield gauge("max_num_seqs", "Sequences that can run at the same time", limit)
+    if stats is None:
+        return
+    yield gauge("sequences_running", "Sequences that the engine runs", stats.num_running)
+    yield gauge("sequences_waiting", "Sequences that wait in the engine", stats.num_waiting)
+    yield gauge("kv_cache_usage_ratio", "Share of the KV cache in use", stats.kv_cache_usage)
+    prompt, cached = stats.num_prompt_tokens, stats.num_cached_tokens
+    yield counter("prompt_tokens", "Tokens of prompts", prompt)
+    yield counter("cached_prompt_tokens", "Of these, tokens that the prefix cache had", cached)
+    yield gauge(
+        "prefix_cache_hit_ratio",
+        "Share of all prompt tokens that the prefix cache had",
+        cached / prompt if prompt else 0.0,
+    )
+    yield counter("generated_tokens", "Tokens generated", stats.num_generated_tokens)
+    yield counter("preemptions", "Sequences that gave their place back", stats.num_preemptions)
+    yield counter("steps", "Steps of the engine", stats.num_steps)
+    seconds = CounterMetricFamily(
+        "tpllm_coordinator_seconds", "What the coordinator's time went into", labels=["part"]
+    )
+    for part in ("schedule", "broadcast", "wait", "collect"):
+        seconds.add_metric([part], getattr(stats, f"{part}_s"))
+    yield seconds
+    ranks = GaugeMetricFamily("tpllm_rank_up", "1 while a rank's process lives", labels=["rank"])
+    for rank in stats.health:
+        ranks.add_metric([str(rank["rank"])], rank["alive"])
+    yield ranks

@@ -1,0 +1,63 @@
+"""GET /metrics: what the engine and the server do, for Prometheus."""
+
+from collections.abc import Iterable
+
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client.core import Metric
+
+FIRST_TOKEN_S = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 60, 120)
+BETWEEN_TOKENS_S = (0.002, 0.005, 0.01, 0.015, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.5, 1, 2)
+REQUEST_S = (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 30, 60, 120, 300, 600, 1800)
+
+
+class Metrics:
+    """Counts what passes through the server; the engine's own figures are handed in when asked."""
+
+    def __init__(self) -> None:
+        self._registry = CollectorRegistry()
+        self._requests = Counter(
+            "tpllm_requests",
+            "HTTP requests answered, by path and outcome",
+            ("path", "outcome"),
+            registry=self._registry,
+        )
+        self._first_token_s = self._histogram(
+            "tpllm_time_to_first_token_seconds",
+            "From the request's admission to each answer's first token",
+            FIRST_TOKEN_S,
+        )
+        self._between_tokens_s = self._histogram(
+            "tpllm_inter_token_seconds", "Between two news of an answer", BETWEEN_TOKENS_S
+        )
+        self._request_s = self._histogram(
+            "tpllm_request_seconds", "From a request's admission to its last token", REQUEST_S
+        )
+
+    def _histogram(self, name: str, words: str, buckets: Iterable[float]) -> Histogram:
+        return Histogram(name, words, buckets=tuple(buckets), registry=self._registry)
+
+    def answered(self, path: str, outcome: str) -> None:
+        """A request has been answered, or given up."""
+        self._requests.labels(path, outcome).inc()
+
+    def tokens(self, seconds: float, is_first: bool) -> None:
+        """Tokens of an answer came, `seconds` after the ones before, or after admission."""
+        (self._first_token_s if is_first else self._between_tokens_s).observe(seconds)
+
+    def finished(self, seconds: float) -> None:
+        """A request has all its tokens, `seconds` after its admission."""
+        self._request_s.observe(seconds)
+
+    def text(self, engine: Iterable[Metric]) -> bytes:
+        """Everything in Prometheus' text format."""
+        registry = CollectorRegistry()
+        registry.register(_Families(engine))
+        return generate_latest(registry) + generate_latest(self._registry)
+
+
+class _Families:
+    def __init__(self, families: Iterable[Metric]) -> None:
+        self._families = families
+
+    def collect(self) -> Iterable[Metric]:
+        return self._families

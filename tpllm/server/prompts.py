@@ -1,0 +1,141 @@
+"""Requests' texts and conversations as token ids, without holding up the event loop."""
+
+import asyncio
+import json
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
+
+from tpllm.server.engine import Tokenizer
+from tpllm.server.errors import APIError, from_value_error
+from tpllm.server.protocol import Conversation, Message, ToolCall
+
+T = TypeVar("T")
+
+# Below this many letters or ids, encoding takes less than a millisecond: a thread costs as much.
+SHORT = 4096
+NUM_THREADS = 4
+
+
+class Prompts:
+    """The tokenizer behind a few threads, which long texts go through."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._threads = ThreadPoolExecutor(NUM_THREADS, "tpllm-server-tokenizer")
+
+    def close(self) -> None:
+        self._threads.shutdown(wait=False, cancel_futures=True)
+
+    async def encode(
+        self, prompts: Sequence[str | list[int]], add_special_tokens: bool = True
+    ) -> list[list[int]]:
+        """Token ids of texts; ids stay as they are.
+
+        Raises:
+            APIError: 400: a text is no valid Unicode.
+        """
+        texts = [prompt for prompt in prompts if isinstance(prompt, str)]
+        if not texts:
+            return [prompt for prompt in prompts if not isinstance(prompt, str)]
+        encoded = iter(
+            await self._run(
+                sum(map(len, texts)), self._tokenizer.encode_batch, texts, add_special_tokens
+            )
+        )
+        return [next(encoded) if isinstance(prompt, str) else prompt for prompt in prompts]
+
+    async def render(self, body: Conversation) -> tuple[str, list[int]]:
+        """A conversation as the chat template writes it, and its token ids.
+
+        Raises:
+            APIError: 400: the template does not take it.
+        """
+        messages = [_plain(i, message) for i, message in enumerate(body.messages)]
+        tools = (
+            None if body.tools is None else [t.model_dump(exclude_unset=True) for t in body.tools]
+        )
+        options = dict(body.chat_template_kwargs or {})
+        if body.enable_thinking is not None:
+            options["enable_thinking"] = body.enable_thinking
+        goes_on = bool(body.continue_final_message)
+        begins = not goes_on if body.add_generation_prompt is None else body.add_generation_prompt
+        if goes_on and begins:
+            raise APIError(
+                400,
+                "continue_final_message=true needs add_generation_prompt=false: an answer is "
+                "either continued or begun",
+                param="continue_final_message",
+            )
+
+        def render() -> tuple[str, list[int]]:
+            text = self._tokenizer.render_chat(
+                messages,
+                tools=tools,
+                add_generation_prompt=begins,
+                continue_final_message=goes_on,
+                chat_template_kwargs=options,
+            )
+            # the template spells out every special token
+            return text, self._tokenizer.encode_batch([text], False)[0]
+
+        size = sum(len(message.get("content") or "") for message in messages)
+        size += sum(len(str(tool)) for tool in tools or ())
+        return await self._run(size, render)
+
+    async def decode(self, ids: list[int]) -> str:
+        """The text of `ids`, special tokens included."""
+        return await self._run(len(ids), self._tokenizer.decode, ids, False)
+
+    async def token_texts(self, ids: list[int]) -> list[str]:
+        """Each token's own text."""
+        return await self._run(len(ids), lambda: list(map(self._tokenizer.decode_one, ids)))
+
+    async def _run(self, size: int, function: Callable[..., T], *args: Any) -> T:
+        try:
+            if size < SHORT:
+                return function(*args)
+            loop = asyncio.get_running_loop()
+            return await loop.run_in_executor(self._threads, function, *args)
+        except ValueError as error:
+            raise from_value_error(error) from None
+
+
+def _plain(index: int, message: Message) -> dict[str, Any]:
+    """A message as chat templates read it."""
+    content = message.content
+    if isinstance(content, list):
+        content = "\n".join(part.text for part in content)
+    if content is None:
+        if message.role != "assistant":
+            raise APIError(
+                400,
+                f"messages[{index}].content is missing; only an assistant's may be left out",
+                param=f"messages[{index}].content",
+            )
+        content = ""
+    # templates know the older name of the role alone
+    role = "system" if message.role == "developer" else message.role
+    plain: dict[str, Any] = {"role": role, "content": content}
+    for name in ("name", "reasoning_content", "tool_call_id"):
+        if getattr(message, name) is not None:
+            plain[name] = getattr(message, name)
+    if message.tool_calls:
+        place = f"messages[{index}].tool_calls"
+        plain["tool_calls"] = [_call(place, i, call) for i, call in enumerate(message.tool_calls)]
+    return plain
+
+
+def _call(place: str, index: int, call: ToolCall) -> dict[str, Any]:
+    """OpenAI has arguments as JSON text, templates print them as JSON: they need the values."""
+    arguments = call.function.arguments
+    param = f"{place}[{index}].function.arguments"
+    if isinstance(arguments, str):
+        try:
+            arguments = json.loads(arguments) if arguments.strip() else {}
+        except (ValueError, RecursionError) as error:
+            raise APIError(400, f"{param} is not valid JSON: {error}", param=param) from None
+    if not isinstance(arguments or {}, dict):
+        raise APIError(400, f"{param} must be a JSON object", param=param)
+    function = {"name": call.function.name, "arguments": arguments or {}}
+    return {"id": call.id, "type": "function", "function": function}

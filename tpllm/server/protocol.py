@@ -1,0 +1,239 @@
+"""The bodies of requests, as OpenAI and vLLM name their fields. What is not here is refused.
+
+A field that is null counts as left out. Values are checked for their type alone; ranges are
+SamplingParams' affair, so that they are the same in every surface.
+"""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    WithJsonSchema,
+)
+
+from tpllm.server.errors import short
+
+
+def _text_or_list(value: object) -> str:
+    return "(list)" if isinstance(value, list) else "(text)"
+
+
+def _text_or_object(value: object) -> str:
+    return "(object)" if isinstance(value, dict) else "(text)"
+
+
+# Told apart by their kind, so that a mistake is reported for the one that was meant. The tags are
+# known to errors.ALTERNATIVES.
+Text = Annotated[str, Tag("(text)")]
+TextOrTexts = Annotated[Text | Annotated[list[str], Tag("(list)")], Discriminator(_text_or_list)]
+TextOrObject = Annotated[
+    Text | Annotated[dict[str, Any], Tag("(object)")], Discriminator(_text_or_object)
+]
+
+
+class Body(BaseModel):
+    """Strict: "0.7" is no number and true no 1; an unknown field is an error."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+
+class StreamOptions(Body):
+    include_usage: bool | None = None
+    continuous_usage_stats: bool | None = None  # vLLM: usage so far in every chunk
+    include_obfuscation: bool | None = None  # OpenAI; nothing is ever padded here
+
+
+class Structured(Body):
+    """Fields that bind the answer to a form."""
+
+    response_format: dict[str, Any] | None = None
+    structured_outputs: dict[str, Any] | None = None
+    guided_json: TextOrObject | None = None
+    guided_regex: str | None = None
+    guided_choice: list[str] | None = None
+    guided_grammar: str | None = None
+
+
+class WithoutEffect(Body):
+    """What OpenAI documents for accounts, storage and routing, which a server of one's own has not.
+
+    Accepted, since programs written for OpenAI send it.
+    """
+
+    user: str | None = None
+    safety_identifier: str | None = None
+    store: bool | None = None
+    metadata: dict[str, Any] | None = None
+    service_tier: str | None = None
+    prompt_cache_key: str | None = None
+    prompt_cache_retention: str | None = None
+
+
+class Generation(Structured, WithoutEffect):
+    """What completions and chat completions share."""
+
+    model: str | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    n: int | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    seed: int | None = None
+    stop: TextOrTexts | None = None
+    logit_bias: dict[str, float] | None = None
+    max_tokens: int | None = None
+    # vLLM's additions
+    top_k: int | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    stop_token_ids: list[int] | None = None
+    bad_words: list[str] | None = None
+    allowed_token_ids: list[int] | None = None
+    min_tokens: int | None = None
+    ignore_eos: bool | None = None
+    skip_special_tokens: bool | None = None
+    spaces_between_special_tokens: bool | None = None
+    include_stop_str_in_output: bool | None = None
+    prompt_logprobs: int | None = None
+
+
+def _check_prompt(value: Any) -> list[str | list[int]]:
+    """A text, token ids, or a list of either, as a list of prompts."""
+    items = value if isinstance(value, list) else [value]
+    if items and all(_is_id(item) for item in items) and isinstance(value, list):
+        return [items]
+    if not items:
+        raise ValueError("prompt=[] is empty; give a text or token ids")
+    for i, item in enumerate(items):
+        is_ids = isinstance(item, list) and all(_is_id(each) for each in item)
+        if not isinstance(item, str) and not is_ids:
+            raise ValueError(
+                f"prompt[{i}]={short(item)} must be a text or a list of token ids"
+                if isinstance(value, list)
+                else f"prompt={short(item)} must be a text, a list of token ids, or a list of these"
+            )
+    return items
+
+
+def _is_id(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+_TEXT = {"type": "string"}
+_IDS = {"type": "array", "items": {"type": "integer", "minimum": 0}}
+_PROMPT = {"anyOf": [_TEXT, _IDS, *({"type": "array", "items": each} for each in (_TEXT, _IDS))]}
+Prompts = Annotated[Any, BeforeValidator(_check_prompt), WithJsonSchema(_PROMPT)]
+
+
+class CompletionRequest(Generation):
+    """POST /v1/completions."""
+
+    prompt: Prompts  # list[str | list[int]]
+    echo: bool | None = None
+    logprobs: int | None = None
+    best_of: int | None = None
+    suffix: str | None = None
+    add_special_tokens: bool | None = None
+
+
+class TextPart(Body):
+    type: Literal["text"]
+    text: str
+
+
+TextOrParts = Annotated[
+    Text | Annotated[list[TextPart], Tag("(list)")], Discriminator(_text_or_list)
+]
+
+
+class FunctionCall(Body):
+    name: str
+    arguments: TextOrObject | None = None
+
+
+class ToolCall(Body):
+    id: str | None = None
+    type: Literal["function"] = "function"
+    function: FunctionCall
+    index: int | None = None  # of the deltas that a client has put together
+
+
+class Message(Body):
+    """One turn. Assistants' may come as an answer gave them, with fields that hold nothing."""
+
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: TextOrParts | None = None
+    name: str | None = None
+    reasoning_content: str | None = None
+    tool_calls: list[ToolCall] | None = None
+    tool_call_id: str | None = None
+    refusal: str | None = None
+    annotations: list[Any] | None = None
+    audio: None = None
+    function_call: None = None
+
+
+class Function(Body):
+    name: str
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+
+
+class Tool(Body):
+    type: Literal["function"]
+    function: Function
+
+
+class Conversation(Body):
+    """What is rendered through the chat template."""
+
+    messages: list[Message] = Field(min_length=1)
+    tools: list[Tool] | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    enable_thinking: bool | None = None
+
+
+class ChatCompletionRequest(Generation, Conversation):
+    """POST /v1/chat/completions."""
+
+    max_completion_tokens: int | None = None
+    logprobs: bool | None = None
+    top_logprobs: int | None = None
+    tool_choice: TextOrObject | None = None
+    parallel_tool_calls: bool | None = None
+    include_reasoning: bool | None = None
+    modalities: list[Literal["text"]] | None = None
+    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = None
+    verbosity: Literal["low", "medium", "high"] | None = None  # without effect
+    prediction: dict[str, Any] | None = None  # without effect: it would only save time
+
+
+class TokenizeRequest(Body):
+    """POST /tokenize: a text, or a conversation."""
+
+    model: str | None = None
+    prompt: str | None = None
+    messages: list[Message] | None = None
+    tools: list[Tool] | None = None
+    add_special_tokens: bool | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    return_token_strs: bool | None = None
+
+
+class DetokenizeRequest(Body):
+    """POST /detokenize."""
+
+    model: str | None = None
+    tokens: list[int]

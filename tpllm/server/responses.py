@@ -1,0 +1,180 @@
+"""Answers that take their time: ended when the client hangs up, in time, or with the server."""
+
+import asyncio
+import logging
+from collections.abc import AsyncGenerator, Coroutine
+from contextlib import aclosing
+from typing import Any, TypeVar
+
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from tpllm.errors import WorkerError
+from tpllm.server.errors import APIError, from_value_error, to_json
+
+logger = logging.getLogger("tpllm.server")
+
+# A streamed answer's status goes out with its first event, so that what is refused until then has a
+# status of its own; or after this time, so that proxies see that somebody is at work.
+HEADERS_AFTER_S = 10.0
+COMMENT_AFTER_S = 15.0  # without an event, a comment tells proxies that the connection lives
+
+DONE = b"data: [DONE]\n\n"
+T = TypeVar("T")
+
+
+class ClientGone(Exception):
+    """The client has hung up: there is nobody to answer."""
+
+
+class LongResponse(Response):
+    """Base of answers whose work begins when they are sent, watched until it ends."""
+
+    def __init__(self, timeout_s: float) -> None:
+        super().__init__()
+        self._timeout_s = timeout_s
+
+    async def _watched(self, receive: Receive, work: Coroutine[Any, Any, T]) -> T:
+        """The result of `work`, which is cancelled and awaited when it cannot be delivered.
+
+        Raises:
+            ClientGone: the client hung up.
+            APIError: the time is over, the server ends, or whatever `work` raises, put into words.
+        """
+        task = asyncio.ensure_future(work)
+        hang_up = asyncio.ensure_future(_hang_up(receive))
+        try:
+            await asyncio.wait(
+                {task, hang_up}, timeout=self._timeout_s, return_when=asyncio.FIRST_COMPLETED
+            )
+            if task.done():
+                return _result(task)
+            if hang_up.done():
+                raise ClientGone
+            raise APIError(
+                504,
+                f"the request took longer than {self._timeout_s:g} s, this server's limit; "
+                "ask for fewer tokens",
+                code="timeout",
+            )
+        finally:
+            task.cancel()
+            hang_up.cancel()
+            await asyncio.gather(task, hang_up, return_exceptions=True)
+
+
+class JSONAnswer(LongResponse):
+    """One JSON object, once `work` has it."""
+
+    def __init__(self, work: Coroutine[Any, Any, dict[str, Any]], timeout_s: float) -> None:
+        super().__init__(timeout_s)
+        self._work = work
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            content = await self._watched(receive, self._work)
+            response = Response(to_json(content), media_type="application/json")
+        except ClientGone:
+            scope["state"]["outcome"] = "client_gone"
+            return
+        except APIError as error:
+            response = error.response()
+        await response(scope, receive, send)
+
+
+class EventStream(LongResponse):
+    """Server-sent events, as OpenAI streams them: JSON objects, then [DONE]."""
+
+    def __init__(self, events: AsyncGenerator[dict[str, Any], None], timeout_s: float) -> None:
+        super().__init__(timeout_s)
+        self._events = events
+        self._has_begun = False
+        self._last_sent_s = 0.0
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        comments = asyncio.ensure_future(self._comment(send))
+        try:
+            await self._watched(receive, self._send_events(send))
+        except ClientGone:
+            scope["state"]["outcome"] = "client_gone"
+            return
+        except APIError as error:
+            if not self._has_begun:
+                await error.response()(scope, receive, send)
+                return
+            scope["state"]["outcome"] = "timeout" if error.status_code == 504 else "error"
+            await self._send(send, _event(error.content) + DONE)
+        finally:
+            comments.cancel()
+            await asyncio.gather(comments, return_exceptions=True)
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    async def _send_events(self, send: Send) -> None:
+        async with aclosing(self._events) as events:
+            async for event in events:
+                await self._send(send, _event(event))
+        await self._send(send, DONE)
+
+    async def _comment(self, send: Send) -> None:
+        """Tell the client now and then that the server is still there."""
+        await asyncio.sleep(HEADERS_AFTER_S)
+        loop = asyncio.get_running_loop()
+        while True:
+            if loop.time() - self._last_sent_s >= COMMENT_AFTER_S:
+                await self._send(send, b": waiting\n\n")
+            await asyncio.sleep(COMMENT_AFTER_S)
+
+    async def _send(self, send: Send, body: bytes) -> None:
+        if not self._has_begun:
+            self._has_begun = True
+            headers = [
+                (b"content-type", b"text/event-stream; charset=utf-8"),
+                (b"cache-control", b"no-store"),
+                (b"x-accel-buffering", b"no"),  # nginx would collect the events
+            ]
+            await send({"type": "http.response.start", "status": 200, "headers": headers})
+        self._last_sent_s = asyncio.get_running_loop().time()
+        await send({"type": "http.response.body", "body": body, "more_body": True})
+
+
+def in_words(error: BaseException) -> APIError:
+    """What a client is told of whatever was raised. What only we can mend is logged."""
+    match error:
+        case APIError():
+            return error
+        case asyncio.CancelledError():
+            return APIError(503, "the server is shutting down", code="shutting_down")
+        case ValueError():
+            return from_value_error(error)
+        case WorkerError():
+            return engine_failed(error)
+    logger.error("a request failed", exc_info=error)
+    return unexpected_error()
+
+
+def unexpected_error() -> APIError:
+    """What a client is told of a mistake of ours."""
+    return APIError(500, "the server failed in an unexpected way; its log says more")
+
+
+def engine_failed(error: BaseException) -> APIError:
+    """A failed engine's first line: tracebacks are for the log, and not for clients."""
+    first = next(iter(str(error).splitlines()), type(error).__name__)
+    return APIError(503, f"the engine has failed: {first}", code="engine_failed")
+
+
+def _event(content: dict[str, Any]) -> bytes:
+    return b"data: " + to_json(content).encode() + b"\n\n"
+
+
+def _result(task: "asyncio.Future[T]") -> T:
+    try:
+        return task.result()
+    except (Exception, asyncio.CancelledError) as error:
+        raise in_words(error) from error
+
+
+async def _hang_up(receive: Receive) -> None:
+    """Wait for the client to hang up. What it still sends is dropped."""
+    while (await receive())["type"] != "http.disconnect":
+        pass

@@ -1,0 +1,157 @@
+"""A request's fields as SamplingParams: the one place where the two meet."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from tpllm.sampling_params import RequestOutputKind, SamplingParams
+from tpllm.server.errors import APIError, from_value_error
+from tpllm.server.protocol import (
+    ChatCompletionRequest,
+    CompletionRequest,
+    Generation,
+    Structured,
+)
+from tpllm.server.settings import ServerSettings
+
+SAME_NAME = (
+    "n",
+    "temperature",
+    "top_p",
+    "top_k",
+    "min_p",
+    "presence_penalty",
+    "frequency_penalty",
+    "repetition_penalty",
+    "seed",
+    "logit_bias",
+    "stop",
+    "stop_token_ids",
+    "bad_words",
+    "allowed_token_ids",
+    "min_tokens",
+    "ignore_eos",
+    "skip_special_tokens",
+    "spaces_between_special_tokens",
+    "include_stop_str_in_output",
+    "prompt_logprobs",
+)
+
+
+class Sampling:
+    """Makes SamplingParams from requests, within the server's limits.
+
+    Args:
+        defaults: what requests get that leave it open: the checkpoint's advice, if it is followed
+        max_model_len: most tokens of prompt and answer together
+    """
+
+    def __init__(
+        self, settings: ServerSettings, defaults: Mapping[str, Any], max_model_len: int
+    ) -> None:
+        self._settings = settings
+        self._defaults = defaults
+        self._max_model_len = max_model_len
+
+    def of_completion(self, body: CompletionRequest) -> SamplingParams:
+        """Raises: APIError 400: a value is out of range, or not supported."""
+        if body.best_of not in (None, body.n or 1):
+            raise APIError(
+                400,
+                f"best_of={body.best_of} is not supported beyond n={body.n or 1}; leave it out",
+                param="best_of",
+            )
+        if body.suffix:
+            raise APIError(400, "suffix is not supported; leave it out", param="suffix")
+        fields = {"logprobs": self._num_logprobs("logprobs", body.logprobs)}
+        if body.echo and body.logprobs is not None and body.prompt_logprobs is None:
+            fields["prompt_logprobs"] = body.logprobs
+        max_tokens = body.max_tokens
+        if body.echo and max_tokens == 0:
+            max_tokens = 1  # the prompt alone is wanted: the token is thrown away
+        return self._make(body, fields, 16 if max_tokens is None else max_tokens)
+
+    def of_chat(self, body: ChatCompletionRequest) -> SamplingParams:
+        """Raises: APIError 400: a value is out of range, or not supported."""
+        max_tokens = body.max_completion_tokens
+        if max_tokens is None:
+            max_tokens = body.max_tokens
+        if max_tokens is None:
+            max_tokens = self._defaults.get("max_tokens")
+        num_top = self._num_logprobs("top_logprobs", body.top_logprobs)
+        if num_top is not None and not body.logprobs:
+            raise APIError(400, f"top_logprobs={num_top} needs logprobs=true", param="top_logprobs")
+        return self._make(body, {"logprobs": (num_top or 0) if body.logprobs else None}, max_tokens)
+
+    def check_length(self, num_prompt_tokens: int, params: SamplingParams, asked: bool) -> None:
+        """Whether a prompt, and the answer where its length was asked for, fit the model.
+
+        Raises:
+            APIError: 400 with OpenAI's code for it.
+        """
+        limit = self._max_model_len
+        wanted = (params.max_tokens or 1) if asked else 1
+        if num_prompt_tokens + wanted <= limit:
+            return
+        answer = f" and max_tokens={wanted}" if asked else ""
+        raise APIError(
+            400,
+            f"the prompt of {num_prompt_tokens} tokens{answer} are more than this model's limit "
+            f"of {limit} tokens (max_model_len); shorten the prompt"
+            + (", or lower max_tokens" if asked and num_prompt_tokens < limit else ""),
+            param="max_tokens" if asked and num_prompt_tokens < limit else None,
+            code="context_length_exceeded",
+        )
+
+    def _num_logprobs(self, name: str, value: int | None) -> int | None:
+        limit = self._settings.max_logprobs
+        if value is not None and not 0 <= value <= limit:
+            raise APIError(400, f"{name}={value} must be between 0 and {limit}", param=name)
+        return value
+
+    def _make(
+        self, body: Generation, fields: dict[str, Any], max_tokens: int | None
+    ) -> SamplingParams:
+        settings = self._settings
+        self._num_logprobs("prompt_logprobs", body.prompt_logprobs)
+        if body.n is not None and body.n > settings.max_n:
+            raise APIError(400, f"n={body.n} must be at most {settings.max_n}", param="n")
+        if settings.max_output_tokens is not None:
+            if max_tokens is None:
+                max_tokens = settings.max_output_tokens
+            elif max_tokens > settings.max_output_tokens:
+                raise APIError(
+                    400,
+                    f"max_tokens={max_tokens} must be at most {settings.max_output_tokens}",
+                    param="max_tokens",
+                )
+        given = {name: getattr(body, name) for name in SAME_NAME}
+        check_structured(body)
+        given = {name: value for name, value in given.items() if value is not None}
+        fields = {name: value for name, value in fields.items() if value is not None}
+        kind = {"output_kind": RequestOutputKind.DELTA, "max_tokens": max_tokens}
+        try:
+            return SamplingParams(**{**self._defaults, **given, **fields, **kind})
+        except ValueError as error:
+            raise from_value_error(error) from None
+
+
+def check_structured(body: Structured) -> None:
+    """Refuse every field that would bind the answer to a form.
+
+    Raises:
+        APIError: 400.
+    """
+    kind = (body.response_format or {}).get("type")
+    if body.response_format is not None and kind != "text":
+        raise _not_supported("response_format", f"response_format of type {kind!r}")
+    for name in Structured.model_fields:
+        if name != "response_format" and getattr(body, name) is not None:
+            raise _not_supported(name, name)
+    choice = body.tool_choice if isinstance(body, ChatCompletionRequest) else None
+    if choice not in (None, "none", "auto"):
+        shown = repr(choice) if isinstance(choice, str) else "that names a function"
+        raise _not_supported("tool_choice", f"tool_choice {shown}", "; use 'auto' or 'none'")
+
+
+def _not_supported(param: str, what: str, mend: str = "") -> APIError:
+    return APIError(400, f"{what} is not supported yet{mend}", param=param, code="not_supported")

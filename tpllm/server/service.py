@@ -1,0 +1,70 @@
+"""What every endpoint works with: the engine, and what stands between it and the requests."""
+
+import secrets
+import time
+
+from tpllm.sampling_params import SamplingParams
+from tpllm.server.admission import Admission
+from tpllm.server.engine import Engine
+from tpllm.server.errors import APIError
+from tpllm.server.generation import Generation
+from tpllm.server.metrics import Metrics
+from tpllm.server.prompts import Prompts
+from tpllm.server.responses import engine_failed
+from tpllm.server.sampling import Sampling
+from tpllm.server.settings import ServerSettings
+
+
+class Service:
+    """One engine, served."""
+
+    def __init__(self, engine: Engine, settings: ServerSettings) -> None:
+        config = engine.config
+        self.engine = engine
+        self.settings = settings
+        self.created = int(time.time())
+        own_name = config.model or config.model_config.name
+        self.model_names = tuple(settings.served_model_name or (own_name,))
+        self.admission = Admission(config.max_num_seqs, settings.max_queue)
+        self.metrics = Metrics()
+        self.prompts = Prompts(engine.get_tokenizer())
+        self.sampling = Sampling(settings, config.generation_defaults, config.max_model_len)
+
+    @property
+    def model_name(self) -> str:
+        """What answers call the model."""
+        return self.model_names[0]
+
+    def check_model(self, name: str | None) -> None:
+        """Whether a request's model is the one that is served; none at all is.
+
+        Raises:
+            APIError: 404.
+        """
+        if name is not None and name not in self.model_names:
+            known = ", ".join(map(repr, self.model_names))
+            raise APIError(
+                404,
+                f"the model {name[:100]!r} is not served here; use {known}",
+                param="model",
+                code="model_not_found",
+            )
+
+    def check_engine(self) -> None:
+        """Whether the engine still runs.
+
+        Raises:
+            APIError: 503.
+        """
+        if self.engine.dead_error is not None:
+            raise engine_failed(self.engine.dead_error)
+
+    def generation(
+        self, prompts: list[list[int]], params: SamplingParams, request_id: str
+    ) -> Generation:
+        return Generation(self.engine, self.metrics, prompts, params, request_id)
+
+
+def new_id(prefix: str) -> str:
+    """An id that nobody can guess: knowing one must not help to find another's."""
+    return f"{prefix}{secrets.token_hex(12)}"
