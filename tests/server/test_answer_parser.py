@@ -97,6 +97,12 @@ def test_a_call_in_another_form_is_understood(call: str, name: str, arguments: s
     assert taken_apart([text]) == taken_apart(list(text)) == ("", "", [(name, arguments)])
 
 
+def test_a_call_with_a_long_beginning_comes_whole() -> None:
+    call = '<tool_call>{"name": "' + "f" * 3000 + '", "arguments": {"a": 1}}</tool_call>'
+    for parts in ([call], [call[i : i + 7] for i in range(0, len(call), 7)]):
+        assert taken_apart(parts) == ("", "", [("f" * 3000, '{"a": 1}')])
+
+
 def test_calls_stand_apart_from_the_text_around_them() -> None:
     text = f"<think>x</think>\nfirst \n{CALL}\n{CALL}\nlast\n"
     reasoning, content, calls = taken_apart(list(text))

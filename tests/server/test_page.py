@@ -121,6 +121,12 @@ def test_an_error_is_shown(page: Chromium, served: Served) -> None:
     ask(page, "Hello")
     page.until("document.querySelector('[role=alert]') !== null")
     assert "max_tokens=5000 are more than this model's limit" in page.text("[role=alert]")
+    page.js("document.getElementById('max_tokens').value = ''")
+    page.until("document.getElementById('send').textContent === 'Send'")
+    ask(page, "Hello again")
+    answered(page, 1)
+    rendered = served.engine.tokenizer.rendered[-1]["messages"]
+    assert rendered == [{"role": "user", "content": "Hello again"}]
     assert [line for line in page.complaints if "400" not in line] == []
     page.complaints.clear()  # the browser itself notes a status of 400
 

@@ -13,6 +13,9 @@ from enum import Enum
 THINK, END_THINK = "<think>", "</think>"
 CALL, END_CALL = "<tool_call>", "</tool_call>"
 
+# Letters of a call in which its arguments must begin to be passed on as they come: what is looked
+# through again whenever more has come must not be long.
+MAX_HEAD_LENGTH = 2048
 # A call in the order that Qwen3 is trained on: its arguments can be passed on as they come.
 _CALL_HEAD = re.compile(
     r'\s*\{\s*"name"\s*:\s*("(?:[^"\\]|\\.)*")\s*,\s*"arguments"\s*:\s*(?=\{)', re.DOTALL
@@ -179,7 +182,7 @@ class AnswerParser:
         return False
 
     def _call_head(self) -> bool:
-        head = _CALL_HEAD.match(self._held)
+        head = _CALL_HEAD.match(self._held[:MAX_HEAD_LENGTH])
         if head:
             name = _load(head[1])
             if isinstance(name, str):

@@ -100,8 +100,8 @@ def _add_endpoints(app: FastAPI, service: Service) -> None:
         return await info.detokenize(service, body)
 
     @app.get("/health")
-    async def health() -> Response:
-        return await info.health(service)
+    async def health(request: Request) -> Response:
+        return await info.health(service, request.state.knows_key)
 
     @app.get("/metrics")
     async def metrics() -> Response:

@@ -4,12 +4,14 @@ import hashlib
 import hmac
 import logging
 import time
+from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from tpllm.server.errors import APIError
+from tpllm.server.errors import APIError, short
 from tpllm.server.service import Service
+from tpllm.server.settings import is_local_host
 
 logger = logging.getLogger("tpllm.server")
 
@@ -75,7 +77,9 @@ class Guard:
         """
         headers = Headers(scope=scope)
         path = scope["path"]
-        if path not in OPEN_PATHS and not self._knows_key(headers):
+        self._check_origin(headers)
+        scope["state"]["knows_key"] = knows_key = self._knows_key(headers)
+        if path not in OPEN_PATHS and not knows_key:
             raise APIError(
                 401,
                 "the API key is missing or wrong; send it as Authorization: Bearer ...",
@@ -88,6 +92,29 @@ class Guard:
         if path in GENERATING_PATHS and scope["method"] == "POST":
             self._service.check_engine()  # and all before the body is read
             self._service.admission.check()
+
+    def _check_origin(self, headers: Headers) -> None:
+        """Keep foreign web pages out where neither a key nor the network does.
+
+        A page whose host name has been turned to this machine's address is of one origin with the
+        server in its browser's eyes: only what the name was tells it from the built-in page.
+
+        Raises:
+            APIError: 403.
+        """
+        settings = self._service.settings
+        origin = headers.get("origin")
+        if origin is None or settings.api_key is not None or not settings.is_local:
+            return
+        allowed = settings.cors_origins
+        if "*" in allowed or origin in allowed or _is_local_origin(origin):
+            return
+        raise APIError(
+            403,
+            f"pages of {short(origin)} may not use this server; name it in cors_origins, or set "
+            "an api_key",
+            code="origin_not_allowed",
+        )
 
     def _knows_key(self, headers: Headers) -> bool:
         if self._key_digest is None:
@@ -118,6 +145,14 @@ class Guard:
             f"the body is larger than {limit} bytes, this server's limit",
             code="body_too_large",
         )
+
+
+def _is_local_origin(origin: str) -> bool:
+    try:
+        host = urlsplit(origin).hostname
+    except ValueError:  # such as a broken IPv6 address
+        return False
+    return host is not None and is_local_host(host)
 
 
 def _digest(key: bytes) -> bytes:

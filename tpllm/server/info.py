@@ -80,8 +80,11 @@ async def detokenize(service: Service, body: DetokenizeRequest) -> Response:
     return json_response({"prompt": await service.prompts.decode(ids)})
 
 
-async def health(service: Service) -> Response:
-    """GET /health: 200 while the engine can take requests, otherwise 503; and every rank."""
+async def health(service: Service, knows_key: bool) -> Response:
+    """GET /health: 200 while the engine can take requests, otherwise 503.
+
+    Who has no key gets no more than that; others are told the state and every rank.
+    """
     status, ranks = "ok", []
     if service.engine.dead_error is not None:
         status = engine_failed(service.engine.dead_error).message
@@ -95,7 +98,9 @@ async def health(service: Service) -> Response:
                 status = "a rank has ended"
     if status == "ok" and service.admission.draining:
         status = "shutting down"
-    content = {"status": status, "model": service.model_name, "ranks": ranks}
+    content: dict[str, Any] = {"status": status, "model": service.model_name, "ranks": ranks}
+    if not knows_key:
+        content = {"status": "ok" if status == "ok" else "unavailable"}
     return json_response(content, 200 if status == "ok" else 503)
 
 

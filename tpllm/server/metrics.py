@@ -23,14 +23,16 @@ class Metrics:
         )
         self._first_token_s = self._histogram(
             "tpllm_time_to_first_token_seconds",
-            "From the request's admission to each answer's first token",
+            "From the engine's getting a request to each answer's first token",
             FIRST_TOKEN_S,
         )
         self._between_tokens_s = self._histogram(
             "tpllm_inter_token_seconds", "Between two news of an answer", BETWEEN_TOKENS_S
         )
         self._request_s = self._histogram(
-            "tpllm_request_seconds", "From a request's admission to its last token", REQUEST_S
+            "tpllm_request_seconds",
+            "From the engine's getting a request to its last token",
+            REQUEST_S,
         )
 
     def _histogram(self, name: str, words: str, buckets: Iterable[float]) -> Histogram:
@@ -41,11 +43,11 @@ class Metrics:
         self._requests.labels(path, outcome).inc()
 
     def tokens(self, seconds: float, is_first: bool) -> None:
-        """Tokens of an answer came, `seconds` after the ones before, or after admission."""
+        """Tokens of an answer came, `seconds` after those before or the beginning."""
         (self._first_token_s if is_first else self._between_tokens_s).observe(seconds)
 
     def finished(self, seconds: float) -> None:
-        """A request has all its tokens, `seconds` after its admission."""
+        """A request has all its tokens, `seconds` after its beginning."""
         self._request_s.observe(seconds)
 
     def text(self, engine: Iterable[Metric]) -> bytes:

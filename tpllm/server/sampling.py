@@ -89,18 +89,22 @@ class Sampling:
             APIError: 400 with OpenAI's code for it.
         """
         limit = self._max_model_len
-        wanted = (params.max_tokens or 1) if asked else 1
-        if num_prompt_tokens + wanted <= limit:
-            return
-        answer = f" and max_tokens={wanted}" if asked else ""
-        raise APIError(
-            400,
-            f"the prompt of {num_prompt_tokens} tokens{answer} are more than this model's limit "
-            f"of {limit} tokens (max_model_len); shorten the prompt"
-            + (", or lower max_tokens" if asked and num_prompt_tokens < limit else ""),
-            param="max_tokens" if asked and num_prompt_tokens < limit else None,
-            code="context_length_exceeded",
-        )
+        in_limit = f"this model's limit of {limit} tokens (max_model_len)"
+        if num_prompt_tokens >= limit:
+            raise APIError(
+                400,
+                f"the prompt's {num_prompt_tokens} tokens leave no room for an answer in "
+                f"{in_limit}; shorten the prompt",
+                code="context_length_exceeded",
+            )
+        if asked and num_prompt_tokens + (params.max_tokens or 0) > limit:
+            raise APIError(
+                400,
+                f"the prompt's {num_prompt_tokens} tokens and max_tokens={params.max_tokens} are "
+                f"more than {in_limit}; lower max_tokens, or shorten the prompt",
+                param="max_tokens",
+                code="context_length_exceeded",
+            )
 
     def _num_logprobs(self, name: str, value: int | None) -> int | None:
         limit = self._settings.max_logprobs

@@ -1,6 +1,7 @@
 """ServerSettings: everything about the server that is not the engine's."""
 
 from dataclasses import dataclass, field, fields
+from ipaddress import ip_address
 from typing import Any, Self
 from urllib.parse import urlsplit
 
@@ -59,7 +60,7 @@ class ServerSettings:
     api_key: str | None = field(default=None, repr=False)
     served_model_name: str | tuple[str, ...] | list[str] | None = None  # kept as None or a tuple
     cors_origins: tuple[str, ...] | list[str] = ()  # kept as a tuple
-    max_body_bytes: int = 16 * 2**20
+    max_body_bytes: int = 8 * 2**20
     max_queue: int = 1024
     max_n: int = 128
     max_logprobs: int = MAX_LOGPROBS
@@ -97,10 +98,20 @@ class ServerSettings:
     @property
     def is_local(self) -> bool:
         """Whether only this machine can reach the server."""
-        return self.host in ("localhost", "::1") or self.host.startswith("127.")
+        return is_local_host(self.host)
 
     def _keep(self, name: str, value: object) -> None:
         object.__setattr__(self, name, value)  # the dataclass is frozen for everyone else
+
+
+def is_local_host(host: str) -> bool:
+    """Whether a host's name or address always means the machine itself."""
+    if host == "localhost":
+        return True
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:  # another name: even 127.0.0.1.example.org is one
+        return False
 
 
 def _check_seconds(name: str, value: object) -> float:
