@@ -21,7 +21,7 @@ MAY_IMPORT = {
     "models": {"layers", "parallel", "model_config", "checkpoint"},
     "channel": PLAIN,
     "worker": PLAIN | {"models", "layers", "parallel", "channel", "checkpoint"},
-    "engine": PLAIN | {"channel", "interrupts"},
+    "engine": PLAIN | {"__version__", "channel", "devices", "interrupts", "resources"},
 }
 WITHOUT_TORCH = {"torch", "triton", "transformers", "flash_attn"}
 MAY_USE_TORCH = {"parallel", "layers", "models", "worker"}

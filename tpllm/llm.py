@@ -15,6 +15,7 @@ from tqdm import tqdm
 from tpllm.config import EngineConfig
 from tpllm.engine.coordinator import Coordinator
 from tpllm.engine.request import AddRequest, RequestUpdate
+from tpllm.errors import WorkerError
 from tpllm.interrupts import Interrupts
 from tpllm.outputs import CompletionOutput, RequestOutput
 from tpllm.prompts import Prompt, as_list, one_for_each
@@ -90,7 +91,8 @@ class LLM(AbstractContextManager["LLM"]):
 
         Raises:
             ValueError: a prompt cannot run; none has been started then.
-            WorkerError: a worker failed; the engine is closed.
+            WorkerError: a worker failed; the engine is closed. The error holds the outputs of the
+                prompts that had finished, and what the others had produced.
         """
         texts, prompt_ids = self._encode(as_list(prompts))
         return self._run(texts, prompt_ids, sampling_params, use_tqdm)
@@ -209,15 +211,20 @@ class LLM(AbstractContextManager["LLM"]):
                 AddRequest(str(first + i), ids, each)
                 for i, (ids, each) in enumerate(zip(prompt_ids, params, strict=True))
             ]
-            collected = self._drive(requests, use_tqdm)
-        return [
-            self._output(request, text, collected[request.request_id])
-            for request, text in zip(requests, texts, strict=True)
-        ]
+            collected = {request.request_id: _Collected() for request in requests}
+            try:
+                self._drive(requests, collected, use_tqdm)
+            except WorkerError as error:
+                outputs = self._outputs(requests, texts, collected)
+                error.outputs = [output for output in outputs if output.finished]
+                error.unfinished = [output for output in outputs if not output.finished]
+                raise
+        return self._outputs(requests, texts, collected)
 
-    def _drive(self, requests: list[AddRequest], use_tqdm: bool) -> dict[str, "_Collected"]:
+    def _drive(
+        self, requests: list[AddRequest], collected: dict[str, "_Collected"], use_tqdm: bool
+    ) -> None:
         """Run requests to their ends, or abort them all when something interrupts."""
-        collected = {request.request_id: _Collected() for request in requests}
         num_prompt_tokens = {r.request_id: len(r.prompt_token_ids) for r in requests}
         try:
             with Interrupts() as interrupts:
@@ -238,7 +245,6 @@ class LLM(AbstractContextManager["LLM"]):
         except BaseException:
             self._abandon(requests)
             raise
-        return collected
 
     def _abandon(self, requests: list[AddRequest]) -> None:
         """Abort and take in what is in flight, so that the next call finds a quiet engine."""
@@ -252,6 +258,17 @@ class LLM(AbstractContextManager["LLM"]):
         except BaseException:  # interrupted again, in the middle: nothing is certain any more
             coordinator.kill()
             raise
+
+    def _outputs(
+        self,
+        requests: list[AddRequest],
+        texts: list[str | None],
+        collected: dict[str, "_Collected"],
+    ) -> list[RequestOutput]:
+        return [
+            self._output(request, text, collected[request.request_id])
+            for request, text in zip(requests, texts, strict=True)
+        ]
 
     def _output(
         self, request: AddRequest, text: str | None, collected: "_Collected"
@@ -271,7 +288,7 @@ class LLM(AbstractContextManager["LLM"]):
             prompt=text,
             prompt_token_ids=request.prompt_token_ids,
             outputs=[completion],
-            finished=True,
+            finished=collected.finish_reason is not None,
             num_cached_tokens=collected.num_cached_tokens,
         )
 

@@ -34,6 +34,8 @@ SWITCHES = (
     "disable_custom_all_reduce",
     "skip_tokenizer_init",
 )
+TIMEOUTS = ("start_timeout_s", "step_timeout_s")
+MAX_TIMEOUT_S = 1e6  # eleven days; the kernel counts waits in milliseconds of 32 bits
 OPTIONAL = ("max_model_len", "num_kv_blocks", "kv_block_size")  # of these, None is a value
 
 
@@ -56,6 +58,8 @@ class SettingsKeywords(TypedDict, total=False):
     tokenizer: str | os.PathLike[str] | None
     skip_tokenizer_init: bool
     seed: int
+    start_timeout_s: float
+    step_timeout_s: float | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,6 +88,9 @@ class Settings:
         tokenizer: local folder or Hugging Face id; None for the model's own
         skip_tokenizer_init: whether to do without a tokenizer: token ids in, token ids out
         seed: 64-bit; what requests without a seed of their own are drawn from
+        start_timeout_s: seconds without a sign of life after which a worker that starts counts as
+            hung, and the engine ends; also for each of the first 16 steps, which compile kernels
+        step_timeout_s: seconds that any later step may take; None for 60 on a GPU, 600 on the CPU
 
     Raises:
         ValueError: a value is out of range, or not of its type.
@@ -107,6 +114,8 @@ class Settings:
     tokenizer: str | None = None
     skip_tokenizer_init: bool = False
     seed: int = 0
+    start_timeout_s: float = 600.0
+    step_timeout_s: float | None = None
 
     def __new__(cls, *args: Any, **settings: Any) -> Self:
         refuse_unknown_settings("LLM", settings, (field.name for field in fields(cls)))
@@ -129,6 +138,10 @@ class Settings:
         if not 0 < share <= 1:
             raise ValueError(f"gpu_memory_utilization={share} must be more than 0 and at most 1")
         self._keep("gpu_memory_utilization", share)
+        for name in TIMEOUTS:
+            value = getattr(self, name)
+            if value is not None or name != "step_timeout_s":
+                self._keep(name, _check_timeout(name, value))
         if self.max_num_seqs > self.max_num_batched_tokens:
             raise ValueError(
                 f"max_num_seqs={self.max_num_seqs} is more than "
@@ -138,6 +151,13 @@ class Settings:
 
     def _keep(self, name: str, value: object) -> None:
         object.__setattr__(self, name, value)  # the dataclass is frozen for everyone else
+
+
+def _check_timeout(name: str, value: object) -> float:
+    seconds = check_number(name, value)
+    if not 0 < seconds <= MAX_TIMEOUT_S:
+        raise ValueError(f"{name}={seconds:g} must be more than 0 and at most {MAX_TIMEOUT_S:g} s")
+    return seconds
 
 
 def _check_path(name: str, value: object) -> str | None:

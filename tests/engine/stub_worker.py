@@ -13,9 +13,10 @@ import time
 from pathlib import Path
 from typing import Any
 
+from tpllm.channel.progress import Progress
 from tpllm.channel.ring import RingReader
 from tpllm.channel.step_plan import CONTROL, PlanLimits
-from tpllm.engine.launcher import WorkerGroup
+from tpllm.engine.launcher import Timeouts, WorkerGroup
 from tpllm.errors import SettingError
 from tpllm.worker.__main__ import Spec, main
 from tpllm.worker.replies import Replies
@@ -29,11 +30,15 @@ Acts = dict[int, list[list[Any]]]
 
 
 def start(
-    acts: Acts | None = None, world_size: int = 2, module: str = "stub_worker"
+    acts: Acts | None = None,
+    world_size: int = 2,
+    module: str = "stub_worker",
+    timeout_s: float = 60.0,
 ) -> WorkerGroup:
     """Start stub workers; the fixture `stub_workers` lets them be found."""
     settings = {"acts": {str(rank): each for rank, each in (acts or {}).items()}}
-    return WorkerGroup(world_size, PlanLimits(4, 64, 4, 16), settings, module=module)
+    timeouts = Timeouts(start_timeout_s=timeout_s, step_timeout_s=timeout_s)
+    return WorkerGroup(world_size, PlanLimits(4, 64, 4, 16), settings, timeouts, module)
 
 
 def until_ready(group: WorkerGroup) -> WorkerGroup:
@@ -47,6 +52,8 @@ class Stub:
 
     def __init__(self, spec: Spec, plans: RingReader, replies: Replies) -> None:
         self._spec, self._plans, self._replies = spec, plans, replies
+        self._progress = Progress(spec["board"], spec["rank"])
+        self._num_steps = 0
 
     def perform(self) -> None:
         acts = self._spec["settings"].get("acts", {})
@@ -70,8 +77,12 @@ class Stub:
                 if message["type"] == "shutdown":
                     return "shutdown"
                 self._replies.control(self._answer(message))
-            elif self._spec["rank"] == 0:
+                continue
+            self._progress.begin(self._num_steps)
+            if self._spec["rank"] == 0:
                 self._replies.result([record.payload])
+            self._progress.launch(self._num_steps)
+            self._num_steps += 1
         return None
 
     def _answer(self, message: dict[str, Any]) -> dict[str, Any]:

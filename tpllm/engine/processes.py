@@ -6,15 +6,23 @@ Apart from the `WorkerGroup` that talks to them, so that a finalizer can hold it
 import os
 import shutil
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Protocol
 
-from tpllm.channel.ring import RingReader, RingWriter
+from tpllm.engine import guard
 from tpllm.interrupts import Interrupts
+
+Command = tuple[list[str], tuple[int, ...]]  # words, and the descriptors to inherit
+
+
+class Closable(Protocol):
+    def close(self) -> None: ...
 
 
 @dataclass
@@ -28,8 +36,9 @@ class WorkerProcesses:
 
     owner_pid: int
     directory: Path | None = None
+    guard: subprocess.Popen[bytes] | None = None  # see tpllm.engine.guard
     processes: list[subprocess.Popen[bytes]] = field(default_factory=list)
-    rings: list[RingReader | RingWriter] = field(default_factory=list)
+    mappings: list[Closable] = field(default_factory=list)  # of memory shared with the workers
     descriptors: list[int] = field(default_factory=list)
     ending: bool = False
     released: threading.Event = field(default_factory=threading.Event)
@@ -61,40 +70,43 @@ class WorkerProcesses:
         for process in self.processes:
             process.wait()
         self._close_descriptors()
-        if self.directory is not None:
+        if self.directory is not None:  # nobody is left who could make it again
             shutil.rmtree(self.directory, ignore_errors=True)
+        if self.guard is not None:
+            self.guard.kill()
+            self.guard.wait()
         self.released.set()
 
     def spawn(
         self,
-        commands: Sequence[tuple[list[str], tuple[int, ...]]],
+        commands: Sequence[Command],
         environment: dict[str, str],
         output: int,
+        lifeline: int,
     ) -> None:
-        """Start the workers from a thread that lives as long as they may.
+        """Start the guard, then the workers, from a thread that lives as long as they may.
 
         The kernel sends a worker its parent-death signal when the thread that started it ends, not
         the process: a caller's short-lived thread must not be that thread.
+
+        Args:
+            lifeline: reading end of the pipe whose other end the workers hold, for the guard
         """
         started = threading.Event()
         failure: list[BaseException] = []
 
         def run() -> None:
             try:
-                for command, inherited in commands:
+                with self.lock:
+                    if not self.ending:
+                        words = [sys.executable, "-I", "-S", guard.__file__]
+                        words += [str(self.directory), str(lifeline)]
+                        self.guard = _start((words, (lifeline,)), dict(os.environ), output)
+                for command in commands:
                     with self.lock:
                         if self.ending:
                             break
-                        process = subprocess.Popen(
-                            command,
-                            stdin=subprocess.DEVNULL,
-                            stdout=output,
-                            stderr=output,
-                            pass_fds=inherited,
-                            env=environment,
-                            start_new_session=True,  # Ctrl-C in the terminal is the coordinator's
-                        )
-                        self.processes.append(process)
+                        self.processes.append(_start(command, environment, output))
             except BaseException as error:
                 failure.append(error)
             started.set()
@@ -133,11 +145,24 @@ class WorkerProcesses:
     def _close_descriptors(self) -> None:
         if not self._in_use.acquire(blocking=False):
             return  # the call that uses them closes them when it leaves
-        while self.rings:
-            self.rings.pop().close()
+        while self.mappings:
+            self.mappings.pop().close()
         while self.descriptors:
             os.close(self.descriptors.pop())
         self._in_use.release()
+
+
+def _start(command: Command, environment: dict[str, str], output: int) -> subprocess.Popen[bytes]:
+    words, inherited = command
+    return subprocess.Popen(
+        words,
+        stdin=subprocess.DEVNULL,
+        stdout=output,
+        stderr=output,
+        pass_fds=inherited,
+        env=environment,
+        start_new_session=True,  # Ctrl-C in the terminal is the coordinator's
+    )
 
 
 def worker_environment(directory: Path) -> dict[str, str]:

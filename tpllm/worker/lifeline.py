@@ -2,43 +2,26 @@
 
 import ctypes
 import os
-import select
-import shutil
 import signal
-import threading
-from types import FrameType
+
+from tpllm.channel.ring import wait_readable
 
 _PR_SET_PDEATHSIG = 1
 
 
-def tie_to_coordinator(coordinator_pidfd: int, directory: str) -> None:
-    """End this process, and remove the engine's `directory`, as soon as the coordinator is gone.
+def tie_to_coordinator(coordinator_pidfd: int) -> None:
+    """Have the kernel kill this process as soon as the coordinator is gone.
 
-    Two ties, for either alone has a hole: the kernel's parent-death signal interrupts any system
-    call but reaches Python only between two bytecodes; a thread that sleeps on a pidfd of the
-    coordinator needs no bytecode of the main thread. The pidfd also covers a coordinator that died
-    before the signal was asked for. Every worker removes the directory, so the last one does.
+    SIGKILL, since anything gentler waits for the interpreter: while a library is loaded from a cold
+    disk, or a call into the driver hangs, that may take minutes, and a stopped process takes no
+    other signal at all. The engine's directory is therefore removed by a process of its own
+    (`tpllm.engine.guard`).
+
+    SIGINT gets its default action back: sent to this rank alone, it ends it as any signal does.
     """
-
-    def leave() -> None:
-        shutil.rmtree(directory, ignore_errors=True)
-        os._exit(1)  # no destructors: they could wait for ranks that are gone
-
-    def on_signal(signum: int, frame: FrameType | None) -> None:
-        shutil.rmtree(directory, ignore_errors=True)
-        # die of the signal: somebody may have sent it to this rank alone, which the coordinator
-        # then can tell
-        signal.signal(signum, signal.SIG_DFL)
-        signal.raise_signal(signum)
-
-    def watch() -> None:
-        poll = select.poll()
-        poll.register(coordinator_pidfd, select.POLLIN)
-        poll.poll()
-        leave()
-
-    signal.signal(signal.SIGTERM, on_signal)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
     libc = ctypes.CDLL(None, use_errno=True)
-    if libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM) != 0:
+    if libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL) != 0:
         raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG) failed")
-    threading.Thread(target=watch, name="tpllm-lifeline", daemon=True).start()
+    if wait_readable(coordinator_pidfd, 0.0):  # it ended before we could ask
+        os._exit(1)
