@@ -79,11 +79,15 @@ class Stub:
                 self._replies.control(self._answer(message))
                 continue
             self._progress.begin(self._num_steps)
+            self.between_begin_and_end()
             if self._spec["rank"] == 0:
                 self._replies.result([record.payload])
             self._progress.launch(self._num_steps)
             self._num_steps += 1
         return None
+
+    def between_begin_and_end(self) -> None:
+        """The work of a step; none here."""
 
     def _answer(self, message: dict[str, Any]) -> dict[str, Any]:
         if message["type"] == "look around":

@@ -81,8 +81,7 @@ def examine(
             with suppress(ProcessLookupError):
                 os.kill(pid, STACK_SIGNAL)  # first, so that a stopped one does nothing else
                 os.kill(pid, signal.SIGCONT)
-    running = [fd for fd, state in zip(stack_fds, states, strict=True) if state != _ENDED]
-    _await_answers(running)
+    _await_answers(pids, stack_fds)
     return [
         RankState(
             rank,
@@ -123,13 +122,14 @@ def read_stacks(fd: int) -> str:
     return os.pread(fd, os.fstat(fd).st_size, 0).decode(errors="replace").strip()
 
 
-def _await_answers(fds: Sequence[int]) -> None:
-    """Return once every rank's file has grown and come to rest, or after ANSWER_S."""
+def _await_answers(pids: Sequence[int], fds: Sequence[int]) -> None:
+    """Return once every rank has answered and come to rest, or has ended, or after ANSWER_S."""
     deadline = time.monotonic() + ANSWER_S
     before = [-1] * len(fds)
     while time.monotonic() < deadline:
         sizes = [os.fstat(fd).st_size for fd in fds]
-        if sizes == before and all(sizes):
+        answered = (size or _state(pid) == _ENDED for pid, size in zip(pids, sizes, strict=True))
+        if sizes == before and all(answered):
             return
         before = sizes
         time.sleep(_POLL_S)
