@@ -15,7 +15,6 @@ import argparse
 import json
 import os
 import random
-import signal
 import subprocess
 import sys
 import tempfile
@@ -145,11 +144,9 @@ def quiet_answers(settings: dict[str, Any], requests: list[AddRequest]) -> dict[
         engine.close()
 
 
-def run_victim(arguments: dict[str, Any]) -> None:
+def run_victim(settings: dict[str, Any]) -> None:
     """A program with an engine, which is killed when its worker comes to the fault's place."""
-    if arguments["fork"]:
-        use_forks()
-    engine = Coordinator(EngineConfig.resolve(**arguments["settings"]), module="chaos_worker")
+    engine = Coordinator(EngineConfig.resolve(**settings), module="chaos_worker")
     for round_ in range(1 << 30):
         run_all(engine, make_requests(random.Random(round_), 16), defaultdict(list))
 
@@ -198,16 +195,22 @@ class Chaos:
         os.environ["CHAOS_FAULT"] = json.dumps(fault)
         got: dict[str, list[int]] = defaultdict(list)
         engine = None
+        heard = [0.0]  # the other ranks may go on for a while, and a deadline begins after that
+
+        def on_phase(rank: int, phase: str) -> None:
+            heard.append(time.monotonic())
+
         try:
             config = EngineConfig.resolve(**self.settings)
-            engine = Coordinator(config, module="chaos_worker")
+            engine = Coordinator(config, on_phase=on_phase, module="chaos_worker")
             run_all(engine, self.requests, got)
             engine.worker_times()  # for a fault that waits until the last step is done
         except WorkerError as error:
             now = time.monotonic()
             detect_s = now - float(mark.read_text()) if mark.exists() else 0.0
             if plan.act in HANGS:
-                detect_s = max(0.0, detect_s - self.args.timeout_s)
+                silent_s = min(detect_s, now - heard[-1])
+                detect_s = max(0.0, silent_s - self.args.timeout_s)
             return Outcome(detect_s, 0.0, self._judge(plan, error, got, mark.exists(), detect_s))
         finally:
             if engine is not None:
@@ -242,21 +245,23 @@ class Chaos:
 
     def _kill_program(self, fault: dict[str, Any], mark: Path) -> Outcome:
         """Kill the coordinator's process while one of its workers is stopped at the place."""
-        arguments = {"settings": self.settings, "fork": self.args.fork}
-        process = subprocess.Popen(
-            [sys.executable, str(HERE / "chaos.py"), "--victim", json.dumps(arguments)],
-            env={**os.environ, "CHAOS_FAULT": json.dumps(fault)},
-            start_new_session=True,
-        )
+        os.environ["CHAOS_FAULT"] = json.dumps(fault)
+        process = self._start_program()
         try:
             while not mark.exists():
                 if process.poll() is not None:
                     return Outcome(0.0, 0.0, ["the program ended by itself"])
                 time.sleep(0.005)
         finally:
-            process.send_signal(signal.SIGKILL)
+            process.kill()
             process.wait()
         return Outcome(0.0, 0.0)
+
+    def _start_program(self) -> Any:
+        if self.args.fork:
+            return forked_workers.fork(lambda: run_victim(self.settings))
+        words = [sys.executable, str(HERE / "chaos.py"), "--victim", json.dumps(self.settings)]
+        return subprocess.Popen(words, start_new_session=True)
 
 
 @dataclass

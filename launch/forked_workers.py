@@ -12,7 +12,7 @@ import signal
 import sys
 import traceback
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from importlib.util import find_spec
 from typing import Any, NoReturn
@@ -53,13 +53,19 @@ def start(command: processes.Command, environment: dict[str, str], output: int) 
     if "-m" not in options:
         return _exec(command, environment, output)
     module, fd = options[options.index("-m") + 1 :]
+    return fork(lambda: _become_worker(module, fd, environment, inherited))
+
+
+def fork(run: Callable[[], None]) -> Forked:
+    """A child of this process, in a session of its own, that does nothing but `run`."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of other threads: ours hold nothing that a worker needs
+        warnings.simplefilter("ignore")  # of other threads: ours hold nothing that a child needs
         pid = os.fork()
     if pid:
         return Forked(pid)
     try:
-        _become_worker(module, fd, environment, inherited)
+        os.setsid()
+        run()
     except BaseException:
         traceback.print_exc()
     finally:
@@ -69,7 +75,6 @@ def start(command: processes.Command, environment: dict[str, str], output: int) 
 def _become_worker(
     module: str, fd: str, environment: dict[str, str], inherited: Sequence[int]
 ) -> NoReturn:
-    os.setsid()
     os.environ.update(environment)
     kept = {0, 1, 2, *inherited}
     for each in map(int, os.listdir("/proc/self/fd")):

@@ -5,6 +5,7 @@ what it is told: `start({0: [["say", "loading weights"], ["raise", "disk on fire
 is told nothing works: it reports that it is ready, then answers every record.
 """
 
+import ctypes
 import json
 import os
 import signal
@@ -114,6 +115,10 @@ class Stub:
 
     def act_signal_coordinator(self, name: str) -> None:
         os.kill(os.getppid(), signal.Signals[name])
+
+    def act_seize_interpreter(self) -> None:
+        """Stay in native code for ever with the interpreter's lock: no thread of Python runs."""
+        ctypes.PyDLL(None).pause()
 
     def act_touch(self, path: str) -> None:
         Path(path).touch()

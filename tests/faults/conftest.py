@@ -10,9 +10,8 @@ HERE = Path(__file__).parent
 
 @pytest.fixture
 def fault_workers(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Lets `fault_worker` be found, and what it is made of; forked, and told without ceremony."""
-    for folder in (HERE.parent / "engine", HERE):
-        monkeypatch.syspath_prepend(folder)
+    """Lets `fault_worker` be found, forked instead of started, and its end told at once."""
+    monkeypatch.syspath_prepend(HERE)
     monkeypatch.setattr(processes, "_start", forked_workers.start)
     monkeypatch.setattr(launcher, "GRACE_S", 0.05)  # nothing here has a second cause
     monkeypatch.setattr(launcher, "CLOSE_TIMEOUT_S", 0.3)

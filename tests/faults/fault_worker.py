@@ -8,8 +8,7 @@ import os
 import signal
 import time
 
-from stub_worker import Stub
-
+from tests.engine.stub_worker import Stub
 from tpllm.channel.progress import Board
 from tpllm.channel.ring import RingReader
 from tpllm.channel.step_plan import CONTROL
@@ -28,6 +27,9 @@ class FaultStub(Stub):
         assert record is not None
         if record.kind != CONTROL:
             self._progress.begin(self._num_steps)
+
+    def act_beat(self) -> None:
+        self._progress.beat()
 
     def act_stop(self) -> None:
         os.kill(os.getpid(), signal.SIGSTOP)

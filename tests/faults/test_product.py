@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from tests.engine.stub_worker import READY, SERVE, start, until_ready
+from tests.engine.stub_worker import READY, SERVE, Acts, start, until_ready
 from tests.leaks import process_state, wait_until
 from tpllm.channel.step_plan import RESULT, STEP
 from tpllm.engine.launcher import Timeouts, WorkerGroup
@@ -50,7 +50,7 @@ def test_a_fault_is_told_by_rank_phase_and_cause(fault, phase, rank, world_size,
     is_idle = tmp_path / "is idle"
     if phase == "idle":
         before = [*before, ["await", str(is_idle)]]
-    acts = {each: [*SAYINGS, READY, SERVE] for each in range(world_size)}
+    acts: Acts = {each: [*SAYINGS, READY, SERVE] for each in range(world_size)}
     acts[rank] = [*before, FAULTS[fault].act, SERVE]
     group = start(acts, world_size, "fault_worker")
     if phase == "closing":

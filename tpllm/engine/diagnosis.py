@@ -13,7 +13,7 @@ from pathlib import Path
 
 from tpllm.channel.progress import STACK_SIGNAL, Board
 
-ANSWER_S = 0.5  # a handler in C answers in milliseconds, if it can answer at all
+ANSWER_S = 1.0  # a handler in C answers in milliseconds, if it can answer at all
 _POLL_S = 0.01
 _STATES = {
     "R": "running",
