@@ -146,7 +146,7 @@ def quiet_answers(settings: dict[str, Any], requests: list[AddRequest]) -> dict[
 
 def run_victim(settings: dict[str, Any]) -> None:
     """A program with an engine, which is killed when its worker comes to the fault's place."""
-    engine = Coordinator(EngineConfig.resolve(**settings), module="chaos_worker")
+    engine = Coordinator(EngineConfig.resolve(**settings), module="launch.chaos_worker")
     for round_ in range(1 << 30):
         run_all(engine, make_requests(random.Random(round_), 16), defaultdict(list))
 
@@ -202,7 +202,7 @@ class Chaos:
 
         try:
             config = EngineConfig.resolve(**self.settings)
-            engine = Coordinator(config, on_phase=on_phase, module="chaos_worker")
+            engine = Coordinator(config, on_phase=on_phase, module="launch.chaos_worker")
             run_all(engine, self.requests, got)
             engine.worker_times()  # for a fault that waits until the last step is done
         except WorkerError as error:
@@ -347,9 +347,6 @@ def main() -> int:
     parser.add_argument("--fork", action="store_true", help="fork workers (CPU): many more faults")
     parser.add_argument("--victim", help=argparse.SUPPRESS)  # the program that is killed
     args = parser.parse_args()
-    paths = [str(HERE), str(HERE.parent), os.environ.get("PYTHONPATH", "")]
-    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
-    sys.path.insert(0, str(HERE))
     if args.victim:
         run_victim(json.loads(args.victim))
         return 0

@@ -167,3 +167,19 @@ def test_flash_attn_serves_where_it_can(machine, gpus, dtype, head_dim, expected
     assert can_use_flash_attn(gpus, dtype, head_dim) is expected
     machine(*gpus, flash_attn=False)
     assert not can_use_flash_attn(gpus, dtype, head_dim)
+
+
+def test_a_gpu_without_room_for_the_weights_is_refused_with_its_figures(machine):
+    busy = Gpu("NVIDIA H200", "GPU-3", (9, 0), free_bytes=1 << 20, total_bytes=141 << 30)
+    machine(H200, busy)
+    message = r"of weights on GPU 1 \(NVIDIA H200\), which has 0.0 of 141.0 GiB free; free its"
+    with pytest.raises(ValueError, match=message):
+        EngineConfig.resolve(tensor_parallel_size=2)
+    EngineConfig.resolve(tensor_parallel_size=1)  # does not use it
+
+
+def test_a_step_may_take_a_minute_on_a_gpu_and_ten_on_a_cpu(machine):
+    assert EngineConfig.resolve().step_timeout_s == 600
+    assert EngineConfig.resolve(step_timeout_s=7).step_timeout_s == 7
+    machine(H200)
+    assert EngineConfig.resolve().step_timeout_s == 60

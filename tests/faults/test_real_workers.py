@@ -6,20 +6,26 @@ does all cases with fresh interpreters.
 
 import json
 import os
+import shutil
 from argparse import Namespace
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 from launch import forked_workers
 from launch.chaos import HANGS, Chaos, Plan
 from tests.leaks import process_state
+from tpllm import LLM
+from tpllm.checkpoint import WEIGHTS_NAME, resolve_model
 from tpllm.engine import processes
 from tpllm.engine.launcher import WorkerGroup
 
 ACTS = ("kill", "crash", "fail", "leave", "stop", "seize")
 PLACES = ("joining the group", "loading weights", "prefill", "decode", "idle")
+NORM = "model.layers.1.input_layernorm.weight"
 RANKS = ((0, 1), (0, 2), (1, 2))
 CASES = [
     (act, where, *RANKS[(i + j) % len(RANKS)])
@@ -32,7 +38,6 @@ CASES = [
 def trials() -> Iterator[dict[int, Chaos]]:
     """Rounds of chaos for one rank and for two, with their quiet answers."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(Path(forked_workers.__file__).parent)
         patch.setattr(processes, "_start", forked_workers.start)
         patch.setenv("CHAOS_RUN", "tests")
         arguments = {"seed": 0, "model": None, "device": "cpu", "timeout_s": 60.0, "fork": True}
@@ -47,6 +52,17 @@ def test_a_fault_is_told_and_leaves_nothing(act, where, rank, size, trials, monk
     outcome = trials[size].run(Plan(act, where, rank, after=2 if where == "decode" else 0))
     assert outcome.wrong == []
     assert outcome.leaks == []
+
+
+def test_a_checkpoint_with_a_nan_is_told_by_tensor_and_leaves_nothing(trials, tmp_path):
+    folder = shutil.copytree(resolve_model(None), tmp_path / "model")
+    weights = folder / WEIGHTS_NAME
+    with safe_open(weights, framework="pt") as opened:
+        tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+    tensors[NORM][5] = float("nan")
+    save_file(tensors, weights)
+    with pytest.raises(ValueError, match=f"{NORM} holds NaN or infinity in 1 of 256 values"):
+        LLM(folder, device="cpu", tensor_parallel_size=2)
 
 
 def lose_patience_once_it_has_happened(monkeypatch: pytest.MonkeyPatch, act: str) -> None:
