@@ -7,6 +7,7 @@ does all cases with fresh interpreters.
 import json
 import os
 import shutil
+import time
 from argparse import Namespace
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,7 +18,7 @@ from safetensors.torch import save_file
 
 from launch import forked_workers
 from launch.chaos import HANGS, Chaos, Plan
-from tests.leaks import process_state
+from tests.leaks import process_state, wait_until
 from tpllm import LLM
 from tpllm.checkpoint import WEIGHTS_NAME, resolve_model
 from tpllm.engine import processes
@@ -63,6 +64,30 @@ def test_a_checkpoint_with_a_nan_is_told_by_tensor_and_leaves_nothing(trials, tm
     save_file(tensors, weights)
     with pytest.raises(ValueError, match=f"{NORM} holds NaN or infinity in 1 of 256 values"):
         LLM(folder, device="cpu", tensor_parallel_size=2)
+
+
+def test_an_idle_engine_never_wakes_up(trials):
+    """No thread of the worker is scheduled even once while there is nothing to do.
+
+    With several ranks Gloo's own threads are: they look up a hundred times a second.
+    """
+
+    def wake_ups(pid: int) -> list[str]:
+        return [
+            line
+            for task in sorted(Path(f"/proc/{pid}/task").iterdir())
+            for line in (task / "status").read_text().splitlines()
+            if "ctxt_switches" in line
+        ]
+
+    def is_quiet(llm: LLM) -> bool:
+        before = [wake_ups(pid) for pid in llm.coordinator.worker_pids]
+        time.sleep(0.3)
+        return before == [wake_ups(pid) for pid in llm.coordinator.worker_pids]
+
+    with LLM(device="cpu", skip_tokenizer_init=True) as llm:
+        llm.generate([1, 2, 3], use_tqdm=False)
+        assert wait_until(lambda: is_quiet(llm))
 
 
 def lose_patience_once_it_has_happened(monkeypatch: pytest.MonkeyPatch, act: str) -> None:
