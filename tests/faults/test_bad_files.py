@@ -182,7 +182,7 @@ FIELDS = sorted({*MAX_SIZES, *shipped_config()})
 
 
 @settings(
-    max_examples=300,
+    max_examples=150,
     derandomize=True,
     deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture],

@@ -69,7 +69,7 @@ anything = st.recursive(
 names = st.sampled_from([field.name for field in fields(SamplingParams)])
 
 
-@quickly(max_examples=400)
+@quickly(max_examples=200)
 @given(keywords=st.dictionaries(st.one_of(names, st.text(max_size=6)), anything, max_size=4))
 def test_sampling_parameters_are_taken_or_refused_with_a_value_error(keywords):
     try:

@@ -21,7 +21,7 @@ from tpllm.devices import visible_gpus
 from tpllm.engine.diagnosis import RankState
 
 NUM_KEPT = 20
-_PACKAGES = ("torch", "triton", "flash-attn", "transformers", "numpy", "nvidia-nccl-cu12")
+_PACKAGES = ("torch", "triton", "flash-attn", "transformers", "numpy")
 _TOLD_VARIABLES = ("CUDA_", "GLOO_", "NCCL_", "TORCH_NCCL_", "OMP_NUM_THREADS", "TMPDIR")
 
 
@@ -111,6 +111,6 @@ def _settings_text(settings: Mapping[str, Any]) -> str:
 
 
 def _drop_oldest(folder: Path) -> None:
-    reports = sorted(folder.glob("crash-*.txt"), key=lambda file: file.stat().st_mtime)
+    reports = sorted(folder.glob("crash-*.txt"))  # their names begin with the time
     for file in reports[:-NUM_KEPT]:
         file.unlink(missing_ok=True)

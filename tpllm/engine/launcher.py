@@ -66,7 +66,7 @@ class Timeouts(NamedTuple):
 class _Cause(NamedTuple):
     """Why a rank failed, in a sentence and in the attributes of WorkerError."""
 
-    rank: int
+    rank: int | None  # None where no single one is to blame
     text: str
     cause: str
     signal: int | None = None
@@ -140,9 +140,9 @@ class WorkerGroup:
         self._processes.descriptors += plans.all()
         self._writer = RingWriter(plans)
         self._processes.mappings.append(self._writer)
-        # only a name, which nobody can guess: the workers make it, since they can also remove it if
-        # this process is killed at any moment from here on
         refuse_too_little_room(tempfile.gettempdir())
+        # only a name, which nobody can guess: the workers make it, so that it is never there before
+        # the guard that removes it, should this process be killed
         directory = Path(tempfile.gettempdir()) / f"tpllm-{secrets.token_hex(8)}"
         self._processes.directory = directory
         self._readers: list[RingReader] = []
@@ -389,7 +389,7 @@ class WorkerGroup:
             f"{name} if work may take that long\n" + "\n".join(each.describe() for each in ranks)
         )
         stacks = None if rank is None else ranks[rank].stacks
-        self._fail(text, _Cause(-1 if rank is None else rank, text, "hang", None, stacks), ranks)
+        self._fail(text, _Cause(rank, text, "hang", None, stacks), ranks)
 
     def _examine(self) -> list[RankState]:
         return examine(self.pids, self.phases, self._board, self._stack_fds)
@@ -419,12 +419,12 @@ class WorkerGroup:
 
     def _fail(self, message: str, cause: _Cause, ranks: list[RankState]) -> NoReturn:
         self.kill()
-        phase = self.phases[cause.rank] if cause.rank >= 0 else None
+        phase = None if cause.rank is None else self.phases[cause.rank]
         last_steps = [*self._last_steps, *(f"step {step}: no result" for step, _ in self._sent)]
         report = write_report(message, self._settings, last_steps, ranks)
         raise WorkerError(
             message if report is None else f"{message}\nA crash report is in {report}",
-            rank=cause.rank if cause.rank >= 0 else None,
+            rank=cause.rank,
             phase=phase,
             step=self.step if self.step >= 0 else None,
             cause=cause.cause,

@@ -68,7 +68,8 @@ class Worker:
         replies.phase("loading weights")
         begin = time.perf_counter()
         backend = choose_backend(device, config.use_flash_attn)
-        model = self._load_model(backend)
+        with explained_out_of_memory(device, "while it loaded the weights"):
+            model = self._load_model(backend)
         info: dict[str, Any] = {
             "attention": backend.name,
             "all_reduce": "peer memory, NCCL" if self._tp.peers else "NCCL" if on_gpu else "Gloo",
@@ -87,7 +88,8 @@ class Worker:
             config.model_config.vocab_size,
             static_decode=static_decode,
         )
-        num_blocks = self._make_cache(model, free_at_start)
+        with explained_out_of_memory(device, "while it made room for the KV cache"):
+            num_blocks = self._make_cache(model, free_at_start)
         self._times = StepTimes()
         self._profile: KernelProfile | None = None
         self._results = ResultSender(replies, self._times, device, limits) if rank == 0 else None
@@ -147,7 +149,7 @@ class Worker:
             if record.kind != CONTROL:
                 plan = StepPlan.decode(record.payload)
                 self._progress.begin(plan.step)
-                with explained_out_of_memory(self._device):
+                with explained_out_of_memory(self._device, "in a step"):
                     self._run_step(plan)
                 self._progress.launch(plan.step)
                 continue
