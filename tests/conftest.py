@@ -34,6 +34,7 @@ def own_temporary_directory(tmp_path_factory: pytest.TempPathFactory) -> Iterato
         directory = str(tmp_path_factory.mktemp("tmp"))
         patch.setenv("TMPDIR", directory)
         patch.setattr(tempfile, "tempdir", directory)
+        patch.setenv("TPLLM_CRASH_DIR", str(tmp_path_factory.mktemp("crashes")))
         resource_tracker.ensure_running()  # of multiprocessing; it lives as long as this process
         assert os.path.samefile(tempfile.gettempdir(), directory)
         yield

@@ -31,7 +31,12 @@ def wait_until(is_so: Callable[[], bool], timeout_s: float = 60.0) -> bool:
 
 def is_running(pid: int) -> bool:
     """Whether the process is there, and is not a zombie that its parent may not want to reap."""
-    return _state_and_parent(pid)[0] not in ("", "Z", "X")
+    return process_state(pid) not in ("", "Z", "X")
+
+
+def process_state(pid: int) -> str:
+    """The letter that the kernel gives its state, such as R, S, T or Z; "" if it is not there."""
+    return _state_and_parent(pid)[0]
 
 
 def worker_pids() -> dict[int, Path]:

@@ -174,3 +174,19 @@ def test_flash_attn_needs_an_ampere_gpu():
     old = Gpu("Tesla T4", "GPU-t4", (7, 5))
     reason = "Tesla T4 has compute capability 7.5, and it needs 8.0"
     assert why_no_flash_attn([H200, old], "float16", 128) == reason
+
+
+def test_a_gpu_without_room_for_the_weights_is_refused_with_its_figures(machine):
+    busy = Gpu("NVIDIA H200", "GPU-3", (9, 0), free_bytes=1 << 20, total_bytes=141 << 30)
+    machine(H200, busy)
+    message = r"of weights on GPU 1 \(NVIDIA H200\), which has 0.0 of 141.0 GiB free; free its"
+    with pytest.raises(ValueError, match=message):
+        EngineConfig.resolve(tensor_parallel_size=2)
+    EngineConfig.resolve(tensor_parallel_size=1)  # does not use it
+
+
+def test_a_step_may_take_a_minute_on_a_gpu_and_ten_on_a_cpu(machine):
+    assert EngineConfig.resolve().step_timeout_s == 600
+    assert EngineConfig.resolve(step_timeout_s=7).step_timeout_s == 7
+    machine(H200)
+    assert EngineConfig.resolve().step_timeout_s == 60

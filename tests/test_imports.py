@@ -22,7 +22,8 @@ MAY_IMPORT = {
     "channel": PLAIN,
     "worker": PLAIN | {"models", "layers", "parallel", "channel", "checkpoint", "child_process"},
     "server": PLAIN | {"async_llm"},
-    "engine": PLAIN | {"channel", "child_process", "interrupts"},
+    "engine": PLAIN
+    | {"__version__", "channel", "child_process", "devices", "interrupts", "resources"},
 }
 WITHOUT_TORCH = {"torch", "triton", "transformers", "flash_attn"}
 MAY_USE_TORCH = {"parallel", "layers", "models", "worker"}

@@ -108,7 +108,7 @@ def _refuse(folder: Path, config: ModelConfig, what: str, found: Iterable[str]) 
 
 def _files(folder: Path) -> dict[Path, set[str] | None]:
     """Each safetensors file of the checkpoint, with the tensors to take from it (None: all)."""
-    if (folder / INDEX_NAME).is_file():
+    if os.path.lexists(folder / INDEX_NAME):  # also a link to nowhere: it was meant
         return _read_index(folder)
     weights = folder / WEIGHTS_NAME
     if not weights.is_file():
@@ -133,7 +133,7 @@ def _read_index(folder: Path) -> dict[Path, set[str] | None]:
         files.setdefault(folder / file, set()).add(tensor)
     checked: dict[Path, set[str] | None] = {}
     for path, tensors in files.items():
-        if not path.is_file():
+        if not os.path.isfile(path):  # os.path: pathlib raises on names the system finds too long
             raise FileNotFoundError(f"{path} is missing, and {index} puts {min(tensors)} in it")
         checked[path] = tensors
     return checked

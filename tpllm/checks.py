@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 MAX_INT32 = 2**31 - 1
+MAX_JSON_BYTES = 64 << 20  # the index of a large model takes some megabytes
 
 
 def check_int(name: str, value: object, minimum: int, maximum: int = MAX_INT32) -> int:
@@ -67,6 +68,10 @@ def read_json(path: Path) -> dict[str, Any]:
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist or is not a file")
+    if (size := path.stat().st_size) > MAX_JSON_BYTES:
+        raise ValueError(
+            f"{path} has {size} bytes; more than {MAX_JSON_BYTES} are not read as JSON"
+        )
     try:
         content = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:  # bad JSON, bad UTF-8, endless nesting

@@ -7,12 +7,10 @@ where FD is an anonymous file with everything the process needs, as JSON.
 import ctypes
 import json
 import os
-import select
 import signal
-import threading
-from collections.abc import Callable
-from types import FrameType
 from typing import Any
+
+from tpllm.channel.ring import wait_readable
 
 _PR_SET_PDEATHSIG = 1
 
@@ -29,34 +27,19 @@ def read_spec(fd: int) -> dict[str, Any]:
     return spec
 
 
-def tie_to_parent(parent_pidfd: int, clean_up: Callable[[], None]) -> None:
-    """End this process, after `clean_up`, as soon as the one that started it is gone.
+def tie_to_parent(parent_pidfd: int) -> None:
+    """Have the kernel kill this process as soon as the one that started it is gone.
 
-    Two ties, for either alone has a hole: the kernel's parent-death signal interrupts any system
-    call but reaches Python only between two bytecodes; a thread that sleeps on a pidfd of the
-    parent needs no bytecode of the main thread. The pidfd also covers a parent that died before the
-    signal was asked for.
+    SIGKILL, since anything gentler waits for the interpreter: while a library is loaded from a cold
+    disk, or a call into the driver hangs, that may take minutes, and a stopped process takes no
+    other signal at all. The engine's directory is therefore removed by a process of its own
+    (`tpllm.engine.guard`).
+
+    SIGINT gets its default action back: sent to this process alone, it ends it as any signal does.
     """
-
-    def leave() -> None:
-        clean_up()
-        os._exit(1)  # no destructors: they could wait for processes that are gone
-
-    def on_signal(signum: int, frame: FrameType | None) -> None:
-        clean_up()
-        # die of the signal: somebody may have sent it to this process alone, which its parent then
-        # can tell
-        signal.signal(signum, signal.SIG_DFL)
-        signal.raise_signal(signum)
-
-    def watch() -> None:
-        poll = select.poll()
-        poll.register(parent_pidfd, select.POLLIN)
-        poll.poll()
-        leave()
-
-    signal.signal(signal.SIGTERM, on_signal)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
     libc = ctypes.CDLL(None, use_errno=True)
-    if libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM) != 0:
+    if libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL) != 0:
         raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG) failed")
-    threading.Thread(target=watch, name="tpllm-lifeline", daemon=True).start()
+    if wait_readable(parent_pidfd, 0.0):  # it ended before we could ask
+        os._exit(1)

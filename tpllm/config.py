@@ -5,6 +5,7 @@ workers get the same object as JSON.
 """
 
 import json
+import math
 import os
 from dataclasses import asdict, dataclass, field, fields
 from importlib.util import find_spec
@@ -16,11 +17,13 @@ from tpllm.checks import MAX_INT32
 from tpllm.devices import Gpu, visible_gpus
 from tpllm.generation_config import read_generation_defaults
 from tpllm.model_config import ModelConfig
+from tpllm.resources import refuse_too_little_shared_memory
 from tpllm.sampling_params import SamplingParams
 from tpllm.settings import Settings
 from tpllm.tokenizer import TOKENIZER_FILES
 
 HALF_DTYPES = ("bfloat16", "float16")
+STEP_TIMEOUT_S = {"cuda": 60.0, "cpu": 600.0}  # a GPU's longest step takes some seconds
 FLASH_ATTN_PAGE = 256  # flash-attn 2 reads the paged cache in blocks of a multiple of this
 
 
@@ -36,6 +39,7 @@ class EngineConfig(Settings):
         kv_block_size: tokens in a block of the KV cache
         use_flash_attn: whether prompts are computed by flash-attn 2
         folder: the checkpoint, absolute
+        step_timeout_s: seconds that a step may take
         tokenizer_folder: the tokenizer's folder; None to work on token ids alone
         model_config: what the checkpoint's config.json says
         generation_defaults: arguments of SamplingParams, where the checkpoint recommends some
@@ -43,6 +47,7 @@ class EngineConfig(Settings):
 
     max_model_len: int = field()  # field(): required here, without the default of Settings
     kv_block_size: int = field()
+    step_timeout_s: float = field()
     max_model_len_is_asked_for: bool
     use_flash_attn: bool
     folder: Path
@@ -64,6 +69,8 @@ class EngineConfig(Settings):
         model_config = ModelConfig.from_folder(folder, name=_hub_name(wanted.model))
         model_config.check_parallel(wanted.tensor_parallel_size)
         device, gpus = _resolve_device(wanted)
+        _check_gpu_memory(gpus, wanted, model_config)
+        refuse_too_little_shared_memory(len(gpus))
         dtype = _resolve_dtype(wanted, device, gpus, model_config)
         use_flash_attn = why_no_flash_attn(gpus, dtype, model_config.head_dim) is None
         concrete = {
@@ -73,6 +80,7 @@ class EngineConfig(Settings):
             "max_model_len_is_asked_for": wanted.max_model_len is not None,
             "kv_block_size": _resolve_kv_block_size(wanted, device, dtype, use_flash_attn),
             "use_flash_attn": use_flash_attn,
+            "step_timeout_s": wanted.step_timeout_s or STEP_TIMEOUT_S[device],
             "folder": folder,
             "tokenizer_folder": _resolve_tokenizer(wanted, folder),
             "model_config": model_config,
@@ -160,6 +168,20 @@ def _resolve_device(wanted: Settings) -> tuple[str, list[Gpu]]:
             f"{len(gpus)}{hint}; use at most {len(gpus)}, or device='cpu'"
         )
     return "cuda", gpus[:ranks]
+
+
+def _check_gpu_memory(gpus: list[Gpu], wanted: Settings, model_config: ModelConfig) -> None:
+    """Refuse GPUs that have no room for the weights alone, before a worker finds out slowly."""
+    width = 4 if wanted.dtype == "float32" else 2  # the least that "auto" can come to
+    num_weights = sum(math.prod(shape) for shape in model_config.tensor_shapes().values())
+    needed = num_weights * width // max(1, len(gpus))
+    for rank, gpu in enumerate(gpus):
+        if gpu.free_bytes is not None and gpu.free_bytes < needed:
+            raise ValueError(
+                f"tensor_parallel_size={len(gpus)} puts {needed / 2**30:.1f} GiB of weights on GPU "
+                f"{rank} ({gpu.name}), which has {gpu.memory_text()}; free its memory (nvidia-smi "
+                "shows who holds it), use another GPU, or raise tensor_parallel_size"
+            )
 
 
 def _resolve_dtype(

@@ -13,6 +13,14 @@ class Gpu:
     name: str
     uuid: str
     compute_capability: tuple[int, int]
+    free_bytes: int | None = None  # None where NVML does not tell
+    total_bytes: int | None = None
+
+    def memory_text(self) -> str:
+        """How much memory is free, in words."""
+        if self.free_bytes is None or self.total_bytes is None:
+            return "memory unknown"
+        return f"{self.free_bytes / 2**30:.1f} of {self.total_bytes / 2**30:.1f} GiB free"
 
     @property
     def capability(self) -> str:
@@ -63,7 +71,16 @@ def _describe(pynvml: Any, handle: Any) -> Gpu:
         name=pynvml.nvmlDeviceGetName(handle),
         uuid=pynvml.nvmlDeviceGetUUID(handle),
         compute_capability=(major, minor),
+        **_memory(pynvml, handle),
     )
+
+
+def _memory(pynvml: Any, handle: Any) -> dict[str, int]:
+    try:
+        memory = pynvml.nvmlDeviceGetMemoryInfo(handle)
+    except pynvml.NVMLError:  # not supported by every board
+        return {}
+    return {"free_bytes": int(memory.free), "total_bytes": int(memory.total)}
 
 
 def _select(pynvml: Any, gpus: list[Gpu], wanted: str) -> list[Gpu]:
@@ -91,4 +108,4 @@ def _find_slice(pynvml: Any, uuid: str) -> Gpu | None:
         whole = _describe(pynvml, pynvml.nvmlDeviceGetDeviceHandleFromMigDeviceHandle(handle))
     except pynvml.NVMLError:
         return None
-    return Gpu(whole.name, uuid, whole.compute_capability)
+    return Gpu(whole.name, uuid, whole.compute_capability, **_memory(pynvml, handle))

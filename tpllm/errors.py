@@ -2,18 +2,51 @@
 
 from collections.abc import Iterable
 from difflib import get_close_matches
+from pathlib import Path
+
+from tpllm.outputs import RequestOutput
 
 
 class WorkerError(RuntimeError):
-    """A worker process failed to start, raised, or ended; its traceback is in the message.
+    """A worker process failed to start, raised, ended or stopped answering; the engine is closed.
+
+    The message tells all of the following but the outputs, and where the crash report is.
 
     Attributes:
-        rank: index of the worker in the TP group; None if no single worker is to blame
+        rank: index in the TP group of the worker to blame; None if no single one is
+        phase: what that worker did: "starting", "loading weights", ..., "ready" once it serves
+        step: the last step that was sent to the workers; None before the first
+        cause: in a few words: "RuntimeError: disk on fire", "SIGKILL", "exit code 3", "hang"
+        signal: number of the signal that ended it, or None
+        remote_traceback: the worker's own traceback, or its Python stack at the end; None where
+            there is none, as after SIGKILL
+        report: file with versions, settings, last steps and all stacks; None if none was written
+        outputs: requests of the failed call that had finished
+        unfinished: its other requests, with what they had produced
     """
 
-    def __init__(self, message: str, rank: int | None = None) -> None:
+    def __init__(
+        self,
+        message: str,
+        rank: int | None = None,
+        *,
+        phase: str | None = None,
+        step: int | None = None,
+        cause: str | None = None,
+        signal: int | None = None,
+        remote_traceback: str | None = None,
+        report: Path | None = None,
+    ) -> None:
         super().__init__(message)
         self.rank = rank
+        self.phase = phase
+        self.step = step
+        self.cause = cause
+        self.signal = signal
+        self.remote_traceback = remote_traceback
+        self.report = report
+        self.outputs: list[RequestOutput] = []
+        self.unfinished: list[RequestOutput] = []
 
 
 class UnknownSettingError(TypeError, ValueError):

@@ -13,6 +13,7 @@ from tqdm import tqdm
 from tpllm.beam_search import Beams, BeamSearchOutput, BeamSearchParams
 from tpllm.config import EngineConfig
 from tpllm.engine.coordinator import Coordinator
+from tpllm.errors import WorkerError
 from tpllm.interrupts import Interrupts
 from tpllm.output_processor import OutputProcessor, Request
 from tpllm.outputs import RequestOutput
@@ -93,7 +94,8 @@ class LLM(AbstractContextManager["LLM"]):
 
         Raises:
             ValueError: a prompt cannot run; none has been started then.
-            WorkerError: a worker failed; the engine is closed.
+            WorkerError: a worker failed; the engine is closed. The error holds the outputs of the
+                prompts that had finished, and what the others had produced.
         """
         texts, prompt_ids = self._encode(as_list(prompts))
         return self._run(texts, prompt_ids, sampling_params, use_tqdm)
@@ -342,10 +344,15 @@ class LLM(AbstractContextManager["LLM"]):
             closing(_Progress(len(requests), use_tqdm)) as progress,
         ):
             outputs: dict[Request, RequestOutput] = {}
-            while len(outputs) < len(requests):
-                for request in self._step():
-                    output = outputs[request] = request.take()
-                    progress.finished(output)
+            try:
+                while len(outputs) < len(requests):
+                    for request in self._step():
+                        output = outputs[request] = request.take()
+                        progress.finished(output)
+            except WorkerError as error:
+                error.outputs = [outputs[each] for each in requests if each in outputs]
+                error.unfinished = [each.take() for each in requests if each not in outputs]
+                raise
             return [outputs[request] for request in requests]
 
     def _abandon(self, requests: list[Request]) -> None:

@@ -329,6 +329,10 @@ class _Completion:
 
     def whole(self) -> CompletionOutput:
         """Everything so far."""
+        if (
+            self._reads_at_end and self.finish_reason is None
+        ):  # asked for before the end all the same
+            self._read_on(len(self.token_ids))
         self._taken += self._take_text()
         return self._output(self._taken, self.token_ids.copy(), 0)
 

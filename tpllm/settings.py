@@ -36,6 +36,8 @@ SWITCHES = (
     "disable_custom_all_reduce",
     "skip_tokenizer_init",
 )
+TIMEOUTS = ("start_timeout_s", "step_timeout_s")
+MAX_TIMEOUT_S = 1e6  # eleven days; the kernel counts waits in milliseconds of 32 bits
 OPTIONAL = ("max_model_len", "num_kv_blocks", "kv_block_size")  # of these, None is a value
 
 
@@ -59,6 +61,8 @@ class SettingsKeywords(TypedDict, total=False):
     skip_tokenizer_init: bool
     generation_config: str
     seed: int
+    start_timeout_s: float
+    step_timeout_s: float | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,6 +94,9 @@ class Settings:
             top_k, top_p, min_p, repetition_penalty and max_new_tokens from the checkpoint's
             generation_config.json; "vllm" takes the defaults of SamplingParams
         seed: 64-bit; what requests without a seed of their own are drawn from
+        start_timeout_s: seconds without a sign of life after which a worker that starts counts as
+            hung, and the engine ends; also for each of the first 16 steps, which compile kernels
+        step_timeout_s: seconds that any later step may take; None for 60 on a GPU, 600 on the CPU
 
     Raises:
         ValueError: a value is out of range, or not of its type.
@@ -114,6 +121,8 @@ class Settings:
     skip_tokenizer_init: bool = False
     generation_config: str = "auto"
     seed: int = 0
+    start_timeout_s: float = 600.0
+    step_timeout_s: float | None = None
 
     def __new__(cls, *args: Any, **settings: Any) -> Self:
         refuse_unknown_settings("LLM", settings, (field.name for field in fields(cls)))
@@ -137,6 +146,10 @@ class Settings:
         if not 0 < share <= 1:
             raise ValueError(f"gpu_memory_utilization={share} must be more than 0 and at most 1")
         self._keep("gpu_memory_utilization", share)
+        for name in TIMEOUTS:
+            value = getattr(self, name)
+            if value is not None or name != "step_timeout_s":
+                self._keep(name, _check_timeout(name, value))
         if self.max_num_seqs > self.max_num_batched_tokens:
             raise ValueError(
                 f"max_num_seqs={self.max_num_seqs} is more than "
@@ -146,6 +159,13 @@ class Settings:
 
     def _keep(self, name: str, value: object) -> None:
         object.__setattr__(self, name, value)  # the dataclass is frozen for everyone else
+
+
+def _check_timeout(name: str, value: object) -> float:
+    seconds = check_number(name, value)
+    if not 0 < seconds <= MAX_TIMEOUT_S:
+        raise ValueError(f"{name}={seconds:g} must be more than 0 and at most {MAX_TIMEOUT_S:g} s")
+    return seconds
 
 
 def signature() -> Signature:

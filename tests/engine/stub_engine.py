@@ -9,16 +9,22 @@ from typing import Any
 
 from tpllm.channel.step_plan import PlanLimits
 from tpllm.engine import coordinator, engine_process
-from tpllm.engine.launcher import WorkerGroup
+from tpllm.engine.launcher import Timeouts, WorkerGroup
 
 ACTS = "TPLLM_TEST_ACTS"
 
 
-def start_stubs(world_size: int, limits: PlanLimits, settings: dict[str, Any]) -> WorkerGroup:
+def start_stubs(
+    world_size: int,
+    limits: PlanLimits,
+    settings: dict[str, Any],
+    timeouts: Timeouts,
+    module: str,
+) -> WorkerGroup:
     acts = json.loads(os.environ.get(ACTS, "{}"))
     # the key of a rank that is told nothing: it works
     each = {str(r): acts.get(str(r), [["ready"], ["compute", 0.0]]) for r in range(world_size)}
-    return WorkerGroup(world_size, limits, {"acts": each}, module="stub_worker")
+    return WorkerGroup(world_size, limits, {"acts": each}, timeouts, module="stub_worker")
 
 
 if __name__ == "__main__":

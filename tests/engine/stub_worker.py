@@ -5,6 +5,7 @@ what it is told: `start({0: [["say", "loading weights"], ["raise", "disk on fire
 is told nothing works: it reports that it is ready, then answers every record.
 """
 
+import ctypes
 import json
 import os
 import signal
@@ -15,9 +16,10 @@ from typing import Any
 
 import numpy as np
 
+from tpllm.channel.progress import Progress
 from tpllm.channel.ring import RingReader
 from tpllm.channel.step_plan import CONTROL, PlanLimits, StepPlan, StepResult
-from tpllm.engine.launcher import WorkerGroup
+from tpllm.engine.launcher import Timeouts, WorkerGroup
 from tpllm.errors import SettingError
 from tpllm.worker.__main__ import Spec, main
 from tpllm.worker.replies import Replies
@@ -32,11 +34,15 @@ Acts = dict[int, list[list[Any]]]
 
 
 def start(
-    acts: Acts | None = None, world_size: int = 2, module: str = "stub_worker"
+    acts: Acts | None = None,
+    world_size: int = 2,
+    module: str = "stub_worker",
+    timeout_s: float = 60.0,
 ) -> WorkerGroup:
     """Start stub workers; the fixture `stub_workers` lets them be found."""
     settings = {"acts": {str(rank): each for rank, each in (acts or {}).items()}}
-    return WorkerGroup(world_size, PlanLimits(4, 64, 4, 16, 8), settings, module=module)
+    timeouts = Timeouts(start_timeout_s=timeout_s, step_timeout_s=timeout_s)
+    return WorkerGroup(world_size, PlanLimits(4, 64, 4, 16, 8), settings, timeouts, module)
 
 
 def until_ready(group: WorkerGroup) -> WorkerGroup:
@@ -51,6 +57,8 @@ class Stub:
 
     def __init__(self, spec: Spec, plans: RingReader, replies: Replies) -> None:
         self._spec, self._plans, self._replies = spec, plans, replies
+        self._progress = Progress(spec["board"], spec["rank"])
+        self._num_steps = 0
 
     def perform(self) -> None:
         acts = self._spec["settings"].get("acts", {})
@@ -75,8 +83,13 @@ class Stub:
                 if message["type"] == "shutdown":
                     return "shutdown"
                 self._replies.control(self._answer(message))
-            elif self._spec["rank"] == 0:
+                continue
+            self._progress.begin(self._num_steps)
+            self.between_begin_and_end()
+            if self._spec["rank"] == 0:
                 self._replies.result([record.payload])
+            self._progress.launch(self._num_steps)
+            self._num_steps += 1
         return None
 
     def act_compute(self, step_s: float) -> str:
@@ -92,6 +105,9 @@ class Stub:
                 plan = StepPlan.decode(record.payload)
                 drawn = (100 + plan.starts + plan.num_tokens)[plan.samples == 1]
                 self._replies.result(StepResult(plan.step, plan.samples, drawn, _NO_WORDS).parts())
+
+    def between_begin_and_end(self) -> None:
+        """The work of a step; none here."""
 
     def _answer(self, message: dict[str, Any]) -> dict[str, Any]:
         if message["type"] == "look around":
@@ -118,6 +134,10 @@ class Stub:
 
     def act_signal_coordinator(self, name: str) -> None:
         os.kill(os.getppid(), signal.Signals[name])
+
+    def act_seize_interpreter(self) -> None:
+        """Stay in native code for ever with the interpreter's lock: no thread of Python runs."""
+        ctypes.PyDLL(None).pause()
 
     def act_touch(self, path: str) -> None:
         Path(path).touch()

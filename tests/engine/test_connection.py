@@ -3,6 +3,7 @@
 import math
 import socket
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -85,9 +86,19 @@ def test_updates_arrive_as_they_were(pair):
 
 
 @pytest.mark.parametrize(
-    "kind, error", [("setting", SettingError), ("value", ValueError), ("worker", WorkerError)]
+    "raised",
+    [
+        SettingError("told"),
+        ValueError("told"),
+        WorkerError("told", rank=1, phase="ready", step=7, signal=9, report=Path("report")),
+    ],
 )
-def test_an_error_arrives_as_what_it_was(pair, kind, error):
-    read = messages.read_error(through(pair, messages.error("told", kind, 1)))
-    assert (type(read), str(read)) == (error, "told")
-    assert getattr(read, "rank", 1) == 1
+def test_an_error_arrives_as_what_it_was(pair, raised):
+    read = messages.read_error(through(pair, messages.error(raised)))
+    assert (type(read), str(read), vars(read)) == (type(raised), "told", vars(raised))
+
+
+def test_any_other_error_is_told_with_its_traceback(pair):
+    read = messages.read_error(through(pair, messages.error(KeyError("lost"))))
+    assert isinstance(read, WorkerError)
+    assert "KeyError: 'lost'" in str(read)

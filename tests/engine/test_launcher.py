@@ -21,7 +21,7 @@ from tpllm import interrupts
 from tpllm.channel import ring
 from tpllm.channel.step_plan import RESULT, STEP
 from tpllm.engine import launcher, processes
-from tpllm.engine.launcher import WorkerGroup
+from tpllm.engine.launcher import Timeouts, WorkerGroup
 from tpllm.errors import SettingError, WorkerError
 
 pytestmark = pytest.mark.usefixtures("stub_workers", "ctrl_c_raises")
@@ -94,11 +94,15 @@ def test_a_worker_gets_its_spec_and_nothing_else_by_descriptors():
         assert opened.pop(0) == "/dev/null"
         assert opened.pop(1) == opened.pop(2) == os.readlink("/proc/self/fd/2")
         kinds = [target.split(" ")[0] for target in opened.values()]
-        # two rings, each mapped, with an eventfd per reader and one back; the spec; our pidfd
+        # two rings, each mapped, with an eventfd per reader and one back; the spec; our pidfd; the
+        # board, mapped; a file for stacks; the end of a pipe that is closed when the worker ends
         assert kinds.count("/memfd:tpllm-ring") == 4
         assert kinds.count("/memfd:tpllm-spec") == 1
         assert kinds.count("anon_inode:[eventfd]") == 2 + 1 + 1 + 1
-        assert len(kinds) == 4 + 1 + 5 + 1
+        assert kinds.count("/memfd:tpllm-board") == 2
+        assert kinds.count("/memfd:tpllm-stacks") == 1
+        assert sum(kind.startswith("pipe:") for kind in kinds) == 1
+        assert len(kinds) == 4 + 1 + 5 + 1 + 2 + 1 + 1
 
 
 def test_the_directory_is_private():
@@ -161,7 +165,7 @@ def test_an_exception_in_a_step_gives_rank_step_and_traceback():
 
 def test_a_long_traceback_keeps_its_end():
     group = start({0: [["raise", "x" * 10**6 + " the cause"]]}, world_size=1)
-    with pytest.raises(WorkerError, match="the cause$"):
+    with pytest.raises(WorkerError, match="the cause\nA crash report is in "):
         until_ready(group)
 
 
@@ -225,7 +229,9 @@ def test_the_first_of_several_complaints_is_the_cause(monkeypatch, tmp_path):
     }
     group = start(acts)
     assert wait_until(second.exists)  # both have spoken before anyone listens
-    with pytest.raises(WorkerError, match=r"^worker rank 1 failed .*\n.*disk on fire$") as raised:
+    with pytest.raises(
+        WorkerError, match=r"^worker rank 1 failed .*\n.*disk on fire\nA crash"
+    ) as raised:
         group.receive_control(0)
     assert raised.value.rank == 1
 
@@ -257,17 +263,18 @@ def test_sending_to_dead_workers_reports_them():
             group.send(STEP, [b"plan"])
 
 
-def test_sending_to_workers_that_hang_times_out(monkeypatch):
-    monkeypatch.setattr(launcher, "SEND_TIMEOUT_S", 0.1)
+def test_sending_to_workers_that_hang_times_out():
     group = until_ready(start({1: [READY, HANG]}))
-    with pytest.raises(WorkerError, match=r"no worker took a record .* a rank hangs") as raised:
+    group._timeouts = Timeouts(0.1, 0.1)
+    with pytest.raises(WorkerError, match=r"rank 1 hangs .*none took a record for") as raised:
         for _ in range(100):
             group.send(STEP, [b"plan"])
-    assert raised.value.rank is None
+    assert raised.value.rank == 1
     assert group.closed
 
 
-def test_running_out_of_descriptors_at_any_point_of_the_start(nothing_left):
+def test_running_out_of_descriptors_at_any_point_of_the_start(nothing_left, monkeypatch):
+    monkeypatch.setattr(launcher, "refuse_too_few_descriptors", lambda world_size: None)
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     messages = []
     for limit in range(3, 200):  # no descriptor may have this number, or a larger one

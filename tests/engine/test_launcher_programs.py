@@ -72,6 +72,19 @@ for _ in range(2):
 group.receive(0, RESULT)
 kill_me()
 """,
+    "a worker stopped": """
+group = start({1: [["signal_self", "SIGSTOP"]]})
+while "T" not in open(f"/proc/{group.pids[1]}/stat").read().rpartition(") ")[2][:1]:
+    pass
+kill_me()
+""",
+    "a worker in native code": """
+group = start({1: [["say", "importing"], ["seize_interpreter"]]})
+group.receive_control(0, on_phase=lambda rank, phase: None)
+while group.phases[1] != "importing":
+    group._collect(None)
+kill_me()
+""",
     "closing": """
 group = until_ready(start())
 processes.shutil.rmtree = lambda *args, **kwargs: kill_me()  # the workers have ended by then

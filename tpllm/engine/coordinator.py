@@ -19,7 +19,7 @@ from tpllm.channel.step_plan import (
 )
 from tpllm.config import EngineConfig
 from tpllm.engine.block_manager import BlockManager
-from tpllm.engine.launcher import WorkerGroup
+from tpllm.engine.launcher import Timeouts, WorkerGroup
 from tpllm.engine.request import AddRequest, RequestUpdate, Sequence
 from tpllm.engine.scheduler import Scheduler, SchedulerStats
 from tpllm.engine.stats import TOTALS, EngineStats
@@ -42,19 +42,31 @@ class HostTimes:
 class Coordinator:
     """One engine: a scheduler, its blocks, and the workers that compute.
 
+    Args:
+        config: its settings
+        on_phase: hears each rank's phases of the start
+        module: what a worker runs; tests and trials of reliability put something else here
+
     Raises:
         ValueError: the configuration leaves no room for a cache.
         WorkerError: a worker failed, at start or later; nothing of the engine is left running.
     """
 
     def __init__(
-        self, config: EngineConfig, *, on_phase: Callable[[int, str], None] | None = None
+        self,
+        config: EngineConfig,
+        *,
+        on_phase: Callable[[int, str], None] | None = None,
+        module: str = "tpllm.worker",
     ) -> None:
         self.config = config
         self.limits = PlanLimits.of(config)
         self.times = HostTimes()
         settings = {"config": config.to_json()}
-        self._workers = WorkerGroup(config.tensor_parallel_size, self.limits, settings)
+        timeouts = Timeouts(config.start_timeout_s, config.step_timeout_s)
+        self._workers = WorkerGroup(
+            config.tensor_parallel_size, self.limits, settings, timeouts, module
+        )
         try:
             replies = [
                 self._workers.receive_control(rank, on_phase)

@@ -8,7 +8,6 @@ it sleeps.
 import os
 import socket
 import sys
-import traceback
 from typing import NoReturn
 
 from tpllm.child_process import read_spec, tie_to_parent
@@ -16,7 +15,6 @@ from tpllm.config import EngineConfig
 from tpllm.engine import messages
 from tpllm.engine.connection import Connection, Message
 from tpllm.engine.coordinator import Coordinator
-from tpllm.errors import SettingError, WorkerError
 
 _FLUSH_TIMEOUT_S = 5.0
 
@@ -24,8 +22,7 @@ _FLUSH_TIMEOUT_S = 5.0
 def main() -> NoReturn:
     """Run an engine until its caller ends it, is gone, or a worker fails."""
     spec = read_spec(int(sys.argv[1]))
-    # the workers are tied to this process, and remove their directory themselves
-    tie_to_parent(spec["parent"], clean_up=lambda: None)
+    tie_to_parent(spec["parent"])  # as the workers are to this process
     connection = Connection(socket.socket(fileno=spec["socket"]))
     exit_code = 1
     try:
@@ -36,7 +33,7 @@ def main() -> NoReturn:
     except EOFError:  # the caller is gone: there is nobody to tell
         pass
     except BaseException as error:
-        connection.send(_describe(error))
+        connection.send(messages.error(error))
     connection.flush(_FLUSH_TIMEOUT_S)
     os._exit(exit_code)  # no destructors: everything has been given back
 
@@ -78,16 +75,6 @@ def _handle(message: Message, coordinator: Coordinator, connection: Connection) 
     else:
         assert kind == "stats", f"a message of unknown type {kind!r}"
         connection.send(messages.stats(message["number"], coordinator.engine_stats()))
-
-
-def _describe(error: BaseException) -> Message:
-    if isinstance(error, SettingError):
-        return messages.error(str(error), "setting")
-    if isinstance(error, WorkerError):
-        return messages.error(str(error), "worker", error.rank)
-    if isinstance(error, ValueError):
-        return messages.error(str(error), "value")
-    return messages.error(f"the engine's process failed:\n{traceback.format_exc()}", "worker")
 
 
 if __name__ == "__main__":

@@ -3,7 +3,8 @@
 A worker is `python -m tpllm.worker`: a fresh interpreter, so neither torchrun nor a main guard is
 needed, and a notebook or a script read from standard input works. It inherits its ring descriptors
 and a pidfd of this process, and reads everything else from an anonymous file. Whatever way this
-process ends, the workers see the pidfd; whatever way a worker ends, this process sees the worker's.
+process ends, the kernel kills the workers; whatever way a worker ends, this process sees the pidfd
+it has of it; and where nobody ends and nothing comes, a deadline passes.
 """
 
 import json
@@ -21,6 +22,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
+from tpllm.channel.progress import Board, create_board
 from tpllm.channel.ring import (
     Part,
     Record,
@@ -32,22 +34,46 @@ from tpllm.channel.ring import (
 )
 from tpllm.channel.step_plan import CONTROL, RESULT, PlanLimits
 from tpllm.child_process import write_spec
+from tpllm.engine.crash_report import write_report
+from tpllm.engine.diagnosis import RankState, examine, main_stack, rank_to_blame, read_stacks
 from tpllm.engine.processes import (
     ChildProcesses,
+    Command,
     child_environment,
     fill_standard_descriptors,
     how_it_ended,
+    signal_name,
     stderr_or_null,
 )
 from tpllm.errors import SettingError, WorkerError
 from tpllm.interrupts import Interrupts
+from tpllm.resources import refuse_too_few_descriptors, refuse_too_little_room
 
 CONTROL_BYTES = 1 << 16  # room for any control record; longer tracebacks are cut by the worker
-SEND_TIMEOUT_S = 60.0
-CLOSE_TIMEOUT_S = 5.0
+CLOSE_TIMEOUT_S = 3.0
 # After a first sign of trouble, how long to listen for its cause: peers of a dead rank complain.
 GRACE_S = 0.5
 _NUM_SLOTS = 8
+# So many steps may take as long as a phase of the start: they compile kernels and load libraries.
+NUM_FIRST_STEPS = 16
+_NUM_STEPS_TOLD = 16  # in a crash report
+
+
+class Timeouts(NamedTuple):
+    """Longest silence before the workers count as hung; see the settings of these names."""
+
+    start_timeout_s: float
+    step_timeout_s: float
+
+
+class _Cause(NamedTuple):
+    """Why a rank failed, in a sentence and in the attributes of WorkerError."""
+
+    rank: int | None  # None where no single one is to blame
+    text: str
+    cause: str
+    signal: int | None = None
+    remote_traceback: str | None = None
 
 
 class _Complaint(NamedTuple):
@@ -69,11 +95,12 @@ class WorkerGroup:
         world_size: number of workers.
         limits: the size of the largest step, for which the rings are made.
         settings: plain data that every worker is started with, as JSON.
+        timeouts: after how much silence the workers are taken down.
         module: what a worker runs; tests put a stand-in here.
 
     Raises:
         WorkerError: by any method, when a worker has failed; every process is gone by then.
-        SettingError: a worker refused a setting; likewise.
+        SettingError: a worker refused a setting; likewise. Or this host is out of something.
         RuntimeError: the group has been closed, also by another thread in the middle of a call.
     """
 
@@ -82,14 +109,20 @@ class WorkerGroup:
         world_size: int,
         limits: PlanLimits,
         settings: dict[str, Any],
+        timeouts: Timeouts,
         module: str = "tpllm.worker",
     ) -> None:
         self.world_size = world_size
+        self._settings = settings
+        self._timeouts = timeouts
         self.step = -1  # the last step sent, and how many have not come back: for messages
         self.num_steps_in_flight = 0
         self.phases = ["starting"] * world_size  # what each rank said last
         self._inbox: deque[tuple[int, Record]] = deque()  # received, and not asked for yet
         self._complaints: list[_Complaint] = []
+        self._num_results = 0
+        self._sent: deque[tuple[int, float]] = deque()  # steps in flight, and when they were sent
+        self._last_steps: deque[str] = deque(maxlen=_NUM_STEPS_TOLD)  # in words
         self._processes = ChildProcesses(os.getpid())
         # runs at garbage collection and at the interpreter's exit, whichever comes first
         self._finalizer = weakref.finalize(self, self._processes.release)
@@ -104,46 +137,66 @@ class WorkerGroup:
         plan_bytes = max(limits.plan_bytes, CONTROL_BYTES)
         reply_bytes = max(limits.result_bytes, CONTROL_BYTES)
         output = stderr_or_null()
+        refuse_too_few_descriptors(self.world_size)
         self._processes.descriptors += fill_standard_descriptors()
         plans = create_ring(self.world_size, _NUM_SLOTS, plan_bytes)
         self._processes.descriptors += plans.all()
         self._writer = RingWriter(plans)
         self._processes.channels.append(self._writer)
-        # only a name, which nobody can guess: the workers make it, since they can also remove it if
-        # this process is killed at any moment from here on
+        refuse_too_little_room(tempfile.gettempdir())
+        # only a name, which nobody can guess: the workers make it, so that it is never there before
+        # the guard that removes it, should this process be killed
         directory = Path(tempfile.gettempdir()) / f"tpllm-{secrets.token_hex(8)}"
         self._processes.directory = directory
         self._readers: list[RingReader] = []
-        coordinator = os.pidfd_open(os.getpid())
-        self._processes.descriptors.append(coordinator)
-        commands = []
+        self._stack_fds: list[int] = []
+        coordinator = self._keep(os.pidfd_open(os.getpid()))
+        board = self._keep(create_board(self.world_size))
+        self._board = Board(board)
+        self._processes.channels.append(self._board)
+        lifeline = os.pipe()
+        self._processes.descriptors += lifeline
+        commands: list[Command] = []
         for rank in range(self.world_size):
             replies = create_ring(1, _NUM_SLOTS, reply_bytes)
             self._processes.descriptors += replies.all()
             self._readers.append(RingReader(replies, 0))
             self._processes.channels.append(self._readers[rank])
+            stacks = self._keep(os.memfd_create("tpllm-stacks", os.MFD_CLOEXEC))
+            self._stack_fds.append(stacks)
             spec = {
                 "rank": rank,
                 "world_size": self.world_size,
                 "coordinator": coordinator,
+                "lifeline": lifeline[1],
+                "board": board,
+                "stacks": stacks,
                 "directory": str(directory),
                 "plans": _as_json(plans),
                 "replies": _as_json(replies),
                 "settings": settings,
             }
-            spec_fd = write_spec(spec)
-            self._processes.descriptors.append(spec_fd)
-            inherited = (spec_fd, coordinator, *plans.all(), *replies.all())
+            spec_fd = self._keep(write_spec(spec))
+            inherited = (spec_fd, coordinator, lifeline[1], board, stacks, *plans.all())
+            inherited += replies.all()
             commands.append(([sys.executable, "-P", "-m", module, str(spec_fd)], inherited))
-        self._processes.spawn(commands, child_environment(directory), output)
+        self._processes.spawn(commands, child_environment(directory), output, lifeline[0])
+        for fd in lifeline:  # from now on the workers alone hold its writing end
+            self._processes.descriptors.remove(fd)
+            os.close(fd)
         self._poll = select.poll()
         self._watched: dict[int, int] = {}  # pidfd -> rank
         for rank, process in enumerate(self._processes.processes):
-            pidfd = os.pidfd_open(process.pid)
-            self._processes.descriptors.append(pidfd)
+            pidfd = self._keep(os.pidfd_open(process.pid))
             self._watched[pidfd] = rank
             self._poll.register(pidfd, select.POLLIN)
             self._poll.register(self._readers[rank].fileno(), select.POLLIN)
+        self._note_life()
+
+    def _keep(self, fd: int) -> int:
+        """Note a descriptor that has to be given back."""
+        self._processes.descriptors.append(fd)
+        return fd
 
     @property
     def pids(self) -> list[int]:
@@ -154,17 +207,19 @@ class WorkerGroup:
 
     def send(self, kind: int, parts: Sequence[Part], step: int | None = None) -> None:
         """Broadcast one record to every worker."""
-        if step is not None:
-            self.step = step
-            self.num_steps_in_flight += 1
-        deadline = time.monotonic() + SEND_TIMEOUT_S
         with self._processes.use():
+            if self.num_steps_in_flight == 0:
+                self._note_life()  # whatever silence there was, nobody was expected to break it
+            if step is not None:
+                self.step = step
+                self.num_steps_in_flight += 1
+                self._sent.append((step, time.monotonic()))
             while not self._writer.try_send(kind, parts):
                 self._processes.refuse_if_ending()
-                if time.monotonic() > deadline:
-                    self._fail(f"no worker took a record for {SEND_TIMEOUT_S:.0f} s: a rank hangs")
                 if self._some_worker_ended(timeout_s=0.0):
                     self._fail_with_cause()
+                if self._patience_s() <= 0:
+                    self._fail_hung("took a record")
                 wait_readable(self._writer.fileno(), 0.1)
 
     def send_control(self, message: dict[str, Any]) -> None:
@@ -182,12 +237,16 @@ class WorkerGroup:
                 for item in self._inbox:
                     if item[0] == rank and item[1].kind == kind:
                         self._inbox.remove(item)
-                        self.num_steps_in_flight -= kind == RESULT
+                        if kind == RESULT:
+                            self._note_result()
                         return item[1]
                 if self._collect(on_phase):
                     continue
+                patience_s = self._patience_s()
+                if patience_s <= 0:
+                    self._fail_hung("said anything" if self.step < 0 else "answered")
                 # a worker's last words come before its end
-                if self._some_worker_ended(timeout_s=None) and not self._collect(on_phase):
+                if self._some_worker_ended(patience_s) and not self._collect(on_phase):
                     self._fail_with_cause()
 
     def _collect(self, on_phase: Callable[[int, str], None] | None) -> bool:
@@ -199,6 +258,8 @@ class WorkerGroup:
                 self._take(rank, record, on_phase)
         if self._complaints:
             self._fail_with_cause()
+        if any_came:
+            self._note_life()
         return any_came
 
     def _take(
@@ -243,6 +304,37 @@ class WorkerGroup:
             )
         ]
 
+    # ---- patience ----------------------------------------------------------------------------
+
+    def _note_life(self) -> None:
+        """Something has come from the workers, or something new has been asked of them."""
+        self._alive_at = time.monotonic()
+        if self._is_starting:
+            self._beats = self._board.beats()
+
+    def _note_result(self) -> None:
+        step, sent = self._sent.popleft() if self._sent else (-1, 0.0)
+        self._last_steps.append(f"step {step}: {(time.monotonic() - sent) * 1e3:.1f} ms")
+        self.num_steps_in_flight -= 1
+        self._num_results += 1
+
+    @property
+    def _is_starting(self) -> bool:
+        return self._num_results < NUM_FIRST_STEPS
+
+    @property
+    def _timeout_name(self) -> str:
+        return "start_timeout_s" if self._is_starting else "step_timeout_s"
+
+    def _patience_s(self) -> float:
+        """Seconds of silence that are left before the workers count as hung."""
+        timeout_s: float = getattr(self._timeouts, self._timeout_name)
+        left_s = self._alive_at + timeout_s - time.monotonic()
+        if left_s <= 0 and self._is_starting and self._board.beats() != self._beats:
+            self._note_life()  # silent, but loading
+            return timeout_s
+        return left_s
+
     # ---- ending ------------------------------------------------------------------------------
 
     @property
@@ -263,8 +355,8 @@ class WorkerGroup:
         """End the workers at once."""
         self._processes.release()
 
-    def _some_worker_ended(self, timeout_s: float | None) -> bool:
-        """Sleep until a worker ends or says something; whether one has ended.
+    def _some_worker_ended(self, timeout_s: float) -> bool:
+        """Sleep until a worker ends or says something, or the time is over; whether one has ended.
 
         Raises:
             RuntimeError: it ended because the group is being closed.
@@ -299,20 +391,45 @@ class WorkerGroup:
                 break
             time.sleep(0.01)
         self._processes.refuse_if_ending()
-        causes = [(rank, self._describe_end(rank, code)) for rank, code in silent.items()]
+        causes = [self._describe_end(rank, code) for rank, code in silent.items()]
         if self._complaints:
             first = min(self._complaints)
             if first.is_setting and not silent:
                 self.kill()
                 raise SettingError(first.text)
-            told_by = f"worker rank {first.rank} failed {self._when(first.rank)}:\n{first.text}"
+            text = f"worker rank {first.rank} failed {self._when(first.rank)}:\n{first.text}"
+            blamed = _Cause(first.rank, text, first.text.splitlines()[-1], None, first.text)
             is_effect = set(silent.values()) == {-signal.SIGABRT}
-            causes.insert(0 if is_effect else len(causes), (first.rank, told_by))
-        self._fail("\n".join(text for _, text in causes), rank=causes[0][0])
+            causes.insert(0 if is_effect else len(causes), blamed)
+        ranks = self._examine()
+        self._fail("\n".join(each.text for each in causes), causes[0], ranks)
 
-    def _describe_end(self, rank: int, code: int) -> str:
+    def _fail_hung(self, what: str) -> NoReturn:
+        """Say where every rank is, take everything down, raise."""
+        name = self._timeout_name
+        ranks = self._examine()
+        rank = rank_to_blame(ranks)
+        who = "the workers hang" if rank is None else f"worker rank {rank} hangs"
+        when = self._when(0 if rank is None else rank)
+        text = (
+            f"{who} {when}: none {what} for {name}={getattr(self._timeouts, name):g}; raise "
+            f"{name} if work may take that long\n" + "\n".join(each.describe() for each in ranks)
+        )
+        stacks = None if rank is None else ranks[rank].stacks
+        self._fail(text, _Cause(rank, text, "hang", None, stacks), ranks)
+
+    def _examine(self) -> list[RankState]:
+        return examine(self.pids, self.phases, self._board, self._stack_fds)
+
+    def _describe_end(self, rank: int, code: int) -> _Cause:
         how, usual_reason = how_it_ended(code)
-        return f"worker rank {rank} {how} {self._when(rank)}; {usual_reason}"
+        text = f"worker rank {rank} {how} {self._when(rank)}; {usual_reason}"
+        if code >= 0:
+            return _Cause(rank, text, f"exit code {code}")
+        stacks = read_stacks(self._stack_fds[rank])
+        if stack := main_stack(stacks):
+            text += f"\n{stack}"
+        return _Cause(rank, text, signal_name(-code), -code, stacks or None)
 
     def _when(self, rank: int) -> str:
         phase = self.phases[rank]
@@ -323,9 +440,21 @@ class WorkerGroup:
         moment = "in" if self.num_steps_in_flight else "while idle after"
         return f"{moment} step {self.step}"
 
-    def _fail(self, message: str, rank: int | None = None) -> NoReturn:
+    def _fail(self, message: str, cause: _Cause, ranks: list[RankState]) -> NoReturn:
         self.kill()
-        raise WorkerError(message, rank=rank)
+        phase = None if cause.rank is None else self.phases[cause.rank]
+        last_steps = [*self._last_steps, *(f"step {step}: no result" for step, _ in self._sent)]
+        report = write_report(message, self._settings, last_steps, ranks)
+        raise WorkerError(
+            message if report is None else f"{message}\nA crash report is in {report}",
+            rank=cause.rank,
+            phase=phase,
+            step=self.step if self.step >= 0 else None,
+            cause=cause.cause,
+            signal=cause.signal,
+            remote_traceback=cause.remote_traceback,
+            report=report,
+        )
 
 
 def _as_json(ring: RingDescriptors) -> list[Any]:

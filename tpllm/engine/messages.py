@@ -14,12 +14,14 @@ From it:
                 step
     refused     request_ids, error: those of an `add` could never run, and why
     stats       number, stats: the fields of `EngineStats`
-    error       error, kind ("setting", "worker" or "value"), rank: the engine has failed; the last
-                message
+    error       error, kind ("setting", "worker" or "value"), details of a `WorkerError`: the engine
+                has failed; the last message
 """
 
+import traceback
 from collections.abc import Iterable
 from dataclasses import asdict, fields
+from pathlib import Path
 from typing import Any
 
 from tpllm.engine.connection import Message
@@ -30,6 +32,7 @@ from tpllm.sampling_params import SamplingParams
 
 _DEFAULTS = SamplingParams()
 _NOT_SENT = {"output_kind"}  # is the caller's own business, and no plain data
+_ERROR_DETAILS = ("rank", "phase", "step", "cause", "signal", "remote_traceback")
 _SENT = [field.name for field in fields(SamplingParams) if field.name not in _NOT_SENT]
 
 
@@ -94,8 +97,18 @@ def read_stats(message: Message) -> EngineStats:
     return EngineStats(**message["stats"])
 
 
-def error(text: str, kind: str, rank: int | None = None) -> Message:
-    return {"type": "error", "error": text, "kind": kind, "rank": rank}
+def error(raised: BaseException) -> Message:
+    """What ended the engine, for its caller to raise again."""
+    if isinstance(raised, WorkerError):
+        details = {name: getattr(raised, name) for name in _ERROR_DETAILS}
+        details["report"] = None if raised.report is None else str(raised.report)
+        return {"type": "error", "kind": "worker", "error": str(raised), "details": details}
+    if isinstance(raised, ValueError):
+        kind = "setting" if isinstance(raised, SettingError) else "value"
+        return {"type": "error", "kind": kind, "error": str(raised)}
+    trace = "".join(traceback.format_exception(raised))
+    text = f"the engine's process failed:\n{trace}"
+    return {"type": "error", "kind": "worker", "error": text, "details": {}}
 
 
 def read_error(message: Message) -> Exception:
@@ -104,4 +117,7 @@ def read_error(message: Message) -> Exception:
         return SettingError(text)
     if message["kind"] == "value":
         return ValueError(text)
-    return WorkerError(text, rank=message["rank"])
+    details = message["details"]
+    if details.get("report") is not None:
+        details["report"] = Path(details["report"])
+    return WorkerError(text, **details)

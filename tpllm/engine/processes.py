@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -15,10 +16,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
+from tpllm.engine import guard
 from tpllm.interrupts import Interrupts
 
+Command = tuple[list[str], tuple[int, ...]]  # words, and the descriptors to inherit
 
-class Closeable(Protocol):
+
+class Closable(Protocol):
     def close(self) -> None: ...
 
 
@@ -33,8 +37,9 @@ class ChildProcesses:
 
     owner_pid: int
     directory: Path | None = None
+    guard: subprocess.Popen[bytes] | None = None  # see tpllm.engine.guard
     processes: list[subprocess.Popen[bytes]] = field(default_factory=list)
-    channels: list[Closeable] = field(default_factory=list)
+    channels: list[Closable] = field(default_factory=list)
     descriptors: list[int] = field(default_factory=list)
     ending: bool = False
     released: threading.Event = field(default_factory=threading.Event)
@@ -66,40 +71,44 @@ class ChildProcesses:
         for process in self.processes:
             process.wait()
         self._close_descriptors()
-        if self.directory is not None:
+        if self.directory is not None:  # nobody is left who could make it again
             shutil.rmtree(self.directory, ignore_errors=True)
+        if self.guard is not None:
+            self.guard.kill()
+            self.guard.wait()
         self.released.set()
 
     def spawn(
         self,
-        commands: Sequence[tuple[list[str], tuple[int, ...]]],
+        commands: Sequence[Command],
         environment: dict[str, str],
         output: int,
+        lifeline: int | None = None,
     ) -> None:
         """Start them from a thread that lives as long as they may.
 
         The kernel sends a child its parent-death signal when the thread that started it ends, not
         the process: a caller's short-lived thread must not be that thread.
+
+        Args:
+            lifeline: reading end of a pipe whose other end they hold, for a guard of the
+                directory, which is started first; None for no guard
         """
         started = threading.Event()
         failure: list[BaseException] = []
 
         def run() -> None:
             try:
-                for command, inherited in commands:
+                with self.lock:
+                    if lifeline is not None and not self.ending:
+                        words = [sys.executable, "-I", "-S", guard.__file__]
+                        words += [str(self.directory), str(lifeline)]
+                        self.guard = _start((words, (lifeline,)), dict(os.environ), output)
+                for command in commands:
                     with self.lock:
                         if self.ending:
                             break
-                        process = subprocess.Popen(
-                            command,
-                            stdin=subprocess.DEVNULL,
-                            stdout=output,
-                            stderr=output,
-                            pass_fds=inherited,
-                            env=environment,
-                            start_new_session=True,  # Ctrl-C in the terminal is the coordinator's
-                        )
-                        self.processes.append(process)
+                        self.processes.append(_start(command, environment, output))
             except BaseException as error:
                 failure.append(error)
             started.set()
@@ -145,6 +154,19 @@ class ChildProcesses:
         self._in_use.release()
 
 
+def _start(command: Command, environment: dict[str, str], output: int) -> subprocess.Popen[bytes]:
+    words, inherited = command
+    return subprocess.Popen(
+        words,
+        stdin=subprocess.DEVNULL,
+        stdout=output,
+        stderr=output,
+        pass_fds=inherited,
+        env=environment,
+        start_new_session=True,  # Ctrl-C in the terminal is the coordinator's
+    )
+
+
 def child_environment(directory: Path | None = None) -> dict[str, str]:
     """A child's environment: this very tpllm importable, temporary files in `directory`.
 
@@ -166,17 +188,20 @@ def how_it_ended(exit_code: int) -> tuple[str, str]:
         how = f"ended with exit code {exit_code}"
         return how, "its last lines on stderr may tell why"
     number = -exit_code
-    try:
-        name = signal.Signals(number).name
-    except ValueError:  # a real-time signal has no name
-        name = f"signal {number}"
     if number == signal.SIGKILL:
         reason = "the host may be out of memory: see dmesg, lower max_num_seqs or num_kv_blocks"
     elif number in (signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT):
         reason = "a crash in native code: the process's last lines on stderr tell more"
     else:
         reason = "somebody ended it from outside"
-    return f"was killed by {name}", reason
+    return f"was killed by {signal_name(number)}", reason
+
+
+def signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:  # a real-time signal has no name
+        return f"signal {number}"
 
 
 def stderr_or_null() -> int:

@@ -65,6 +65,10 @@ class TPGroup:
         # All our collectives run on one stream, captured or not, so NCCL need not order a graph's
         # against the others: that costs every eager all-reduce 0.4 ms on the host.
         os.environ.setdefault("NCCL_GRAPH_MIXING_SUPPORT", "0")
+        # The coordinator watches for hangs, and kills at once. torch's own monitor would end a rank
+        # by SIGABRT when its watchdog is held up, and wait for dumps that nobody reads.
+        os.environ.setdefault("TORCH_NCCL_ENABLE_MONITORING", "0")
+        os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "0")
         on_cuda = device.type == "cuda"
         dist.init_process_group(
             backend="nccl" if on_cuda else "gloo",

@@ -1,22 +1,23 @@
 """The entry of a worker process: `python -m tpllm.worker FD`, started by the launcher alone.
 
-FD is an anonymous file with everything it needs, as JSON. The order below matters: first the
-engine's directory and the tie to the coordinator, so that no later failure can leave either behind,
-then the channel, so that every later failure can be told, and only then torch, which takes seconds
-to import.
+FD is an anonymous file with everything it needs, as JSON. The order below matters: first the tie to
+the coordinator, so that no later failure can leave this process behind, then the channel, so that
+every later failure can be told, and only then torch, which takes seconds to import.
 """
 
 import os
-import shutil
+import stat
 import sys
 import traceback
 from collections.abc import Callable
 from typing import Any, NoReturn
 
+from tpllm.channel.progress import Progress
 from tpllm.channel.ring import RingDescriptors, RingReader, RingWriter
 from tpllm.child_process import read_spec, tie_to_parent
 from tpllm.errors import SettingError
 from tpllm.worker.replies import Replies
+from tpllm.worker.stacks import answer_with_stacks
 
 Spec = dict[str, Any]
 Serve = Callable[[Spec, RingReader, Replies], None]
@@ -31,16 +32,16 @@ def serve(spec: Spec, plans: RingReader, replies: Replies) -> None:
     os.environ.setdefault("GOMP_SPINCOUNT", "5000")
     from tpllm.worker.worker import Worker
 
-    rank, world_size = spec["rank"], spec["world_size"]
-    Worker(rank, world_size, spec["directory"], spec["settings"], plans, replies).run()
+    progress = Progress(spec["board"], spec["rank"])
+    Worker(spec, plans, replies, progress).run()
 
 
 def main(serve: Serve = serve) -> NoReturn:
     """Join the engine and `serve` in it; tests serve something smaller."""
     spec = read_spec(int(sys.argv[1]))
-    os.makedirs(spec["directory"], mode=0o700, exist_ok=True)
-    # every worker removes the directory, so the last one does
-    tie_to_parent(spec["coordinator"], lambda: _remove(spec["directory"]))
+    tie_to_parent(spec["coordinator"])
+    os.set_inheritable(spec["lifeline"], False)  # a compiler that we start is no worker
+    answer_with_stacks(spec["stacks"])
     exit_code = 1
     try:
         replies = Replies(RingWriter(_descriptors(spec["replies"])))
@@ -48,8 +49,6 @@ def main(serve: Serve = serve) -> NoReturn:
         exit_code = _serve_and_tell(serve, spec, plans, replies)
     except BaseException:
         traceback.print_exc()  # there is no channel to tell it through
-    # the coordinator removes it as well, unless it is killed while it waits for us
-    _remove(spec["directory"])
     # At once: peers wait for this rank in collectives, threads wait for nothing; and the driver
     # frees the GPU faster than destructors do, and waits for no peer.
     os._exit(exit_code)
@@ -58,6 +57,7 @@ def main(serve: Serve = serve) -> NoReturn:
 def _serve_and_tell(serve: Serve, spec: Spec, plans: RingReader, replies: Replies) -> int:
     """Returns the exit code, after telling the coordinator what went wrong."""
     try:
+        _make_directory(spec["directory"])
         serve(spec, plans, replies)
     except SettingError as error:
         replies.error(str(error), setting=True)
@@ -68,8 +68,22 @@ def _serve_and_tell(serve: Serve, spec: Spec, plans: RingReader, replies: Replie
     return 0
 
 
-def _remove(directory: str) -> None:
-    shutil.rmtree(directory, ignore_errors=True)
+def _make_directory(directory: str) -> None:
+    """Make the engine's private directory, unless another rank has made it.
+
+    Raises:
+        SettingError: there is no room for it, or no permission, or it is somebody else's.
+    """
+    try:
+        os.makedirs(directory, mode=0o700, exist_ok=True)
+    except OSError as error:
+        raise SettingError(
+            f"TMPDIR={os.path.dirname(directory)!r} takes no directory ({error.strerror}), and "
+            "the workers meet in one; make room there, or set TMPDIR to another folder"
+        ) from None
+    found = os.lstat(directory)
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid() or found.st_mode & 0o077:
+        raise SettingError(f"{directory} is not a private directory of this user; set TMPDIR")
 
 
 def _descriptors(ring: list[Any]) -> RingDescriptors:

@@ -8,18 +8,22 @@ from typing import Any
 
 import torch
 
+from tpllm.channel.progress import Progress
 from tpllm.channel.ring import RingReader
 from tpllm.channel.step_plan import CONTROL, PlanLimits, StepPlan
 from tpllm.config import EngineConfig
 from tpllm.layers.all_reduce_norm import peer_memory_works
 from tpllm.layers.attention import AttentionBackend, choose_backend
+from tpllm.layers.weights import WeightSource
 from tpllm.models.checkpoint_weights import DummyWeights, SafetensorsWeights
 from tpllm.models.registry import CausalLM, model_class
 from tpllm.parallel.collectives import barrier, with_peer_memory
 from tpllm.parallel.group import TPGroup
 from tpllm.worker.cache_sizing import cpu_cache_blocks, gpu_cache_blocks
+from tpllm.worker.finite_weights import refuse_unnatural_weights
 from tpllm.worker.kernel_profile import KernelProfile
 from tpllm.worker.kv_cache import CacheShape
+from tpllm.worker.memory import explained_out_of_memory
 from tpllm.worker.model_runner import ModelRunner
 from tpllm.worker.replies import Replies
 from tpllm.worker.results import ResultSender
@@ -27,7 +31,6 @@ from tpllm.worker.step_times import StepMarks, StepTimes
 
 # While steps are in flight the next plan is at most this far away: do not fall asleep for it.
 SPIN_S = 100e-6
-COLLECTIVE_TIMEOUT_S = 600.0
 
 
 class Worker:
@@ -39,31 +42,34 @@ class Worker:
 
     def __init__(
         self,
-        rank: int,
-        world_size: int,
-        directory: str,
-        settings: dict[str, Any],
+        spec: dict[str, Any],
         plans: RingReader,
         replies: Replies,
+        progress: Progress,
     ) -> None:
+        rank, world_size = spec["rank"], spec["world_size"]
         self._plans = plans
         self._replies = replies
-        config = self._config = EngineConfig.from_json(settings["config"])
+        self._progress = progress
+        config = self._config = EngineConfig.from_json(spec["settings"]["config"])
         device = self._device = _take_device(config, rank, world_size)
         on_gpu = device.type == "cuda"
         self._dtype: torch.dtype = getattr(torch, config.dtype)
         free_at_start = torch.cuda.mem_get_info()[0] if on_gpu else 0
 
         replies.phase("joining the group")
-        store = str(Path(directory) / "rendezvous")
-        self._tp = TPGroup.connect(rank, world_size, device, store, COLLECTIVE_TIMEOUT_S)
+        store = str(Path(spec["directory"]) / "rendezvous")
+        # The coordinator notices a hang first, and can say where every rank is.
+        timeout_s = 2 * max(config.start_timeout_s, config.step_timeout_s)
+        self._tp = TPGroup.connect(rank, world_size, device, store, timeout_s)
         if not config.disable_custom_all_reduce:
             self._tp = _with_peer_memory(self._tp, config.model_config.hidden_size, self._dtype)
 
         replies.phase("loading weights")
         begin = time.perf_counter()
         backend = choose_backend(device, config.use_flash_attn)
-        model = self._load_model(backend)
+        with explained_out_of_memory(device, "while it loaded the weights"):
+            model = self._load_model(backend)
         info: dict[str, Any] = {
             "attention": backend.name,
             "all_reduce": "peer memory, NCCL" if self._tp.peers else "NCCL" if on_gpu else "Gloo",
@@ -82,7 +88,8 @@ class Worker:
             config.model_config.vocab_size,
             static_decode=static_decode,
         )
-        num_blocks = self._make_cache(model, free_at_start)
+        with explained_out_of_memory(device, "while it made room for the KV cache"):
+            num_blocks = self._make_cache(model, free_at_start)
         self._times = StepTimes()
         self._profile: KernelProfile | None = None
         self._results = ResultSender(replies, self._times, device, limits) if rank == 0 else None
@@ -100,7 +107,10 @@ class Worker:
         if config.load_format == "dummy":
             model.load(DummyWeights(model_config, self._device, self._dtype))
         else:
-            model.load(SafetensorsWeights(config.folder))
+            weights = _Beating(SafetensorsWeights(config.folder), self._progress)
+            model.load(weights)
+            assert isinstance(model, torch.nn.Module)
+            refuse_unnatural_weights(model, weights, model_config, self._dtype)
         if self._device.type == "cuda":
             torch.cuda.synchronize()
             torch.cuda.empty_cache()
@@ -137,7 +147,11 @@ class Worker:
             record = self._plans.receive(spin_s=SPIN_S)
             assert record is not None
             if record.kind != CONTROL:
-                self._run_step(StepPlan.decode(record.payload))
+                plan = StepPlan.decode(record.payload)
+                self._progress.begin(plan.step)
+                with explained_out_of_memory(self._device, "in a step"):
+                    self._run_step(plan)
+                self._progress.launch(plan.step)
                 continue
             message = json.loads(record.payload.tobytes())
             if message["type"] == "shutdown":
@@ -171,6 +185,18 @@ class Worker:
             report["kernels"] = self._profile.summary if self._profile else None
             self._profile = None
             self._replies.control(report)
+
+
+class _Beating:
+    """A source of weights that gives a sign of life for every tensor: a slow disk is no hang."""
+
+    def __init__(self, weights: WeightSource, progress: Progress) -> None:
+        self._weights = weights
+        self._progress = progress
+
+    def read(self, name: str, rows: slice | None = None, cols: slice | None = None) -> torch.Tensor:
+        self._progress.beat()
+        return self._weights.read(name, rows, cols)
 
 
 def _with_peer_memory(tp: TPGroup, hidden_size: int, dtype: torch.dtype) -> TPGroup:

@@ -1,0 +1,93 @@
+"""Workers forked from this process instead of started: a fresh interpreter that imports torch costs
+seconds, a fork some milliseconds.
+
+For tests and trials of hundreds of engines on a CPU. A forked worker runs the same entry with the
+same descriptors, environment and session, has the same parent, and differs from a started one only
+in what it has imported already. It keeps to one core, for torch's threads do not survive a fork.
+"""
+
+import importlib
+import os
+import signal
+import sys
+import traceback
+import warnings
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from importlib.util import find_spec
+from typing import Any, NoReturn
+
+from tpllm.engine import processes
+
+_exec = processes._start
+
+
+class Forked:
+    """As much of subprocess.Popen as the launcher uses."""
+
+    def __init__(self, pid: int) -> None:
+        self.pid = pid
+        self.returncode: int | None = None
+
+    def poll(self) -> int | None:
+        return self._reap(os.WNOHANG)
+
+    def wait(self) -> int | None:
+        return self._reap(0)
+
+    def kill(self) -> None:
+        if self.poll() is None:
+            os.kill(self.pid, signal.SIGKILL)
+
+    def _reap(self, options: int) -> int | None:
+        if self.returncode is None:
+            pid, status = os.waitpid(self.pid, options)
+            if pid:
+                self.returncode = os.waitstatus_to_exitcode(status)
+        return self.returncode
+
+
+def start(command: processes.Command, environment: dict[str, str], output: int) -> Any:
+    """Stands in for `processes._start`; the guard, which is no module of ours, is started."""
+    (_, *options), inherited = command
+    if "-m" not in options:
+        return _exec(command, environment, output)
+    module, fd = options[options.index("-m") + 1 :]
+    return fork(lambda: _become_worker(module, fd, environment, inherited))
+
+
+def fork(run: Callable[[], None]) -> Forked:
+    """A child of this process, in a session of its own, that does nothing but `run`."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of other threads: ours hold nothing that a child needs
+        pid = os.fork()
+    if pid:
+        return Forked(pid)
+    try:
+        os.setsid()
+        run()
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        os._exit(1)
+
+
+def _become_worker(
+    module: str, fd: str, environment: dict[str, str], inherited: Sequence[int]
+) -> NoReturn:
+    os.environ.update(environment)
+    kept = {0, 1, 2, *inherited}
+    for each in map(int, os.listdir("/proc/self/fd")):
+        if each not in kept:
+            with suppress(OSError):  # that of the listing
+                os.close(each)
+    os.dup2(os.open(os.devnull, os.O_RDWR), 0)
+    cores = sorted(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, {cores[os.getpid() % len(cores)]})
+    sys.argv = [module, fd]
+    found = find_spec(module)
+    assert found is not None
+    is_package = found.submodule_search_locations is not None
+    worker = importlib.import_module(f"{module}.__main__" if is_package else module)
+    worker.main(worker.serve)
+    raise AssertionError("a worker's main never returns")

@@ -1,0 +1,17 @@
+from pathlib import Path
+
+import pytest
+
+from launch import forked_workers
+from tpllm.engine import launcher, processes
+
+HERE = Path(__file__).parent
+
+
+@pytest.fixture
+def fault_workers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lets `fault_worker` be found, forked instead of started, and its end told at once."""
+    monkeypatch.syspath_prepend(HERE)
+    monkeypatch.setattr(processes, "_start", forked_workers.start)
+    monkeypatch.setattr(launcher, "GRACE_S", 0.05)  # nothing here has a second cause
+    monkeypatch.setattr(launcher, "CLOSE_TIMEOUT_S", 0.3)

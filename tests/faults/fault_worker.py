@@ -1,0 +1,48 @@
+"""A worker without torch whose ranks wait for each other in every step, as collectives make them.
+
+Otherwise it is `stub_worker`: it enters the engine as the real one does, and acts out what it is
+told. So a rank that dies or stops holds up the others, which do not complain of it.
+"""
+
+import os
+import signal
+import time
+
+from tests.engine.stub_worker import Stub
+from tpllm.channel.progress import Board
+from tpllm.channel.ring import RingReader
+from tpllm.channel.step_plan import CONTROL
+from tpllm.worker.__main__ import Spec, main
+from tpllm.worker.replies import Replies
+
+
+class FaultStub(Stub):
+    def __init__(self, spec: Spec, plans: RingReader, replies: Replies) -> None:
+        super().__init__(spec, plans, replies)
+        self._board = Board(spec["board"])
+
+    def act_take(self) -> None:
+        """Take a record, begin its step if it is one, and leave it at that."""
+        record = self._plans.receive()
+        assert record is not None
+        if record.kind != CONTROL:
+            self._progress.begin(self._num_steps)
+
+    def act_beat(self) -> None:
+        self._progress.beat()
+
+    def act_stop(self) -> None:
+        os.kill(os.getpid(), signal.SIGSTOP)
+
+    def between_begin_and_end(self) -> None:
+        self._progress.beat()
+        while self._board.beats() < (self._num_steps + 1) * self._spec["world_size"]:
+            time.sleep(0.001)
+
+
+def serve(spec: Spec, plans: RingReader, replies: Replies) -> None:
+    FaultStub(spec, plans, replies).perform()
+
+
+if __name__ == "__main__":
+    main(serve)
