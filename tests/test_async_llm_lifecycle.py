@@ -180,7 +180,11 @@ def test_the_death_of_the_engine_s_process_is_told_and_takes_the_workers_along(m
 @pytest.mark.parametrize(
     "acts, error, message",
     [
-        ({"1": [["raise", "disk on fire"]]}, WorkerError, "(?s)rank 1 failed .*disk on fire$"),
+        (
+            {"1": [["raise", "disk on fire"]]},
+            WorkerError,
+            "(?s)rank 1 failed .*disk on fire\nA crash report is in ",
+        ),
         ({"0": [["exit", 3]]}, WorkerError, "rank 0 ended with exit code 3 while starting"),
         ({"0": [["refuse", "lower max_num_seqs=9"]]}, ValueError, "^lower max_num_seqs=9$"),
     ],
