@@ -229,7 +229,7 @@ def test_lists_that_no_step_could_carry_are_refused(engine: Coordinator) -> None
     wrong = {
         "bad_words=.'x'. came without the token ids": ((replace(plain, bad_words=["x"])), []),
         "bad_words holds 4096, outside": (replace(plain, bad_words=["x"]), [[1, 4096]]),
-        "take 13325 words together, and a step carries 13312": (
+        "take 13325 words together, and a step carries 13310": (
             replace(
                 plain,
                 logit_bias=dict.fromkeys(range(4096), 1.0),
