@@ -224,13 +224,12 @@ def test_logprobs_are_those_of_transformers(together: dict[str, Heard]) -> None:
     assert num_checked > 80
 
 
-def test_what_the_engine_cannot_do_is_refused_before_it_starts(engine: Coordinator) -> None:
+def test_lists_that_no_step_could_carry_are_refused(engine: Coordinator) -> None:
     prompt, plain = PROMPTS[0], params()
-    steps = engine.stats.num_steps
     wrong = {
         "bad_words=.'x'. came without the token ids": ((replace(plain, bad_words=["x"])), []),
         "bad_words holds 4096, outside": (replace(plain, bad_words=["x"]), [[1, 4096]]),
-        "take 13325 words together, and a step carries 13312": (
+        "take 13325 words together, and a step carries 13310": (
             replace(
                 plain,
                 logit_bias=dict.fromkeys(range(4096), 1.0),
@@ -241,5 +240,4 @@ def test_what_the_engine_cannot_do_is_refused_before_it_starts(engine: Coordinat
     }
     for message, (settings, bad_word_ids) in wrong.items():
         with pytest.raises(ValueError, match=message):
-            engine.add([AddRequest("wrong", prompt, settings, bad_word_ids)])
-    assert engine.num_unfinished == 0 and engine.stats.num_steps == steps
+            engine.check(AddRequest("wrong", prompt, settings, bad_word_ids))

@@ -151,7 +151,9 @@ class Coordinator:
                     f"token id {token_id} is outside the vocabulary of {vocab_size} tokens; "
                     "was the text encoded with another model's tokenizer?"
                 )
-        _check_against_vocabulary(request, vocab_size, self.limits.max_list_words)
+        # the model's end tokens are part of a row's lists, too
+        max_words = self.limits.max_list_words - len(config.model_config.eos_token_ids)
+        _check_against_vocabulary(request, vocab_size, max_words)
         if len(prompt) + params.min_tokens > self.max_total_tokens:
             raise ValueError(
                 f"min_tokens={params.min_tokens} after a prompt of {len(prompt)} tokens is more "

@@ -24,7 +24,7 @@ from tpllm.layers.truncation import Truncation, truncate
 from tpllm.parallel.group import TPGroup
 from tpllm.worker.option_table import OptionTable, RowLists, upload
 
-# Float32 scores, or int64 keys, that are made at once: 256 and 512 MiB. More rows take turns.
+# Float32 scores that are made at once, 256 MiB: more rows take turns.
 MAX_ELEMENTS = 1 << 26
 # Tokens of rows with penalties that are looked at at once: some 30 bytes each.
 MAX_TOKENS = 1 << 22
@@ -153,7 +153,7 @@ class TokenSampler:
                 for in pieces so that memory stays bounded
         """
         n, local_size = token_ids.shape[0], self._options.local_vocab_size
-        size = max(1, MAX_ELEMENTS // (2 * local_size))  # keys take twice the memory of scores
+        size = max(1, MAX_ELEMENTS // (2 * local_size))  # int64 keys are made of them
         words = []
         for begin in range(0, n, size):
             end = min(n, begin + size)
