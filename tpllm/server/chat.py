@@ -20,8 +20,9 @@ from tpllm.server.answer_parser import (
 from tpllm.server.generation import Answer, Generation
 from tpllm.server.logprobs import chat_logprobs, prompt_logprobs
 from tpllm.server.protocol import ChatCompletionRequest
-from tpllm.server.responses import EventStream, JSONAnswer
+from tpllm.server.responses import respond
 from tpllm.server.service import Service, new_id
+from tpllm.server.usage import StreamedUsage
 
 
 def answer_chat(service: Service, body: ChatCompletionRequest) -> Response:
@@ -33,10 +34,7 @@ def answer_chat(service: Service, body: ChatCompletionRequest) -> Response:
     service.check_model(body.model)
     params = service.sampling.of_chat(body)
     chat = _Chat(service, body, params)
-    timeout_s = service.settings.request_timeout_s
-    if body.stream:
-        return EventStream(chat.stream(), timeout_s)
-    return JSONAnswer(chat.whole(), timeout_s)
+    return respond(chat, bool(body.stream), service.settings.request_timeout_s)
 
 
 class _Chat:
@@ -68,23 +66,16 @@ class _Chat:
 
     async def stream(self) -> AsyncGenerator[dict[str, Any], None]:
         """The answer in chunks: each answer's role, what is new of it, and how it ended."""
-        options = self._body.stream_options
-        wants_usage = bool(options and options.include_usage)
-        always = bool(options and options.continuous_usage_stats)
+        usage = StreamedUsage(self._body.stream_options)
         head = self._head("chat.completion.chunk")
         with self._service.admission.enter(self._params.n):
             generation = await self._begin()
             deltas = [_Deltas(self._parser(), self._shows_reasoning) for _ in generation.answers]
             async for _, answer, part in generation.parts():
                 for choice in self._chunks(answer, part, deltas[answer.index]):
-                    chunk = {**head, "choices": [choice]}
-                    if always:
-                        chunk["usage"] = generation.usage()
-                    elif wants_usage:
-                        chunk["usage"] = None
-                    yield chunk
-        if wants_usage:
-            yield {**head, "choices": [], "usage": generation.usage()}
+                    yield usage.chunk(head, choice, generation)
+        for chunk in usage.last(head, generation):
+            yield chunk
 
     async def _begin(self) -> Generation:
         service = self._service

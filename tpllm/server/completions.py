@@ -11,8 +11,9 @@ from tpllm.sampling_params import SamplingParams
 from tpllm.server.generation import Answer, Generation, PromptState
 from tpllm.server.logprobs import completion_logprobs, prompt_logprobs
 from tpllm.server.protocol import CompletionRequest
-from tpllm.server.responses import EventStream, JSONAnswer
+from tpllm.server.responses import respond
 from tpllm.server.service import Service, new_id
+from tpllm.server.usage import StreamedUsage
 
 
 def complete(service: Service, body: CompletionRequest) -> Response:
@@ -24,10 +25,7 @@ def complete(service: Service, body: CompletionRequest) -> Response:
     service.check_model(body.model)
     params = service.sampling.of_completion(body)
     completion = _Completion(service, body, params)
-    timeout_s = service.settings.request_timeout_s
-    if body.stream:
-        return EventStream(completion.stream(), timeout_s)
-    return JSONAnswer(completion.whole(), timeout_s)
+    return respond(completion, bool(body.stream), service.settings.request_timeout_s)
 
 
 class _Completion:
@@ -65,9 +63,7 @@ class _Completion:
 
     async def stream(self) -> AsyncGenerator[dict[str, Any], None]:
         """The answer in chunks."""
-        options = self._body.stream_options
-        wants_usage = bool(options and options.include_usage)
-        always = bool(options and options.continuous_usage_stats)
+        usage = StreamedUsage(self._body.stream_options)
         with self._service.admission.enter(self._num_seqs):
             generation = await self._begin()
             indices = {id(prompt): i for i, prompt in enumerate(generation.prompts)}
@@ -79,14 +75,9 @@ class _Completion:
                     _drop(answer)
                 shown = answer if self._only_echo else part
                 choice = self._choice(indices[id(prompt)], prompt, answer, shown, is_first)
-                chunk = {**self._head, "choices": [choice]}
-                if always:
-                    chunk["usage"] = generation.usage()
-                elif wants_usage:
-                    chunk["usage"] = None
-                yield chunk
-        if wants_usage:
-            yield {**self._head, "choices": [], "usage": generation.usage()}
+                yield usage.chunk(self._head, choice, generation)
+        for chunk in usage.last(self._head, generation):
+            yield chunk
 
     async def _begin(self) -> Generation:
         service, body = self._service, self._body

@@ -192,15 +192,20 @@ class Tool(Body):
     function: Function
 
 
-class Conversation(Body):
-    """What is rendered through the chat template."""
+class TemplateOptions(Body):
+    """What the chat template is given besides messages."""
 
-    messages: list[Message] = Field(min_length=1)
     tools: list[Tool] | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     enable_thinking: bool | None = None
+
+
+class Conversation(TemplateOptions):
+    """What is rendered through the chat template."""
+
+    messages: list[Message] = Field(min_length=1)
 
 
 class ChatCompletionRequest(Generation, Conversation):
@@ -218,17 +223,13 @@ class ChatCompletionRequest(Generation, Conversation):
     prediction: dict[str, Any] | None = None  # without effect: it would only save time
 
 
-class TokenizeRequest(Body):
+class TokenizeRequest(TemplateOptions):
     """POST /tokenize: a text, or a conversation."""
 
     model: str | None = None
     prompt: str | None = None
-    messages: list[Message] | None = None
-    tools: list[Tool] | None = None
     add_special_tokens: bool | None = None
-    add_generation_prompt: bool | None = None
-    continue_final_message: bool | None = None
-    chat_template_kwargs: dict[str, Any] | None = None
+    messages: list[Message] | None = Field(None, min_length=1)
     return_token_strs: bool | None = None
 
 

@@ -4,7 +4,7 @@ import asyncio
 import logging
 from collections.abc import AsyncGenerator, Coroutine
 from contextlib import aclosing
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
@@ -135,6 +135,21 @@ class EventStream(LongResponse):
             await send({"type": "http.response.start", "status": 200, "headers": headers})
         self._last_sent_s = asyncio.get_running_loop().time()
         await send({"type": "http.response.body", "body": body, "more_body": True})
+
+
+class Answerer(Protocol):
+    """A checked request, which can be answered in either form."""
+
+    async def whole(self) -> dict[str, Any]: ...
+
+    def stream(self) -> AsyncGenerator[dict[str, Any], None]: ...
+
+
+def respond(answerer: Answerer, streams: bool, timeout_s: float) -> LongResponse:
+    """The form that the request asks for."""
+    if streams:
+        return EventStream(answerer.stream(), timeout_s)
+    return JSONAnswer(answerer.whole(), timeout_s)
 
 
 def in_words(error: BaseException) -> APIError:
