@@ -14,7 +14,15 @@ import tpllm
 PACKAGE = Path(tpllm.__file__).parent
 
 # Plain data and checks, which any part may use except those that must run on their own.
-PLAIN = {"checks", "config", "errors", "model_config", "outputs", "sampling_params"}
+PLAIN = {
+    "checks",
+    "config",
+    "errors",
+    "model_config",
+    "outputs",
+    "sampling_params",
+    "structured_outputs",
+}
 MAY_IMPORT = {
     "parallel": set(),
     "layers": {"parallel"},

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from tpllm.llm import LLM
     from tpllm.outputs import CompletionOutput, Logprob, RequestOutput
     from tpllm.sampling_params import RequestOutputKind, SamplingParams
+    from tpllm.structured_outputs import StructuredOutputsParams
 
 __version__ = "0.1.0"
 
@@ -31,6 +32,7 @@ __all__ = [
     "RequestOutput",
     "RequestOutputKind",
     "SamplingParams",
+    "StructuredOutputsParams",
     "UnknownSettingError",
     "WorkerError",
     "__version__",
@@ -45,6 +47,7 @@ _HOME = {
     "RequestOutput": "tpllm.outputs",
     "RequestOutputKind": "tpllm.sampling_params",
     "SamplingParams": "tpllm.sampling_params",
+    "StructuredOutputsParams": "tpllm.structured_outputs",
     "UnknownSettingError": "tpllm.errors",
     "WorkerError": "tpllm.errors",
 }

@@ -7,6 +7,7 @@ from typing import Any, Self
 
 from tpllm.checks import check_bool, check_int, check_number, check_seed
 from tpllm.errors import refuse_unknown_settings
+from tpllm.structured_outputs import StructuredOutputsParams
 
 # From about 1000 on every token is equally likely; at 1e37 float32 scores would overflow.
 MAX_TEMPERATURE = 1e6
@@ -32,9 +33,10 @@ class RequestOutputKind(Enum):
 class SamplingParams:
     """How to draw a request's tokens, what to report, and when to stop.
 
-    Names, defaults and meanings are vLLM's. Logits go through, in this order: allowed_token_ids,
-    bad_words, min_tokens, logit_bias, repetition_penalty, frequency_penalty and presence_penalty;
-    then temperature, min_p, top_k and top_p. Greedy requests ignore the last three.
+    Names, defaults and meanings are vLLM's. Logits go through, in this order: structured_outputs,
+    allowed_token_ids, bad_words, min_tokens, logit_bias, repetition_penalty, frequency_penalty and
+    presence_penalty; then temperature, min_p, top_k and top_p. Greedy requests ignore the last
+    three.
 
     Attributes:
         n: continuations of the prompt, drawn independently
@@ -66,6 +68,9 @@ class SamplingParams:
         spaces_between_special_tokens: put spaces between special tokens in the text
         include_stop_str_in_output: leave the `stop` text that ended the request in its output
         output_kind: what each output of a streamed request holds
+        structured_outputs: the form that the answer must have, such as a JSON schema; end tokens
+            can be drawn only where the form is complete. Where nothing else can follow, one ends
+            the request in spite of min_tokens and ignore_eos.
 
     Raises:
         ValueError: a value is out of range, not of its type, or contradicts another.
@@ -96,6 +101,7 @@ class SamplingParams:
     spaces_between_special_tokens: bool = True
     include_stop_str_in_output: bool = False
     output_kind: RequestOutputKind = RequestOutputKind.CUMULATIVE
+    structured_outputs: StructuredOutputsParams | None = None
 
     def __new__(cls, *args: Any, **settings: Any) -> Self:
         # Before __init__, whose own TypeError would not say which name is the nearest.
@@ -176,6 +182,9 @@ class SamplingParams:
                 f"output_kind={self.output_kind!r} must be a RequestOutputKind: "
                 f"{', '.join(kind.name for kind in RequestOutputKind)}"
             )
+        form = self.structured_outputs
+        if form is not None and not isinstance(form, StructuredOutputsParams):
+            raise ValueError(f"structured_outputs={form!r} must be a StructuredOutputsParams")
 
     def _keep(self, name: str, value: object) -> None:
         object.__setattr__(self, name, value)  # the dataclass is frozen for everyone else

@@ -14,7 +14,9 @@ from tpllm.channel.step_plan import (
     MAX_MASKED_STOP_IDS,
     ROW_STATE_WORDS,
     STEP,
+    VERSION,
     PlanLimits,
+    StepMasks,
     StepPlan,
     StepResult,
 )
@@ -60,7 +62,7 @@ def random_plan(
     )
 
 
-def payload_of(record: StepPlan | StepResult) -> np.ndarray:
+def payload_of(record: StepPlan | StepMasks | StepResult) -> np.ndarray:
     return np.frombuffer(b"".join(part.tobytes() for part in record.parts()), np.uint8)
 
 
@@ -172,6 +174,24 @@ def test_the_largest_result_has_the_bytes_that_its_limits_announce(limits: PlanL
     assert payload_of(StepResult(0, ones, ones, logprobs)).size == limits.result_bytes
 
 
+@pytest.mark.parametrize("num_rows", [0, 3])
+def test_masks_are_read_as_they_were_written(num_rows: int):
+    rng = np.random.default_rng(0)
+    sent = StepMasks(7, words(rng, num_rows), words(rng, num_rows, 5))
+    received = StepMasks.decode(payload_of(sent))
+    assert received.step == 7
+    np.testing.assert_array_equal(received.indices, sent.indices, strict=True)
+    np.testing.assert_array_equal(received.words, sent.words, strict=True)
+
+
+@pytest.mark.parametrize("limits", LIMITS)
+def test_the_most_masks_have_the_bytes_that_the_limits_announce(limits: PlanLimits):
+    rng, S = np.random.default_rng(0), limits.max_num_seqs
+    masks = StepMasks(0, words(rng, S), words(rng, S, limits.mask_words))
+    assert payload_of(masks).size == limits.masks_bytes
+    assert 0 <= 32 * limits.mask_words - limits.vocab_size < 32
+
+
 def test_block_updates_leave_room_for_the_longest_sequence_and_for_a_full_step():
     limits = LIMITS[1]
     decodes = limits.max_num_seqs  # each row may need a block for its new token
@@ -193,10 +213,12 @@ def test_a_row_that_enters_has_room_for_its_settings():
     assert ENTERING_WORDS == 1 + ROW_STATE_WORDS
 
 
-@pytest.mark.parametrize("record", [StepPlan, StepResult])
-def test_a_record_of_another_version_is_refused(record: type[StepPlan | StepResult]):
+@pytest.mark.parametrize("record", [StepPlan, StepMasks, StepResult])
+def test_a_record_of_another_version_is_refused(record: type[StepPlan | StepMasks | StepResult]):
     one = np.ones(1, np.int32)
     payload = payload_of(StepResult(0, one, one, one[:0])).copy()
     payload[:8].view("<i8")[0] = 1
-    with pytest.raises(ValueError, match=r"version 1, this side speaks 2; both sides must run"):
+    with pytest.raises(
+        ValueError, match=f"version 1, this side speaks {VERSION}; both sides must run"
+    ):
         record.decode(payload)

@@ -5,6 +5,8 @@ does; their results come back late. Its cache stores in every slot the digest of
 tokens before it, so a page that was shared wrongly, overwritten, freed too early or left stale is
 noticed by the first row that reads it. The next token is a function of the true sequence and the
 request's settings alone, so batching, chunks, preemption and the prefix cache must not change it.
+
+The tokens 1 to 7 spell a to g, for the grammars of structured outputs.
 """
 
 import struct
@@ -14,6 +16,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import xxhash
+from llguidance import LLTokenizer, TokenizerWrapper
 
 from tpllm.channel.logprobs import LogprobBlock
 from tpllm.channel.row_options import RowOptions, read_records
@@ -21,16 +24,38 @@ from tpllm.channel.step_plan import (
     RESERVED_BLOCK,
     ROW_STATE_WORDS,
     PlanLimits,
+    StepMasks,
     StepPlan,
     StepResult,
 )
 from tpllm.engine.block_manager import BlockManager
+from tpllm.engine.grammars import Grammars
 from tpllm.engine.request import AddRequest, RequestUpdate, Sequence, Status, TokenLogprobs
 from tpllm.engine.scheduler import Scheduler
 from tpllm.sampling_params import SamplingParams
 
 VOCAB_SIZE = 8
 EOS = 0
+
+
+class _Letters:
+    """A tokenizer as llguidance wants to see one."""
+
+    eos_token_id = EOS
+    bos_token_id = None
+    special_token_ids = (EOS,)
+    tokens = (b"<eos>", *(bytes([letter]) for letter in b"abcdefg"))
+
+    def __call__(self, text: bytes) -> list[int]:
+        return [letter - ord("a") + 1 for letter in text]
+
+
+GRAMMARS = Grammars(lambda: LLTokenizer(TokenizerWrapper(_Letters())))
+
+
+def ids_of_mask(words: bytes | np.ndarray) -> set[int]:
+    bits = np.frombuffer(words, np.uint8) if isinstance(words, bytes) else words.view(np.uint8)
+    return set(np.flatnonzero(np.unpackbits(bits, bitorder="little")).tolist())
 
 
 def extend(prefix: int, token_id: int) -> int:
@@ -60,7 +85,10 @@ class TrueSequence:
         params = self.params = request.sampling_params
         self._seed = seed
         self.num_prompt_tokens = len(request.prompt_token_ids)
-        self.ends = {*params.stop_token_ids, *([] if params.ignore_eos else [EOS])}
+        form = params.structured_outputs
+        self.ends = {*params.stop_token_ids, *([] if params.ignore_eos and not form else [EOS])}
+        # None also once the answer has ended
+        self._matcher = GRAMMARS.compile(form).compile() if form else None
         self.tokens: list[int] = []
         self.prefixes: list[int] = []  # digest of the tokens up to and including each
         for token_id in request.prompt_token_ids:
@@ -76,8 +104,17 @@ class TrueSequence:
         """Draw until the sequence has `num_tokens`, past its end if need be."""
         while len(self.tokens) < num_tokens:
             num_drawn = len(self.tokens) - self.num_prompt_tokens
-            banned = self.ends if num_drawn < self.params.min_tokens else ()
-            self._append(draw(self.prefixes[-1], self.params.temperature, self._seed, banned))
+            banned = self.ends if num_drawn < self.params.min_tokens else set()
+            if self._matcher is not None:
+                held_back = banned or ({EOS} if self.params.ignore_eos else set())
+                allowed = ids_of_mask(self._matcher.compute_bitmask())
+                banned = set(range(VOCAB_SIZE)) - (allowed - held_back or allowed)
+            drawn = draw(self.prefixes[-1], self.params.temperature, self._seed, banned)
+            self._append(drawn)
+            if drawn in self.ends:
+                self._matcher = None
+            elif self._matcher is not None:
+                assert self._matcher.consume_token(drawn)
 
     def logprobs(self, begin: int, end: int, k: int) -> list[TokenLogprobs | None]:
         """Of the tokens `begin` to `end`; nothing comes before the first."""
@@ -93,7 +130,8 @@ class TrueSequence:
         first = self.num_prompt_tokens
         drawn = self.tokens[first : first + self.max_tokens]
         for i, token_id in enumerate(drawn):
-            if token_id in self.ends and i >= self.params.min_tokens:
+            may_end = i >= self.params.min_tokens or self.params.structured_outputs
+            if token_id in self.ends and may_end:
                 asked_for = token_id in self.params.stop_token_ids
                 return drawn[: i + 1], "stop", token_id if asked_for else None
         return drawn, "length", None
@@ -115,12 +153,14 @@ class SimulatedWorker:
         self._row_state = np.zeros((limits.max_num_seqs, ROW_STATE_WORDS), dtype=np.int32)
         self._last_tokens = [-1] * limits.max_num_seqs
         self._options: dict[int, RowOptions] = {}
+        self._waiting: StepPlan | None = None  # for its masks
         self._cache = [0] * (num_blocks * limits.block_size)
         self.written_blocks: set[int] = set()  # by the latest step
         self.events: Counter[str] = Counter()
 
-    def execute(self, payload: np.ndarray) -> StepResult:
-        """Run one step, given as the bytes of its record."""
+    def execute(self, payload: np.ndarray) -> StepResult | None:
+        """Run one step, given as the bytes of its record; None where `draw` is to follow."""
+        assert self._waiting is None, "the masks of a step come before any later step"
         plan = StepPlan.decode(payload)
         self._check_form(plan)
         for words in plan.entering:
@@ -138,7 +178,25 @@ class SimulatedWorker:
         written_by = self._store(plan)
         self._attend(plan)
         self._note(plan, written_by)
-        drawn = self._sample(plan)
+        drawing = plan.rows[plan.samples == 1].tolist()
+        if any(row in self._options and self._options[row].is_masked for row in drawing):
+            self._waiting = plan
+            return None
+        return self._draw(plan, {})
+
+    def draw(self, payload: np.ndarray) -> StepResult:
+        """Finish the step that waits for its masks, given as the bytes of their record."""
+        plan, self._waiting = self._waiting, None
+        assert plan is not None, "no step waits for masks"
+        masks = StepMasks.decode(payload)
+        assert masks.step == plan.step
+        for i in masks.indices.tolist():
+            assert plan.samples[i] and self._options[int(plan.rows[i])].is_masked
+        pairs = zip(masks.indices.tolist(), masks.words, strict=True)
+        return self._draw(plan, {i: ids_of_mask(words) for i, words in pairs})
+
+    def _draw(self, plan: StepPlan, masks: dict[int, set[int]]) -> StepResult:
+        drawn = self._sample(plan, masks)
         return StepResult(plan.step, plan.samples.copy(), drawn, self._report(plan))
 
     def _check_form(self, plan: StepPlan) -> None:
@@ -196,16 +254,15 @@ class SimulatedWorker:
             seen = [self._cache[slot] for slot in self._slots(row, 0, end)]
             assert seen == self._truth(row, end).prefixes[:end], f"row {row} sees the wrong tokens"
 
-    def _sample(self, plan: StepPlan) -> np.ndarray:
+    def _sample(self, plan: StepPlan, masks: dict[int, set[int]]) -> np.ndarray:
         drawn = []
-        for (row, start, num_tokens), samples in zip(
-            _scheduled(plan), plan.samples.tolist(), strict=True
-        ):
-            if samples:
+        for i, (row, start, num_tokens) in enumerate(_scheduled(plan)):
+            if plan.samples[i]:
                 position = start + num_tokens
                 state = self._row_state[row]
                 prefix = self._cache[self._slots(row, position - 1, position)[0]]
-                banned = state[4:].tolist() if position < state[3] else []
+                banned = set(state[4:].tolist()) if position < state[3] else set()
+                banned |= set(range(VOCAB_SIZE)) - masks[i] if i in masks else set()
                 temperature = float(state[:1].view(np.float32)[0])
                 self._last_tokens[row] = draw(prefix, temperature, _seed_of(state), banned)
                 drawn.append(self._last_tokens[row])
@@ -259,7 +316,7 @@ class Watched:
     truth: TrueSequence
     token_ids: list[int] = field(default_factory=list)
     finish_reason: str | None = None
-    stop_reason: int | None = None
+    stop_reason: int | str | None = None
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     prompt_logprobs: list[TokenLogprobs | None] | None = None
 
@@ -295,7 +352,8 @@ class SimulatedEngine:
         self._truths: dict[int, TrueSequence] = {}
         self._worker = SimulatedWorker(self.limits, num_blocks, self._truths)
         self._num_blocks = num_blocks
-        self._in_flight: deque[tuple[StepResult, set[int]]] = deque()  # with the blocks it writes
+        # with the blocks it writes; no result where the step waits for masks
+        self._in_flight: deque[tuple[StepResult | None, set[int]]] = deque()
         self.events = self._worker.events
 
     # ---- what a caller does ------------------------------------------------------------------
@@ -307,8 +365,13 @@ class SimulatedEngine:
         # identifies the request to the worker, and fills both words of the seed
         seed = (len(self.requests) + 1) * (2**40 + 1)
         request = AddRequest(request_id, prompt, params)
+        form = params.structured_outputs
         seq = Sequence(
-            request, seed=seed, eos_token_ids=(EOS,), max_total_tokens=self.max_total_tokens
+            request,
+            seed=seed,
+            eos_token_ids=(EOS,),
+            max_total_tokens=self.max_total_tokens,
+            grammar=None if form is None else GRAMMARS.compile(form),
         )
         self._truths[seed] = TrueSequence(request, seed, self.max_total_tokens)
         self.requests[request_id] = Watched(seq, self._truths[seed])
@@ -337,11 +400,13 @@ class SimulatedEngine:
                 in_flight = decodes and seq.num_steps_in_flight > 0
                 self.events["preemptions with a token in flight"] += in_flight
         if plan is not None:
-            payload = np.frombuffer(b"".join(part.tobytes() for part in plan.parts()), np.uint8)
+            payload = _bytes_of(plan)
             assert payload.size <= self.limits.plan_bytes
             result = self._worker.execute(payload)
             self._in_flight.append((result, self._worker.written_blocks))
             self.plans.append(plan)
+            self._take_masks()
+            self.events["steps that wait for a token"] += self._in_flight[-1][0] is None
             self.events["chunks"] += int((plan.samples == 0).sum())
             self.events["mixed steps"] += 0 < plan.num_decode < plan.rows.size
         else:
@@ -352,15 +417,26 @@ class SimulatedEngine:
     def receive(self) -> list[RequestUpdate]:
         """Take in the result of the oldest step in flight."""
         result, _ = self._in_flight.popleft()
-        payload = np.frombuffer(b"".join(part.tobytes() for part in result.parts()), np.uint8)
+        assert result is not None, "the oldest step in flight waits for its masks"
+        payload = _bytes_of(result)
         assert payload.size <= self.limits.result_bytes
         updates = self.scheduler.finish(StepResult.decode(payload))
         for update in updates:
             self._hear(update)
         num_heard = sum(len(update.new_token_ids) for update in updates)
         self.events["tokens dropped"] += result.token_ids.size - num_heard
+        self._take_masks()
         self.check()
         return updates
+
+    def _take_masks(self) -> None:
+        masks = self.scheduler.take_masks()
+        if masks is not None:
+            payload = _bytes_of(masks)
+            assert payload.size <= self.limits.masks_bytes
+            _, written = self._in_flight.pop()
+            self._in_flight.append((self._worker.draw(payload), written))
+            self.events["masks"] += masks.indices.size
 
     def step(self) -> list[RequestUpdate]:
         while len(self._in_flight) < self.max_steps_in_flight and self.send() is not None:
@@ -444,6 +520,10 @@ class SimulatedEngine:
         each.token_ids += update.new_token_ids
         each.finish_reason, each.stop_reason = update.finish_reason, update.stop_reason
         assert (each.seq.status is Status.FINISHED) == (each.finish_reason is not None)
+
+
+def _bytes_of(record: StepPlan | StepMasks | StepResult) -> np.ndarray:
+    return np.frombuffer(b"".join(part.tobytes() for part in record.parts()), np.uint8)
 
 
 def _scheduled(plan: StepPlan) -> Iterable[tuple[int, int, int]]:

@@ -21,6 +21,7 @@ from tpllm.channel.row_options import read_records
 from tpllm.channel.step_plan import StepPlan, StepResult
 from tpllm.engine.request import RequestUpdate, Status
 from tpllm.sampling_params import SamplingParams
+from tpllm.structured_outputs import StructuredOutputsParams
 
 
 def generate(num_tokens: int, **params: Any) -> SamplingParams:
@@ -522,6 +523,85 @@ def test_ids_that_are_unknown_or_ended_are_passed_over():
     engine.run_to_end()
 
 
+# ---- structured outputs --------------------------------------------------------------------------
+
+
+def structured(num_tokens: int, **forms: Any) -> SamplingParams:
+    return SamplingParams(
+        max_tokens=num_tokens, structured_outputs=StructuredOutputsParams(**forms)
+    )
+
+
+def test_a_first_token_has_its_mask_at_once_and_later_ones_when_the_token_before_is_known():
+    engine = SimulatedEngine()
+    request = engine.add(prompt_of(5), structured(20, regex="(ab){20}"))
+    send(engine)
+    assert engine.events["masks"] == 1
+    send(engine)  # the worker computes, and knows no mask yet
+    assert engine.events["masks"] == 1
+    assert engine.send() is None
+    engine.receive()
+    assert (request.token_ids, engine.events["masks"]) == ([1], 2)
+    engine.run_to_end()
+    assert request.token_ids == [1, 2] * 10
+
+
+def test_a_chunk_that_draws_nothing_waits_for_no_mask():
+    engine = SimulatedEngine(max_num_batched_tokens=4)
+    engine.add(prompt_of(10), structured(2, regex="ab"))
+    for _ in range(2):
+        send(engine)
+    assert engine.events["masks"] == 0
+    send(engine)  # no earlier token is in flight, though two steps are
+    assert engine.events["masks"] == 1
+    engine.run_to_end()
+
+
+def test_rows_without_a_grammar_need_none_of_it():
+    engine = SimulatedEngine()
+    engine.add(prompt_of(5), generate(6))
+    engine.add(prompt_of(5, first=2), structured(3, regex="a*"))
+    engine.run_to_end()
+    assert engine.events["masks"] <= 3
+
+
+@pytest.mark.parametrize("ignore_eos", [False, True])
+@pytest.mark.parametrize("min_tokens", [0, 9])
+def test_where_a_grammar_is_complete_an_end_token_ends_the_request(ignore_eos, min_tokens):
+    form = StructuredOutputsParams(choice=["abc", "abd"])
+    request = serve(
+        SamplingParams(
+            max_tokens=9, structured_outputs=form, ignore_eos=ignore_eos, min_tokens=min_tokens
+        )
+    )
+    assert request.token_ids in ([1, 2, 3, EOS], [1, 2, 4, EOS])
+    assert (request.finish_reason, request.stop_reason) == ("stop", None)
+
+
+@pytest.mark.parametrize("settings", [{"ignore_eos": True}, {"min_tokens": 12}])
+def test_an_end_token_is_held_back_where_the_grammar_can_go_on(settings):
+    form = StructuredOutputsParams(regex="a{1,12}")
+    request = serve(SamplingParams(max_tokens=20, structured_outputs=form, **settings))
+    assert request.token_ids == [1] * 12 + [EOS]
+
+
+def test_a_request_that_has_no_next_token_ends_and_says_why():
+    engine = SimulatedEngine()
+    request = engine.add(prompt_of(5), structured(9, regex="(ab){9}"))
+    send(engine)
+    send(engine)
+    engine.receive()
+    assert request.seq.matcher is not None
+    request.seq.matcher.advance(7)  # as if the lexer had met a limit
+    (update,) = engine.receive()
+    assert (update.new_token_ids, update.finish_reason) == ([], "abort")
+    assert update.stop_reason == (
+        "structured_outputs: the request's other settings leave no token that fits"
+    )
+    engine.run_to_end()
+    assert request.token_ids == [1]
+
+
 # ---- random traffic ------------------------------------------------------------------------------
 
 FAMILIES = [prompt_of(24, first) for first in (1, 2)]  # prompts share a start with one of these
@@ -543,6 +623,12 @@ OPTIONS: list[dict[str, Any]] = [
     {"logprobs": 2, "prompt_logprobs": 0, "top_k": 3},
 ]
 
+STRUCTURED = [
+    StructuredOutputsParams(regex="[ab]{0,9}c|d*"),
+    StructuredOutputsParams(choice=["abcd", "abce", "g"]),
+    StructuredOutputsParams(grammar='root ::= "a" root "b" | "c"'),
+]
+
 
 @st.composite
 def sampling_params(draw: st.DrawFn) -> SamplingParams:
@@ -554,6 +640,7 @@ def sampling_params(draw: st.DrawFn) -> SamplingParams:
         ignore_eos=draw(st.booleans()),
         stop_token_ids=draw(st.lists(st.integers(0, VOCAB_SIZE - 1), max_size=2)),
         **draw(st.sampled_from(OPTIONS)),
+        structured_outputs=draw(st.sampled_from([None, None, *STRUCTURED])),
     )
 
 
@@ -646,5 +733,7 @@ def test_random_traffic_is_served_as_if_each_request_were_alone():
         "preemptions with a token in flight",
         "tokens dropped",
         "log-probability blocks",
+        "masks",
+        "steps that wait for a token",
     ):
         assert Traffic.events[event] >= 20, Traffic.events

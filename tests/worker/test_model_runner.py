@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from tests.reference import shipped_greedy
-from tpllm.channel.step_plan import PlanLimits, StepResult
+from tpllm.channel.step_plan import PlanLimits, StepMasks, StepResult
 from tpllm.checkpoint import resolve_model
 from tpllm.engine.block_manager import BlockManager
 from tpllm.engine.request import AddRequest, Sequence
@@ -59,13 +59,24 @@ def allocate_cache(model: Qwen3ForCausalLM, num_blocks: int, tp: TPGroup) -> lis
     return shape.allocate(num_blocks, tp.device)
 
 
+def no_masks(step: int) -> StepMasks:
+    raise AssertionError(f"no row of step {step} waits for a mask")
+
+
 def run_all(
     device: str, dtype: torch.dtype, *, static_decode: bool = True, capture: bool = False
 ) -> tuple[dict[str, list[int]], Tensor]:
     """Tokens of every request, and the cache as they left it, without the reserved block."""
     model, tp, config = shipped_model(device, dtype)
     limits = PlanLimits(MAX_SEQS, 512, 4, BLOCK_SIZE, config.vocab_size)
-    runner = ModelRunner(model, tp, limits, config.vocab_size, static_decode=static_decode)
+    runner = ModelRunner(
+        model,
+        tp,
+        limits,
+        config.vocab_size,
+        static_decode=static_decode,
+        receive_masks=no_masks,
+    )
     caches = allocate_cache(model, NUM_BLOCKS, tp)
     runner.use_cache(caches)
     if capture:

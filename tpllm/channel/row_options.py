@@ -12,8 +12,8 @@ from typing import NamedTuple
 import numpy as np
 
 # row, words of the record, tokens of the prompt, top_k, bits of five floats, logprobs, prompt
-# logprobs, then the lengths of seven lists
-_HEADER_WORDS = 18
+# logprobs, whether masked, then the lengths of seven lists
+_HEADER_WORDS = 19
 _NO_IDS = np.empty(0, dtype=np.int32)
 _NO_VALUES = np.empty(0, dtype=np.float32)
 
@@ -32,6 +32,7 @@ class RowOptions:
             of them ends
         num_logprobs, num_prompt_logprobs: how many likeliest tokens to report besides the actual
             one; -1 for no report at all
+        is_masked: whether every draw waits for a mask of its tokens: see `StepMasks`
     """
 
     num_prompt_tokens: int = 0
@@ -43,6 +44,7 @@ class RowOptions:
     presence_penalty: float = 0.0
     num_logprobs: int = -1
     num_prompt_logprobs: int = -1
+    is_masked: bool = False
     bias_ids: np.ndarray = field(default_factory=lambda: _NO_IDS)
     bias_values: np.ndarray = field(default_factory=lambda: _NO_VALUES)
     banned_ids: np.ndarray = field(default_factory=lambda: _NO_IDS)
@@ -116,6 +118,7 @@ class RowOptions:
             *floats.tolist(),
             self.num_logprobs,
             self.num_prompt_logprobs,
+            int(self.is_masked),
             *(part.size for part in lists),
         ]
         return np.concatenate([np.array(header, dtype=np.int32), *lists])
@@ -139,7 +142,7 @@ def read_records(words: np.ndarray) -> Iterator[EnteringOptions]:
     while words.size:
         row, size, num_prompt_tokens, top_k = words[:4].tolist()
         top_p, min_p, repetition, frequency, presence = words[4:9].view(np.float32).tolist()
-        num_logprobs, num_prompt_logprobs, *sizes = words[9:_HEADER_WORDS].tolist()
+        num_logprobs, num_prompt_logprobs, is_masked, *sizes = words[9:_HEADER_WORDS].tolist()
         bounds = np.cumsum([_HEADER_WORDS, *sizes]).tolist()
         lists = [words[begin:end] for begin, end in pairwise(bounds)]
         options = RowOptions(
@@ -152,6 +155,7 @@ def read_records(words: np.ndarray) -> Iterator[EnteringOptions]:
             presence_penalty=presence,
             num_logprobs=num_logprobs,
             num_prompt_logprobs=num_prompt_logprobs,
+            is_masked=bool(is_masked),
             bias_ids=lists[0],
             bias_values=lists[1].view(np.float32),
             banned_ids=lists[2],

@@ -21,13 +21,14 @@ from tpllm.channel.logprobs import BLOCK_HEADER_WORDS, position_words
 from tpllm.config import EngineConfig
 from tpllm.sampling_params import MAX_LOGPROBS
 
-VERSION = 2
+VERSION = 3
 _HEADER_WORDS = 8  # int64: version, step, then up to six counts
 
 # kinds of record in a ring
 STEP = 1
 RESULT = 2
 CONTROL = 3  # JSON, rare
+MASKS = 4
 
 # The cache block that is never handed out: the padding rows of a CUDA graph write there.
 RESERVED_BLOCK = 0
@@ -96,6 +97,29 @@ class StepPlan:
             ids,
             row_options,
         )
+
+
+@dataclass
+class StepMasks:
+    """Which tokens the rows of a step may draw that wait for it (`RowOptions.is_masked`).
+
+    It follows the step's plan, before any later one, and comes also where m is 0. A row that waits
+    and is not among the m ones draws from all tokens: nobody wants it any more.
+    """
+
+    step: int
+    indices: np.ndarray  # [m] of each row among the plan's scheduled rows
+    words: np.ndarray  # [m, mask_words] a bit for each token id, 1 where it may be drawn
+
+    def parts(self) -> list[np.ndarray]:
+        header = _write_header(self.step, self.words.shape)
+        return [header, self.indices, self.words]
+
+    @classmethod
+    def decode(cls, payload: np.ndarray) -> "StepMasks":
+        step, m, num_words, *_ = _read_header(payload)
+        words = payload[_HEADER_WORDS * 8 :].view("<i4")
+        return cls(step, words[:m], words[m:].reshape(m, num_words))
 
 
 @dataclass
@@ -169,6 +193,15 @@ class PlanLimits:
         words = rows + 2 * self.max_block_updates + self.max_num_batched_tokens
         words += self.max_option_words
         return _HEADER_WORDS * 8 + words * 4
+
+    @property
+    def mask_words(self) -> int:
+        """Words of one mask."""
+        return -(-self.vocab_size // 32)
+
+    @property
+    def masks_bytes(self) -> int:
+        return _HEADER_WORDS * 8 + self.max_num_seqs * (1 + self.mask_words) * 4
 
     @property
     def result_bytes(self) -> int:

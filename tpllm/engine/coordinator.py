@@ -12,6 +12,7 @@ from typing import Any
 import xxhash
 
 from tpllm.channel.step_plan import (
+    MASKS,
     RESULT,
     STEP,
     PlanLimits,
@@ -19,6 +20,7 @@ from tpllm.channel.step_plan import (
 )
 from tpllm.config import EngineConfig
 from tpllm.engine.block_manager import BlockManager
+from tpllm.engine.grammars import Grammars
 from tpllm.engine.launcher import Timeouts, WorkerGroup
 from tpllm.engine.request import AddRequest, RequestUpdate, Sequence
 from tpllm.engine.scheduler import Scheduler, SchedulerStats
@@ -44,6 +46,7 @@ class Coordinator:
 
     Args:
         config: its settings
+        grammars: None for those of the model's tokenizer, read when first needed
         on_phase: hears each rank's phases of the start
         module: what a worker runs; tests and trials of reliability put something else here
 
@@ -56,10 +59,12 @@ class Coordinator:
         self,
         config: EngineConfig,
         *,
+        grammars: Grammars | None = None,
         on_phase: Callable[[int, str], None] | None = None,
         module: str = "tpllm.worker",
     ) -> None:
         self.config = config
+        self._grammars = grammars or Grammars.of_engine(config)
         self.limits = PlanLimits.of(config)
         self.times = HostTimes()
         settings = {"config": config.to_json()}
@@ -169,6 +174,8 @@ class Coordinator:
                     f"min_tokens={params.min_tokens} holds back every token of allowed_token_ids; "
                     "allow one that is no end token, or leave min_tokens out"
                 )
+        if params.structured_outputs is not None:
+            self._grammars.compile(params.structured_outputs)
 
     def add(self, requests: list[AddRequest]) -> None:
         """Queue requests that `check` has let pass; later calls of `step` bring their tokens."""
@@ -181,11 +188,13 @@ class Coordinator:
             words = f"{self.config.seed}/{self._num_requests}".encode()
             seed = xxhash.xxh64_intdigest(words)
         self._num_requests += 1
+        form = request.sampling_params.structured_outputs
         seq = Sequence(
             request,
             seed=seed % 2**64,
             eos_token_ids=self.config.model_config.eos_token_ids,
             max_total_tokens=self.max_total_tokens,
+            grammar=None if form is None else self._grammars.compile(form),
         )
         self._scheduler.add(seq)
 
@@ -218,6 +227,7 @@ class Coordinator:
                 break
             self._workers.send(STEP, plan.parts(), plan.step)
             times.broadcast_s += clock() - planned
+            self._send_masks()
         if scheduler.num_in_flight == 0:
             assert scheduler.num_unfinished == 0, "requests are left that cannot be scheduled"
             return []
@@ -225,13 +235,19 @@ class Coordinator:
         record = self._workers.receive(0, RESULT)
         received = clock()
         updates = scheduler.finish(StepResult.decode(record.payload))
+        self._send_masks()  # of the step that runs: nobody waits for what comes after
         times.wait_s += received - begin
         times.collect_s += clock() - received
         return updates
 
-    def sleep_until_readable(self, fd: int) -> None:
-        """Sleep while there is nothing to do, until `fd` can be read or a worker fails."""
-        self._workers.sleep_until_readable(fd)
+    def _send_masks(self) -> None:
+        masks = self._scheduler.take_masks()
+        if masks is not None:
+            self._workers.send(MASKS, masks.parts())
+
+    def sleep_until_readable(self, *fds: int) -> None:
+        """Sleep while there is nothing to do, until one of `fds` can be read or a worker fails."""
+        self._workers.sleep_until_readable(*fds)
 
     def engine_stats(self) -> EngineStats:
         """What the engine is doing, as plain data."""

@@ -2,7 +2,7 @@
 
 Started by `EngineClient` alone. The workers are children of this process, and all are tied: whoever
 ends, the others notice and end too. Between two steps it reads what callers want; without requests
-it sleeps.
+it sleeps. Grammars are compiled in a thread, and their requests join the others then.
 """
 
 import os
@@ -13,8 +13,11 @@ from typing import NoReturn
 from tpllm.child_process import read_spec, tie_to_parent
 from tpllm.config import EngineConfig
 from tpllm.engine import messages
+from tpllm.engine.compiling import CompilingRequests
 from tpllm.engine.connection import Connection, Message
 from tpllm.engine.coordinator import Coordinator
+from tpllm.engine.grammars import Grammars
+from tpllm.engine.request import AddRequest
 
 _FLUSH_TIMEOUT_S = 5.0
 
@@ -27,8 +30,16 @@ def main() -> NoReturn:
     exit_code = 1
     try:
         config = EngineConfig.from_json(spec["config"])
-        coordinator = Coordinator(config, on_phase=lambda *phase: _tell_phase(connection, *phase))
-        _run(coordinator, connection)
+        grammars = Grammars.of_engine(config)
+        compiling = CompilingRequests(grammars)
+        if config.tokenizer_folder is not None:
+            compiling.load_tokenizer()  # while the workers start
+        coordinator = Coordinator(
+            config,
+            grammars=grammars,
+            on_phase=lambda *phase: _tell_phase(connection, *phase),
+        )
+        _run(coordinator, compiling, connection)
         exit_code = 0
     except EOFError:  # the caller is gone: there is nobody to tell
         pass
@@ -42,16 +53,18 @@ def _tell_phase(connection: Connection, rank: int, phase: str) -> None:
     connection.send({"type": "phase", "rank": rank, "phase": phase})
 
 
-def _run(coordinator: Coordinator, connection: Connection) -> None:
+def _run(coordinator: Coordinator, compiling: CompilingRequests, connection: Connection) -> None:
     try:
         connection.send({"type": "ready", "worker_pids": coordinator.worker_pids})
         while True:
             if not (coordinator.num_unfinished or coordinator.num_in_flight):
-                coordinator.sleep_until_readable(connection.fileno())
+                coordinator.sleep_until_readable(connection.fileno(), compiling.fileno())
             for message in connection.receive(wait=False):
                 if message["type"] == "shutdown":
                     return
-                _handle(message, coordinator, connection)
+                _handle(message, coordinator, compiling, connection)
+            for requests in compiling.take():
+                _add(requests, coordinator, connection)
             updates = coordinator.step()
             if updates:
                 connection.send(messages.updates(updates))
@@ -59,22 +72,36 @@ def _run(coordinator: Coordinator, connection: Connection) -> None:
         coordinator.close()
 
 
-def _handle(message: Message, coordinator: Coordinator, connection: Connection) -> None:
+def _handle(
+    message: Message,
+    coordinator: Coordinator,
+    compiling: CompilingRequests,
+    connection: Connection,
+) -> None:
     kind = message["type"]
     if kind == "add":
         requests = messages.read_add(message)
-        try:
-            coordinator.check(requests[0])  # the others differ in their seeds alone
-        except ValueError as error:
-            ids = [request.request_id for request in requests]  # the continuations of one prompt
-            connection.send({"type": "refused", "request_ids": ids, "error": str(error)})
+        form = requests[0].sampling_params.structured_outputs
+        if form is None:
+            _add(requests, coordinator, connection)
         else:
-            coordinator.add(requests)
+            compiling.add(requests, form)
     elif kind == "abort":
+        compiling.abort(message["request_ids"])
         coordinator.abort(message["request_ids"])  # whoever asked for it waits for no news
     else:
         assert kind == "stats", f"a message of unknown type {kind!r}"
         connection.send(messages.stats(message["number"], coordinator.engine_stats()))
+
+
+def _add(requests: list[AddRequest], coordinator: Coordinator, connection: Connection) -> None:
+    try:
+        coordinator.check(requests[0])  # the others differ in their seeds alone
+    except ValueError as error:
+        ids = [request.request_id for request in requests]  # the continuations of one prompt
+        connection.send({"type": "refused", "request_ids": ids, "error": str(error)})
+    else:
+        coordinator.add(requests)
 
 
 if __name__ == "__main__":

@@ -134,7 +134,7 @@ class WorkerGroup:
             raise
 
     def _start(self, limits: PlanLimits, settings: dict[str, Any], module: str) -> None:
-        plan_bytes = max(limits.plan_bytes, CONTROL_BYTES)
+        plan_bytes = max(limits.plan_bytes, limits.masks_bytes, CONTROL_BYTES)
         reply_bytes = max(limits.result_bytes, CONTROL_BYTES)
         output = stderr_or_null()
         refuse_too_few_descriptors(self.world_size)
@@ -283,17 +283,19 @@ class WorkerGroup:
         message: dict[str, Any] = json.loads(record.payload.tobytes())
         return message
 
-    def sleep_until_readable(self, fd: int) -> None:
-        """Sleep while nothing runs, until `fd` can be read or a worker fails."""
+    def sleep_until_readable(self, *fds: int) -> None:
+        """Sleep while nothing runs, until one of `fds` can be read or a worker fails."""
         with self._processes.use():
-            self._poll.register(fd, select.POLLIN)
+            for fd in fds:
+                self._poll.register(fd, select.POLLIN)
             try:
-                while fd not in (ready := self._wait_for_events(timeout_s=None)):
+                while (ready := self._wait_for_events(timeout_s=None)).isdisjoint(fds):
                     self._collect(None)  # a worker's last words come before its end
                     if ready & self._watched.keys():
                         self._fail_with_cause()
             finally:
-                self._poll.unregister(fd)
+                for fd in fds:
+                    self._poll.unregister(fd)
 
     def health(self) -> list[dict[str, Any]]:
         """Of each rank: its rank and pid, what it said last that it does, whether it lives."""

@@ -29,6 +29,7 @@ from tpllm.engine.request import AddRequest, RequestUpdate, TokenLogprobs
 from tpllm.engine.stats import EngineStats
 from tpllm.errors import SettingError, WorkerError
 from tpllm.sampling_params import SamplingParams
+from tpllm.structured_outputs import StructuredOutputsParams
 
 _DEFAULTS = SamplingParams()
 _NOT_SENT = {"output_kind"}  # is the caller's own business, and no plain data
@@ -45,18 +46,27 @@ def add(requests: Iterable[AddRequest]) -> Message:
 
 
 def _changed(params: SamplingParams) -> dict[str, Any]:
-    return {
+    changed = {
         name: value
         for name in _SENT
         if (value := getattr(params, name)) != getattr(_DEFAULTS, name)
     }
+    if params.structured_outputs is not None:
+        changed["structured_outputs"] = params.structured_outputs.to_dict()
+    return changed
 
 
 def read_add(message: Message) -> list[AddRequest]:
     return [
-        AddRequest(request_id, prompt_token_ids, SamplingParams(**params), bad_word_ids)
+        AddRequest(request_id, prompt_token_ids, _read_params(params), bad_word_ids)
         for request_id, prompt_token_ids, params, bad_word_ids in message["requests"]
     ]
+
+
+def _read_params(changed: dict[str, Any]) -> SamplingParams:
+    form = changed.pop("structured_outputs", None)
+    structured = None if form is None else StructuredOutputsParams(**form)
+    return SamplingParams(**changed, structured_outputs=structured)
 
 
 def updates(each: list[RequestUpdate]) -> Message:
@@ -71,7 +81,7 @@ def _read_update(
     request_id: str,
     new_token_ids: list[int],
     finish_reason: str | None,
-    stop_reason: int | None,
+    stop_reason: int | str | None,
     num_cached_tokens: int,
     logprobs: list[list[Any]] | None,
     prompt_logprobs: list[list[Any] | None] | None,

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import NamedTuple
 
+from tpllm.engine.grammars import Grammar, Matcher
 from tpllm.engine.row_options import row_options
 from tpllm.sampling_params import SamplingParams
 
@@ -40,11 +41,15 @@ class RequestUpdate(NamedTuple):
     request_id: str
     new_token_ids: list[int]
     finish_reason: str | None  # "stop", "length" or "abort"
-    stop_reason: int | None  # the id from `stop_token_ids` that ended it
+    # the id from `stop_token_ids` that ended it; or why its grammar has no next token ("abort")
+    stop_reason: int | str | None
     num_cached_tokens: int  # prompt tokens found in the prefix cache at first admission
     logprobs: list[TokenLogprobs] | None = None  # one for each new token, where asked for
     # complete, with the first new token, where asked for; nothing predicts a prompt's first token
     prompt_logprobs: list[TokenLogprobs | None] | None = None
+
+
+_NO_IDS: frozenset[int] = frozenset()
 
 
 class Status(Enum):
@@ -66,6 +71,9 @@ class Sequence:
         "block_digests",
         "block_table",
         "end_token_ids",
+        "grammar",
+        "ignores_eos",
+        "matcher",
         "max_total_tokens",
         "min_total_tokens",
         "num_cached_tokens",
@@ -92,6 +100,7 @@ class Sequence:
         seed: int,
         eos_token_ids: tuple[int, ...],
         max_total_tokens: int,
+        grammar: Grammar | None = None,
     ) -> None:
         params = request.sampling_params
         self.request_id = request.request_id
@@ -100,10 +109,16 @@ class Sequence:
         self.temperature = params.temperature
         self.seed = seed
         self.stop_token_ids = frozenset(params.stop_token_ids)
+        self.grammar = grammar
+        self.matcher: Matcher | None = None  # what has come of its answer; from the first mask on
         eos = () if params.ignore_eos else eos_token_ids
+        if grammar is not None:
+            eos = tuple(grammar.end_token_ids)
+        self.ignores_eos = params.ignore_eos
         self.end_token_ids = self.stop_token_ids.union(eos)
         self.min_total_tokens = self.num_prompt_tokens + params.min_tokens
-        masked = sorted(self.end_token_ids) if params.min_tokens else []
+        # where there are masks, these hold end tokens back
+        masked = sorted(self.end_token_ids) if params.min_tokens and grammar is None else []
         self.options = row_options(params, self.num_prompt_tokens, request.bad_word_ids, masked)
         # None also once they have been handed out
         self.prompt_logprobs: list[TokenLogprobs | None] | None = None
@@ -119,6 +134,28 @@ class Sequence:
         self.num_steps_in_flight = 0
         self.block_digests: list[bytes] = []
         self.reset()
+
+    def follow_grammar(self) -> Matcher:
+        """What may follow its tokens so far, which it must have a grammar for."""
+        if self.matcher is None:
+            assert self.grammar is not None
+            self.matcher = self.grammar.start()
+        return self.matcher
+
+    def held_back(self) -> frozenset[int]:
+        """Of a sequence with a grammar: what it draws next only where nothing else is left."""
+        if len(self.tokens) < self.min_total_tokens:
+            return self.end_token_ids
+        if self.ignores_eos and self.grammar is not None:
+            return self.grammar.end_token_ids
+        return _NO_IDS
+
+    def ends_with(self, token_id: int) -> bool:
+        """Whether its newest token is its end."""
+        if token_id not in self.end_token_ids:
+            return False
+        # a grammar leads to an end token before its time only where nothing else is left
+        return self.grammar is not None or len(self.tokens) > self.min_total_tokens
 
     def take_prompt_logprobs(self) -> list[TokenLogprobs | None] | None:
         """The prompt's log-probabilities, once they are complete; they are not computed again."""

@@ -34,6 +34,7 @@ def row_options(
         presence_penalty=params.presence_penalty,
         num_logprobs=-1 if params.logprobs is None else params.logprobs,
         num_prompt_logprobs=-1 if params.prompt_logprobs is None else params.prompt_logprobs,
+        is_masked=params.structured_outputs is not None,
         bias_ids=_int32(bias),
         bias_values=np.array(list(bias.values()), dtype=np.float32),
         banned_ids=_int32(masked_ids),
@@ -42,7 +43,7 @@ def row_options(
         bad_word_ends=np.cumsum([len(word) for word in bad_word_ids], dtype=np.int32),
     )
     reports = max(options.num_logprobs, options.num_prompt_logprobs) >= 0
-    asks = options.truncates or options.has_penalties or reports
+    asks = options.truncates or options.has_penalties or reports or options.is_masked
     asks = asks or options.list_words > options.banned_ids.size
     return options if asks or len(masked_ids) > MAX_MASKED_STOP_IDS else None
 

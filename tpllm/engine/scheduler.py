@@ -26,10 +26,12 @@ from tpllm.channel.step_plan import (
     ENTERING_WORDS,
     MAX_MASKED_STOP_IDS,
     PlanLimits,
+    StepMasks,
     StepPlan,
     StepResult,
 )
 from tpllm.engine.block_manager import BlockManager
+from tpllm.engine.grammars import fill_masks
 from tpllm.engine.request import RequestUpdate, Sequence, Status, TokenLogprobs
 
 
@@ -62,8 +64,9 @@ class _StepBuilder:
 class Scheduler:
     """Owns the sequences, their blocks and their rows.
 
-    `add`, `abort`, `schedule` and `finish` are all there is: the caller broadcasts what `schedule`
-    returns and hands what comes back to `finish`, in the same order.
+    `add`, `abort`, `schedule`, `take_masks` and `finish` are all there is: the caller broadcasts
+    what `schedule` and, after it and after each `finish`, `take_masks` return, and hands what comes
+    back to `finish`, in the same order.
     """
 
     def __init__(self, blocks: BlockManager, limits: PlanLimits) -> None:
@@ -78,6 +81,8 @@ class Scheduler:
         # finished or preempted, with blocks that a step in flight still writes
         self._leaving: dict[Sequence, int] = {}  # -> blocks that will be free then
         self._in_flight: deque[tuple[int, list[Sequence]]] = deque()
+        # of the newest step, the rows that wait for masks: index in the plan, sequence
+        self._owed: list[tuple[int, Sequence]] = []
         self._step = 0
 
     # ---- requests ----------------------------------------------------------------------------
@@ -119,6 +124,8 @@ class Scheduler:
 
     def schedule(self) -> StepPlan | None:
         """Plan the next step, or None where nothing can be computed before a result comes back."""
+        if self._owed:
+            return None  # masks come before any later step
         step = _StepBuilder(self._limits.max_num_batched_tokens)
         may_admit = self._schedule_decodes(step)
         self._continue_prefills(step)
@@ -265,7 +272,30 @@ class Scheduler:
         self.stats.num_mixed_steps += bool(step.decode and step.prefill)
         self._in_flight.append((self._step, seqs))
         self._step += 1
+        self._owed = [
+            (i, seq)
+            for i, (seq, draws) in enumerate(zip(seqs, samples, strict=True))
+            if draws and seq.grammar is not None
+        ]
         return plan
+
+    def take_masks(self) -> StepMasks | None:
+        """The masks of the newest step, once all tokens that they follow are known.
+
+        None before that, after they have been taken, and where no row waits for one. The workers
+        compute the step meanwhile.
+        """
+        # what has ended since draws a token that nobody wants
+        waiting = [(i, seq) for i, seq in self._owed if seq.status is not Status.FINISHED]
+        if not self._owed or any(len(s.tokens) < s.num_computed_tokens for _, s in waiting):
+            return None
+        self._owed = []
+        matchers = [seq.follow_grammar() for _, seq in waiting]
+        held_back = [seq.held_back() for _, seq in waiting]
+        words = fill_masks(matchers, held_back, self._limits.mask_words)
+        kept = [j for j, matcher in enumerate(matchers) if matcher.failure is None]
+        indices = np.array([waiting[j][0] for j in kept], dtype=np.int32)
+        return StepMasks(self._step - 1, indices, words[kept].view(np.int32))
 
     # ---- results -----------------------------------------------------------------------------
 
@@ -283,18 +313,21 @@ class Scheduler:
                     updates.append(self._append(seq, token_id, new_logprobs.get(i)))
             if seq.num_steps_in_flight == 0 and seq in self._leaving:
                 self._release(seq)
-        self.stats.num_generated_tokens += len(updates)
+        self.stats.num_generated_tokens += sum(len(each.new_token_ids) for each in updates)
         return updates
 
     def _append(
         self, seq: Sequence, token_id: int, logprobs: list[TokenLogprobs] | None
     ) -> RequestUpdate:
+        matcher = seq.matcher if token_id not in seq.end_token_ids else None
+        if matcher is not None and not matcher.advance(token_id):
+            return self._give_up(seq, f"structured_outputs: {matcher.failure}")
         seq.tokens.append(token_id)
         num_tokens = len(seq.tokens)
         if num_tokens >= (seq.num_registered_blocks + 1) * self._blocks.block_size:
             self._register_blocks(seq, seq.num_computed_tokens)
         finish_reason = stop_reason = None
-        if token_id in seq.end_token_ids and num_tokens > seq.min_total_tokens:
+        if seq.ends_with(token_id):
             finish_reason = "stop"
             stop_reason = token_id if token_id in seq.stop_token_ids else None
         elif num_tokens >= seq.max_total_tokens:
@@ -310,6 +343,11 @@ class Scheduler:
             logprobs,
             seq.take_prompt_logprobs(),
         )
+
+    def _give_up(self, seq: Sequence, reason: str) -> RequestUpdate:
+        """End a sequence that has no next token, without the one that it has drawn."""
+        self._end(seq)
+        return RequestUpdate(seq.request_id, [], "abort", reason, seq.num_cached_tokens)
 
     def _register_blocks(self, seq: Sequence, num_stored: int) -> None:
         """Make the full blocks among the first `num_stored` tokens findable."""
@@ -362,8 +400,8 @@ _context_length = attrgetter("num_computed_tokens")
 
 def _entering_words(seq: Sequence) -> list[int]:
     masked = sorted(seq.end_token_ids) if seq.min_total_tokens > seq.num_prompt_tokens else []
-    if len(masked) > MAX_MASKED_STOP_IDS:
-        masked = []  # these are part of the row's options
+    if len(masked) > MAX_MASKED_STOP_IDS or seq.grammar is not None:
+        masked = []  # these are part of the row's options, or of its masks
     padding = [-1] * (MAX_MASKED_STOP_IDS - len(masked))
     temperature = int(np.float32(seq.temperature).view(np.int32))
     seed_low, seed_high = np.array([seq.seed], dtype="<u8").view("<i4").tolist()

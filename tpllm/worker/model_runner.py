@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tpllm.channel.step_plan import ENTERING_WORDS, PlanLimits, StepPlan
+from tpllm.channel.step_plan import ENTERING_WORDS, PlanLimits, StepMasks, StepPlan
 from tpllm.layers.attention import AttentionBatch, KVCache, PrefillBatch
 from tpllm.layers.sampler import SamplingBatch
 from tpllm.models.registry import CausalLM
@@ -37,6 +37,7 @@ class ModelRunner:
         model: this rank's shard, weights loaded.
         static_decode: run decode steps padded, from fixed buffers (on a GPU, with an attention
             backend that can be captured).
+        receive_masks: waits for the masks of a step whose forward has been launched.
     """
 
     def __init__(
@@ -47,6 +48,7 @@ class ModelRunner:
         vocab_size: int,
         *,
         static_decode: bool,
+        receive_masks: Callable[[int], StepMasks],
     ) -> None:
         self._model = model
         self._tp = tp
@@ -61,7 +63,9 @@ class ModelRunner:
         self._options = OptionTable(
             limits, lm_head.vocab_start, lm_head.local_vocab_size, tp.device
         )
-        self._sampler = TokenSampler(self._options, lm_head.vocab_start, vocab_size, tp)
+        self._sampler = TokenSampler(
+            self._options, lm_head.vocab_start, vocab_size, tp, receive_masks
+        )
         # One for all graphs: what a step left here is there for the rows that ask for more.
         self._decode_logits = lm_head.weight.new_empty(
             limits.max_num_seqs if static_decode else 0, lm_head.local_vocab_size
@@ -113,7 +117,7 @@ class ModelRunner:
         else:
             tokens = self._decode(size, marks.sample)
         inputs = self._inputs_of(size)
-        drawing = Drawing(np.arange(S), plan.rows, plan.starts + 1, inputs.sampling)
+        drawing = Drawing(plan.step, np.arange(S), plan.rows, plan.starts + 1, inputs.sampling)
         return self._finish(self._decode_logits[:S], tokens[:S], inputs.rows[:S], drawing)
 
     def _decode(self, size: int, mark_sampling: Mark = lambda: None) -> Tensor:
@@ -220,7 +224,9 @@ class ModelRunner:
         logits = self._model.compute_logits(hidden[last_indices])  # [S, Vl]
         sampling = state.sampling(sample_rows, sample_positions)
         tokens = self._draw(logits, sample_rows, sampling)
-        drawing = Drawing(sampling_rows, plan.rows[sampling_rows], ends[sampling_rows], sampling)
+        drawing = Drawing(
+            plan.step, sampling_rows, plan.rows[sampling_rows], ends[sampling_rows], sampling
+        )
         output = self._finish(logits, tokens, sample_rows, drawing)
         output.logprobs += prompt_logprobs
         return output

@@ -3,7 +3,8 @@
 S rows that draw, P of them with changed logits, V vocab_size, Vl ids on this rank.
 
 All rows are drawn from the model's logits first, as a CUDA graph does it. Those whose options
-change the logits are drawn again from a float32 copy of theirs; the others pay nothing for them.
+change the logits, or that have masks, are drawn again from a float32 copy of theirs; the others pay
+nothing for them. Masks may come while the device computes the logits.
 The noise belongs to (seed, position, id), so a row draws the same in whatever company.
 """
 
@@ -16,9 +17,11 @@ from torch import Tensor
 
 from tpllm.channel.logprobs import LogprobBlock
 from tpllm.channel.row_options import RowOptions
+from tpllm.channel.step_plan import StepMasks
 from tpllm.layers.logit_changes import add_at, ends_with, keep_only, penalize
 from tpllm.layers.logprobs import token_logprobs
 from tpllm.layers.sampler import SamplingBatch, sample
+from tpllm.layers.token_masks import MASK_BITS, keep_masked
 from tpllm.layers.token_order import scores_of
 from tpllm.layers.truncation import Truncation, truncate
 from tpllm.parallel.group import TPGroup
@@ -66,12 +69,14 @@ class Drawing:
     """The rows of a step that draw, S of them.
 
     Attributes:
+        step: its number
         indices: [S] of each row in the plan, on the host
         rows: [S], on the host
         positions: [S], of the token that each draws, on the host
         batch: the same rows' settings on the device
     """
 
+    step: int
     indices: np.ndarray
     rows: np.ndarray
     positions: np.ndarray
@@ -84,15 +89,22 @@ class TokenSampler:
     Args:
         options: what rows ask for; this class notes drawn tokens in it
         vocab_start, vocab_size: id of the slice's first column, and V
+        receive_masks: waits for those of a step
     """
 
     def __init__(
-        self, options: OptionTable, vocab_start: int, vocab_size: int, tp: TPGroup
+        self,
+        options: OptionTable,
+        vocab_start: int,
+        vocab_size: int,
+        tp: TPGroup,
+        receive_masks: Callable[[int], StepMasks],
     ) -> None:
         self._options = options
         self._vocab_start = vocab_start
         self._vocab_size = vocab_size
         self._tp = tp
+        self._receive_masks = receive_masks
 
     def draw(self, logits: Tensor, batch: SamplingBatch) -> Tensor:
         """Tokens [S] int32 by temperature alone; reads nothing of the host, so it can be captured.
@@ -119,10 +131,13 @@ class TokenSampler:
             for i, row in enumerate(drawing.rows.tolist())
             if (options := self._options.of(row)) is not None
         ]
-        changed = [(i, options) for i, options in asking if options.changes_logits]
+        masks = {}  # by row, as in `tokens`
+        if any(options.is_masked for _, options in asking):
+            masks = self._wait_for_masks(drawing)
+        changed = [(i, options) for i, options in asking if options.changes_logits or i in masks]
         size = max(1, MAX_ELEMENTS // logits.shape[1])
         for begin in range(0, len(changed), size):
-            self._draw_again(logits, tokens, drawing, changed[begin : begin + size])
+            self._draw_again(logits, tokens, drawing, changed[begin : begin + size], masks)
         reading = [i for i, options in asking if options.reads_tokens]
         if reading:
             where = self._upload(reading)
@@ -164,12 +179,24 @@ class TokenSampler:
 
     # ---- rows whose logits change ------------------------------------------------------------
 
+    def _wait_for_masks(self, drawing: Drawing) -> dict[int, np.ndarray]:
+        """Words [w] int32 of the masks of some drawing rows, those around this rank's slice."""
+        masks = self._receive_masks(drawing.step)
+        first = self._vocab_start // MASK_BITS
+        last = -(-(self._vocab_start + self._options.local_vocab_size) // MASK_BITS)
+        places = {index: i for i, index in enumerate(drawing.indices.tolist())}
+        words = masks.words[:, first:last]
+        return {
+            places[index]: row for index, row in zip(masks.indices.tolist(), words, strict=True)
+        }
+
     def _draw_again(
         self,
         logits: Tensor,
         tokens: Tensor,
         drawing: Drawing,
         changed: list[tuple[int, RowOptions]],
+        masks: dict[int, np.ndarray],
     ) -> None:
         """Draw the rows of `changed` from their changed logits."""
         indices = [i for i, _ in changed]
@@ -177,6 +204,10 @@ class TokenSampler:
         batch = SamplingBatch(**{name: x[where] for name, x in vars(drawing.batch).items()})
         positions = batch.positions.long()
         scores = scores_of(logits[where], self._vocab_start, self._vocab_size)  # [P, Vl]
+        masked = [p for p, i in enumerate(indices) if i in masks]
+        if masked:
+            words = upload(np.stack([masks[indices[p]] for p in masked]), self._tp.device)
+            keep_masked(scores, self._upload(masked), words, self._vocab_start % MASK_BITS)
         if self._options.lists is not None:
             allowing = [p for p, (_, each) in enumerate(changed) if each.allowed_ids.size]
             self._apply_lists(self._options.lists, scores, rows, positions, batch, allowing)

@@ -10,7 +10,7 @@ import torch
 
 from tpllm.channel.progress import Progress
 from tpllm.channel.ring import RingReader
-from tpllm.channel.step_plan import CONTROL, PlanLimits, StepPlan
+from tpllm.channel.step_plan import CONTROL, MASKS, PlanLimits, StepMasks, StepPlan
 from tpllm.config import EngineConfig
 from tpllm.layers.all_reduce_norm import peer_memory_works
 from tpllm.layers.attention import AttentionBackend, choose_backend
@@ -87,6 +87,7 @@ class Worker:
             limits,
             config.model_config.vocab_size,
             static_decode=static_decode,
+            receive_masks=self._receive_masks,
         )
         with explained_out_of_memory(device, "while it made room for the KV cache"):
             num_blocks = self._make_cache(model, free_at_start)
@@ -176,6 +177,15 @@ class Worker:
         self._results.send(plan, readback)
         if profile:
             profile.after_step()
+
+    def _receive_masks(self, step: int) -> StepMasks:
+        """What the coordinator makes while this step's forward runs."""
+        record = self._plans.receive(spin_s=SPIN_S)
+        assert record is not None
+        assert record.kind == MASKS, f"a record of kind {record.kind} before the masks of {step}"
+        masks = StepMasks.decode(record.payload)
+        assert masks.step == step, f"masks of step {masks.step}, expected step {step}"
+        return masks
 
     def _report_times(self) -> None:
         """Totals over the steps since the last report, from rank 0."""

@@ -1,0 +1,53 @@
+"""Requests with a grammar, while that is compiled in a thread: no step waits for it."""
+
+import os
+from collections.abc import Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from importlib.util import find_spec
+
+from tpllm.engine.grammars import Grammars
+from tpllm.engine.request import AddRequest
+from tpllm.structured_outputs import StructuredOutputsParams
+
+
+class CompilingRequests:
+    """Holds requests back until `grammars` has their grammar, or knows that there is none."""
+
+    def __init__(self, grammars: Grammars) -> None:
+        self._grammars = grammars
+        self._pool = ThreadPoolExecutor(1, "tpllm-grammars")
+        self._done = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._waiting: dict[Future[None], list[AddRequest]] = {}  # in order of arrival
+
+    def fileno(self) -> int:
+        """Readable when `take` has something to give."""
+        return self._done
+
+    def load_tokenizer(self) -> None:
+        """Have the tokenizer read now, where it may be needed: other threads wait meanwhile."""
+        if find_spec("llguidance") is not None:
+            self._pool.submit(self._grammars.load)  # an error is told to whoever needs it
+
+    def add(self, requests: list[AddRequest], form: StructuredOutputsParams) -> None:
+        """Hold back the continuations of one prompt."""
+        self._waiting[self._pool.submit(self._compile, form)] = requests
+
+    def _compile(self, form: StructuredOutputsParams) -> None:
+        with suppress(ValueError):  # comes again when the request is checked
+            self._grammars.compile(form)
+        os.eventfd_write(self._done, 1)
+
+    def abort(self, request_ids: Iterable[str]) -> None:
+        """Forget those of the requests that are here."""
+        ids = set(request_ids)
+        for requests in self._waiting.values():
+            requests[:] = [each for each in requests if each.request_id not in ids]
+
+    def take(self) -> list[list[AddRequest]]:
+        """Requests that need not wait any longer."""
+        with suppress(BlockingIOError):
+            os.eventfd_read(self._done)
+        done = [future for future in self._waiting if future.done()]
+        taken = [self._waiting.pop(future) for future in done]
+        return [requests for requests in taken if requests]

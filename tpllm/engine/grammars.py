@@ -1,0 +1,291 @@
+"""Structured outputs: which tokens may come next, by a grammar that is compiled with llguidance.
+
+A compiled grammar is shared by all sequences that ask for it. They also share its lexer, whose
+states are made as texts need them and whose number is limited: where it ends, a sequence goes on
+with a lexer of its own, so that none depends on the company that it has.
+"""
+
+import json
+import os
+import re
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Collection, Sequence
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from tpllm.config import EngineConfig
+from tpllm.structured_outputs import StructuredOutputsParams
+
+if TYPE_CHECKING:
+    from llguidance import LLExecutor, LLMatcher, LLParserLimits, LLTokenizer
+
+_MAX_CACHED = 64
+_MAX_LEXER_STATES = 50_000  # 1 to 2 kB each
+_TOKENIZER_FILE = "tokenizer.json"
+
+
+class Grammars:
+    """Compiles grammars for one vocabulary; may be used by several threads.
+
+    Args:
+        load_tokenizer: makes llguidance's tokenizer, when first needed: it takes a second
+    """
+
+    def __init__(self, load_tokenizer: Callable[[], "LLTokenizer"]) -> None:
+        self._load_tokenizer = load_tokenizer
+        self._loading = threading.Lock()
+        self._tokenizer: LLTokenizer | None = None
+        # or why it cannot be compiled; the one used last comes last
+        self._compiled: OrderedDict[StructuredOutputsParams, Grammar | str] = OrderedDict()
+        self._books = threading.Lock()
+
+    @classmethod
+    def of_engine(cls, config: EngineConfig) -> "Grammars":
+        return cls(lambda: _read_tokenizer(config))
+
+    def load(self) -> None:
+        """Read the tokenizer now rather than at first use.
+
+        Raises:
+            ValueError: llguidance is not there, or reads no tokenizer.
+        """
+        with self._loading:
+            if self._tokenizer is None:
+                self._tokenizer = self._load_tokenizer()
+
+    def compile(self, params: StructuredOutputsParams) -> "Grammar":
+        """The grammar of an answer, ready to be used; takes a millisecond, or up to some seconds.
+
+        Raises:
+            ValueError: it is none, or too complex, or nothing satisfies it; or there is no
+                llguidance, or no tokenizer that it reads.
+        """
+        with self._books:
+            compiled = self._compiled.get(params)
+            if compiled is not None:
+                self._compiled.move_to_end(params)
+        if compiled is None:
+            self.load()
+            assert self._tokenizer is not None
+            try:
+                compiled = Grammar(self._tokenizer, _source(params))
+            except ValueError as error:
+                compiled = f"structured_outputs: {_form(params)} cannot be used: {error}"
+            with self._books:
+                self._compiled[params] = compiled
+                if len(self._compiled) > _MAX_CACHED:
+                    self._compiled.popitem(last=False)
+        if isinstance(compiled, str):
+            raise ValueError(compiled)
+        return compiled
+
+
+class Grammar:
+    """A compiled grammar.
+
+    Attributes:
+        end_token_ids: what may be drawn where the answer may end, and there alone
+
+    Raises:
+        ValueError: llguidance cannot use it, not even for a first token.
+    """
+
+    def __init__(self, tokenizer: "LLTokenizer", source: str) -> None:
+        self._tokenizer = tokenizer
+        self._source = source
+        self.end_token_ids = frozenset(tokenizer.eos_tokens)
+        self._first = self.compile()
+        mask = self._first.compute_bitmask()
+        if self._first.is_error() or self._first.stop_reason() == "InternalError":
+            raise ValueError(_reason(self._first) or "nothing satisfies it")
+        if self._first.is_stopped() or not any(mask):
+            raise ValueError("nothing satisfies it but an empty answer")
+
+    def compile(self) -> "LLMatcher":
+        """A matcher that shares nothing.
+
+        Raises:
+            ValueError: it does not compile.
+        """
+        from llguidance import LLMatcher
+
+        matcher = LLMatcher(self._tokenizer, self._source, log_level=0, limits=_limits())
+        if matcher.is_error():
+            raise ValueError(_reason(matcher))
+        return matcher
+
+    def start(self) -> "Matcher":
+        """Follow a new answer."""
+        return Matcher(self, self._first.deep_copy())
+
+
+class Matcher:
+    """One answer as it grows, token by token.
+
+    Attributes:
+        failure: why it cannot go on; None as long as it can
+    """
+
+    def __init__(self, grammar: Grammar, inner: "LLMatcher") -> None:
+        self.failure: str | None = None
+        self.inner = inner
+        self._grammar = grammar
+        self._tokens: list[int] = []
+
+    def advance(self, token_id: int) -> bool:
+        """Note the next token, no end token; False where the answer cannot go on like this."""
+        self._tokens.append(token_id)
+        if self.failure is None and not self.inner.consume_token(token_id):
+            self.take_lexer_of_its_own()
+        return self.failure is None
+
+    def take_lexer_of_its_own(self) -> None:
+        """Leave the shared one, which has met its limit; `failure` is set if that was not it."""
+        self.inner = self._grammar.compile()
+        num_fitting = self.inner.try_consume_tokens(self._tokens)
+        if self.inner.is_error():
+            self.failure = _reason(self.inner)
+        elif num_fitting < len(self._tokens):
+            self.failure = "the request's other settings leave no token that fits"
+
+
+def fill_masks(
+    matchers: Sequence[Matcher], held_back: Sequence[Collection[int]], num_words: int
+) -> np.ndarray:
+    """Which tokens may come next in each answer, a bit for each id: [n, num_words] uint32.
+
+    The tokens `held_back` from an answer stay out where it has others. Where the grammar turns out
+    too complex the `failure` of a matcher is set, and its row has no meaning.
+    """
+    words = np.zeros((len(matchers), num_words), dtype=np.uint32)
+    alive = [(each, i) for i, each in enumerate(matchers) if each.failure is None]
+    if len(alive) == 1:
+        _fill_one(alive[0][0], words[alive[0][1]])
+    elif alive:
+        filled = [(each.inner, i) for each, i in alive]
+        executor, pointer = _executor(), words.ctypes.data
+        executor.unsafe_compute_mask_ptr(filled, pointer, num_words * 4, len(matchers))
+    for matcher, row, ids in zip(matchers, words, held_back, strict=True):
+        if matcher.failure is None and matcher.inner.is_error():
+            matcher.take_lexer_of_its_own()
+            if matcher.failure is None:
+                _fill_one(matcher, row)
+            if matcher.inner.is_error():
+                matcher.failure = _reason(matcher.inner)
+        _hold_back(row, ids)
+    return words
+
+
+def _fill_one(matcher: Matcher, row: np.ndarray) -> None:
+    matcher.inner.unsafe_compute_mask_ptr(row.ctypes.data, row.nbytes)
+
+
+def _hold_back(row: np.ndarray, ids: Collection[int]) -> None:
+    if not ids:
+        return
+    before = row.copy()
+    for id_ in ids:
+        row[id_ >> 5] &= ~np.uint32(1 << (id_ & 31))
+    if not row.any():
+        row[:] = before
+
+
+# ---- llguidance ----------------------------------------------------------------------------------
+
+
+def _read_tokenizer(config: EngineConfig) -> "LLTokenizer":
+    try:
+        from llguidance import LLTokenizer
+    except ImportError:
+        raise ValueError(
+            "structured_outputs needs the package llguidance; install it, as in "
+            "pip install 'tpllm[structured]'"
+        ) from None
+    folder = config.tokenizer_folder
+    if folder is None:
+        raise ValueError(
+            "structured_outputs needs a tokenizer, and this engine has none; name one with "
+            "tokenizer="
+        )
+    path = folder / _TOKENIZER_FILE
+    if not path.is_file():
+        raise ValueError(
+            f"structured_outputs needs {_TOKENIZER_FILE}, and {folder} has none; name a folder "
+            "that has one with tokenizer="
+        )
+    model_config = config.model_config
+    try:
+        return LLTokenizer(
+            path.read_text(encoding="utf-8"),
+            n_vocab=model_config.vocab_size,
+            eos_token=list(model_config.eos_token_ids) or None,
+        )
+    except ValueError as error:
+        raise ValueError(
+            f"structured_outputs: llguidance cannot read {path} ({error}); name another tokenizer "
+            "with tokenizer="
+        ) from None
+
+
+@cache
+def _limits() -> "LLParserLimits":
+    from llguidance import LLParserLimits
+
+    return LLParserLimits(max_lexer_states=_MAX_LEXER_STATES, verbose_errors=False)
+
+
+@cache
+def _executor() -> "LLExecutor":
+    from llguidance import LLExecutor
+
+    return LLExecutor(max(1, min(16, len(os.sched_getaffinity(0)) - 1)))
+
+
+def _source(params: StructuredOutputsParams) -> str:
+    """The grammar in llguidance's own form.
+
+    Raises:
+        ValueError: it is none.
+    """
+    from llguidance import LLMatcher, grammar_from
+
+    if params.regex is not None:
+        return LLMatcher.grammar_from_regex(_without_anchors(params.regex))
+    if params.choice is not None:
+        words = " | ".join(json.dumps(text, ensure_ascii=False) for text in params.choice)
+        return LLMatcher.grammar_from_lark(f"start: {words}")
+    if params.grammar is not None:
+        if re.search(r"%\s*(json|llguidance)\b", params.grammar):
+            raise ValueError("a grammar may hold no %json and no %llguidance; use json=")
+        return grammar_from("grammar", params.grammar)
+    options: dict[str, Any] = {"whitespace_flexible": not params.disable_any_whitespace}
+    if params.whitespace_pattern is not None:
+        options["whitespace_pattern"] = params.whitespace_pattern
+    schema = str(params.json) if params.json is not None else '{"type": "object"}'
+    return LLMatcher.grammar_from_json_schema(schema, overrides=options)  # type: ignore[arg-type]
+
+
+def _without_anchors(regex: str) -> str:
+    """The whole answer is matched anyway, and llguidance takes no anchors."""
+    regex = regex.removeprefix("^")
+    body = regex.removesuffix("$")
+    num_backslashes = len(body) - len(body.rstrip("\\"))
+    return regex if num_backslashes % 2 else body
+
+
+def _form(params: StructuredOutputsParams) -> str:
+    for name in ("regex", "choice", "grammar"):
+        if (value := getattr(params, name)) is not None:
+            shown = repr(value)
+            return f"{name}={shown if len(shown) <= 80 else shown[:77] + '...'}"
+    return "json" if params.json is not None else "json_object"
+
+
+def _reason(matcher: "LLMatcher") -> str:
+    """What is wrong, in one line."""
+    lines = [line.strip() for line in matcher.get_error().splitlines()]
+    shown = [line for line in lines if line and not line.startswith("<")]
+    return " ".join(shown)[:300]

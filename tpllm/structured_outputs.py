@@ -1,0 +1,166 @@
+"""StructuredOutputsParams: the form that an answer must have."""
+
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, fields
+from decimal import Decimal
+from math import lcm
+from typing import Any, Self
+
+from tpllm.checks import check_bool
+from tpllm.errors import refuse_unknown_settings
+
+# Compiling this much takes some two seconds at worst.
+MAX_CHARS = 100_000
+# A regular expression of multiples has as many states; 100,000 of them are compiled in a second.
+MAX_MULTIPLE = 100_000
+FORMS = ("json", "regex", "choice", "grammar", "json_object")
+
+
+@dataclass(frozen=True, kw_only=True)
+class StructuredOutputsParams:
+    """What the whole answer must be: exactly one of the first five. Names are vLLM's.
+
+    Attributes:
+        json: a JSON schema, as a dict or as text, that the answer, which is JSON, satisfies; kept
+            as text
+        regex: a regular expression that matches the whole answer
+        choice: the answer is one of these texts; kept as a tuple
+        grammar: a context-free grammar of the answer, in GBNF (`root ::= ...`) or Lark
+            (`start: ...`)
+        json_object: True for any JSON object
+        disable_any_whitespace: for the two kinds of JSON: no whitespace between its parts
+        whitespace_pattern: for the two kinds of JSON: a regular expression of the whitespace that
+            may stand there, instead of any
+
+    Raises:
+        ValueError: none or several forms are given, or one is too large, or no JSON. Whether it can
+            be compiled is found when a request comes with it.
+        UnknownSettingError: there is no such keyword.
+    """
+
+    json: str | Mapping[str, Any] | None = None
+    regex: str | None = None
+    choice: tuple[str, ...] | list[str] | None = None
+    grammar: str | None = None
+    json_object: bool | None = None
+    disable_any_whitespace: bool = False
+    whitespace_pattern: str | None = None
+
+    def __new__(cls, *args: Any, **settings: Any) -> Self:
+        refuse_unknown_settings(cls.__name__, settings, (field.name for field in fields(cls)))
+        return super().__new__(cls)
+
+    def __post_init__(self) -> None:
+        given = [name for name in FORMS if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise ValueError(
+                f"structured_outputs must have exactly one of {', '.join(FORMS)}, and has "
+                f"{' and '.join(given) or 'none'}"
+            )
+        if self.json_object is not None and not check_bool("json_object", self.json_object):
+            raise ValueError("json_object=False asks for nothing; leave structured_outputs out")
+        if self.json is not None:
+            object.__setattr__(self, "json", _check_schema(self.json))
+        if self.choice is not None:
+            object.__setattr__(self, "choice", _check_choice(self.choice))
+        for name in ("regex", "grammar", "whitespace_pattern"):
+            if (text := getattr(self, name)) is not None:
+                _check_text(name, text)
+        check_bool("disable_any_whitespace", self.disable_any_whitespace)
+        self._check_whitespace()
+
+    def _check_whitespace(self) -> None:
+        name = "whitespace_pattern" if self.whitespace_pattern is not None else None
+        if self.disable_any_whitespace:
+            if name is not None:
+                raise ValueError(
+                    "disable_any_whitespace=True leaves nothing for whitespace_pattern; give one "
+                    "of the two"
+                )
+            name = "disable_any_whitespace"
+        if name is not None and self.json is None and self.json_object is None:
+            raise ValueError(f"{name} is about json and json_object; leave it out")
+
+    def to_dict(self) -> dict[str, Any]:
+        """The arguments that make the same again, as plain data."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: value for name, value in values.items() if value not in (None, False)}
+
+
+def _check_text(name: str, text: object) -> None:
+    if not isinstance(text, str) or not text:
+        raise ValueError(f"{name}={text!r} must be a text that is not empty")
+    _check_size(name, len(text))
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"{name} holds a lone surrogate, which is not valid Unicode") from None
+
+
+def _check_size(name: str, num_chars: int) -> None:
+    if num_chars > MAX_CHARS:
+        raise ValueError(
+            f"{name} has {num_chars} characters, more than the {MAX_CHARS} that can be compiled in "
+            "reasonable time; make it simpler"
+        )
+
+
+def _check_choice(value: object) -> tuple[str, ...]:
+    if isinstance(value, str | bytes) or not isinstance(value, Iterable):
+        raise ValueError(f"choice={value!r} must be a list of texts")
+    texts = tuple(value)
+    if not texts:
+        raise ValueError("choice is empty, so there is no answer; give at least one text")
+    for i, text in enumerate(texts):
+        _check_text(f"choice[{i}]", text)
+    _check_size("choice", sum(map(len, texts)))
+    return tuple(dict.fromkeys(texts))
+
+
+def _check_schema(value: object) -> str:
+    """The schema as text."""
+    try:
+        text = value if isinstance(value, str) else json.dumps(value, allow_nan=False)
+        schema = json.loads(text, parse_float=Decimal)
+    except RecursionError:
+        raise ValueError("json is nested too deeply; make it simpler") from None
+    except (TypeError, ValueError, ArithmeticError) as error:  # Decimal raises the last
+        raise ValueError(f"json is no JSON schema: {error}") from None
+    _check_text("json", text)
+    if not isinstance(schema, dict):
+        raise ValueError(f"json={text:.80} must be a JSON schema, which is an object")
+    _check_multiples(schema)
+    return text
+
+
+def _check_multiples(schema: dict[str, Any]) -> None:
+    """Refuse a multipleOf that would be compiled for ever."""
+    numbers = {abs(Decimal(number)) for number in _multiples(schema)} - {Decimal(0)}
+    if not numbers:
+        return
+    # a power of ten that makes whole numbers of them all
+    exponents = [int(number.normalize().as_tuple().exponent) for number in numbers]
+    digits = -min(0, *exponents)
+    # compared before they are multiplied out: 1e999999 is a number of JSON, too
+    too_large = max(number.adjusted() for number in numbers) + digits > 6
+    if too_large or lcm(*(int(number.scaleb(digits)) for number in numbers)) > MAX_MULTIPLE:
+        shown = ", ".join(map(str, sorted(numbers)[:5]))
+        raise ValueError(
+            f"json asks for multipleOf {shown}; their least common multiple, in units of their "
+            f"last digit, must be at most {MAX_MULTIPLE}"
+        )
+
+
+def _multiples(schema: dict[str, Any]) -> Iterator[Any]:
+    """Every number that some part of the schema gives as its multipleOf."""
+    left: list[Any] = [schema]
+    while left:
+        part = left.pop()
+        if isinstance(part, dict):
+            number = part.get("multipleOf")
+            if isinstance(number, int | Decimal) and not isinstance(number, bool):
+                yield number
+            left += part.values()
+        elif isinstance(part, list):
+            left += part
