@@ -100,7 +100,9 @@ class Grammar:
         self._first = self.compile()
         mask = self._first.compute_bitmask()
         if self._first.is_error() or self._first.stop_reason() == "InternalError":
-            raise ValueError(_reason(self._first) or "nothing satisfies it")
+            reason = _reason(self._first)
+            no_answer = reason in ("", "NoExtensionBias")  # its own words for it
+            raise ValueError("nothing satisfies it" if no_answer else reason)
         if self._first.is_stopped() or not any(mask):
             raise ValueError("nothing satisfies it but an empty answer")
 
@@ -253,7 +255,7 @@ def _source(params: StructuredOutputsParams) -> str:
     from llguidance import LLMatcher, grammar_from
 
     if params.regex is not None:
-        return LLMatcher.grammar_from_regex(_without_anchors(params.regex))
+        return LLMatcher.grammar_from_regex(params.regex)
     if params.choice is not None:
         words = " | ".join(json.dumps(text, ensure_ascii=False) for text in params.choice)
         return LLMatcher.grammar_from_lark(f"start: {words}")
@@ -266,14 +268,6 @@ def _source(params: StructuredOutputsParams) -> str:
         options["whitespace_pattern"] = params.whitespace_pattern
     schema = str(params.json) if params.json is not None else '{"type": "object"}'
     return LLMatcher.grammar_from_json_schema(schema, overrides=options)  # type: ignore[arg-type]
-
-
-def _without_anchors(regex: str) -> str:
-    """The whole answer is matched anyway, and llguidance takes no anchors."""
-    regex = regex.removeprefix("^")
-    body = regex.removesuffix("$")
-    num_backslashes = len(body) - len(body.rstrip("\\"))
-    return regex if num_backslashes % 2 else body
 
 
 def _form(params: StructuredOutputsParams) -> str:

@@ -1,0 +1,215 @@
+"""Compiled grammars: what they let pass, what is refused, and that nobody depends on company."""
+
+import json
+import os
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from tests.engine.simulation import EOS, GRAMMARS, VOCAB_SIZE, ids_of_mask
+from tpllm.config import EngineConfig
+from tpllm.engine import grammars
+from tpllm.engine.compiling import CompilingRequests
+from tpllm.engine.grammars import Grammar, Grammars, Matcher, fill_masks
+from tpllm.engine.request import AddRequest
+from tpllm.sampling_params import SamplingParams
+from tpllm.structured_outputs import StructuredOutputsParams
+
+
+@pytest.fixture(scope="module")
+def shipped() -> Grammars:
+    return Grammars.of_engine(EngineConfig.resolve(device="cpu"))
+
+
+def grammar_of(**form) -> Grammar:
+    return GRAMMARS.compile(StructuredOutputsParams(**form))
+
+
+def next_ids(matcher: Matcher, held_back=()) -> set[int]:
+    (row,) = fill_masks([matcher], [held_back], 1)
+    return ids_of_mask(row)
+
+
+def accepts(compiled: Grammar, text: str) -> bool:
+    """Whether an answer may be `text`, in letters of a vocabulary of single bytes."""
+    matcher = compiled.start()
+    for letter in text:
+        id_ = ord(letter) - ord("a") + 1
+        if id_ not in next_ids(matcher) or not matcher.advance(id_):
+            return False
+    return EOS in next_ids(matcher)
+
+
+def test_a_mask_holds_what_may_come_next_and_the_end_where_it_may_be():
+    matcher = grammar_of(regex="a[bc]*").start()
+    assert next_ids(matcher) == {1}
+    assert matcher.advance(1)
+    assert next_ids(matcher) == {2, 3, EOS}
+
+
+def test_tokens_are_held_back_only_where_there_are_others():
+    matcher = grammar_of(regex="ab?").start()
+    assert matcher.advance(1)
+    assert next_ids(matcher, {EOS}) == {2}
+    assert next_ids(matcher, {EOS, 2}) == {2, EOS}
+    assert matcher.advance(2)
+    assert next_ids(matcher, {EOS}) == {EOS}
+
+
+def test_masks_of_many_answers_are_those_of_each():
+    matchers = [grammar_of(regex=regex).start() for regex in ("a+", "bc", "[a-g]", "(d|e)f")]
+    words = fill_masks(matchers, [()] * 4, 1)
+    assert [ids_of_mask(row) for row in words] == [{1}, {2}, set(range(1, VOCAB_SIZE)), {4, 5}]
+    assert fill_masks([], [], 1).shape == (0, 1)
+
+
+@pytest.mark.parametrize("regex", ["^ab$", "ab", "^(a)(b)$"])
+def test_a_regex_matches_the_whole_answer_with_and_without_anchors(regex):
+    compiled = grammar_of(regex=regex)
+    assert [text for text in ("a", "b", "ab", "abb") if accepts(compiled, text)] == ["ab"]
+
+
+@pytest.mark.parametrize("grammar", ['root ::= "a" root "b" | "c"', 'start: "a" start "b" | "c"'])
+def test_a_grammar_may_be_gbnf_or_lark(grammar):
+    compiled = grammar_of(grammar=grammar)
+    assert [accepts(compiled, text) for text in ("c", "aacbb", "aacb", "ab")] == [
+        True,
+        True,
+        False,
+        False,
+    ]
+
+
+@pytest.mark.parametrize(
+    "choice", [["yes", "no"], ['say "x"\\', "line\nbreak\t", "é😀", "%json {}", "a|b"]]
+)
+def test_choices_are_taken_word_for_word(shipped, choice):
+    compiled = shipped.compile(StructuredOutputsParams(choice=choice))
+    tokenizer = compiled._tokenizer
+    for text in choice:
+        matcher = compiled.start()
+        assert all(matcher.advance(id_) for id_ in tokenizer.tokenize_str(text))
+        (row,) = fill_masks([matcher], [()], 128)
+        assert ids_of_mask(row) == compiled.end_token_ids
+
+
+def test_a_token_that_does_not_fit_ends_the_answer():
+    matcher = grammar_of(regex="ab").start()
+    assert matcher.advance(1)
+    assert not matcher.advance(1)
+    assert matcher.failure == "the request's other settings leave no token that fits"
+    assert not matcher.advance(2)
+
+
+def test_an_answer_that_meets_the_limit_of_the_shared_lexer_goes_on_with_its_own(monkeypatch):
+    def limits():
+        from llguidance import LLParserLimits
+
+        return LLParserLimits(max_lexer_states=30, verbose_errors=False)
+
+    monkeypatch.setattr(grammars, "_limits", limits)
+    numbers = np.random.default_rng(0)
+    compiled = Grammars(GRAMMARS._load_tokenizer).compile(
+        StructuredOutputsParams(regex="([a-c]{1,9}d.*e){1,9}")
+    )
+
+    def follow() -> tuple[bool, bool]:
+        """Whether an answer of its own went on, and whether it met the limit."""
+        matcher = compiled.start()
+        shared = matcher.inner
+        for _ in range(12):
+            ids = sorted(next_ids(matcher, {EOS}))
+            if matcher.failure or not matcher.advance(int(numbers.choice(ids))):
+                return False, True
+        return True, matcher.inner is not shared
+
+    outcomes = [follow() for _ in range(40)]
+    assert all(goes_on for goes_on, _ in outcomes)
+    assert outcomes[-1][1]  # what the others had used up is not missed
+
+
+REFUSED = {
+    "regex='\\(a' cannot be used": {"regex": "(a"},
+    "look-around": {"regex": "(?=a)b"},
+    "json cannot be used: Invalid type: foo": {"json": {"type": "foo"}},
+    "Unsatisfiable schema": {"json": {"type": "integer", "minimum": 5, "maximum": 3}},
+    'Unimplemented keys: \\["uniqueItems"\\]': {"json": {"type": "array", "uniqueItems": True}},
+    "does not fetch resources": {"json": {"$ref": "http://localhost/schema.json"}},
+    "Failed to convert the grammar": {"grammar": "root ::= ("},
+    'unknown name: "foo"': {"grammar": "start: foo"},
+    "no %json": {"grammar": 'start: %json {"multipleOf": 10000019}'},
+    "nothing satisfies it": {"regex": "[^\\x00-\\x{10FFFF}]"},
+}
+
+
+@pytest.mark.parametrize("message", REFUSED)
+def test_what_does_not_compile_is_refused_with_the_reason(shipped, message):
+    form = StructuredOutputsParams(**REFUSED[message])
+    for _ in range(2):  # the second time from memory
+        with pytest.raises(ValueError, match=message):
+            shipped.compile(form)
+
+
+def halves(i: int) -> dict:
+    one, other = {f"a{i}": {"type": "string"}}, {f"b{i}": {"type": "integer"}}
+    return {"anyOf": [{"properties": one}, {"properties": other}]}
+
+
+def doubled(depth: int) -> str:
+    """A grammar of a terminal that is 2 ** depth letters long."""
+    rules = [f"{'B' * i}: {'B' * (i + 1)} {'B' * (i + 1)}" for i in range(1, depth)]
+    return "\n".join([*rules, f"{'B' * depth}: /z/", "start: B"])
+
+
+EXPLOSIVE = {
+    "a regex": {"regex": "(((.{1,50}){1,50}){1,50}.*a){50}"},
+    "a schema": {"json": {"allOf": [halves(i) for i in range(40)]}},
+    "a grammar": {"grammar": doubled(40)},
+}
+
+
+@pytest.mark.parametrize("what", EXPLOSIVE)
+def test_what_would_explode_is_refused_in_bounded_time(shipped, what):
+    shipped.load()
+    begin = time.process_time()
+    with pytest.raises(ValueError, match="cannot be used.*too"):
+        shipped.compile(StructuredOutputsParams(**EXPLOSIVE[what]))
+    assert time.process_time() - begin < 20
+
+
+def test_requests_wait_for_their_grammars_in_a_thread_and_can_be_aborted_there():
+    compiling = CompilingRequests(GRAMMARS)
+    forms = [StructuredOutputsParams(regex=regex) for regex in ("a{3}", "(a", "b{3}")]
+    for i, form in enumerate(forms):
+        params = SamplingParams(structured_outputs=form)
+        compiling.add([AddRequest(f"{i}{c}", [1], params) for c in "xy"], form)
+    compiling.abort(["0x", "2x", "2y", "unknown"])
+    taken = []
+    while compiling._waiting:
+        taken += compiling.take()
+    assert [[each.request_id for each in requests] for requests in taken] == [["0y"], ["1x", "1y"]]
+    compiling._pool.shutdown()
+    os.close(compiling.fileno())
+
+
+def test_an_engine_without_a_tokenizer_or_its_file_says_what_to_do(tmp_path):
+    form = StructuredOutputsParams(json_object=True)
+    config = EngineConfig.resolve(device="cpu", skip_tokenizer_init=True)
+    with pytest.raises(ValueError, match="needs a tokenizer, and this engine has none"):
+        Grammars.of_engine(config).compile(form)
+    (tmp_path / "tokenizer_config.json").write_text("{}")
+    config = EngineConfig.resolve(device="cpu", tokenizer=str(tmp_path))
+    with pytest.raises(ValueError, match="needs tokenizer.json, and .* has none"):
+        Grammars.of_engine(config).compile(form)
+    (tmp_path / "tokenizer.json").write_text(json.dumps({"model": None}))
+    with pytest.raises(ValueError, match="llguidance cannot read .*tokenizer.json"):
+        Grammars.of_engine(config).compile(form)
+
+
+def test_without_llguidance_the_error_names_the_extra(shipped, monkeypatch):
+    monkeypatch.setitem(sys.modules, "llguidance", None)
+    fresh = Grammars.of_engine(EngineConfig.resolve(device="cpu"))
+    with pytest.raises(ValueError, match=r"pip install 'tpllm\[structured\]'"):
+        fresh.compile(StructuredOutputsParams(regex="a"))
