@@ -32,7 +32,7 @@ def drawn(seed: int, form: dict[str, Any] | None, **settings: Any) -> SamplingPa
     return SamplingParams(seed=seed, structured_outputs=structured, **settings)
 
 
-FORMS = {
+FORMS: dict[str, dict[str, Any]] = {
     "json": {"json": SCHEMA, "whitespace_pattern": " ?"},
     "regex": {"regex": REGEX},
     "choice": {"choice": CHOICE},

@@ -27,6 +27,10 @@ REFUSED: dict[str, dict[str, Any]] = {
     "regex='' must be a text": {"regex": ""},
     "regex=3 must be a text": {"regex": 3},
     "regex has 100001 characters, more than the 100000": {"regex": "a" * 100_001},
+    "%json in grammar is no JSON schema": {"grammar": "start: %json x"},
+    "%json in grammar asks for multipleOf 10000019": {
+        "grammar": 'start: "a" %json {"items": {"multipl\\u0065Of": 10000019}}'
+    },
     "grammar holds a lone surrogate": {"grammar": 'root ::= "\ud800"'},
     "choice='yes' must be a list": {"choice": "yes"},
     "choice is empty": {"choice": []},
@@ -65,7 +69,7 @@ def test_ordinary_multiples_are_let_pass(numbers):
 
 def test_an_unknown_keyword_is_refused_with_the_nearest():
     with pytest.raises(UnknownSettingError, match="did you mean 'regex'"):
-        StructuredOutputsParams(regexp="a")
+        StructuredOutputsParams(regexp="a")  # type: ignore[call-arg]
 
 
 def test_sampling_params_take_nothing_else():

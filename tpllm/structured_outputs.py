@@ -1,7 +1,9 @@
 """StructuredOutputsParams: the form that an answer must have."""
 
 import json
+import re
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from decimal import Decimal
 from math import lcm
@@ -14,6 +16,8 @@ from tpllm.errors import refuse_unknown_settings
 MAX_CHARS = 100_000
 # A regular expression of multiples has as many states; 100,000 of them are compiled in a second.
 MAX_MULTIPLE = 100_000
+_DECODER = json.JSONDecoder(parse_float=Decimal)
+_EMBEDDED = re.compile(r"%json\s*")
 FORMS = ("json", "regex", "choice", "grammar", "json_object")
 
 
@@ -27,7 +31,7 @@ class StructuredOutputsParams:
         regex: a regular expression that matches the whole answer
         choice: the answer is one of these texts; kept as a tuple
         grammar: a context-free grammar of the answer, in GBNF (`root ::= ...`) or Lark
-            (`start: ...`)
+            (`start: ...`), which may hold schemas: `%json {...}`
         json_object: True for any JSON object
         disable_any_whitespace: for the two kinds of JSON: no whitespace between its parts
         whitespace_pattern: for the two kinds of JSON: a regular expression of the whitespace that
@@ -67,6 +71,8 @@ class StructuredOutputsParams:
         for name in ("regex", "grammar", "whitespace_pattern"):
             if (text := getattr(self, name)) is not None:
                 _check_text(name, text)
+        if self.grammar is not None:
+            _check_schemas_within(self.grammar)
         check_bool("disable_any_whitespace", self.disable_any_whitespace)
         self._check_whitespace()
 
@@ -120,21 +126,35 @@ def _check_choice(value: object) -> tuple[str, ...]:
 
 def _check_schema(value: object) -> str:
     """The schema as text."""
-    try:
+    with _naming("json"):
         text = value if isinstance(value, str) else json.dumps(value, allow_nan=False)
-        schema = json.loads(text, parse_float=Decimal)
-    except RecursionError:
-        raise ValueError("json is nested too deeply; make it simpler") from None
-    except (TypeError, ValueError, ArithmeticError) as error:  # Decimal raises the last
-        raise ValueError(f"json is no JSON schema: {error}") from None
+        schema = _DECODER.decode(text)
     _check_text("json", text)
     if not isinstance(schema, dict):
         raise ValueError(f"json={text:.80} must be a JSON schema, which is an object")
-    _check_multiples(schema)
+    _check_multiples("json", schema)
     return text
 
 
-def _check_multiples(schema: dict[str, Any]) -> None:
+def _check_schemas_within(grammar: str) -> None:
+    for found in _EMBEDDED.finditer(grammar):
+        with _naming("%json in grammar"):
+            schema, _ = _DECODER.raw_decode(grammar, found.end())
+        _check_multiples("%json in grammar", schema)
+
+
+@contextmanager
+def _naming(name: str) -> Iterator[None]:
+    """Have errors of reading a schema name where it stands."""
+    try:
+        yield
+    except RecursionError:
+        raise ValueError(f"{name} is nested too deeply; make it simpler") from None
+    except (TypeError, ValueError, ArithmeticError) as error:  # Decimal raises the last
+        raise ValueError(f"{name} is no JSON schema: {error}") from None
+
+
+def _check_multiples(name: str, schema: object) -> None:
     """Refuse a multipleOf that would be compiled for ever."""
     numbers = {abs(Decimal(number)) for number in _multiples(schema)} - {Decimal(0)}
     if not numbers:
@@ -147,14 +167,14 @@ def _check_multiples(schema: dict[str, Any]) -> None:
     if too_large or lcm(*(int(number.scaleb(digits)) for number in numbers)) > MAX_MULTIPLE:
         shown = ", ".join(map(str, sorted(numbers)[:5]))
         raise ValueError(
-            f"json asks for multipleOf {shown}; their least common multiple, in units of their "
+            f"{name} asks for multipleOf {shown}; their least common multiple, in units of their "
             f"last digit, must be at most {MAX_MULTIPLE}"
         )
 
 
-def _multiples(schema: dict[str, Any]) -> Iterator[Any]:
+def _multiples(schema: object) -> Iterator[Any]:
     """Every number that some part of the schema gives as its multipleOf."""
-    left: list[Any] = [schema]
+    left = [schema]
     while left:
         part = left.pop()
         if isinstance(part, dict):

@@ -7,7 +7,6 @@ with a lexer of its own, so that none depends on the company that it has.
 
 import json
 import os
-import re
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Sequence
@@ -260,8 +259,6 @@ def _source(params: StructuredOutputsParams) -> str:
         words = " | ".join(json.dumps(text, ensure_ascii=False) for text in params.choice)
         return LLMatcher.grammar_from_lark(f"start: {words}")
     if params.grammar is not None:
-        if re.search(r"%\s*(json|llguidance)\b", params.grammar):
-            raise ValueError("a grammar may hold no %json and no %llguidance; use json=")
         return grammar_from("grammar", params.grammar)
     options: dict[str, Any] = {"whitespace_flexible": not params.disable_any_whitespace}
     if params.whitespace_pattern is not None:
