@@ -116,7 +116,9 @@ def test_the_largest_step_leaves_no_options_behind(device: str) -> None:
     """It is run to measure memory, with every option on all rows."""
     model, tp, config = shipped_model(device, torch.float32)
     limits = PlanLimits(3, 40, 4, BLOCK_SIZE, config.vocab_size)
-    runner = ModelRunner(model, tp, limits, config.vocab_size, static_decode=False)
+    runner = ModelRunner(
+        model, tp, limits, config.vocab_size, static_decode=False, receive_masks=no_masks
+    )
     runner.use_cache(allocate_cache(model, 1, tp))
     plan = largest_step(limits, runner.state.padding_row)
     assert (plan.rows.size, plan.token_ids.size) == (3, 39)

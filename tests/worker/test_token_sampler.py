@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from tpllm.channel.row_options import RowOptions, read_records
-from tpllm.channel.step_plan import PlanLimits
+from tpllm.channel.step_plan import PlanLimits, StepMasks
 from tpllm.layers.gumbel import gumbel_reference, noise_bits_reference
 from tpllm.layers.sampler import SamplingBatch
 from tpllm.parallel.group import TPGroup
@@ -17,7 +17,7 @@ from tpllm.worker.option_table import OptionTable
 from tpllm.worker.token_sampler import Drawing, StepOutput, TokenSampler
 
 V = 997
-LIMITS = PlanLimits(10, 100, 4, 16, V)
+LIMITS = PlanLimits(11, 100, 4, 16, V)
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
 
@@ -58,9 +58,13 @@ OPTIONS: dict[str, RowOptions | None] = {
         bad_word_ids=ids(4, 41, 8),
         bad_word_ends=ids(1, 3),
         banned_ids=ids(12),
+        is_masked=True,
         **BIAS,
     ),
+    "masked": RowOptions(is_masked=True),
 }
+MASK = np.arange(V) % 7 > 4  # of rows that are masked
+MASK_WORDS = np.packbits(np.pad(MASK, (0, -V % 32)), bitorder="little").view(np.int32)
 
 
 def expected_token(logits: Tensor, options: RowOptions | None, noise: Tensor, heat: float) -> int:
@@ -70,6 +74,8 @@ def expected_token(logits: Tensor, options: RowOptions | None, noise: Tensor, he
     chosen = options or RowOptions()
     scores: Any = logits.float().clone().unsqueeze(0)
     tokens: Any = torch.tensor([HISTORY])
+    if chosen.is_masked:
+        scores[0, ~torch.from_numpy(MASK)] = -torch.inf
     if chosen.allowed_ids.size:
         kept = scores[0, chosen.allowed_ids].clone()
         scores.fill_(-torch.inf)[0, chosen.allowed_ids] = kept
@@ -103,7 +109,8 @@ class Rig:
         tp = TPGroup.single(torch.device(device))
         self.names, self.greedy = names, greedy
         self.table = OptionTable(LIMITS, 0, V, tp.device)
-        self.sampler = TokenSampler(self.table, 0, V, tp)
+        self.sampler = TokenSampler(self.table, 0, V, tp, self.masks)
+        self.without_mask: set[str] = set()
         self.rows = np.array([list(OPTIONS).index(name) for name in names], dtype=np.int32)
         records = [
             options.record(row, HISTORY)
@@ -122,10 +129,17 @@ class Rig:
             stop_ids=torch.full((S, 1), -1, dtype=torch.int32, device=tp.device),
         )
 
+    def masks(self, step: int) -> StepMasks:
+        """Of all rows that wait for one, in another order than theirs."""
+        options = [OPTIONS[name] for name in self.names]
+        waiting = [i for i, each in enumerate(options) if each is not None and each.is_masked]
+        kept = [i for i in waiting[::-1] if self.names[i] not in self.without_mask]
+        return StepMasks(step, ids(*kept), np.stack([MASK_WORDS] * len(kept)))
+
     def draw(self) -> StepOutput:
         tokens = self.sampler.draw(self.logits, self.batch)
         positions = np.full(len(self.names), len(HISTORY))
-        drawing = Drawing(np.arange(len(self.names)), self.rows, positions, self.batch)
+        drawing = Drawing(3, np.arange(len(self.names)), self.rows, positions, self.batch)
         return self.sampler.finish(self.logits, tokens, drawing)
 
     def expected(self) -> list[int]:
@@ -207,6 +221,14 @@ def test_drawn_tokens_are_noted_for_the_rows_that_read_theirs() -> None:
         noted = rig.table.tokens[row, : len(HISTORY) + 1].tolist()
         reads = options is not None and options.reads_tokens
         assert noted == ([*HISTORY, int(output.tokens[row])] if reads else [0] * 9), name
+
+
+def test_a_row_that_waits_and_gets_no_mask_draws_from_all_tokens() -> None:
+    rig = Rig(list(OPTIONS), "cpu")
+    expected = rig.expected()
+    expected[-1] = int(rig.sampler.draw(rig.logits, rig.batch)[-1])
+    rig.without_mask = {"masked"}
+    assert rig.draw().tokens.tolist() == expected
 
 
 def test_a_row_taken_over_keeps_nothing_of_its_last_owner() -> None:
