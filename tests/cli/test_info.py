@@ -19,6 +19,9 @@ def two_gpus(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     facts: dict[str, Any] = {"capability": (9, 0), "peer": True, "nvlinks": 18, "memory": 140}
 
     def p2p(a: int, b: int, capability: int) -> int:
+        assert (
+            type(capability) is int
+        )  # the binding's constants are not all: ctypes refuses the rest
         if facts["peer"] is None:
             raise pynvml.NVMLError_NotSupported()
         return int(pynvml.NVML_P2P_STATUS_OK if facts["peer"] else 1)

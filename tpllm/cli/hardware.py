@@ -10,6 +10,9 @@ from typing import Any
 
 from tpllm.devices import Gpu, visible_gpus
 
+# nvmlGpuP2PCapsIndex_t, as NVML counts: the binding's own name of the first is a tuple by a slip.
+_P2P_READ, _P2P_NVLINK = 0, 2
+
 
 @dataclass(frozen=True)
 class GpuFacts:
@@ -101,8 +104,8 @@ def _link(pynvml: Any, ranks: tuple[int, int], handles: list[Any]) -> Link:
 
     return Link(
         ranks,
-        nvlink=status(pynvml.NVML_P2P_CAPS_INDEX_NVLINK),
-        peer_access=status(pynvml.NVML_P2P_CAPS_INDEX_READ),
+        nvlink=status(_P2P_NVLINK),
+        peer_access=status(_P2P_READ),
     )
 
 
