@@ -113,7 +113,7 @@ def all_reduce_norm(
     assert peers is not None and E % 8 == 0
     out = torch.empty_like(residual)
     block = triton.next_power_of_2(E)
-    _all_reduce_norm_kernel[(min(N, peers.max_programs),)](
+    _all_reduce_norm_kernel[(min(N, MAX_PROGRAMS),)](
         peers.base_ptrs,
         peers.signal_ptrs,
         peers.epochs,
@@ -130,7 +130,6 @@ def all_reduce_norm(
         SIZE=tp.size,
         MAX_PROGRAMS=MAX_PROGRAMS,
         num_warps=min(max(block // 256, 1), 16),
-        maxnreg=64,  # two programs of 512 threads on a multiprocessor, see `max_programs`
         **dependent_launch(residual.device),
     )
     return out

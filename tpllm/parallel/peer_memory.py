@@ -14,8 +14,9 @@ from torch import Tensor
 # A step uses the slots in turn, so that a rank that runs ahead never overwrites what a slower one
 # still reads: the signals of the sums in between have told it that the slower one is done.
 NUM_SLOTS = 3
-# Programs of one kernel that can meet their likes.
-MAX_PROGRAMS = 256
+# Programs of one kernel that can meet their likes: at most one on each multiprocessor, so that all
+# of them run at the same time and none waits for one that has not started.
+MAX_PROGRAMS = 128
 
 
 class PeerMemory:
@@ -27,8 +28,6 @@ class PeerMemory:
         base_ptrs: device address of an array with each rank's base address, in rank order
         signal_ptrs: likewise of each rank's signals, [size, MAX_PROGRAMS] int32
         epochs: [MAX_PROGRAMS] int32, how often each program of this rank has met its likes
-        max_programs: most programs of a kernel that meets: two on each multiprocessor, so that all
-            of them run at the same time and none waits for one that has not started
 
     Raises:
         RuntimeError: the GPUs cannot reach each other's memory.
@@ -42,8 +41,6 @@ class PeerMemory:
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
-        num_multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
-        self.max_programs = min(MAX_PROGRAMS, 2 * num_multiprocessors)
         self.max_rows = max_rows
         self.width = width
         self.dtype = dtype
