@@ -14,7 +14,7 @@ from tpllm.sampling_params import RequestOutputKind, SamplingParams
 # Engine settings without a flag here: --seed is the request's own, and text takes a tokenizer.
 LEFT_OUT = ("seed", "skip_tokenizer_init")
 
-# What the commands decide by themselves, whether an answer comes in pieces, and what is no one word.
+# What the commands decide by themselves (whether an answer comes in pieces), and what is no word.
 UNTYPED = ("output_kind", "structured_outputs")
 
 
