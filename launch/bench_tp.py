@@ -14,6 +14,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from limit import seed_limit
+
 from tpllm import LLM
 from tpllm.cli.bench.workloads import MEASURES, environment, print_table
 
@@ -56,6 +58,9 @@ def main() -> None:
         for name, measure in MEASURES.items():
             if args.workload in (name, "both"):
                 result[name] = measure(llm, args.repeats, args.breakdown)
+        if (hardware := result.get("hardware")) and "seed" in result:
+            config, rates = llm.config.model_config, (*hardware.values(), float("inf"))
+            result["seed"]["limit_tokens_per_s"] = round(seed_limit(config, args.tp, *rates[:3]), 1)
     print(f"{args.model or 'shipped model'}, tp={args.tp}, start to ready {result['startup_s']} s")
     print(f"hardware {result.get('hardware')}")
     for name in MEASURES:

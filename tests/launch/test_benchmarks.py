@@ -7,11 +7,18 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 REPO = Path(__file__).parents[2]
 
 
 def run(script: str, *arguments: str) -> dict[str, Any]:
     """Run a script of launch/, and return what its last line says."""
+    figures: dict[str, Any] = json.loads(run_text(script, *arguments).splitlines()[-1])
+    return figures
+
+
+def run_text(script: str, *arguments: str) -> str:
     done = subprocess.run(
         [sys.executable, str(REPO / "launch" / script), *arguments],
         env={**os.environ, "PYTHONPATH": str(REPO)},
@@ -20,8 +27,7 @@ def run(script: str, *arguments: str) -> dict[str, Any]:
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    figures: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return figures
+    return done.stdout
 
 
 def test_latency_on_the_shipped_model_with_its_breakdown() -> None:
@@ -55,3 +61,13 @@ def test_the_cost_of_every_sampling_option_is_measured() -> None:
     assert len(options) == 14
     assert options["temperature"]["added_ms"] == 0
     assert all(each["step_ms"] > 0 for each in options.values())
+
+
+@pytest.mark.parametrize(
+    "model, tp, expected",
+    [("0.6B", 1, 36168), ("8B", 1, 12676), ("0.6B", 2, 60339), ("8B", 2, 22094), ("32B", 4, 12937)],
+)
+def test_the_limit_is_the_one_that_the_peers_are_held_against(model, tp, expected) -> None:
+    arguments = ["--model", str(REPO / f"launch/configs/Qwen3-{model}"), "--tp", str(tp)]
+    limit = run_text("limit.py", *arguments).split()[0]
+    assert float(limit) == pytest.approx(expected, rel=0.002)
