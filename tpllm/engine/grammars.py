@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 _MAX_CACHED = 64
 _MAX_LEXER_STATES = 50_000  # 1 to 2 kB each
+_WHITESPACE = r"[ \n\r\t]{1,40}"
 _TOKENIZER_FILE = "tokenizer.json"
 
 
@@ -260,9 +261,9 @@ def _source(params: StructuredOutputsParams) -> str:
         return LLMatcher.grammar_from_lark(f"start: {words}")
     if params.grammar is not None:
         return grammar_from("grammar", params.grammar)
-    options: dict[str, Any] = {"whitespace_flexible": not params.disable_any_whitespace}
-    if params.whitespace_pattern is not None:
-        options["whitespace_pattern"] = params.whitespace_pattern
+    options: dict[str, Any] = {"whitespace_pattern": params.whitespace_pattern or _WHITESPACE}
+    if params.disable_any_whitespace:
+        options = {"whitespace_flexible": False}
     schema = str(params.json) if params.json is not None else '{"type": "object"}'
     return LLMatcher.grammar_from_json_schema(schema, overrides=options)  # type: ignore[arg-type]
 
