@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 _MAX_CACHED = 64
 _MAX_LEXER_STATES = 50_000  # 1 to 2 kB each
 _WHITESPACE = r"[ \n\r\t]{1,40}"
+_NOTHING_FITS = "NoExtensionBias"  # in llguidance's words
 _TOKENIZER_FILE = "tokenizer.json"
 
 
@@ -99,10 +100,8 @@ class Grammar:
         self.end_token_ids = frozenset(tokenizer.eos_tokens)
         self._first = self.compile()
         mask = self._first.compute_bitmask()
-        if self._first.is_error() or self._first.stop_reason() == "InternalError":
-            reason = _reason(self._first)
-            no_answer = reason in ("", "NoExtensionBias")  # its own words for it
-            raise ValueError("nothing satisfies it" if no_answer else reason)
+        if self._first.is_error():
+            raise ValueError(_reason(self._first))
         if self._first.is_stopped() or not any(mask):
             raise ValueError("nothing satisfies it but an empty answer")
 
@@ -280,4 +279,5 @@ def _reason(matcher: "LLMatcher") -> str:
     """What is wrong, in one line."""
     lines = [line.strip() for line in matcher.get_error().splitlines()]
     shown = [line for line in lines if line and not line.startswith("<")]
-    return " ".join(shown)[:300]
+    reason = " ".join(shown)[:300]
+    return "nothing satisfies it" if reason == _NOTHING_FITS else reason
