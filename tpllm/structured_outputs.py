@@ -35,7 +35,8 @@ class StructuredOutputsParams:
         json_object: True for any JSON object
         disable_any_whitespace: for the two kinds of JSON: no whitespace between its parts
         whitespace_pattern: for the two kinds of JSON: a regular expression of the whitespace that
-            may stand there, instead of any
+            may stand there, instead of up to 40 characters of any (a weak model might never write
+            anything else)
 
     Raises:
         ValueError: none or several forms are given, or one is too large, or no JSON. Whether it can

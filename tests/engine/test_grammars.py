@@ -96,6 +96,31 @@ def test_choices_are_taken_word_for_word(shipped, choice):
         assert ids_of_mask(row) == compiled.end_token_ids
 
 
+@pytest.mark.parametrize(
+    "whitespace, fitting, others",
+    [
+        (
+            {},
+            ['{"a":1}', '{\n    "a" : 1\n}', '{%s"a":1}' % (40 * " ")],
+            ['{%s"a":1}' % (41 * " ")],
+        ),
+        ({"disable_any_whitespace": True}, ['{"a":1}'], ['{"a": 1}']),
+        ({"whitespace_pattern": " ?"}, ['{"a":1}', '{"a": 1}'], ['{"a":  1}', '{"a":\n1}']),
+    ],
+)
+def test_whitespace_between_the_parts_of_json_is_bounded(shipped, whitespace, fitting, others):
+    schema = {"type": "object", "properties": {"a": {"type": "integer"}}}
+    compiled = shipped.compile(StructuredOutputsParams(json=schema, **whitespace))
+
+    def fits(text: str) -> bool:
+        ids = [id_ for letter in text for id_ in compiled._tokenizer.tokenize_str(letter)]
+        matcher = compiled.start()
+        return all([matcher.advance(id_) for id_ in ids])
+
+    assert [text for text in fitting if not fits(text)] == []
+    assert [text for text in others if fits(text)] == []
+
+
 def test_a_token_that_does_not_fit_ends_the_answer():
     matcher = grammar_of(regex="ab").start()
     assert matcher.advance(1)

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 _MAX_CACHED = 64
 _MAX_LEXER_STATES = 50_000  # 1 to 2 kB each
+_WHITESPACE = r"[ \n\r\t]{1,40}"
+_NOTHING_FITS = "NoExtensionBias"  # in llguidance's words
 _TOKENIZER_FILE = "tokenizer.json"
 
 
@@ -98,10 +100,8 @@ class Grammar:
         self.end_token_ids = frozenset(tokenizer.eos_tokens)
         self._first = self.compile()
         mask = self._first.compute_bitmask()
-        if self._first.is_error() or self._first.stop_reason() == "InternalError":
-            reason = _reason(self._first)
-            no_answer = reason in ("", "NoExtensionBias")  # its own words for it
-            raise ValueError("nothing satisfies it" if no_answer else reason)
+        if self._first.is_error():
+            raise ValueError(_reason(self._first))
         if self._first.is_stopped() or not any(mask):
             raise ValueError("nothing satisfies it but an empty answer")
 
@@ -260,9 +260,9 @@ def _source(params: StructuredOutputsParams) -> str:
         return LLMatcher.grammar_from_lark(f"start: {words}")
     if params.grammar is not None:
         return grammar_from("grammar", params.grammar)
-    options: dict[str, Any] = {"whitespace_flexible": not params.disable_any_whitespace}
-    if params.whitespace_pattern is not None:
-        options["whitespace_pattern"] = params.whitespace_pattern
+    options: dict[str, Any] = {"whitespace_pattern": params.whitespace_pattern or _WHITESPACE}
+    if params.disable_any_whitespace:
+        options = {"whitespace_flexible": False}
     schema = str(params.json) if params.json is not None else '{"type": "object"}'
     return LLMatcher.grammar_from_json_schema(schema, overrides=options)  # type: ignore[arg-type]
 
@@ -279,4 +279,5 @@ def _reason(matcher: "LLMatcher") -> str:
     """What is wrong, in one line."""
     lines = [line.strip() for line in matcher.get_error().splitlines()]
     shown = [line for line in lines if line and not line.startswith("<")]
-    return " ".join(shown)[:300]
+    reason = " ".join(shown)[:300]
+    return "nothing satisfies it" if reason == _NOTHING_FITS else reason
