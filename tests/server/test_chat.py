@@ -247,9 +247,29 @@ def test_max_completion_tokens_goes_before_max_tokens(client: OpenAI, served: Se
             "messages[0].content[0].type='image_url' must be 'text'",
             "messages[0].content[0].type",
         ),
-        ({"response_format": {"type": "json_object"}}, "response_format of type", None),
-        ({"extra_body": {"guided_regex": "a+"}}, "guided_regex is not supported yet", None),
-        ({"tools": TOOLS, "tool_choice": "required"}, "tool_choice 'required' is not", None),
+        ({"response_format": {"type": "xml"}}, "response_format of type 'xml'", "response_format"),
+        (
+            {"response_format": {"type": "json_schema"}},
+            "response_format of type 'json_schema'",
+            None,
+        ),
+        ({"extra_body": {"guided_regex": ""}}, "guided_regex: regex='' must be", "guided_regex"),
+        (
+            {"extra_body": {"structured_outputs": {"regexp": "a"}}},
+            "structured_outputs: StructuredOutputsParams has no setting 'regexp'; did you mean",
+            "structured_outputs",
+        ),
+        (
+            {"response_format": {"type": "json_object"}, "extra_body": {"guided_regex": "a"}},
+            "response_format and guided_regex all say what the answer must be; keep one",
+            None,
+        ),
+        ({"tool_choice": "required"}, "tool_choice='required' names none of the 0 tools", None),
+        (
+            {"tools": TOOLS, "tool_choice": {"type": "function", "function": {"name": "time"}}},
+            "tool_choice={'type': 'function', 'function': {'name': 'time'}} names none",
+            "tool_choice",
+        ),
         (
             {"extra_body": {"continue_final_message": True, "add_generation_prompt": True}},
             "continue",

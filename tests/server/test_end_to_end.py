@@ -11,7 +11,7 @@ from typing import Any
 
 import httpx
 import pytest
-from openai import DefaultHttpxClient, OpenAI
+from openai import BadRequestError, DefaultHttpxClient, OpenAI
 
 from tests.leaks import is_running, wait_until
 from tests.reference import TIE, shipped_greedy
@@ -136,6 +136,50 @@ def test_a_stop_string_and_logprobs(client: OpenAI) -> None:
     for entry in chat.choices[0].logprobs.content:
         assert len(entry.top_logprobs) == 3
         assert entry.logprob == entry.top_logprobs[0].logprob <= 0
+
+
+SCHEMA: dict[str, Any] = {
+    "type": "object",
+    "properties": {"sum": {"type": "integer", "minimum": 0, "maximum": 99}},
+    "required": ["sum"],
+    "additionalProperties": False,
+}
+
+
+def test_an_answer_has_the_form_that_it_must_have(client: OpenAI) -> None:
+    described: Any = {"name": "sum", "schema": SCHEMA, "strict": True}
+    answer = client.chat.completions.create(
+        model="tiny",
+        messages=QUESTION,
+        temperature=1,
+        max_tokens=400,
+        response_format={"type": "json_schema", "json_schema": described},
+    )
+    content = answer.choices[0].message.content
+    assert content is not None
+    assert 0 <= json.loads(content)["sum"] <= 99
+    tool: Any = {"type": "function", "function": {"name": "add", "parameters": SCHEMA}}
+    stream = client.chat.completions.create(
+        model="tiny",
+        messages=QUESTION,
+        tools=[tool],
+        tool_choice="required",
+        stream=True,
+        parallel_tool_calls=False,
+    )
+    calls = [call for chunk in stream for call in chunk.choices[0].delta.tool_calls or []]
+    functions = [call.function for call in calls if call.function is not None]
+    assert functions[0].name == "add"
+    arguments = "".join(each.arguments or "" for each in functions)
+    assert 0 <= json.loads(arguments)["sum"] <= 99
+    for streams in (False, True):
+        with pytest.raises(BadRequestError, match="regex='\\(a' cannot be used"):
+            client.chat.completions.create(
+                model="tiny",
+                messages=QUESTION,
+                stream=streams,
+                extra_body={"guided_regex": "(a"},
+            )
 
 
 def test_an_echo_scores_its_prompt(server: Server) -> None:

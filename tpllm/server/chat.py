@@ -84,7 +84,7 @@ class _Chat:
         body = self._body
         asked = body.max_tokens is not None or body.max_completion_tokens is not None
         service.sampling.check_length(len(ids), self._params, asked)
-        if service.settings.parse_reasoning:
+        if service.settings.parse_reasoning and self._params.structured_outputs is None:
             self._thinking = Thinking.after(text)
         return service.generation([ids], self._params, self._id)
 

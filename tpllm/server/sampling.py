@@ -9,9 +9,9 @@ from tpllm.server.protocol import (
     ChatCompletionRequest,
     CompletionRequest,
     Generation,
-    Structured,
 )
 from tpllm.server.settings import ServerSettings
+from tpllm.server.structured import structured_outputs
 
 SAME_NAME = (
     "n",
@@ -129,33 +129,14 @@ class Sampling:
                     param="max_tokens",
                 )
         given = {name: getattr(body, name) for name in SAME_NAME}
-        check_structured(body)
         given = {name: value for name, value in given.items() if value is not None}
         fields = {name: value for name, value in fields.items() if value is not None}
-        kind = {"output_kind": RequestOutputKind.DELTA, "max_tokens": max_tokens}
+        ours = {
+            "output_kind": RequestOutputKind.DELTA,
+            "max_tokens": max_tokens,
+            "structured_outputs": structured_outputs(body),
+        }
         try:
-            return SamplingParams(**{**self._defaults, **given, **fields, **kind})
+            return SamplingParams(**{**self._defaults, **given, **fields, **ours})
         except ValueError as error:
             raise from_value_error(error) from None
-
-
-def check_structured(body: Structured) -> None:
-    """Refuse every field that would bind the answer to a form.
-
-    Raises:
-        APIError: 400.
-    """
-    kind = (body.response_format or {}).get("type")
-    if body.response_format is not None and kind != "text":
-        raise _not_supported("response_format", f"response_format of type {kind!r}")
-    for name in Structured.model_fields:
-        if name != "response_format" and getattr(body, name) is not None:
-            raise _not_supported(name, name)
-    choice = body.tool_choice if isinstance(body, ChatCompletionRequest) else None
-    if choice not in (None, "none", "auto"):
-        shown = repr(choice) if isinstance(choice, str) else "that names a function"
-        raise _not_supported("tool_choice", f"tool_choice {shown}", "; use 'auto' or 'none'")
-
-
-def _not_supported(param: str, what: str, mend: str = "") -> APIError:
-    return APIError(400, f"{what} is not supported yet{mend}", param=param, code="not_supported")

@@ -1,0 +1,123 @@
+"""Fields that bind an answer to a form, as StructuredOutputsParams."""
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from tpllm.server.answer_parser import CALL, END_CALL
+from tpllm.server.errors import APIError
+from tpllm.server.protocol import ChatCompletionRequest, Structured, Tool
+from tpllm.structured_outputs import StructuredOutputsParams
+
+# vLLM's older names
+_GUIDED = {
+    "guided_json": "json",
+    "guided_regex": "regex",
+    "guided_choice": "choice",
+    "guided_grammar": "grammar",
+}
+
+# how models are shown calls, and llguidance's way to ask for it
+_ONE_LINE = {"whitespace_pattern": " ?"}
+
+
+def structured_outputs(body: Structured) -> StructuredOutputsParams | None:
+    """The form that a request asks for; None for any text.
+
+    Raises:
+        APIError: 400: several fields ask for one, or one is wrong. Whether it can be compiled is
+            the engine's affair.
+    """
+    forms: dict[str, dict[str, Any]] = {}
+    if body.response_format is not None:
+        form = _response_format(body.response_format)
+        if form is not None:
+            forms["response_format"] = form
+    if body.structured_outputs is not None:
+        forms["structured_outputs"] = body.structured_outputs
+    for field, name in _GUIDED.items():
+        if (value := getattr(body, field)) is not None:
+            forms[field] = {name: value}
+    if isinstance(body, ChatCompletionRequest):
+        tools = _tools_to_call(body)
+        if tools:
+            several = body.parallel_tool_calls is not False and body.tool_choice == "required"
+            forms["tool_choice"] = {"grammar": _calls(tools, several)}
+    if not forms:
+        return None
+    field = next(iter(forms))
+    if len(forms) > 1:
+        raise APIError(
+            400, f"{' and '.join(forms)} all say what the answer must be; keep one", param=field
+        )
+    try:
+        return StructuredOutputsParams(**forms[field])
+    except ValueError as error:
+        raise APIError(400, f"{field}: {error}", param=field) from None
+
+
+def _response_format(value: dict[str, Any]) -> dict[str, Any] | None:
+    kind = value.get("type")
+    if kind == "text":
+        return None
+    if kind == "json_object":
+        return {"json_object": True}
+    if kind != "json_schema":
+        raise APIError(
+            400,
+            f"response_format of type {kind!r} is not supported; use 'json_schema', 'json_object' "
+            "or 'text'",
+            param="response_format",
+        )
+    described = value.get("json_schema")
+    schema = described.get("schema") if isinstance(described, dict) else None
+    if not isinstance(schema, dict):
+        raise APIError(
+            400,
+            "response_format of type 'json_schema' needs json_schema.schema, a JSON schema",
+            param="response_format",
+        )
+    return {"json": schema}
+
+
+def _tools_to_call(body: ChatCompletionRequest) -> Sequence[Tool]:
+    """The tools of which the answer must call one; none where it need not."""
+    choice, tools = body.tool_choice, body.tools or []
+    if choice in (None, "none", "auto"):
+        return []
+    if choice == "required":
+        chosen = tools
+    else:
+        named = choice.get("function") if isinstance(choice, dict) else None
+        name = named.get("name") if isinstance(named, dict) else None
+        chosen = [tool for tool in tools if tool.function.name == name]
+    if not chosen:
+        raise APIError(
+            400,
+            f"tool_choice={choice!r} names none of the {len(tools)} tools; use 'auto', 'none', "
+            '\'required\' or {"type": "function", "function": {"name": ...}}',
+            param="tool_choice",
+        )
+    return chosen
+
+
+def _calls(tools: Sequence[Tool], several: bool) -> str:
+    """A grammar of one call, or of one and more, as Qwen3 writes them."""
+    begin, end = _quoted(f'{CALL}\n{{"name": '), _quoted(f"}}\n{END_CALL}")
+    rules = [
+        "start: call" + (f" ({_quoted(chr(10))} call)*" if several else ""),
+        f"call: {begin} tool {end}",
+        f"tool: {' | '.join(f'tool_{i}' for i in range(len(tools)))}",
+    ]
+    for i, tool in enumerate(tools):
+        head = _quoted(json.dumps(tool.function.name, ensure_ascii=False) + ', "arguments": ')
+        # each schema stands alone, so that its references find their own definitions
+        schema = {**(tool.function.parameters or {"type": "object"}), "x-guidance": _ONE_LINE}
+        rules.append(f"tool_{i}: {head} arguments_{i}")
+        rules.append(f"arguments_{i}: %json {json.dumps(schema)}")
+    return "\n".join(rules)
+
+
+def _quoted(text: str) -> str:
+    """As a grammar writes it down."""
+    return json.dumps(text, ensure_ascii=False)
