@@ -64,6 +64,17 @@ def test_phases_are_told_as_they_come():
         assert group.phases == ["capturing graphs"]
 
 
+def test_a_result_that_came_before_a_failure_is_not_lost():
+    acts = {0: [READY, ["serve", 1], ["raise", "disk on fire"]]}
+    with closing(until_ready(start(acts, world_size=1))) as group:
+        group.send(STEP, [b"0"], step=0)
+        (pid,) = group.pids
+        wait_until(lambda: not is_running(pid))  # by now result and complaint lie side by side
+        assert group.receive(0, RESULT).payload.tobytes() == b"0"
+        with pytest.raises(WorkerError, match="disk on fire"):
+            group.receive(0, RESULT)
+
+
 def test_workers_outlive_the_thread_that_made_them():
     groups: list[WorkerGroup] = []
     thread = threading.Thread(target=lambda: groups.append(until_ready(start())))

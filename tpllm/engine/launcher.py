@@ -240,6 +240,9 @@ class WorkerGroup:
                         if kind == RESULT:
                             self._note_result()
                         return item[1]
+                # only now: what had come before somebody failed is not lost
+                if self._complaints:
+                    self._fail_with_cause()
                 if self._collect(on_phase):
                     continue
                 patience_s = self._patience_s()
@@ -256,8 +259,6 @@ class WorkerGroup:
             while (record := reader.try_receive()) is not None:
                 any_came = True
                 self._take(rank, record, on_phase)
-        if self._complaints:
-            self._fail_with_cause()
         if any_came:
             self._note_life()
         return any_came
@@ -291,7 +292,7 @@ class WorkerGroup:
             try:
                 while (ready := self._wait_for_events(timeout_s=None)).isdisjoint(fds):
                     self._collect(None)  # a worker's last words come before its end
-                    if ready & self._watched.keys():
+                    if self._complaints or ready & self._watched.keys():
                         self._fail_with_cause()
             finally:
                 for fd in fds:
