@@ -33,6 +33,7 @@ DEFAULTS_OF_VLLM = {
     "spaces_between_special_tokens": True,
     "include_stop_str_in_output": False,
     "output_kind": RequestOutputKind.CUMULATIVE,
+    "structured_outputs": None,
 }
 
 
