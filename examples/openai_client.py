@@ -4,6 +4,7 @@ pip install openai
 python examples/openai_client.py [BASE_URL]
 """
 
+import json
 import sys
 
 from openai import OpenAI
@@ -41,6 +42,22 @@ for chunk in stream:
         print(chunk.choices[0].delta.content or "", end="", flush=True)
     if chunk.usage is not None:
         print(f" ({chunk.usage.completion_tokens} tokens)")
+
+# an answer held to a schema; the server needs pip install 'tpllm[structured]' for it
+schema = {
+    "type": "object",
+    "properties": {"sum": {"type": "integer", "minimum": 0, "maximum": 999}},
+    "required": ["sum"],
+    "additionalProperties": False,
+}
+answer = client.chat.completions.create(
+    model=model,
+    messages=[{"role": "user", "content": "What is 348 + 44?"}],
+    temperature=0,
+    max_tokens=256,
+    response_format={"type": "json_schema", "json_schema": {"name": "sum", "schema": schema}},
+)
+print("JSON:", json.loads(answer.choices[0].message.content or ""))
 
 # what OpenAI's API does not have goes into extra_body
 drawn = client.completions.create(

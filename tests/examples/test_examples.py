@@ -124,4 +124,5 @@ def test_openai_client(run: Any, engines: SharedEngines) -> None:
     assert f"completion: {PSALM + ' He maketh'!r}" in shown
     assert "chat: 392\n" in shown
     assert re.search(r"streamed: 469.*473 \(\d+ tokens\)\n", shown)
+    assert re.search(r"JSON: \{'sum': \d{1,3}\}\n", shown)
     assert shown.count("drawn: ") == 2

@@ -31,11 +31,17 @@ class CompilingRequests:
 
     def add(self, requests: list[AddRequest], form: StructuredOutputsParams) -> None:
         """Hold back the continuations of one prompt."""
-        self._waiting[self._pool.submit(self._compile, form)] = requests
+        future = self._pool.submit(self._compile, form)
+        self._waiting[future] = requests
+        # not by `_compile` itself: an engine woken before the future is done would find nothing,
+        # and sleep again
+        future.add_done_callback(self._wake)
 
     def _compile(self, form: StructuredOutputsParams) -> None:
         with suppress(ValueError):  # comes again when the request is checked
             self._grammars.compile(form)
+
+    def _wake(self, future: Future[None]) -> None:
         os.eventfd_write(self._done, 1)
 
     def abort(self, request_ids: Iterable[str]) -> None:
