@@ -65,7 +65,7 @@ def test_phases_are_told_as_they_come():
 
 
 def test_a_result_that_came_before_a_failure_is_not_lost():
-    acts = {0: [READY, ["serve", 1], ["raise", "disk on fire"]]}
+    acts: dict[int, list[list[Any]]] = {0: [READY, ["serve", 1], ["raise", "disk on fire"]]}
     with closing(until_ready(start(acts, world_size=1))) as group:
         group.send(STEP, [b"0"], step=0)
         (pid,) = group.pids
