@@ -42,6 +42,12 @@ def test_ids_beyond_the_tokenizer_give_no_text(tokenizer):
     assert tokenizer.decode([4096, 100_000]) == ""
 
 
+def test_a_bad_word_of_one_token_after_a_space_is_banned_there_too(tokenizer):
+    bare, spaced = tokenizer.encode_batch(["want", " want"])
+    assert (len(bare), len(spaced)) == (2, 1)
+    assert tokenizer.bad_word_ids(["want"]) == [bare, spaced]
+
+
 def test_bad_words_are_spelled_at_the_beginning_of_a_text_and_after_a_space(tokenizer):
     bare, spaced = tokenizer.encode_batch(["the", " the"])
     assert (len(bare), len(spaced)) == (1, 1)

@@ -85,8 +85,7 @@ class Tokenizer:
             if not bare:
                 raise ValueError(f"bad_words holds {word!r}, which spells no token; leave it out")
             sequences.append(bare)
-            # of another length, the space is a token of its own: then what follows is `bare`
-            if len(spaced) == len(bare) and spaced[0] != bare[0]:
+            if spaced[-len(bare) :] != bare:  # else the space is a token of its own before `bare`
                 sequences.append(spaced)
         return sequences
 
