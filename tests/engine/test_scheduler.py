@@ -720,7 +720,7 @@ def test_random_traffic_is_served_as_if_each_request_were_alone():
     run_state_machine_as_test(
         Traffic,
         settings=settings(
-            max_examples=400, stateful_step_count=40, deadline=None, derandomize=True, database=None
+            max_examples=150, stateful_step_count=40, deadline=None, derandomize=True, database=None
         ),
     )
     # the traffic was worth its name
