@@ -154,13 +154,28 @@ class Terminal:
         deadline = time.monotonic() + DEADLINE_S
         while text not in self.shown:
             assert time.monotonic() < deadline, f"{text!r} was never shown: {self.shown!r}"
-            if select.select([self._terminal], [], [], 0.1)[0]:
-                try:
-                    self.shown += os.read(self._terminal, 4096).decode()
-                except OSError:  # the program has ended
-                    raise AssertionError(f"{text!r} was never shown: {self.shown!r}") from None
+            try:
+                self._look(0.1)
+            except OSError:  # the program has ended
+                raise AssertionError(f"{text!r} was never shown: {self.shown!r}") from None
         before, text, self.shown = self.shown.partition(text)
         return before + text
+
+    def drop_line(self) -> None:
+        """Ctrl-C at a prompt, until there is a new one.
+
+        A signal that comes while Python's readline handles a key is noticed at the next key only.
+        """
+        deadline = time.monotonic() + DEADLINE_S
+        while "> " not in self.shown:
+            assert time.monotonic() < deadline, f"no new prompt: {self.shown!r}"
+            self.type("\x03")
+            self._look(1.0)
+        self.wait_for("> ")
+
+    def _look(self, patience_s: float) -> None:
+        if select.select([self._terminal], [], [], patience_s)[0]:
+            self.shown += os.read(self._terminal, 4096).decode()
 
     def close(self) -> None:
         self.process.kill()
@@ -213,8 +228,7 @@ def test_ctrl_c_stops_the_answer_and_not_the_session(run_in_terminal):
     terminal.wait_for("> ")
     terminal.type("half a li")
     terminal.wait_for("half a li")
-    terminal.type("\x03")  # drops what has been typed
-    terminal.wait_for("> ")
+    terminal.drop_line()
     terminal.type("go on\n")
     answer = terminal.wait_for("[user: go on]\r\n")
     assert "[assistant: [user: w0 w1 w2" in answer  # what came before Ctrl-C counts as said
