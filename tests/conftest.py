@@ -4,7 +4,7 @@ import os
 import signal
 import tempfile
 from collections.abc import Callable, Iterator
-from multiprocessing import resource_tracker
+from multiprocessing import forkserver, resource_tracker, set_forkserver_preload
 from typing import Any
 
 import pytest
@@ -42,7 +42,10 @@ def own_temporary_directory(tmp_path_factory: pytest.TempPathFactory) -> Iterato
         patch.setenv("TMPDIR", directory)
         patch.setattr(tempfile, "tempdir", directory)
         patch.setenv("TPLLM_CRASH_DIR", str(tmp_path_factory.mktemp("crashes")))
-        resource_tracker.ensure_running()  # of multiprocessing; it lives as long as this process
+        # of multiprocessing; both live as long as this process
+        set_forkserver_preload(["torch"])
+        resource_tracker.ensure_running()
+        forkserver.ensure_running()
         assert os.path.samefile(tempfile.gettempdir(), directory)
         yield
 

@@ -4,8 +4,8 @@
 
     run_ranks(sums_over_ranks, 2, n)
 
-Each rank is a fresh interpreter that imports the test's module (some two seconds of torch, shared
-by the cores), so one call checks many things. A world of one runs in the test's own process.
+Each rank is forked from a server that has imported torch and done nothing else: a fresh interpreter
+would spend some seconds on that. A world of one runs in the test's own process.
 """
 
 import multiprocessing
@@ -38,7 +38,7 @@ def run_ranks(fn: Callable[..., None], world_size: int, *args: Any, device: str 
         fn(TPGroup.single(torch.device(device)), *args)
         return
     with tempfile.TemporaryDirectory() as folder:
-        context = multiprocessing.get_context("spawn")
+        context = multiprocessing.get_context("forkserver")
         ranks: list[BaseProcess] = [
             context.Process(
                 target=_run_rank, args=(Path(folder), rank, world_size, device, fn, args)
