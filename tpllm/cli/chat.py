@@ -2,7 +2,7 @@
 
 import sys
 from argparse import Namespace
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import replace
 from typing import Any
 
@@ -126,10 +126,11 @@ def _read_line() -> str | None:
     if not sys.stdin.isatty():
         return sys.stdin.readline() or None
     while True:
-        try:
-            return input("> ")
-        except EOFError:
-            print()
-            return None
-        except KeyboardInterrupt:
-            print()
+        with suppress(KeyboardInterrupt):  # a second one, while the first is answered
+            try:
+                return input("> ")
+            except EOFError:
+                print()
+                return None
+            except KeyboardInterrupt:
+                print()
