@@ -115,8 +115,7 @@ class WorkerGroup:
         self.world_size = world_size
         self._settings = settings
         self._timeouts = timeouts
-        self.step = -1  # the last step sent, and how many have not come back: for messages
-        self.num_steps_in_flight = 0
+        self.step = -1  # the last step sent: for messages
         self.phases = ["starting"] * world_size  # what each rank said last
         self._inbox: deque[tuple[int, Record]] = deque()  # received, and not asked for yet
         self._complaints: list[_Complaint] = []
@@ -212,7 +211,6 @@ class WorkerGroup:
                 self._note_life()  # whatever silence there was, nobody was expected to break it
             if step is not None:
                 self.step = step
-                self.num_steps_in_flight += 1
                 self._sent.append((step, time.monotonic()))
             while not self._writer.try_send(kind, parts):
                 self._processes.refuse_if_ending()
@@ -318,8 +316,12 @@ class WorkerGroup:
     def _note_result(self) -> None:
         step, sent = self._sent.popleft() if self._sent else (-1, 0.0)
         self._last_steps.append(f"step {step}: {(time.monotonic() - sent) * 1e3:.1f} ms")
-        self.num_steps_in_flight -= 1
         self._num_results += 1
+
+    @property
+    def num_steps_in_flight(self) -> int:
+        """Steps sent whose results have not come back."""
+        return len(self._sent)
 
     @property
     def _is_starting(self) -> bool:
