@@ -31,15 +31,17 @@ def make_case(
     return q, caches[0], caches[1], batch
 
 
-@pytest.mark.parametrize("parts", [1, 3, 64])
+# The last: what large batches get, programs of another shape that take whole contexts.
+@pytest.mark.parametrize("parts, wanted", [(1, 1056), (3, 1056), (64, 1056), (1, 0)])
 @pytest.mark.parametrize(
     "contexts, K, G, D, block_size",
     [([1], 1, 1, 16, 4), ([130, 1, 64, 65, 200], 2, 3, 32, 16), ([300, 7], 1, 8, 48, 256)],
 )
 def test_matches_plain_torch(
-    contexts, K, G, D, block_size, parts, device_and_dtype, assert_as_accurate, monkeypatch
+    contexts, K, G, D, block_size, parts, wanted, device_and_dtype, assert_as_accurate, monkeypatch
 ) -> None:
     device, dtype = device_and_dtype
+    monkeypatch.setattr(paged_decode, "_PROGRAMS_WANTED", wanted)
     monkeypatch.setattr(paged_decode, "_MAX_PARTS", parts)
     monkeypatch.setattr(paged_decode, "_MIN_PART", 64)
     q, k_cache, v_cache, batch = make_case(contexts, K, G, D, block_size, device, dtype)

@@ -11,8 +11,8 @@ kernel.
 Source: split-KV decoding, Dao et al. (2023), https://crfm.stanford.edu/2023/10/12/flashdecoding.html
 
 Roofline: keys and values are read once, 2 * context * K * D elements a sequence, at memory speed;
-at batch 1 a launch and two dependent reads, some 6 us, are all there is. On an H200 256 contexts of
-1,024 tokens are read at 4.2 TB/s, where a copy reaches 4.3; one of 300 takes 7 us.
+at batch 1 a launch and two dependent reads, some 6 us, are all there is. On an H200 185 contexts of
+some 850 tokens are read at 4.25 TB/s, where a copy reaches 4.3; one of 300 takes 7 us.
 """
 
 import torch
@@ -24,13 +24,18 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from tpllm.layers.dependent_launch import dependent_launch
 from tpllm.layers.rotary import QKNormRope
 
-_BLOCK_N = 64  # keys a program reads at a time
 # Joining costs some 0.3 us a part, one after the other. So parts are few, and the more heads there
 # are to fill the GPU anyway, the longer they must be: at least 2 tokens for each head of the batch.
 _MIN_PART = 128  # tokens
 _MAX_PARTS = 32
 # Eight for each multiprocessor of an H200: 32 contexts of 8k reach 4.3 TB/s so, with two 3.1.
 _PROGRAMS_WANTED = 1056
+# Keys a program reads at a time, such reads in flight, and warps. Small programs, of which more fit
+# on a multiprocessor, end evenly where there are many (185 contexts of 850: 154 us, with large ones
+# 157); where there are few they do not fill a last round (96 contexts of 1,350: 126 us, with small
+# ones over 131).
+_FEW_PROGRAMS = {"BLOCK_N": 64, "num_stages": 3, "num_warps": 4}
+_MANY_PROGRAMS = {"BLOCK_N": 32, "num_stages": 4, "num_warps": 2}
 
 
 @triton.jit
@@ -83,6 +88,7 @@ def _paged_decode_kernel(
     D: tl.constexpr,
     D_PADDED: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    ALIGNED: tl.constexpr,  # what is read at a time lies in one page: it divides block_size
     ROPE: tl.constexpr,
     PDL: tl.constexpr,
 ) -> None:
@@ -132,8 +138,12 @@ def _paged_decode_kernel(
     for token in tl.range(begin, end, BLOCK_N):
         tokens = token + tl.arange(0, BLOCK_N)  # [N]
         seen = tokens < end
-        blocks = tl.load(table_ptr + tokens // block_size, mask=seen, other=0).to(tl.int64)
-        slots = blocks * block_size + tokens % block_size
+        if ALIGNED:
+            block = tl.load(table_ptr + token // block_size).to(tl.int64)
+            slots = block * block_size + token % block_size + tl.arange(0, BLOCK_N)
+        else:
+            blocks = tl.load(table_ptr + tokens // block_size, mask=seen, other=0).to(tl.int64)
+            slots = blocks * block_size + tokens % block_size
         offsets = (slots * NUM_KV_HEADS + kv_head)[:, None] * D + dims  # [N, D]
         mask = seen[:, None] & (dims < D)[None, :]
         k = tl.load(k_cache_ptr + offsets, mask=mask, other=0.0)
@@ -220,6 +230,7 @@ class PagedDecode:
         G = H // K
         longest = block_tables.shape[1] * block_size
         max_parts = max(1, min(_MAX_PARTS, _PROGRAMS_WANTED // (S * K), longest // _MIN_PART))
+        shape = _MANY_PROGRAMS if S * K > _PROGRAMS_WANTED else _FEW_PROGRAMS
         out = torch.empty(S, H, D, dtype=q.dtype, device=q.device)
         if self._scratch is None:
             # Only contexts in several parts need it, and of parts there are never more than these.
@@ -251,10 +262,9 @@ class PagedDecode:
             G_PADDED=max(16, triton.next_power_of_2(G)),
             D=D,
             D_PADDED=max(16, triton.next_power_of_2(D)),
-            BLOCK_N=_BLOCK_N,
+            ALIGNED=block_size % shape["BLOCK_N"] == 0,
             ROPE=rope is not None,
-            num_warps=4,
-            num_stages=3,
+            **shape,
             # early programs of a large batch crowd where a multiprocessor is free first: 2 % slower
             **(dependent_launch(q.device) if rope else {"PDL": False}),
         )
