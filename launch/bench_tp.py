@@ -33,6 +33,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--max-model-len", type=int, default=4096)
     parser.add_argument("--enforce-eager", action="store_true", help="no CUDA graphs")
+    parser.add_argument("--disable-custom-matmul", action="store_true", help="torch's products")
     parser.add_argument("--breakdown", action="store_true", help="where a step's time goes")
     parser.add_argument("--no-probe", action="store_true", help="do not measure the GPU itself")
     args = parser.parse_args()
@@ -51,6 +52,7 @@ def main() -> None:
         dtype=args.dtype,
         max_model_len=args.max_model_len,
         enforce_eager=args.enforce_eager,
+        disable_custom_matmul=args.disable_custom_matmul,
         skip_tokenizer_init=True,
     ) as llm:
         result["startup_s"] = round(time.perf_counter() - begin, 2)

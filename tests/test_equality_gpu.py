@@ -16,11 +16,14 @@ TP_SIZES = [
 ]
 
 
+@pytest.mark.parametrize("plain", [False, True])
 @pytest.mark.parametrize("tp", TP_SIZES)
-def test_float32_equals_transformers(tp: int) -> None:
+def test_float32_equals_transformers(tp: int, plain: bool) -> None:
+    """With every fast path, and `plain` without those that have a switch."""
+    switches: dict[str, Any] = {"disable_custom_all_reduce": plain, "disable_custom_matmul": plain}
     references = shipped_greedy()
     prompts = [reference.prompt_ids for reference in references]
-    with LLM(dtype="float32", tensor_parallel_size=tp, num_kv_blocks=60) as llm:
+    with LLM(dtype="float32", tensor_parallel_size=tp, num_kv_blocks=60, **switches) as llm:
         for _ in range(2):
             assert_equal(references, llm.generate(prompts, GREEDY, use_tqdm=False))
         stats = llm.coordinator.stats

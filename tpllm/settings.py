@@ -34,6 +34,7 @@ SWITCHES = (
     "enable_prefix_caching",
     "enforce_eager",
     "disable_custom_all_reduce",
+    "disable_custom_matmul",
     "skip_tokenizer_init",
 )
 TIMEOUTS = ("start_timeout_s", "step_timeout_s")
@@ -56,6 +57,7 @@ class SettingsKeywords(TypedDict, total=False):
     enable_prefix_caching: bool
     enforce_eager: bool
     disable_custom_all_reduce: bool
+    disable_custom_matmul: bool
     load_format: str
     tokenizer: str | os.PathLike[str] | None
     skip_tokenizer_init: bool
@@ -86,6 +88,8 @@ class Settings:
         enforce_eager: whether to do without CUDA graphs, which start slower and then run faster
         disable_custom_all_reduce: whether to leave every all-reduce to NCCL, also the small ones
             that kernels of our own do over the GPUs' peer memory
+        disable_custom_matmul: whether to leave every matrix product to torch, also those of one row
+            that a kernel of our own does, and those for which we have measured a faster algorithm
         load_format: "auto" reads the checkpoint's weights, "dummy" draws random ones and needs
             only config.json
         tokenizer: local folder or Hugging Face id; None for the model's own
@@ -116,6 +120,7 @@ class Settings:
     enable_prefix_caching: bool = True
     enforce_eager: bool = False
     disable_custom_all_reduce: bool = False
+    disable_custom_matmul: bool = False
     load_format: str = "auto"
     tokenizer: str | None = None
     skip_tokenizer_init: bool = False

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from tests.ranks import run_ranks
 from tpllm.layers.attention import AttentionBatch, KVCache, PrefillBatch, choose_backend
+from tpllm.layers.matmul import plain_matmul
 from tpllm.model_config import ModelConfig
 from tpllm.models.checkpoint_weights import DummyWeights, SafetensorsWeights
 from tpllm.models.qwen3 import Qwen3ForCausalLM
@@ -102,7 +103,7 @@ def int32(values: list[int] | list[list[int]]) -> Tensor:
 
 def make_model(config: ModelConfig, tp: TPGroup) -> Qwen3ForCausalLM:
     backend = choose_backend(tp.device, use_flash_attn=False)
-    model = model_class(config)(config, tp, torch.float32, MAX_POSITIONS, backend)
+    model = model_class(config)(config, tp, torch.float32, MAX_POSITIONS, backend, plain_matmul)
     assert isinstance(model, Qwen3ForCausalLM)
     for parameter in model.parameters():
         parameter.fill_(torch.nan)  # so that a weight left unloaded shows

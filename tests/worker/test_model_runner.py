@@ -17,6 +17,7 @@ from tpllm.engine.block_manager import BlockManager
 from tpllm.engine.request import AddRequest, Sequence
 from tpllm.engine.scheduler import Scheduler
 from tpllm.layers.attention import AttentionBatch, KVCache, PrefillBatch, choose_backend
+from tpllm.layers.matmul import fast_matmul
 from tpllm.model_config import ModelConfig
 from tpllm.models.checkpoint_weights import SafetensorsWeights
 from tpllm.models.qwen3 import Qwen3ForCausalLM
@@ -43,7 +44,8 @@ def shipped_model(device: str, dtype: torch.dtype) -> tuple[Qwen3ForCausalLM, TP
     config = ModelConfig.from_folder(folder)
     tp = TPGroup.single(torch.device(device))
     backend = choose_backend(tp.device, use_flash_attn=dtype == torch.bfloat16)
-    model = Qwen3ForCausalLM(config, tp, dtype, 1024, backend)
+    matmul = fast_matmul(dtype, tp.device)
+    model = Qwen3ForCausalLM(config, tp, dtype, 1024, backend, matmul)
     model.load(SafetensorsWeights(folder))
     return model, tp, config
 

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tpllm.layers.matmul import Matmul, plain_matmul
 from tpllm.layers.weights import WeightSource, empty_parameter, fill
 from tpllm.parallel.collectives import all_reduce
 from tpllm.parallel.group import TPGroup
@@ -80,8 +81,20 @@ class ParallelLMHead(_VocabParallel):
         weight [Vl, E], this rank's shard
     """
 
+    def __init__(
+        self,
+        vocab_size: int,
+        hidden_size: int,
+        *,
+        tp: TPGroup,
+        dtype: torch.dtype,
+        matmul: Matmul = plain_matmul,
+    ) -> None:
+        super().__init__(vocab_size, hidden_size, tp=tp, dtype=dtype)
+        self.matmul = matmul
+
     def forward(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:
-        return torch.mm(hidden, self.weight.t(), out=out)
+        return self.matmul(hidden, self.weight, out)
 
     def tie_to(self, embedding: VocabParallelEmbedding) -> None:
         """Share the embedding's weight (`tie_word_embeddings`); only the embedding is loaded."""

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tpllm.layers.gemv import gemv
+from tpllm.layers.matmul import Matmul, plain_matmul
 from tpllm.layers.weights import WeightSource, divide, empty_parameter, fill, shard
 from tpllm.parallel.collectives import all_reduce
 from tpllm.parallel.group import TPGroup
@@ -23,9 +24,17 @@ class _ColumnParallel(nn.Module):
     """One weight made of bands, each read from `rows` of its own checkpoint tensor."""
 
     def __init__(
-        self, in_features: int, bands: list[slice], *, tp: TPGroup, dtype: torch.dtype, bias: bool
+        self,
+        in_features: int,
+        bands: list[slice],
+        *,
+        tp: TPGroup,
+        dtype: torch.dtype,
+        bias: bool,
+        matmul: Matmul,
     ) -> None:
         super().__init__()
+        self.matmul = matmul
         self.bands = bands
         self.band_sizes = [rows.stop - rows.start for rows in bands]
         local_out = sum(self.band_sizes)
@@ -33,6 +42,8 @@ class _ColumnParallel(nn.Module):
         self.bias = empty_parameter(local_out, dtype=dtype, device=tp.device) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.bias is None:
+            return self.matmul(x, self.weight)
         return F.linear(x, self.weight, self.bias)
 
     def _load_bands(self, weights: WeightSource, names: Sequence[str]) -> None:
@@ -70,9 +81,10 @@ class ColumnParallelLinear(_ColumnParallel):
         tp: TPGroup,
         dtype: torch.dtype,
         bias: bool = False,
+        matmul: Matmul = plain_matmul,
     ) -> None:
         rows = shard(out_features, tp, "out_features")
-        super().__init__(in_features, [rows], tp=tp, dtype=dtype, bias=bias)
+        super().__init__(in_features, [rows], tp=tp, dtype=dtype, bias=bias, matmul=matmul)
 
     def load(self, weights: WeightSource, name: str) -> None:
         self._load_bands(weights, [name])
@@ -98,9 +110,10 @@ class MergedColumnParallelLinear(_ColumnParallel):
         tp: TPGroup,
         dtype: torch.dtype,
         bias: bool = False,
+        matmul: Matmul = plain_matmul,
     ) -> None:
         bands = [shard(size, tp, "out_features") for size in out_features]
-        super().__init__(in_features, bands, tp=tp, dtype=dtype, bias=bias)
+        super().__init__(in_features, bands, tp=tp, dtype=dtype, bias=bias, matmul=matmul)
 
     def load(self, weights: WeightSource, names: Sequence[str]) -> None:
         """Read the parts, `names` in the order of `out_features`."""
@@ -134,12 +147,13 @@ class QKVParallelLinear(_ColumnParallel):
         tp: TPGroup,
         dtype: torch.dtype,
         bias: bool = False,
+        matmul: Matmul = plain_matmul,
     ) -> None:
         heads = shard(num_heads, tp, "num_attention_heads")
         kv_heads = kv_head_shard(num_kv_heads, tp)
         query_rows, kv_rows = _rows(heads, head_dim), _rows(kv_heads, head_dim)
         bands = [query_rows, kv_rows, kv_rows]
-        super().__init__(hidden_size, bands, tp=tp, dtype=dtype, bias=bias)
+        super().__init__(hidden_size, bands, tp=tp, dtype=dtype, bias=bias, matmul=matmul)
         self.local_num_heads = heads.stop - heads.start
         self.local_num_kv_heads = kv_heads.stop - kv_heads.start
 
@@ -194,9 +208,11 @@ class RowParallelLinear(nn.Module):
         tp: TPGroup,
         dtype: torch.dtype,
         bias: bool = False,
+        matmul: Matmul = plain_matmul,
     ) -> None:
         super().__init__()
         self.tp = tp
+        self.matmul = matmul
         self.cols = shard(in_features, tp, "in_features")
         local_in = divide(in_features, tp, "in_features")
         self.weight = empty_parameter(out_features, local_in, dtype=dtype, device=tp.device)
@@ -216,12 +232,12 @@ class RowParallelLinear(nn.Module):
         It lies in `slot` of the peer memory, if one is given and it fits.
         """
         out = self.tp.partial_slot(slot, x.shape[0])
-        if x.shape[0] == 1 and self.bias is None:
-            return gemv(x, self.weight, out)[0]
+        if self.bias is None:
+            if x.shape[0] == 1 and self.matmul.has_gemv:
+                return gemv(x, self.weight, out)[0]
+            return self.matmul(x, self.weight, out)
         if out is None:
             return F.linear(x, self.weight, self.bias)
-        if self.bias is None:
-            return torch.mm(x, self.weight.t(), out=out)
         return torch.addmm(self.bias, x, self.weight.t(), out=out)
 
     def load(self, weights: WeightSource, name: str) -> None:

@@ -26,7 +26,7 @@ def norm_linear(
     Returns:
         The output [N, out_features of this rank, halved by swiglu], and the residual stream [N, E].
     """
-    one_row = x.shape[0] == 1 and linear.bias is None
+    one_row = x.shape[0] == 1 and linear.bias is None and linear.matmul.has_gemv
     if one_row and norm.tp.size == 1:
         weights = (norm.weight, norm.eps)
         return gemv(x, linear.weight, norm=weights, residual=residual, swiglu=swiglu)

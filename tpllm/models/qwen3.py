@@ -24,6 +24,7 @@ from tpllm.layers.linear import (
     RowParallelLinear,
     kv_head_shard,
 )
+from tpllm.layers.matmul import Matmul
 from tpllm.layers.norm_linear import norm_linear
 from tpllm.layers.rotary import QKNormRope, rotary_cos_sin
 from tpllm.layers.weights import WeightSource, empty_parameter, fill
@@ -39,7 +40,12 @@ class Qwen3Attention(nn.Module):
     """Norm, project to heads, norm and rotate q and k, store k and v, attend, project."""
 
     def __init__(
-        self, config: ModelConfig, tp: TPGroup, dtype: torch.dtype, backend: AttentionBackend
+        self,
+        config: ModelConfig,
+        tp: TPGroup,
+        dtype: torch.dtype,
+        backend: AttentionBackend,
+        matmul: Matmul,
     ) -> None:
         super().__init__()
         heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
@@ -54,6 +60,7 @@ class Qwen3Attention(nn.Module):
             tp=tp,
             dtype=dtype,
             bias=config.attention_bias,
+            matmul=matmul,
         )
         self.o_proj = RowParallelLinear(
             heads * config.head_dim,
@@ -61,6 +68,7 @@ class Qwen3Attention(nn.Module):
             tp=tp,
             dtype=dtype,
             bias=config.attention_bias,
+            matmul=matmul,
         )
         self.q_norm = empty_parameter(config.head_dim, dtype=dtype, device=tp.device)
         self.k_norm = empty_parameter(config.head_dim, dtype=dtype, device=tp.device)
@@ -92,14 +100,16 @@ class Qwen3Attention(nn.Module):
 class Qwen3MLP(nn.Module):
     """Norm, then SwiGLU: `down(silu(gate(x)) * up(x))`."""
 
-    def __init__(self, config: ModelConfig, tp: TPGroup, dtype: torch.dtype) -> None:
+    def __init__(
+        self, config: ModelConfig, tp: TPGroup, dtype: torch.dtype, matmul: Matmul
+    ) -> None:
         super().__init__()
         self.norm = _norm(config, tp, dtype)
         self.gate_up_proj = MergedColumnParallelLinear(
-            config.hidden_size, [config.intermediate_size] * 2, tp=tp, dtype=dtype
+            config.hidden_size, [config.intermediate_size] * 2, tp=tp, dtype=dtype, matmul=matmul
         )
         self.down_proj = RowParallelLinear(
-            config.intermediate_size, config.hidden_size, tp=tp, dtype=dtype
+            config.intermediate_size, config.hidden_size, tp=tp, dtype=dtype, matmul=matmul
         )
 
     def forward(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
@@ -115,11 +125,16 @@ class Qwen3DecoderLayer(nn.Module):
     """Attention, then MLP; what each yields is added to the residual stream by the next norm."""
 
     def __init__(
-        self, config: ModelConfig, tp: TPGroup, dtype: torch.dtype, backend: AttentionBackend
+        self,
+        config: ModelConfig,
+        tp: TPGroup,
+        dtype: torch.dtype,
+        backend: AttentionBackend,
+        matmul: Matmul,
     ) -> None:
         super().__init__()
-        self.self_attn = Qwen3Attention(config, tp, dtype, backend)
-        self.mlp = Qwen3MLP(config, tp, dtype)
+        self.self_attn = Qwen3Attention(config, tp, dtype, backend, matmul)
+        self.mlp = Qwen3MLP(config, tp, dtype, matmul)
 
     def forward(
         self,
@@ -151,13 +166,15 @@ class Qwen3Model(nn.Module):
         dtype: torch.dtype,
         max_positions: int,
         backend: AttentionBackend,
+        matmul: Matmul,
     ) -> None:
         super().__init__()
         self.embed_tokens = VocabParallelEmbedding(
             config.vocab_size, config.hidden_size, tp=tp, dtype=dtype
         )
         self.layers = nn.ModuleList(
-            Qwen3DecoderLayer(config, tp, dtype, backend) for _ in range(config.num_hidden_layers)
+            Qwen3DecoderLayer(config, tp, dtype, backend, matmul)
+            for _ in range(config.num_hidden_layers)
         )
         self.norm = _norm(config, tp, dtype)
         self.cos_sin = rotary_cos_sin(config.head_dim, max_positions, config.rope_theta, tp.device)
@@ -206,10 +223,13 @@ class Qwen3ForCausalLM(nn.Module):
         dtype: torch.dtype,
         max_positions: int,
         backend: AttentionBackend,
+        matmul: Matmul,
     ) -> None:
         super().__init__()
-        self.model = Qwen3Model(config, tp, dtype, max_positions, backend)
-        self.lm_head = ParallelLMHead(config.vocab_size, config.hidden_size, tp=tp, dtype=dtype)
+        self.model = Qwen3Model(config, tp, dtype, max_positions, backend, matmul)
+        self.lm_head = ParallelLMHead(
+            config.vocab_size, config.hidden_size, tp=tp, dtype=dtype, matmul=matmul
+        )
         self.tied = config.tie_word_embeddings
         if self.tied:
             self.lm_head.tie_to(self.model.embed_tokens)

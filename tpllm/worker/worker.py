@@ -14,6 +14,7 @@ from tpllm.channel.step_plan import CONTROL, MASKS, PlanLimits, StepMasks, StepP
 from tpllm.config import EngineConfig
 from tpllm.layers.all_reduce_norm import peer_memory_works
 from tpllm.layers.attention import AttentionBackend, choose_backend
+from tpllm.layers.matmul import Matmul, fast_matmul, plain_matmul
 from tpllm.layers.weights import WeightSource
 from tpllm.models.checkpoint_weights import DummyWeights, SafetensorsWeights
 from tpllm.models.registry import CausalLM, model_class
@@ -68,10 +69,14 @@ class Worker:
         replies.phase("loading weights")
         begin = time.perf_counter()
         backend = choose_backend(device, config.use_flash_attn)
+        matmul = fast_matmul(self._dtype, device)
+        if config.disable_custom_matmul:
+            matmul = plain_matmul
         with explained_out_of_memory(device, "while it loaded the weights"):
-            model = self._load_model(backend)
+            model = self._load_model(backend, matmul)
         info: dict[str, Any] = {
             "attention": backend.name,
+            "matmul": matmul.name,
             "all_reduce": "peer memory, NCCL" if self._tp.peers else "NCCL" if on_gpu else "Gloo",
             "load_s": round(time.perf_counter() - begin, 2),
             "torch": torch.__version__,
@@ -100,10 +105,10 @@ class Worker:
 
     # ---- starting ----------------------------------------------------------------------------
 
-    def _load_model(self, backend: AttentionBackend) -> CausalLM:
+    def _load_model(self, backend: AttentionBackend, matmul: Matmul) -> CausalLM:
         config, model_config = self._config, self._config.model_config
         model: CausalLM = model_class(model_config)(
-            model_config, self._tp, self._dtype, config.max_model_len, backend
+            model_config, self._tp, self._dtype, config.max_model_len, backend, matmul
         )
         if config.load_format == "dummy":
             model.load(DummyWeights(model_config, self._device, self._dtype))

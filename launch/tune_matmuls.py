@@ -1,0 +1,180 @@
+"""Finds the fastest algorithm of cuBLASLt for a model's matrix products, by measuring.
+
+For each weight and each batch size that has a CUDA graph: what cuBLAS would try, then tile sizes,
+then clusters, splits and options around the best of them. Each runs over as many copies of the
+weight as exceed the L2, as in a model, where every layer has its own; the best few are measured
+again from CUDA graphs. A product is bound by the weight's bytes up to some 200 rows, by arithmetic
+beyond. What beats torch's own product by 2 % enters the table of this kind of GPU, in
+tpllm/layers/matmul_algorithms/.
+
+    python launch/tune_matmuls.py --model launch/configs/Qwen3-8B --tp 2
+"""
+
+import argparse
+import time
+from collections.abc import Callable, Iterable
+from itertools import product as pairs
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from tpllm.layers.cublaslt import Algorithm, Problem, Product
+from tpllm.layers.matmul import load_table, save_table
+from tpllm.model_config import ModelConfig
+from tpllm.worker.cuda_graphs import decode_sizes
+
+COLD_BYTES = 300 << 20  # several times the L2
+COMPUTE_REDUCTION = 2  # of split products: float32 sums, in a fixed order
+CLUSTERS = range(2, 12)
+SPLITS = (1, 2, 3, 4)
+CUSTOMS = range(8)
+MIN_GAIN = 0.02
+# The GPU sleeps so long, some 150 us, while products are launched that shall follow one another.
+SLEEP_CYCLES = 300_000
+
+
+class Bench:
+    """Times products of one shape."""
+
+    def __init__(self, M: int, N: int, K: int, dtype: torch.dtype = torch.bfloat16) -> None:
+        device = torch.device("cuda")
+        copies = max(2, min(64, COLD_BYTES // (2 * N * K)))
+        generator = torch.Generator(device).manual_seed(0)
+
+        def random(*shape: int) -> Tensor:
+            return torch.randn(*shape, generator=generator, device=device, dtype=dtype)
+
+        self.weights = random(copies, N, K) / K**0.5
+        self.x = random(M, K)
+        self.out = torch.empty(M, N, device=device, dtype=dtype)
+        self.problem = Problem(M, N, K, dtype, device)
+        self._next = 0
+
+    def torch_us(self) -> float:
+        return self._graph_us(lambda weight: torch.mm(self.x, weight.t(), out=self.out))
+
+    def us(self, product: Product) -> float:
+        return self._graph_us(lambda weight: product(self.x, weight, self.out))
+
+    def rough_us(self, product: Product) -> float:
+        """Microseconds of a product among a few; good enough to choose whom to measure."""
+        launches = max(2, min(8, len(self.weights)))
+        product(self.x, self._weight(), self.out)
+        torch.cuda._sleep(SLEEP_CYCLES)
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        for _ in range(launches):
+            product(self.x, self._weight(), self.out)
+        end.record()
+        end.synchronize()
+        return begin.elapsed_time(end) * 1e3 / launches
+
+    def is_right(self, product: Product) -> bool:
+        """Whether its error is no larger than that of torch's product."""
+        exact = self.x.float() @ self.weights[0].float().t()
+        plain_error = (self.x @ self.weights[0].t() - exact).norm()
+        self.out.fill_(float("nan"))
+        product(self.x, self.weights[0], self.out)
+        return bool((self.out - exact).norm() <= 1.1 * plain_error)
+
+    def _weight(self) -> Tensor:
+        self._next = (self._next + 1) % len(self.weights)
+        return self.weights[self._next]
+
+    def _graph_us(self, run: Callable[[Tensor], object], repeats: int = 9) -> float:
+        run(self._weight())
+        graph = torch.cuda.CUDAGraph()
+        launches = max(8, len(self.weights))
+        with torch.cuda.graph(graph):
+            for _ in range(launches):
+                run(self._weight())
+        graph.replay()
+        times = []
+        for _ in range(repeats):
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record()
+            graph.replay()
+            end.record()
+            end.synchronize()
+            times.append(begin.elapsed_time(end) * 1e3 / launches)
+        return sorted(times)[repeats // 2]
+
+
+def fastest(bench: Bench, seeds: Iterable[Algorithm]) -> tuple[Algorithm, float, float] | None:
+    """The algorithm that beats torch clearly, its microseconds and torch's; None if none does."""
+    tried: dict[Algorithm, float] = {}
+    products: dict[Algorithm, Product] = {}
+
+    def try_all(algorithms: Iterable[Algorithm]) -> None:
+        for algorithm in algorithms:
+            if algorithm.split_k > 1:
+                algorithm = algorithm._replace(reduction=COMPUTE_REDUCTION)
+            if algorithm not in tried and (made := bench.problem.product(algorithm)):
+                products[algorithm] = made
+                tried[algorithm] = bench.rough_us(made)
+
+    def best(number: int) -> list[Algorithm]:
+        return sorted(tried, key=lambda algorithm: tried[algorithm])[:number]
+
+    try_all([*bench.problem.suggestions(), *seeds])
+    (first,) = best(1)
+    for cluster, custom in pairs({first.cluster_shape, 2, 3}, {first.custom, 0}):
+        shaped = first._replace(cluster_shape=cluster, custom=custom)
+        try_all(shaped._replace(tile=tile) for tile in bench.problem.tiles(first))
+    for algorithm in best(4):
+        try_all(algorithm._replace(cluster_shape=cluster) for cluster in CLUSTERS)
+        try_all(algorithm._replace(split_k=split, reduction=0) for split in SPLITS)
+        try_all(algorithm._replace(custom=custom) for custom in CUSTOMS)
+    timed = {algorithm: bench.us(products[algorithm]) for algorithm in best(6)}
+    winner = min(timed, key=lambda algorithm: timed[algorithm])
+    torch_us = bench.torch_us()
+    if timed[winner] > (1 - MIN_GAIN) * torch_us or not bench.is_right(products[winner]):
+        return None
+    return winner, timed[winner], torch_us
+
+
+def weight_shapes(config: ModelConfig, tp: int) -> dict[str, tuple[int, int]]:
+    """[N, K] of a rank's weights, by their names."""
+    E, D, I = config.hidden_size, config.head_dim, config.intermediate_size // tp
+    heads = config.num_attention_heads // tp
+    kv_heads = max(1, config.num_key_value_heads // tp)
+    return {
+        "qkv": ((heads + 2 * kv_heads) * D, E),
+        "o": (E, heads * D),
+        "gate_up": (2 * I, E),
+        "down": (E, I),
+        "lm_head": (-(-config.vocab_size // tp), E),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--model", type=Path, required=True, help="folder with a config.json")
+    parser.add_argument("--tp", type=int, default=1, metavar="N", help="tensor_parallel_size")
+    parser.add_argument("--weights", nargs="+", help="some of qkv, o, gate_up, down, lm_head")
+    args = parser.parse_args()
+    sizes = [M for M in decode_sizes(256) if M >= 32]
+    gpu = torch.cuda.get_device_name()
+    table = load_table(gpu)
+    begin = time.perf_counter()
+    for name, (N, K) in weight_shapes(ModelConfig.from_folder(args.model), args.tp).items():
+        if args.weights and name not in args.weights:
+            continue
+        seeds: list[Algorithm] = []
+        for M in reversed(sizes):
+            found = fastest(Bench(M, N, K), seeds[-6:])
+            table.pop((M, N, K), None)
+            line = "torch"
+            if found:
+                algorithm, us, torch_us = found
+                table[M, N, K] = algorithm
+                seeds.append(algorithm)
+                line = f"{us:7.1f} us, torch {torch_us:7.1f} us, {1 - us / torch_us:5.1%} less"
+            seconds = time.perf_counter() - begin
+            print(f"{name:8} {M:4} rows: {line}  [{seconds:.0f} s]", flush=True)
+        save_table(gpu, table)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,228 @@
+"""Matrix products by a named algorithm of cuBLASLt, which torch leaves to cuBLAS's own choice.
+
+cuBLAS chooses by a model of the GPU, and at 50 to 256 rows its choice is often not the fastest of
+those it has: see `launch/tune_matmuls.py`. The library is the one that torch has loaded, called
+through ctypes; constants are those of cublasLt.h.
+"""
+
+import ctypes
+from ctypes import byref, c_float, c_int, c_int64, c_size_t, c_uint16, c_uint64, c_void_p
+from functools import cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+WORKSPACE_BYTES = 32 << 20
+
+_R_32F, _R_16F, _R_16BF = 0, 2, 14  # cudaDataType
+_COMPUTE_32F = 68
+_TRANSPOSE_A, _OP_T = 3, 1
+_MAX_WORKSPACE = 1
+_TILE_IDS = 6
+DTYPES = {torch.float16: _R_16F, torch.bfloat16: _R_16BF}
+
+
+class Algorithm(NamedTuple):
+    """One of cuBLASLt's algorithms with its settings, by the numbers they have there."""
+
+    id: int
+    tile: int
+    split_k: int
+    reduction: int
+    swizzle: int
+    custom: int
+    stages: int
+    inner_shape: int
+    cluster_shape: int
+
+
+# The attributes are numbered in the order of the fields; these are 16 bits wide, the others 32.
+_SHORT_FIELDS = ("inner_shape", "cluster_shape")
+
+
+class _Algo(ctypes.Structure):
+    _fields_ = [("data", c_uint64 * 8)]
+
+
+class _Heuristic(ctypes.Structure):
+    _fields_ = [
+        ("algo", _Algo),
+        ("workspace_bytes", c_size_t),
+        ("state", c_int),
+        ("waves", c_float),
+        ("reserved", c_int * 4),
+    ]
+
+
+@cache
+def _library() -> ctypes.CDLL:
+    assert torch.version.cuda is not None
+    # By its bare name: the one that torch has loaded.
+    lt = ctypes.CDLL(f"libcublasLt.so.{torch.version.cuda.split('.')[0]}")
+    lt.cublasLtGetVersion.restype = c_size_t
+    lt.cublasLtMatmul.argtypes = [c_void_p] * 14 + [c_size_t, c_void_p]
+    return lt
+
+
+@cache
+def _handle() -> c_void_p:
+    handle = c_void_p()
+    _check(_library().cublasLtCreate(byref(handle)))
+    return handle
+
+
+@cache
+def _workspace(device: torch.device) -> Tensor:
+    """Scratch memory of split products; one, since products follow each other on one stream."""
+    return torch.empty(WORKSPACE_BYTES, dtype=torch.uint8, device=device)
+
+
+def _check(status: int) -> None:
+    if status:
+        raise RuntimeError(f"cuBLASLt answered with status {status}")
+
+
+def version() -> int:
+    """cuBLASLt's version, as major * 10000 + minor * 100 + patch."""
+    return int(_library().cublasLtGetVersion())
+
+
+class Problem:
+    """Products of one shape, `x @ weight.T`, each operand contiguous.
+
+    Args:
+        M, N, K: of x [M, K], weight [N, K] and the result [M, N]
+        dtype: float16 or bfloat16; sums are float32
+    """
+
+    def __init__(self, M: int, N: int, K: int, dtype: torch.dtype, device: torch.device) -> None:
+        lt = _library()
+        self._data_type = DTYPES[dtype]
+        self._device = device
+        self._desc = c_void_p()
+        _check(lt.cublasLtMatmulDescCreate(byref(self._desc), _COMPUTE_32F, _R_32F))
+        transpose = c_int(_OP_T)
+        _check(
+            lt.cublasLtMatmulDescSetAttribute(
+                self._desc, _TRANSPOSE_A, byref(transpose), c_size_t(4)
+            )
+        )
+        # Column-major, as cuBLAS has it: result' [N, M] = weight'' [N, K] x' [K, M].
+        self._weight = self._layout(K, N)
+        self._x = self._layout(K, M)
+        self._result = self._layout(N, M)
+
+    def _layout(self, rows: int, cols: int) -> c_void_p:
+        layout = c_void_p()
+        lt = _library()
+        sizes = c_uint64(rows), c_uint64(cols), c_int64(rows)
+        _check(lt.cublasLtMatrixLayoutCreate(byref(layout), self._data_type, *sizes))
+        return layout
+
+    def suggestions(self) -> list[Algorithm]:
+        """What cuBLAS would try, its first choice first."""
+        lt, most = _library(), 64
+        preference, limit = c_void_p(), c_size_t(WORKSPACE_BYTES)
+        _check(lt.cublasLtMatmulPreferenceCreate(byref(preference)))
+        _check(
+            lt.cublasLtMatmulPreferenceSetAttribute(
+                preference, _MAX_WORKSPACE, byref(limit), c_size_t(8)
+            )
+        )
+        found, number = (_Heuristic * most)(), c_int()
+        operands = self._desc, self._weight, self._x, self._result, self._result
+        _check(
+            lt.cublasLtMatmulAlgoGetHeuristic(
+                _handle(), *operands, preference, most, found, byref(number)
+            )
+        )
+        _check(lt.cublasLtMatmulPreferenceDestroy(preference))
+        return [_settings(found[i].algo) for i in range(number.value) if found[i].state == 0]
+
+    def tiles(self, algorithm: Algorithm) -> list[int]:
+        """The tile sizes that an algorithm has."""
+        found, num_bytes = (ctypes.c_uint32 * 1024)(), c_size_t()
+        algo = self._init(algorithm.id)
+        _check(
+            _library().cublasLtMatmulAlgoCapGetAttribute(
+                byref(algo), _TILE_IDS, found, c_size_t(ctypes.sizeof(found)), byref(num_bytes)
+            )
+        )
+        return list(found[: num_bytes.value // 4])
+
+    def product(self, algorithm: Algorithm) -> "Product | None":
+        """Products by this algorithm; None where it does not serve this shape on this GPU."""
+        lt = _library()
+        algo = self._init(algorithm.id)
+        for attribute, (field, value) in enumerate(algorithm._asdict().items()):
+            if field == "id":
+                continue
+            number = c_uint16(value) if field in _SHORT_FIELDS else ctypes.c_uint32(value)
+            size = c_size_t(ctypes.sizeof(number))
+            if lt.cublasLtMatmulAlgoConfigSetAttribute(byref(algo), attribute, byref(number), size):
+                return None
+        result = _Heuristic()
+        operands = self._desc, self._weight, self._x, self._result, self._result
+        status = lt.cublasLtMatmulAlgoCheck(_handle(), *operands, byref(algo), byref(result))
+        if status or result.state or result.workspace_bytes > WORKSPACE_BYTES:
+            return None
+        return Product(self, algo)
+
+    def _init(self, algorithm_id: int) -> _Algo:
+        algo = _Algo()
+        types = [self._data_type] * 4
+        _check(
+            _library().cublasLtMatmulAlgoInit(
+                _handle(), _COMPUTE_32F, _R_32F, *types, algorithm_id, byref(algo)
+            )
+        )
+        return algo
+
+
+class Product:
+    """`out = x @ weight.T` of a problem's shape, by one algorithm, on the current stream."""
+
+    def __init__(self, problem: Problem, algo: _Algo) -> None:
+        self._problem = problem  # keeps its descriptors
+        self._algo = algo
+        self._one, self._zero = c_float(1), c_float(0)
+        self._matmul = _library().cublasLtMatmul
+        self._workspace = _workspace(problem._device)
+
+    def __call__(self, x: Tensor, weight: Tensor, out: Tensor) -> None:
+        problem = self._problem
+        status = self._matmul(
+            _handle(),
+            problem._desc,
+            ctypes.addressof(self._one),
+            weight.data_ptr(),
+            problem._weight,
+            x.data_ptr(),
+            problem._x,
+            ctypes.addressof(self._zero),
+            out.data_ptr(),
+            problem._result,
+            out.data_ptr(),
+            problem._result,
+            ctypes.addressof(self._algo),
+            self._workspace.data_ptr(),
+            WORKSPACE_BYTES,
+            torch.cuda.current_stream().cuda_stream,
+        )
+        _check(status)
+
+
+def _settings(algo: _Algo) -> Algorithm:
+    """The numbers behind cuBLASLt's opaque record."""
+    lt, values = _library(), []
+    for attribute, field in enumerate(Algorithm._fields):
+        number = c_uint16() if field in _SHORT_FIELDS else ctypes.c_uint32()
+        size, written = c_size_t(ctypes.sizeof(number)), c_size_t()
+        _check(
+            lt.cublasLtMatmulAlgoConfigGetAttribute(
+                byref(algo), attribute, byref(number), size, byref(written)
+            )
+        )
+        values.append(number.value)
+    return Algorithm(*values)
