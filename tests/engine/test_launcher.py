@@ -258,6 +258,34 @@ def test_a_complaint_explains_the_abort_of_another_rank(patience, tmp_path):
     assert raised.value.rank == 1
 
 
+def test_an_abort_is_told_after_the_end_that_explains_it(tmp_path):
+    told = tmp_path / "told"
+    group = start({0: [["signal_self", "SIGABRT"]], 1: [["await", str(told)], ["exit", 3]]})
+    assert wait_until(lambda: not is_running(group.pids[0]))
+    told.touch()
+    assert wait_until(lambda: not is_running(group.pids[1]))  # both are gone before anyone looks
+    with pytest.raises(WorkerError, match=r"(?s)^worker rank 1 ended with.*rank 0 .* SIGABRT"):
+        group.receive_control(0)
+
+
+def test_a_rank_on_its_way_out_is_waited_for_before_another_is_blamed(monkeypatch, tmp_path):
+    """As on a GPU, where peers complain while the driver still takes back a dead one's memory."""
+    end = tmp_path / "end"
+    group = start(
+        {0: [["complain", "peer lost"], HANG], 1: [["await", str(end)], ["signal_self", "SIGKILL"]]}
+    )
+
+    def is_ending(pid: int) -> bool:
+        end.touch()
+        return pid == group.pids[1]
+
+    monkeypatch.setattr(launcher, "is_ending", is_ending)
+    monkeypatch.setattr(launcher, "GRACE_S", -1.0)  # no patience with anyone else
+    monkeypatch.setattr(launcher, "ENDING_S", LONG_S)
+    with pytest.raises(WorkerError, match=r"(?s)^worker rank 1 was killed by SIGKILL.*peer lost"):
+        group.receive_control(0)
+
+
 def test_a_setting_that_a_worker_refuses_is_a_value_error():
     group = start({1: [["say", "measuring memory"], ["refuse", "lower max_num_seqs=9"]]})
     with pytest.raises(ValueError, match=r"^lower max_num_seqs=9$") as raised:

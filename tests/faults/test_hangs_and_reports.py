@@ -2,6 +2,7 @@
 
 import os
 import signal
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from tests.engine.stub_worker import HANG, READY, SERVE, Acts, start, until_read
 from tests.leaks import process_state, wait_until
 from tpllm.channel.step_plan import RESULT, STEP
 from tpllm.engine.crash_report import NUM_KEPT, write_report
-from tpllm.engine.diagnosis import RankState, main_stack, rank_to_blame
+from tpllm.engine.diagnosis import RankState, is_ending, main_stack, rank_to_blame
 from tpllm.engine.launcher import NUM_FIRST_STEPS, Timeouts, WorkerGroup
 from tpllm.errors import WorkerError
 
@@ -152,6 +153,14 @@ def test_blame_falls_on_the_rank_that_is_behind():
     assert rank_to_blame(ranks((5, 4), (5, 4))) is None
     assert rank_to_blame(ranks((5, 4), (5, 4), stopped=1)) == 1
     assert rank_to_blame(ranks((0, 0))) == 0
+
+
+def test_a_process_that_nobody_has_reaped_is_ending_and_a_living_one_is_not():
+    process = subprocess.Popen(["true"])
+    assert wait_until(lambda: is_ending(process.pid))
+    process.wait()
+    assert not is_ending(process.pid)
+    assert not is_ending(os.getpid())
 
 
 def test_the_last_answer_is_the_stack_that_counts():

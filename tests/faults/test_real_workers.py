@@ -17,7 +17,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from launch import forked_workers
-from launch.chaos import HANGS, Chaos, Plan
+from launch.chaos import Chaos
+from launch.chaos_plans import HANGS, Plan
 from tests.leaks import process_state, wait_until
 from tpllm import LLM
 from tpllm.checkpoint import WEIGHTS_NAME, resolve_model

@@ -1,6 +1,10 @@
 """The scripts that try the engine's reliability run, and say what they found."""
 
-from launch.chaos import COORDINATOR, HANGS, all_plans
+import random
+from collections import Counter
+from itertools import islice
+
+from launch.chaos_plans import CAUSES, COORDINATOR, HANGS, all_plans, spread_plans
 from tests.launch.test_benchmarks import run
 
 
@@ -22,3 +26,19 @@ def test_every_rank_has_every_fault_in_every_place() -> None:
     assert {*HANGS, COORDINATOR, "run_out_of_memory"} < {plan.act for plan in plans}
     assert {"capture", "replay"} < {plan.where for plan in plans}
     assert not {"capture", "replay"} & {plan.where for plan in all_plans(2, "cpu")}
+
+
+def test_few_rounds_have_every_act_place_and_rank_about_as_often() -> None:
+    plans = all_plans(2, "cuda")
+    drawn = list(islice(spread_plans(random.Random(0), plans), 40))
+    for trait in ("act", "where", "rank"):
+        counts = Counter(getattr(plan, trait) for plan in drawn)
+        assert len(counts) == len({getattr(plan, trait) for plan in plans})
+        assert max(counts.values()) - min(counts.values()) <= 2
+    assert {plan.act for plan in drawn} == {*CAUSES, COORDINATOR}
+
+
+def test_no_fault_comes_twice_before_all_have_come() -> None:
+    plans = all_plans(2, "cuda")
+    drawn = list(islice(spread_plans(random.Random(0), plans), len(plans)))
+    assert {(plan.name, plan.rank) for plan in drawn} == {(p.name, p.rank) for p in plans}

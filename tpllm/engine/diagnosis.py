@@ -23,6 +23,7 @@ _STATES = {
     "t": "stopped by a debugger",
 }
 _ENDED = "ended"
+_PF_EXITING = 4  # among the flags of a process, see proc_pid_stat(5)
 
 
 @dataclass(frozen=True)
@@ -122,6 +123,12 @@ def read_stacks(fd: int) -> str:
     return os.pread(fd, os.fstat(fd).st_size, 0).decode(errors="replace").strip()
 
 
+def is_ending(pid: int) -> bool:
+    """Whether the kernel is taking the process apart; how it ended is told only after that."""
+    letter, flags = _stat(pid)
+    return letter == "Z" or bool(flags & _PF_EXITING)
+
+
 def _await_answers(pids: Sequence[int], fds: Sequence[int]) -> None:
     """Return once every rank has answered and come to rest, or has ended, or after ANSWER_S."""
     deadline = time.monotonic() + ANSWER_S
@@ -136,9 +143,15 @@ def _await_answers(pids: Sequence[int], fds: Sequence[int]) -> None:
 
 
 def _state(pid: int) -> str:
+    letter, _ = _stat(pid)
+    return _ENDED if letter in "ZX" else _STATES.get(letter, f"in state {letter}")
+
+
+def _stat(pid: int) -> tuple[str, int]:
+    """The kernel's letter for a process's state, "X" if it is gone, and its flags."""
     try:
         text = Path(f"/proc/{pid}/stat").read_text()
     except OSError:
-        return _ENDED
-    letter = text.rpartition(") ")[2][:1]
-    return _ENDED if letter in "ZX" else _STATES.get(letter, f"in state {letter}")
+        return "X", 0
+    fields = text.rpartition(") ")[2].split()
+    return fields[0], int(fields[6])

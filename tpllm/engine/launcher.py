@@ -35,7 +35,14 @@ from tpllm.channel.ring import (
 from tpllm.channel.step_plan import CONTROL, RESULT, PlanLimits
 from tpllm.child_process import write_spec
 from tpllm.engine.crash_report import write_report
-from tpllm.engine.diagnosis import RankState, examine, main_stack, rank_to_blame, read_stacks
+from tpllm.engine.diagnosis import (
+    RankState,
+    examine,
+    is_ending,
+    main_stack,
+    rank_to_blame,
+    read_stacks,
+)
 from tpllm.engine.processes import (
     ChildProcesses,
     Command,
@@ -53,6 +60,7 @@ CONTROL_BYTES = 1 << 16  # room for any control record; longer tracebacks are cu
 CLOSE_TIMEOUT_S = 3.0
 # After a first sign of trouble, how long to listen for its cause: peers of a dead rank complain.
 GRACE_S = 0.5
+ENDING_S = 2.0  # likewise, while a rank is on its way out: the driver may take a second for a GPU
 _NUM_SLOTS = 8
 # So many steps may take as long as a phase of the start: they compile kernels and load libraries.
 NUM_FIRST_STEPS = 16
@@ -380,7 +388,7 @@ class WorkerGroup:
         A rank that ended without a word explains the complaints of the others, never the other way
         round, but for SIGABRT: that is also how NCCL ends a process that has lost its peers.
         """
-        deadline = time.monotonic() + GRACE_S
+        begin = time.monotonic()
         while True:
             codes = [process.poll() for process in self._processes.processes]
             for rank, reader in enumerate(self._readers):
@@ -392,10 +400,18 @@ class WorkerGroup:
                 for rank, code in enumerate(codes)
                 if code is not None and rank not in told
             }
-            if silent or time.monotonic() > deadline:
+            aborted = [rank for rank, code in silent.items() if code == -signal.SIGABRT]
+            ending = any(
+                code is None and rank not in told and is_ending(self.pids[rank])
+                for rank, code in enumerate(codes)
+            )
+            is_explained = len(silent) > len(aborted) or (aborted and told and not ending)
+            patience_s = ENDING_S if ending else GRACE_S
+            if is_explained or time.monotonic() > begin + patience_s:
                 break
             time.sleep(0.01)
         self._processes.refuse_if_ending()
+        silent = dict(sorted(silent.items(), key=lambda item: item[1] == -signal.SIGABRT))
         causes = [self._describe_end(rank, code) for rank, code in silent.items()]
         if self._complaints:
             first = min(self._complaints)
@@ -404,8 +420,7 @@ class WorkerGroup:
                 raise SettingError(first.text)
             text = f"worker rank {first.rank} failed {self._when(first.rank)}:\n{first.text}"
             blamed = _Cause(first.rank, text, first.text.splitlines()[-1], None, first.text)
-            is_effect = set(silent.values()) == {-signal.SIGABRT}
-            causes.insert(0 if is_effect else len(causes), blamed)
+            causes.insert(len(causes) - len(aborted), blamed)
         ranks = self._examine()
         self._fail("\n".join(each.text for each in causes), causes[0], ranks)
 

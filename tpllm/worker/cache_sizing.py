@@ -43,6 +43,8 @@ def gpu_cache_blocks(
 ) -> int:
     """Run the largest step and capture graphs on a cache of one block; count what is left.
 
+    Where `num_kv_blocks` is set nothing is counted, and the largest step alone is tried.
+
     Args:
         free_at_start: bytes that were free on the GPU when this process had its CUDA context and
             nothing else: what others hold is not ours to count on.
@@ -56,12 +58,12 @@ def gpu_cache_blocks(
     torch.cuda.synchronize()
     peak_bytes = torch.cuda.max_memory_reserved()
     torch.cuda.empty_cache()
+    if config.num_kv_blocks is not None:
+        return config.num_kv_blocks
     # what this process holds outside torch's allocator: kernels, NCCL, workspaces
     held = free_at_start - torch.cuda.mem_get_info()[0]
     other_bytes = max(0, held - torch.cuda.memory_reserved())
     graph_bytes = _graph_bytes(shape, runner, tp) if use_graphs else 0
-    if config.num_kv_blocks is not None:
-        return config.num_kv_blocks
     total = torch.cuda.get_device_properties(tp.device).total_memory
     budget = min(int(total * config.gpu_memory_utilization), free_at_start)
     used = peak_bytes + other_bytes + graph_bytes + _GPU_RESERVE_BYTES
