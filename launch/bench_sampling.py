@@ -14,12 +14,11 @@ Prints a table, then one JSON line.
 import argparse
 import json
 import random
-import statistics
-import time
 from dataclasses import replace
 from typing import Any
 
 from bench_tp import environment
+from decode_batch import DecodeBatch
 
 from tpllm import LLM, SamplingParams
 from tpllm.engine.request import AddRequest
@@ -51,7 +50,6 @@ def options_of(vocab_size: int, num_tokens: int) -> dict[str, dict[str, Any]]:
 
 def measure(llm: LLM, each: list[SamplingParams], num_steps: int) -> dict[str, float]:
     """A batch of requests, in the middle of which `num_steps` decode steps are timed."""
-    coordinator = llm.coordinator
     numbers = random.Random(0)
     vocab_size = llm.config.model_config.vocab_size
     requests = []
@@ -59,24 +57,11 @@ def measure(llm: LLM, each: list[SamplingParams], num_steps: int) -> dict[str, f
         prompt = [numbers.randrange(vocab_size) for _ in range(PROMPT_LENGTH)]
         words = [[7 * j, 7 * j + 1, j] for j in range(len(params.bad_words))]
         requests.append(AddRequest(str(i), prompt, params, words))
-    coordinator.add(requests)
-    heard = 0
-    while heard < NUM_WARM_UP * len(each):
-        heard += sum(len(update.new_token_ids) for update in coordinator.step())
-    coordinator.worker_times()
-    times_ms = []
-    for _ in range(num_steps):
-        begin = time.perf_counter()
-        coordinator.step()
-        times_ms.append((time.perf_counter() - begin) * 1e3)
-    decode = coordinator.worker_times()["decode"]
-    coordinator.abort(request.request_id for request in requests)
-    while coordinator.num_in_flight:
-        coordinator.step()
-    figures = {"step_ms": statistics.median(times_ms)}
-    if decode["steps"]:
-        figures["gpu_ms"] = decode["gpu_ms"] / decode["steps"]
-    return {name: round(value, 4) for name, value in figures.items()}
+    batch = DecodeBatch(llm.coordinator, requests)
+    batch.warm_up(NUM_WARM_UP)
+    figures = batch.time(num_steps)
+    batch.shrink(0)
+    return figures
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""What the hardware allows on workload "seed": output tokens per second that no engine can pass.
+"""What the hardware allows: output tokens per second on workload "seed", and the time of a step.
 
 Prompts are prefilled once, then all sequences decode in lockstep; every matmul and every attention
 takes the longer of its bytes at the memory's speed and its operations at the matrix units'; on
@@ -9,6 +9,10 @@ costs anything.
 """
 
 import argparse
+import json
+import subprocess
+import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 from tpllm.cli.bench.workloads import seed_workload
@@ -18,6 +22,43 @@ ALL_REDUCE_S = 5e-6
 BYTES = 2  # of an element, in half precision
 
 
+@dataclass(frozen=True)
+class Limit:
+    """The shortest steps of a model on `tp` GPUs of these rates (see probe.py)."""
+
+    config: ModelConfig
+    tp: int
+    copy_TB_per_s: float
+    matmul_TFLOP_per_s: float
+    link_GB_per_s: float = float("inf")
+
+    def decode_step_s(self, num_seqs: int, num_keys: float) -> float:
+        """A token for each of `num_seqs` sequences, which attend to `num_keys` tokens together."""
+        return self.step_s(num_seqs, num_seqs, num_keys, num_keys)
+
+    def step_s(self, num_tokens: int, num_drawn: int, num_keys: float, num_pairs: float) -> float:
+        """Computes `num_tokens`, draws `num_drawn`, reads `num_keys` keys and values of each layer
+        and multiplies `num_pairs` of query and key.
+        """
+        config = self.config
+        E, I, L = config.hidden_size, config.intermediate_size, config.num_hidden_layers
+        H, K, D = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+        shapes = [((H + 2 * K) * D, E), (E, H * D), (2 * I, E), (E, I)]
+        layer_s = sum(self._matmul_s(num_tokens, *shape) for shape in shapes)
+        layer_s += self._longer_s(num_keys * 2 * K * D * BYTES, 4 * num_pairs * H * D)
+        if self.tp > 1:
+            layer_s += 2 * (ALL_REDUCE_S + num_tokens * E * BYTES / (self.link_GB_per_s * 1e9))
+        return L * layer_s + self._matmul_s(num_drawn, config.vocab_size, E)
+
+    def _matmul_s(self, M: int, N: int, K: int) -> float:
+        return self._longer_s(N * K * BYTES, 2 * M * N * K)
+
+    def _longer_s(self, num_bytes: float, flops: float) -> float:
+        """Seconds of work that is shared by all GPUs."""
+        bandwidth, rate = self.copy_TB_per_s * 1e12, self.matmul_TFLOP_per_s * 1e12
+        return max(num_bytes / bandwidth, flops / rate) / self.tp
+
+
 def seed_limit(
     config: ModelConfig,
     tp: int,
@@ -25,36 +66,31 @@ def seed_limit(
     matmul_TFLOP_per_s: float,
     link_GB_per_s: float,
 ) -> float:
-    """Output tokens per second on `tp` GPUs of these rates (see probe.py)."""
-    E, I, L = config.hidden_size, config.intermediate_size, config.num_hidden_layers
-    H, K, D = config.num_attention_heads, config.num_key_value_heads, config.head_dim
-    layer_shapes = [((H + 2 * K) * D, E), (E, H * D), (2 * I, E), (E, I)]
-    bandwidth, flops = copy_TB_per_s * 1e12, matmul_TFLOP_per_s * 1e12
-
-    def matmul_s(M: int, N: int, K: int) -> float:
-        return max(N * K * BYTES / bandwidth, 2 * M * N * K / flops) / tp
-
-    def step_s(num_tokens: int, num_drawn: int) -> float:
-        """Everything but attention."""
-        matmuls = L * sum(matmul_s(num_tokens, *shape) for shape in layer_shapes)
-        sums = 2 * L * (ALL_REDUCE_S + num_tokens * E * BYTES / (link_GB_per_s * 1e9))
-        return matmuls + matmul_s(num_drawn, config.vocab_size, E) + (sums if tp > 1 else 0.0)
-
-    def attention_s(num_keys: int, num_pairs: float) -> float:
-        """Of all layers: `num_keys` keys and values read, `num_pairs` of query and key."""
-        return L / tp * max(num_keys * 2 * K * D * BYTES / bandwidth, 4 * num_pairs * H * D / flops)
-
+    """Output tokens per second on workload "seed" that no engine can pass."""
+    limit = Limit(config, tp, copy_TB_per_s, matmul_TFLOP_per_s, link_GB_per_s)
     prompts, params = seed_workload(config.vocab_size)
     lengths = [len(prompt) for prompt in prompts]
     outputs = [each.max_tokens or 0 for each in params]
-    seconds = step_s(sum(lengths), len(lengths))
-    seconds += attention_s(sum(lengths), sum(length**2 / 2 for length in lengths))
+    num_pairs = sum(length**2 / 2 for length in lengths)
+    seconds = limit.step_s(sum(lengths), len(lengths), sum(lengths), num_pairs)
     for step in range(1, max(outputs)):  # the first token comes from the prompt
         running = zip(lengths, outputs, strict=True)
         contexts = [length + step for length, output in running if output > step]
-        seconds += step_s(len(contexts), len(contexts))
-        seconds += attention_s(sum(contexts), sum(contexts))
+        seconds += limit.decode_step_s(len(contexts), sum(contexts))
     return sum(outputs) / seconds
+
+
+def measured_rates() -> dict[str, float] | None:
+    """What probe.py measures: the rates of `Limit`, in its order; None where it cannot run.
+
+    In a process of its own, so that this one holds nothing of the GPU.
+    """
+    probe = [sys.executable, str(Path(__file__).with_name("probe.py"))]
+    done = subprocess.run(probe, capture_output=True, text=True, check=False)
+    if done.returncode:
+        return None
+    figures: dict[str, float] = json.loads(done.stdout)
+    return figures
 
 
 def main() -> None:

@@ -6,6 +6,7 @@ That nothing is left behind is checked after each test by a fixture in tests/con
 import asyncio
 import gc
 import json
+import math
 import os
 import signal
 import threading
@@ -22,6 +23,7 @@ from tests.scripts import running
 from tpllm import SamplingParams, WorkerError
 from tpllm.async_llm import AsyncLLM
 from tpllm.engine import engine_client
+from tpllm.engine.coordinator import MAX_STEPS_IN_FLIGHT
 from tpllm.outputs import RequestOutput
 
 SHORT = SamplingParams(max_tokens=4, ignore_eos=True)
@@ -125,6 +127,10 @@ def test_the_books_tell_of_requests_and_ranks(make_engine):
                 await asyncio.sleep(0.01)
             assert stats.num_running == 0
             assert 0 < stats.num_generated_tokens < 900 and stats.wait_s > 0
+            bound, num_done = stats.step_buckets[-1]
+            assert bound == math.inf and stats.num_generated_tokens <= num_done
+            assert stats.num_steps - MAX_STEPS_IN_FLIGHT <= num_done <= stats.num_steps
+            assert stats.step_s > 0
 
     run(check())
 

@@ -7,6 +7,7 @@ import asyncio
 import itertools
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import dataclass, field
+from math import inf
 from types import SimpleNamespace
 from typing import Any
 
@@ -105,6 +106,8 @@ class FakeEngine:
             broadcast_s=0.2,
             wait_s=0.3,
             collect_s=0.4,
+            step_s=1.25,
+            step_buckets=[(0.01, 60), (1.0, 99), (inf, 99)],
             health=[{"rank": i, "pid": 7 + i, "phase": "serving", "alive": True} for i in (0, 1)],
         )
 

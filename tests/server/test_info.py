@@ -87,6 +87,11 @@ def test_metrics_count_what_happened(http: httpx.Client, client: OpenAI, served:
     assert before["tpllm_engine_up"] == before["tpllm_rank_up 1"] == 1
     assert before["tpllm_kv_cache_usage_ratio"] == before["tpllm_prefix_cache_hit_ratio"] == 0.25
     assert before["tpllm_preemptions_total"] == 2
+    steps = {
+        bound: before[f"tpllm_step_seconds_bucket {bound}"] for bound in ("0.01", "1.0", "+Inf")
+    }
+    assert steps == {"0.01": 60, "1.0": 99, "+Inf": 99}
+    assert (before["tpllm_step_seconds_count"], before["tpllm_step_seconds_sum"]) == (99, 1.25)
     served.engine.reply = "abcdefg"
     list(client.completions.create(model="letters", prompt="x", n=2, stream=True))
     http.post("/v1/completions", json={"n": 0})

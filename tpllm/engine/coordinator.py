@@ -25,6 +25,7 @@ from tpllm.engine.launcher import Timeouts, WorkerGroup
 from tpllm.engine.request import AddRequest, RequestUpdate, Sequence
 from tpllm.engine.scheduler import Scheduler, SchedulerStats
 from tpllm.engine.stats import TOTALS, EngineStats
+from tpllm.engine.step_histogram import StepHistogram
 from tpllm.errors import SettingError
 
 # One step runs while the next is planned and sent. More would only make an end token cost more.
@@ -88,6 +89,7 @@ class Coordinator:
             self._workers.kill()
             raise
         self._scheduler = Scheduler(self._blocks, self.limits)
+        self._step_times = StepHistogram()
         self._num_requests = 0
 
     def _fit_max_model_len(self) -> int:
@@ -226,6 +228,7 @@ class Coordinator:
             if plan is None:
                 break
             self._workers.send(STEP, plan.parts(), plan.step)
+            self._step_times.note_sent(planned)
             times.broadcast_s += clock() - planned
             self._send_masks()
         if scheduler.num_in_flight == 0:
@@ -234,6 +237,7 @@ class Coordinator:
         begin = clock()
         record = self._workers.receive(0, RESULT)
         received = clock()
+        self._step_times.note_result(received)
         updates = scheduler.finish(StepResult.decode(record.payload))
         self._send_masks()  # of the step that runs: nobody waits for what comes after
         times.wait_s += received - begin
@@ -257,6 +261,8 @@ class Coordinator:
             num_waiting=scheduler.num_waiting,
             num_running=scheduler.num_running,
             kv_cache_usage=1 - blocks.num_free / blocks.num_usable_blocks,
+            step_s=self._step_times.total_s,
+            step_buckets=self._step_times.buckets(),
             health=self._workers.health(),
             **{name: totals[name] for name in TOTALS},
         )

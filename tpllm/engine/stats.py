@@ -32,6 +32,9 @@ class EngineStats:
         num_generated_tokens: tokens drawn for requests that still ran
         schedule_s, broadcast_s, wait_s, collect_s: what the coordinator spent on planning steps,
             sending them, waiting for their results and taking these in
+        step_s: what the steps took whose results have come
+        step_buckets: of these, in rising order: seconds, and how many took at most so long; the
+            last is (infinity, all)
         health: of each rank {"rank", "pid", "phase", "alive"}
     """
 
@@ -47,4 +50,6 @@ class EngineStats:
     broadcast_s: float
     wait_s: float
     collect_s: float
+    step_s: float
+    step_buckets: list[tuple[float, int]]
     health: list[dict[str, Any]] = field(default_factory=list)

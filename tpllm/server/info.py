@@ -4,8 +4,14 @@ import asyncio
 from collections.abc import Iterable
 from typing import Any
 
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    HistogramMetricFamily,
+    Metric,
+)
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
+from prometheus_client.utils import floatToGoString
 from starlette.responses import Response
 
 import tpllm
@@ -153,6 +159,12 @@ def _families(service: Service, stats: Any | None) -> Iterable[Metric]:
     yield counter("generated_tokens", "Tokens generated", stats.num_generated_tokens)
     yield counter("preemptions", "Sequences that gave their place back", stats.num_preemptions)
     yield counter("steps", "Steps of the engine", stats.num_steps)
+    yield HistogramMetricFamily(
+        "tpllm_step_seconds",
+        "From one step's result to the next one's",
+        [(floatToGoString(bound), num_steps) for bound, num_steps in stats.step_buckets],
+        stats.step_s,
+    )
     seconds = CounterMetricFamily(
         "tpllm_coordinator_seconds", "What the coordinator's time went into", labels=["part"]
     )

