@@ -1,10 +1,10 @@
 """Loads `tpllm serve` with request rates up to saturation, after the same work offline.
 
-First 256 requests at once through `LLM.generate`, then as 256 open streams of the server: what HTTP
-and text cost the GPU. Then requests that arrive at random, at each of several rates: latencies grow
-until the rate is more than the GPU bears, which memory bandwidth and matrix products bound. A model
-without a tokenizer gets the shipped one, filled up to its vocabulary with tokens of random bytes, so
-that every id has a text.
+First 256 requests at once through `LLM.generate`, then as 256 open streams of the server: what
+HTTP and text cost the GPU. Then requests that arrive at random, at each of several rates: latencies
+grow until the rate is more than the GPU bears, which memory bandwidth and matrix products bound. A
+model without a tokenizer gets the shipped one, filled up to its vocabulary with tokens of random
+bytes, so that every id has a text.
 
 Prints a table, then one JSON line.
 

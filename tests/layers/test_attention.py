@@ -137,7 +137,7 @@ def check_step(
     )
     if prefill:
         batch.prefill = PrefillBatch(
-            cu_seqlens_q=running_sum(q_lens[len(decode) :], device),
+            cu_seqlens_q=len(decode) + running_sum(q_lens[len(decode) :], device),
             cu_seqlens_k=running_sum(k_lens[len(decode) :], device),
             max_seqlen_q=max(q_lens[len(decode) :]),
             max_seqlen_k=max(k_lens[len(decode) :]),

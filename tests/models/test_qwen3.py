@@ -76,15 +76,15 @@ def make_batch(chunks: list[Chunk]) -> AttentionBatch:
         num_decode=len(decode),
         context_lens=int32([chunk.stop for chunk in decode]),
         block_tables=block_tables(decode),
-        prefill=make_prefill(prefill) if prefill else None,
+        prefill=make_prefill(prefill, len(decode)) if prefill else None,
     )
 
 
-def make_prefill(chunks: list[Chunk]) -> PrefillBatch:
+def make_prefill(chunks: list[Chunk], num_decode: int) -> PrefillBatch:
     query_lens = [chunk.stop - chunk.start for chunk in chunks]
     key_lens = [chunk.stop for chunk in chunks]
     return PrefillBatch(
-        cu_seqlens_q=int32([0, *query_lens]).cumsum(0, dtype=torch.int32),
+        cu_seqlens_q=int32([num_decode, *query_lens]).cumsum(0, dtype=torch.int32),
         cu_seqlens_k=int32([0, *key_lens]).cumsum(0, dtype=torch.int32),
         max_seqlen_q=max(query_lens),
         max_seqlen_k=max(key_lens),

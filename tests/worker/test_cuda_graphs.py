@@ -2,7 +2,14 @@
 
 import pytest
 
-from tpllm.worker.cuda_graphs import decode_sizes, padded_size
+from tpllm.worker.cuda_graphs import (
+    MAX_CHUNKS,
+    MixedSize,
+    decode_sizes,
+    mixed_sizes,
+    padded_mixed_size,
+    padded_size,
+)
 
 
 @pytest.mark.parametrize("max_num_seqs", [1, 2, 3, 7, 32, 33, 100, 256, 300, 1024])
@@ -14,3 +21,35 @@ def test_every_batch_size_is_served_with_little_padding(max_num_seqs: int) -> No
         size = padded_size(sizes, batch_size)
         assert batch_size <= size < batch_size + 32
         assert size <= 2 * batch_size
+
+
+@pytest.mark.parametrize("max_num_seqs", [1, 5, 16, 100, 256, 2000])
+@pytest.mark.parametrize("max_num_batched_tokens", [63, 64, 500, 16384])
+def test_small_mixed_steps_are_served_by_the_smallest_size_that_holds_them(
+    max_num_batched_tokens: int, max_num_seqs: int
+) -> None:
+    sizes = mixed_sizes(max_num_batched_tokens, max_num_seqs)
+    assert sizes == sorted(set(sizes))
+    largest = max((size.num_tokens for size in sizes), default=0)
+    assert largest <= max_num_batched_tokens
+    for num_tokens in range(2, 1100, 7):
+        for num_decode in {0, 1, 17, 65, 255} & set(range(min(num_tokens, max_num_seqs + 1))):
+            size = padded_mixed_size(sizes, num_tokens, num_decode, 1)
+            if num_tokens > largest:
+                assert size is None
+                continue
+            assert size is not None and size.num_decode <= size.num_tokens
+            assert size.num_tokens >= num_tokens and size.num_decode >= num_decode
+            holding = [
+                s for s in sizes if s.num_tokens >= num_tokens and s.num_decode >= num_decode
+            ]
+            assert size == min(holding)
+            # small steps take the time of the weights' bytes, padded or not
+            assert size.num_tokens <= num_tokens + max(63, num_tokens // 2)
+
+
+def test_a_step_without_chunks_or_with_too_many_has_no_mixed_graph() -> None:
+    sizes = [MixedSize(1024, 16)]
+    assert padded_mixed_size(sizes, 10, 5, 0) is None
+    assert padded_mixed_size(sizes, 100, 5, MAX_CHUNKS) == sizes[0]
+    assert padded_mixed_size(sizes, 100, 5, MAX_CHUNKS + 1) is None

@@ -23,7 +23,9 @@ from tpllm.models.checkpoint_weights import SafetensorsWeights
 from tpllm.models.qwen3 import Qwen3ForCausalLM
 from tpllm.parallel.group import TPGroup
 from tpllm.sampling_params import SamplingParams
+from tpllm.worker.cuda_graphs import MixedSize
 from tpllm.worker.kv_cache import CacheShape
+from tpllm.worker.mixed_inputs import part_sizes
 from tpllm.worker.model_runner import ModelRunner
 from tpllm.worker.step_times import StepMarks
 from tpllm.worker.trial_step import largest_step
@@ -66,7 +68,7 @@ def no_masks(step: int) -> StepMasks:
 
 
 def run_all(
-    device: str, dtype: torch.dtype, *, static_decode: bool = True, capture: bool = False
+    device: str, dtype: torch.dtype, *, static: bool = True, capture: bool = False
 ) -> tuple[dict[str, list[int]], Tensor]:
     """Tokens of every request, and the cache as they left it, without the reserved block."""
     model, tp, config = shipped_model(device, dtype)
@@ -76,13 +78,14 @@ def run_all(
         tp,
         limits,
         config.vocab_size,
-        static_decode=static_decode,
+        static_decode=static,
+        static_mixed=static,
         receive_masks=no_masks,
     )
     caches = allocate_cache(model, NUM_BLOCKS, tp)
     runner.use_cache(caches)
     if capture:
-        runner.capture_graphs(runner.decode_sizes)
+        runner.capture_graphs(runner.graph_sizes)
     scheduler = Scheduler(BlockManager(NUM_BLOCKS, BLOCK_SIZE), limits)
     for i, reference in enumerate(shipped_greedy()[:MAX_SEQS]):
         params = SamplingParams(
@@ -102,12 +105,12 @@ def run_all(
     return tokens, torch.stack([torch.stack(layer) for layer in caches])[:, :, 1:]
 
 
-def test_padded_decode_steps_change_nothing() -> None:
+def test_padded_steps_change_nothing() -> None:
     """On the CPU, the gathering kernel interpreted: what a GPU runs, but for graphs."""
     if torch.cuda.is_available():
         pytest.skip("with a CUDA device the kernel is compiled for it")
     padded_tokens, padded_cache = run_all("cpu", torch.float32)
-    plain_tokens, plain_cache = run_all("cpu", torch.float32, static_decode=False)
+    plain_tokens, plain_cache = run_all("cpu", torch.float32, static=False)
     assert padded_tokens == plain_tokens
     assert len(padded_tokens) == MAX_SEQS
     torch.testing.assert_close(padded_cache, plain_cache, rtol=1e-4, atol=1e-4)
@@ -119,7 +122,13 @@ def test_the_largest_step_leaves_no_options_behind(device: str) -> None:
     model, tp, config = shipped_model(device, torch.float32)
     limits = PlanLimits(3, 40, 4, BLOCK_SIZE, config.vocab_size)
     runner = ModelRunner(
-        model, tp, limits, config.vocab_size, static_decode=False, receive_masks=no_masks
+        model,
+        tp,
+        limits,
+        config.vocab_size,
+        static_decode=False,
+        static_mixed=False,
+        receive_masks=no_masks,
     )
     runner.use_cache(allocate_cache(model, 1, tp))
     plan = largest_step(limits, runner.state.padding_row)
@@ -129,6 +138,30 @@ def test_the_largest_step_leaves_no_options_behind(device: str) -> None:
     assert sorted(each.words.shape for each in output.logprobs) == [(3, 43), (39, 43)]
     runner.run_largest_step(StepMarks(tp.device))
     assert not len(runner._options)
+
+
+def test_graphs_are_captured_on_padding_whatever_the_step_before_has_staged() -> None:
+    model, tp, config = shipped_model("cpu", torch.float32)
+    limits = PlanLimits(20, 64, 4, BLOCK_SIZE, config.vocab_size)
+    runner = ModelRunner(
+        model,
+        tp,
+        limits,
+        config.vocab_size,
+        static_decode=True,
+        static_mixed=True,
+        receive_masks=no_masks,
+    )
+    for size in runner.graph_sizes:
+        runner._staging.upload([np.full(512, 99_999, dtype=np.int32)])
+        runner._stage_padding(size)
+        if isinstance(size, MixedSize):
+            rows, *rest = runner._staging.views(part_sizes(size))
+            assert {row for part in (rows, rest.pop(3)) for row in part.tolist()} == {20}
+        else:
+            rows, *rest = runner._staging.views([size, size])
+            assert set(rows.tolist()) == {20}
+        assert not any(part.any() for part in rest)
 
 
 @pytest.mark.gpu

@@ -32,13 +32,16 @@ KVCache = tuple[Tensor, Tensor]  # keys and values of a layer, each [num_blocks,
 class PrefillBatch:
     """Sequences of which this step computes many tokens each, packed one after the other.
 
+    A sequence may have no new tokens: padding.
+
     Attributes:
-        cu_seqlens_q: [P + 1] int32, running sum of the numbers of new tokens
+        cu_seqlens_q: [P + 1] int32, where in the step's tokens each one's new tokens begin, and
+            where the last one's end; the first begins after the decode rows
         cu_seqlens_k: [P + 1] int32, running sum of the context lengths, new tokens included
-        max_seqlen_q: most new tokens of a sequence
-        max_seqlen_k: longest context, in tokens
+        max_seqlen_q: most new tokens of a sequence, or more
+        max_seqlen_k: longest context, in tokens, or more
         block_tables: [P, B] int32
-        has_context: True if some sequence's new tokens come after tokens already in the cache
+        has_context: True if some sequence's new tokens may come after tokens already in the cache
     """
 
     cu_seqlens_q: Tensor
@@ -56,7 +59,8 @@ class AttentionBatch:
     Attributes:
         slot_mapping: [N] int32, the cache slot of each token's key and value
         num_decode: S; the first S tokens are one each of S sequences
-        context_lens: [S] int32, tokens each of them may see, itself included
+        context_lens: [S] int32, tokens each of them may see, itself included; 0 where a row is
+            padding, and its token none of a decode row
         block_tables: [S, B] int32
         prefill: the remaining tokens, or None if there are none
     """
@@ -74,11 +78,13 @@ class AttentionBackend(Protocol):
     Attributes:
         name: for messages
         capturable: True if `decode` may be captured in a CUDA graph
+        prefill_capturable: likewise for `prefill`
         max_rope_rows: up to so many rows `decode` is faster with `rope` than after it
     """
 
     name: str
     capturable: bool
+    prefill_capturable: bool
     max_rope_rows: int
 
     def decode(
@@ -89,8 +95,11 @@ class AttentionBackend(Protocol):
         batch: AttentionBatch,
         scale: float,
         rope: QKNormRope | None = None,
+        out: Tensor | None = None,
     ) -> Tensor:
         """One query per sequence against its cached context: q and result [S, H, D].
+
+        The rows of `out` that are no padding get the result, where `out` is given.
 
         With `rope` q is a view of raw queries | keys | values, [S, (H + 2K) * D]: they are normed
         and rotated on the way, and the new keys and values stored.
@@ -107,9 +116,10 @@ class AttentionBackend(Protocol):
         batch: PrefillBatch,
         scale: float,
     ) -> Tensor:
-        """Chunks of queries, each causal within its sequence: q and result [Np, H, D].
+        """Chunks of queries, each causal within its sequence: q and result [N, H, D].
 
-        k and v [Np, K, D] are those of the new tokens alone, also found in the cache.
+        q, k and v [N, K, D] are those of the whole step; k and v are also found in the cache. The
+        result of tokens that are in no chunk is undefined.
         """
         ...
 
@@ -118,7 +128,7 @@ class TorchAttentionBackend:
     """Plain torch on gathered pages: the reference, and the CPU path."""
 
     name = "torch"
-    capturable = False  # reads lengths on the host
+    capturable = prefill_capturable = False  # reads lengths on the host
     max_rope_rows = 0
 
     def decode(
@@ -129,6 +139,7 @@ class TorchAttentionBackend:
         batch: AttentionBatch,
         scale: float,
         rope: QKNormRope | None = None,
+        out: Tensor | None = None,
     ) -> Tensor:
         assert rope is None
         num_kv_heads, head_dim = k_cache.shape[2:]
@@ -138,7 +149,7 @@ class TorchAttentionBackend:
         seen = torch.arange(num_slots, device=q.device) < batch.context_lens.unsqueeze(1)
         # the query heads of a key/value head are as many queries: [S, K, H / K, D]
         grouped = q.reshape(q.shape[0], num_kv_heads, -1, head_dim)
-        out = torch.empty_like(grouped)
+        attended = torch.empty_like(grouped)
         rows_at_once = max(1, _GATHERED_TOKENS // num_slots)
         for first in range(0, q.shape[0], rows_at_once):
             rows = slice(first, first + rows_at_once)
@@ -147,8 +158,13 @@ class TorchAttentionBackend:
             k = k_cache[tables[rows]].flatten(1, 2).masked_fill_(unseen, 0).transpose(1, 2)
             v = v_cache[tables[rows]].flatten(1, 2).masked_fill_(unseen, 0).transpose(1, 2)
             mask = seen[rows, None, None, :]
-            out[rows] = F.scaled_dot_product_attention(grouped[rows], k, v, mask, scale=scale)
-        return out.view_as(q)
+            attended[rows] = F.scaled_dot_product_attention(grouped[rows], k, v, mask, scale=scale)
+        attended = attended.view_as(q)
+        if out is None:
+            return attended
+        is_row = (batch.context_lens > 0)[:, None, None]
+        out[: q.shape[0]] = torch.where(is_row, attended, out[: q.shape[0]])
+        return out
 
     def prefill(
         self,
@@ -165,6 +181,8 @@ class TorchAttentionBackend:
         for row in range(len(q_bounds) - 1):
             new = slice(q_bounds[row], q_bounds[row + 1])
             context_len = k_bounds[row + 1] - k_bounds[row]
+            if new.start == new.stop:
+                continue
             row_k, row_v = k[new], v[new]
             if context_len > new.stop - new.start:
                 row_k = gather_pages(k_cache, batch.block_tables[row], context_len)
@@ -193,9 +211,10 @@ class SplitDecodeBackend(TorchAttentionBackend):
         batch: AttentionBatch,
         scale: float,
         rope: QKNormRope | None = None,
+        out: Tensor | None = None,
     ) -> Tensor:
         return self._split_decode(
-            q, k_cache, v_cache, batch.context_lens, batch.block_tables, scale, rope
+            q, k_cache, v_cache, batch.context_lens, batch.block_tables, scale, rope, out
         )
 
 
@@ -206,6 +225,7 @@ class FlashAttention2Backend(SplitDecodeBackend):
     """
 
     name = "split decode, flash-attn 2 prefill"
+    prefill_capturable = True
 
     def __init__(self) -> None:
         super().__init__()
@@ -223,15 +243,21 @@ class FlashAttention2Backend(SplitDecodeBackend):
         batch: PrefillBatch,
         scale: float,
     ) -> Tensor:
-        block_table = None
-        if batch.has_context:  # otherwise the new tokens are the whole context: skip the paging
-            k, v, block_table = k_cache, v_cache, batch.block_tables
+        # Without context the new tokens are all there is to see: skip the paging.
+        block_table, cu_seqlens_k = None, batch.cu_seqlens_q
+        if batch.has_context:
+            k, v, block_table, cu_seqlens_k = (
+                k_cache,
+                v_cache,
+                batch.block_tables,
+                batch.cu_seqlens_k,
+            )
         out: Tensor = self._varlen(
             q,
             k,
             v,
             batch.cu_seqlens_q,
-            batch.cu_seqlens_k,
+            cu_seqlens_k,
             batch.max_seqlen_q,
             batch.max_seqlen_k,
             softmax_scale=scale,
@@ -317,26 +343,14 @@ class Attention(nn.Module):
             rope = None
         heads = qkv.view(qkv.shape[0], -1, self.head_dim)  # [N, H + 2K, D]
         q, k, v = heads.split([self.num_heads, self.num_kv_heads, self.num_kv_heads], dim=1)
-        num_decode = batch.num_decode
-        parts = []
-        if num_decode:
-            parts.append(
-                self.backend.decode(q[:num_decode], k_cache, v_cache, batch, self.scale, rope)
-            )
+        out = None
         if batch.prefill is not None:
-            parts.append(
-                self.backend.prefill(
-                    q[num_decode:],
-                    k[num_decode:],
-                    v[num_decode:],
-                    k_cache,
-                    v_cache,
-                    batch.prefill,
-                    self.scale,
-                )
-            )
-        out = parts[0] if len(parts) == 1 else torch.cat(parts)  # [N, H, D]
-        return out.flatten(1)
+            out = self.backend.prefill(q, k, v, k_cache, v_cache, batch.prefill, self.scale)
+        if batch.num_decode:
+            q = q[: batch.num_decode]
+            out = self.backend.decode(q, k_cache, v_cache, batch, self.scale, rope, out)
+        assert out is not None
+        return out.flatten(1)  # [N, H * D]
 
     def _store(
         self,

@@ -213,12 +213,14 @@ class PagedDecode:
         block_tables: Tensor,
         scale: float,
         rope: QKNormRope | None = None,
+        out: Tensor | None = None,
     ) -> Tensor:
         """Attend with one query per sequence.
 
         Shapes: q [S, H, D], heads and their elements contiguous; caches
         [num_blocks, block_size, K, D] contiguous; context_lens [S] int32; block_tables [S, B]
-        int32. The result is [S, H, D].
+        int32. The result is [S, H, D]; or `out`, contiguous and of S rows or more, of which those
+        with a context are written.
 
         With `rope` the rows of q go on with the raw keys and values of the newest token: queries
         and keys are normed and rotated here, at position `context_lens - 1`, and keys and values
@@ -231,7 +233,9 @@ class PagedDecode:
         longest = block_tables.shape[1] * block_size
         max_parts = max(1, min(_MAX_PARTS, _PROGRAMS_WANTED // (S * K), longest // _MIN_PART))
         shape = _MANY_PROGRAMS if S * K > _PROGRAMS_WANTED else _FEW_PROGRAMS
-        out = torch.empty(S, H, D, dtype=q.dtype, device=q.device)
+        if out is None:
+            out = torch.empty(S, H, D, dtype=q.dtype, device=q.device)
+        assert out.is_contiguous()
         if self._scratch is None:
             # Only contexts in several parts need it, and of parts there are never more than these.
             # Made once: a CUDA graph goes on using what it was captured with.

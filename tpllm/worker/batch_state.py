@@ -6,7 +6,6 @@ padding there, on the reserved cache block, and needs no special case for it.
 
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 import triton
 import triton.language as tl
@@ -193,26 +192,6 @@ def gather_decode_inputs(state: BatchState, inputs: DecodeInputs) -> None:
         STOP_IDS=MAX_MASKED_STOP_IDS,
         BLOCK=128,
     )
-
-
-def flatten_chunks(
-    rows: np.ndarray, starts: np.ndarray, num_tokens: np.ndarray
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Row and position of every token of a step, on the host.
-
-    Args:
-        rows, starts, num_tokens: [S], as in a `StepPlan`.
-
-    Returns:
-        row of each token [N], position of each token [N], and the running sum [S + 1] of
-        `num_tokens`, all int32.
-    """
-    cu_seqlens = np.zeros(len(rows) + 1, dtype=np.int32)
-    np.cumsum(num_tokens, out=cu_seqlens[1:])
-    token_rows = np.repeat(rows, num_tokens)
-    first = np.repeat(starts - cu_seqlens[:-1], num_tokens)
-    positions = first + np.arange(cu_seqlens[-1], dtype=np.int32)
-    return token_rows, positions, cu_seqlens
 
 
 def _zeros(*shape: int, device: torch.device) -> Tensor:

@@ -79,17 +79,19 @@ def gpu_cache_blocks(
 
 
 def _graph_bytes(shape: CacheShape, runner: ModelRunner, tp: TPGroup) -> int:
-    """Bytes that all graphs will take, from the largest and one more."""
-    sizes = runner.decode_sizes
+    """Bytes that all graphs will take, from the largest and two more of either kind."""
+    sizes = runner.graph_sizes
+    more = [*sizes[1:2], sizes[-1]]
     free = [torch.cuda.mem_get_info()[0]]
-    for trial in (sizes[-1:], sizes[-2:]):
+    for trial in (sizes[:1], [*sizes[:1], *more]):
         runner.capture_graphs(trial)
         torch.cuda.synchronize()
         free.append(torch.cuda.mem_get_info()[0])
-    largest, both = free[0] - free[1], free[0] - free[2]
+    largest, all_three = free[0] - free[1], free[0] - free[2]
     runner.use_cache(shape.allocate(1, tp.device))  # drops the graphs
     torch.cuda.empty_cache()
-    return max(0, largest) + max(0, both - largest) * len(sizes)
+    each = max(0, all_three - largest) / len(more)
+    return max(0, largest) + int(each * len(sizes))
 
 
 def _host_bytes() -> int:

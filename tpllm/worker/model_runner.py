@@ -1,6 +1,7 @@
 """Runs step plans on this rank's shard of the model: batch state, forward, sampling."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import numpy as np
 import torch
@@ -11,15 +12,27 @@ from tpllm.layers.attention import AttentionBatch, KVCache, PrefillBatch
 from tpllm.layers.sampler import SamplingBatch
 from tpllm.models.registry import CausalLM
 from tpllm.parallel.group import TPGroup
-from tpllm.worker import cuda_graphs
-from tpllm.worker.batch_state import (
-    BatchState,
-    DecodeInputs,
-    flatten_chunks,
-    gather_decode_inputs,
+from tpllm.worker.batch_state import BatchState, DecodeInputs, gather_decode_inputs
+from tpllm.worker.cuda_graphs import (
+    MAX_CHUNKS,
+    CapturedStep,
+    GraphPool,
+    MixedSize,
+    decode_sizes,
+    mixed_sizes,
+    padded_mixed_size,
+    padded_size,
+)
+from tpllm.worker.mixed_inputs import (
+    LAST_TOKEN,
+    MixedInputs,
+    mixed_inputs,
+    no_inputs,
+    padded,
+    part_sizes,
 )
 from tpllm.worker.option_table import OptionTable, upload
-from tpllm.worker.staging import HostStaging, aligned
+from tpllm.worker.staging import HostStaging
 from tpllm.worker.step_times import StepMarks
 from tpllm.worker.token_sampler import Drawing, LogprobWords, StepOutput, TokenSampler
 from tpllm.worker.trial_step import largest_step
@@ -30,13 +43,15 @@ Mark = Callable[[], None]
 class ModelRunner:
     """One rank's model, batch and cache.
 
-    A step of decode rows alone is padded to one of a few sizes and reads fixed buffers only, so
-    that a CUDA graph can replay it. Every other step runs eagerly with its true sizes.
+    A step of decode rows alone, and the forward of a mixed step of few tokens, are padded to one
+    of a few sizes and read fixed buffers only, so that a CUDA graph can replay them. Every other
+    step runs eagerly with its true sizes.
 
     Args:
         model: this rank's shard, weights loaded.
         static_decode: run decode steps padded, from fixed buffers (on a GPU, with an attention
             backend that can be captured).
+        static_mixed: likewise small mixed steps.
         receive_masks: waits for the masks of a step whose forward has been launched.
     """
 
@@ -48,14 +63,17 @@ class ModelRunner:
         vocab_size: int,
         *,
         static_decode: bool,
+        static_mixed: bool,
         receive_masks: Callable[[int], StepMasks],
     ) -> None:
         self._model = model
         self._tp = tp
         self._limits = limits
         self._static_decode = static_decode
+        self._static_mixed = static_mixed
         self._kv_caches: list[KVCache] = []
-        self._graphs: dict[int, cuda_graphs.CapturedStep] = {}
+        self._decode_graphs: dict[int, CapturedStep] = {}
+        self._mixed_graphs: dict[MixedSize, CapturedStep] = {}
         self.state = BatchState(
             limits.max_num_seqs, limits.max_blocks_per_seq, limits.block_size, tp.device
         )
@@ -72,19 +90,46 @@ class ModelRunner:
         )
         words = 3 * limits.max_num_batched_tokens + 8 * (limits.max_num_seqs + 1)
         words += ENTERING_WORDS * limits.max_num_seqs + 2 * limits.max_block_updates
-        self._staging = HostStaging(words + 64, tp.device)
-        self.decode_sizes = cuda_graphs.decode_sizes(limits.max_num_seqs)
+        words += 3 * MAX_CHUNKS + 64
+        self._staging = HostStaging(words, tp.device)
+        self.decode_sizes = decode_sizes(limits.max_num_seqs)
+        self.mixed_sizes = mixed_sizes(limits.max_num_batched_tokens, limits.max_num_seqs)
         self._decode_inputs: dict[int, DecodeInputs] = {}
+
+    @property
+    def graph_sizes(self) -> list[int | MixedSize]:
+        """Sizes of decode and of mixed steps that can have a graph, the largest first."""
+        mixed = self.mixed_sizes if self._static_mixed else []
+        return [*reversed(mixed), *reversed(self.decode_sizes)]
 
     def use_cache(self, kv_caches: list[KVCache]) -> None:
         """Store keys and values here from now on; graphs of an earlier cache are dropped."""
-        self._graphs = {}
+        self._drop_graphs()
         self._kv_caches = kv_caches
 
-    def capture_graphs(self, sizes: list[int]) -> None:
-        """Capture decode steps of these sizes, for the present cache."""
-        self._graphs = {}  # their memory first
-        self._graphs = cuda_graphs.capture(self._decode, sizes)
+    @torch.inference_mode()
+    def capture_graphs(self, sizes: Sequence[int | MixedSize]) -> None:
+        """Capture steps of these sizes, in this order, for the present cache."""
+        self._drop_graphs()  # their memory first
+        pool = GraphPool()
+        for size in sizes:
+            self._stage_padding(size)
+            if isinstance(size, MixedSize):
+                self._mixed_graphs[size] = pool.capture(partial(self._padded_mixed, size))
+            else:
+                self._decode_graphs[size] = pool.capture(partial(self._decode, size))
+
+    def _drop_graphs(self) -> None:
+        self._decode_graphs, self._mixed_graphs = {}, {}
+
+    def _stage_padding(self, size: int | MixedSize) -> None:
+        """Stage a step of padding alone: what is left of earlier steps may point anywhere."""
+        if isinstance(size, MixedSize):
+            inputs = padded(no_inputs(), size, self.state.padding_row)
+            self._staging.upload(inputs.parts())
+        else:
+            rows = np.full(size, self.state.padding_row, dtype=np.int32)
+            self._staging.upload([rows, np.zeros_like(rows)])
 
     @torch.inference_mode()
     def run(self, plan: StepPlan, marks: StepMarks) -> StepOutput:
@@ -103,7 +148,7 @@ class ModelRunner:
     def _run_decode(self, plan: StepPlan, marks: StepMarks) -> StepOutput:
         S = plan.rows.size
         assert not len(plan.entering), "a row enters with a chunk of its prompt"
-        size = cuda_graphs.padded_size(self.decode_sizes, S)
+        size = padded_size(self.decode_sizes, S)
         rows = np.full(size, self.state.padding_row, dtype=np.int32)
         rows[:S] = plan.rows
         starts = np.zeros(size, dtype=np.int32)
@@ -111,9 +156,9 @@ class ModelRunner:
         marks.begin()
         *_, updates = self._staging.upload([rows, starts, plan.block_updates])
         self.state.apply(updates[:0], updates)
-        if graph := self._graphs.get(size):
+        if graph := self._decode_graphs.get(size):
             graph.graph.replay()
-            tokens = graph.tokens
+            tokens = graph.result
         else:
             tokens = self._decode(size, marks.sample)
         inputs = self._inputs_of(size)
@@ -139,8 +184,7 @@ class ModelRunner:
     def _inputs_of(self, size: int) -> DecodeInputs:
         inputs = self._decode_inputs.get(size)
         if inputs is None:
-            rows = self._staging.view(0, size)
-            starts = self._staging.view(aligned(size), size)
+            rows, starts = self._staging.views([size, size])
             device = self._tp.device
             inputs = DecodeInputs.empty(rows, starts, self._limits.max_blocks_per_seq, device)
             self._decode_inputs[size] = inputs
@@ -160,69 +204,49 @@ class ModelRunner:
     # ---- everything else ---------------------------------------------------------------------
 
     def _run_mixed(self, plan: StepPlan, marks: StepMarks) -> StepOutput:
-        D = plan.num_decode
-        state = self.state
-        token_rows, positions, cu_seqlens = flatten_chunks(plan.rows, plan.starts, plan.num_tokens)
+        num_chunks = plan.rows.size - plan.num_decode
         ends = plan.starts + plan.num_tokens  # [S] context lengths after this step
-        cu_seqlens_q = cu_seqlens[D:] - cu_seqlens[D]
-        cu_seqlens_k = np.zeros_like(cu_seqlens_q)
-        np.cumsum(ends[D:], out=cu_seqlens_k[1:])
+        cu_seqlens = np.cumsum(plan.num_tokens)
         sampling_rows = np.flatnonzero(plan.samples)
-        parts = [
-            plan.entering,
-            plan.block_updates,
-            token_rows,
-            positions,
-            plan.token_ids,
-            plan.rows,
-            ends[:D],
-            cu_seqlens_q,
-            cu_seqlens_k,
-            cu_seqlens[1:][sampling_rows] - 1,
-            plan.rows[sampling_rows],
-            ends[sampling_rows],
-        ]
+        host_inputs, size = mixed_inputs(plan), None
+        if self._static_mixed:
+            num_tokens = host_inputs.positions.size
+            size = padded_mixed_size(self.mixed_sizes, num_tokens, plan.num_decode, num_chunks)
+        if size is not None:
+            host_inputs = padded(host_inputs, size, self.state.padding_row)
+        parts = host_inputs.parts()
         marks.begin()
-        (
-            entering,
-            updates,
-            token_rows_,
-            positions_,
-            prefill_ids,
-            rows,
-            context_lens,
-            cu_q,
-            cu_k,
-            last_indices,
-            sample_rows,
-            sample_positions,
-        ) = self._staging.upload(parts)
-        state.apply(entering, updates)
-        prefill = None
-        if plan.rows.size > D:
-            prefill = PrefillBatch(
-                cu_seqlens_q=cu_q,
-                cu_seqlens_k=cu_k,
-                max_seqlen_q=int(plan.num_tokens[D:].max()),
-                max_seqlen_k=int(ends[D:].max()),
-                block_tables=state.block_tables[rows[D:]],
-                has_context=bool(plan.starts[D:].any()),
-            )
-        batch = AttentionBatch(
-            slot_mapping=state.slots(token_rows_, positions_),
-            num_decode=D,
-            context_lens=context_lens,
-            block_tables=state.block_tables[rows[:D]],
-            prefill=prefill,
+        views = self._staging.upload(
+            [
+                *parts,
+                plan.entering,
+                plan.block_updates,
+                cu_seqlens[sampling_rows] - 1,
+                plan.rows[sampling_rows],
+                ends[sampling_rows],
+            ]
         )
-        input_ids = torch.cat([state.last_tokens[rows[:D]], prefill_ids])  # [N]
-        hidden = self._model(input_ids, positions_, batch, self._kv_caches)
+        entering, updates, last_indices, sample_rows, sample_positions = views[len(parts) :]
+        self.state.apply(entering, updates)
+        if size is None:
+            chunks = slice(plan.num_decode, None)
+            hidden = self._mixed(
+                MixedInputs(*views[: len(parts)]),
+                max_seqlen_q=int(plan.num_tokens[chunks].max(initial=0)),
+                max_seqlen_k=int(ends[chunks].max(initial=0)),
+                has_context=bool(plan.starts[chunks].any()),
+            )
+        elif graph := self._mixed_graphs.get(size):
+            graph.graph.replay()
+            hidden = graph.result
+        else:
+            hidden = self._padded_mixed(size)
         marks.sample()
-        prompt_logprobs = self._prompt_logprobs(plan, hidden, cu_seqlens)
+        prompt_logprobs = self._prompt_logprobs(plan, hidden, cu_seqlens - plan.num_tokens)
         if sampling_rows.size == 0:  # all rows end inside their prompts
-            return StepOutput(prefill_ids[:0], prompt_logprobs)
+            return StepOutput(last_indices, prompt_logprobs)
         logits = self._model.compute_logits(hidden[last_indices])  # [S, Vl]
-        sampling = state.sampling(sample_rows, sample_positions)
+        sampling = self.state.sampling(sample_rows, sample_positions)
         tokens = self._draw(logits, sample_rows, sampling)
         drawing = Drawing(
             plan.step, sampling_rows, plan.rows[sampling_rows], ends[sampling_rows], sampling
@@ -231,10 +255,53 @@ class ModelRunner:
         output.logprobs += prompt_logprobs
         return output
 
+    def _padded_mixed(self, size: MixedSize) -> Tensor:
+        """Hidden states of a step as staged, padded to `size`: reads fixed buffers only."""
+        inputs = MixedInputs(*self._staging.views(part_sizes(size)))
+        longest = self._limits.max_blocks_per_seq * self._limits.block_size
+        return self._mixed(
+            inputs, max_seqlen_q=size.num_tokens, max_seqlen_k=longest, has_context=True
+        )
+
+    def _mixed(
+        self,
+        inputs: MixedInputs[Tensor],
+        *,
+        max_seqlen_q: int,
+        max_seqlen_k: int,
+        has_context: bool,
+    ) -> Tensor:
+        """Hidden states [N, E] of a step's tokens; see `PrefillBatch` for the arguments."""
+        state = self.state
+        num_decode = inputs.context_lens.numel()
+        prefill = None
+        if inputs.chunk_rows.numel():
+            prefill = PrefillBatch(
+                cu_seqlens_q=inputs.cu_seqlens_q,
+                cu_seqlens_k=inputs.cu_seqlens_k,
+                max_seqlen_q=max_seqlen_q,
+                max_seqlen_k=max_seqlen_k,
+                block_tables=state.block_tables[inputs.chunk_rows],
+                has_context=has_context,
+            )
+        batch = AttentionBatch(
+            slot_mapping=state.slots(inputs.token_rows, inputs.positions),
+            num_decode=num_decode,
+            context_lens=inputs.context_lens,
+            block_tables=state.block_tables[inputs.token_rows[:num_decode]],
+            prefill=prefill,
+        )
+        last_tokens = state.last_tokens[inputs.token_rows]
+        input_ids = torch.where(inputs.token_ids == LAST_TOKEN, last_tokens, inputs.token_ids)
+        return self._model(input_ids, inputs.positions, batch, self._kv_caches)
+
     def _prompt_logprobs(
-        self, plan: StepPlan, hidden: Tensor, cu_seqlens: np.ndarray
+        self, plan: StepPlan, hidden: Tensor, first_tokens: np.ndarray
     ) -> list[LogprobWords]:
-        """Of the prompt tokens that this step's hidden states [N, E] predict, where rows ask."""
+        """Of the prompt tokens that this step's hidden states predict, where rows ask.
+
+        hidden [N, E], or more for padding; first_tokens [S], where each row's tokens begin.
+        """
         blocks, indices, places = [], [], []
         width = self._options.tokens.shape[1]
         for i in range(plan.num_decode, plan.rows.size if len(self._options) else 0):
@@ -245,7 +312,7 @@ class ModelRunner:
             n = min(int(plan.num_tokens[i]), options.num_prompt_tokens - 1 - start)
             if n > 0:  # else the chunk is the prompt's last token, which predicts a new one
                 blocks.append((i, start + 1, n, options.num_prompt_logprobs))
-                indices.append(cu_seqlens[i] + np.arange(n, dtype=np.int64))
+                indices.append(first_tokens[i] + np.arange(n, dtype=np.int64))
                 places.append(row * width + start + 1 + np.arange(n, dtype=np.int64))
         if not blocks:
             return []

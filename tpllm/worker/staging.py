@@ -46,9 +46,13 @@ class HostStaging:
             self._done[turn].record()
         return [self._device[begin:end] for begin, end in bounds]
 
-    def view(self, begin: int, size: int) -> Tensor:
-        """Words of the fixed device buffer, as a graph captures them."""
-        return self._device[begin : begin + size]
+    def views(self, sizes: list[int]) -> list[Tensor]:
+        """Where an upload puts parts of these sizes if they come first, as a graph captures it."""
+        views, offset = [], 0
+        for size in sizes:
+            views.append(self._device[offset : offset + size])
+            offset = aligned(offset + size)
+        return views
 
 
 def aligned(num_words: int) -> int:

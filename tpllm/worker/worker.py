@@ -92,6 +92,7 @@ class Worker:
             limits,
             config.model_config.vocab_size,
             static_decode=static_decode,
+            static_mixed=static_decode and backend.prefill_capturable,
             receive_masks=self._receive_masks,
         )
         with explained_out_of_memory(device, "while it made room for the KV cache"):
@@ -142,7 +143,7 @@ class Worker:
         runner.use_cache(shape.allocate(num_blocks, self._device))
         if self._use_graphs:
             self._replies.phase("capturing graphs")
-            runner.capture_graphs(runner.decode_sizes)
+            runner.capture_graphs(runner.graph_sizes)
         return num_blocks
 
     # ---- serving -----------------------------------------------------------------------------

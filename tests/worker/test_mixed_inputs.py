@@ -1,0 +1,76 @@
+"""A mixed step's integers, with their true sizes and padded to a graph's."""
+
+import numpy as np
+
+from tpllm.channel.step_plan import StepPlan
+from tpllm.worker.cuda_graphs import MAX_CHUNKS, MixedSize
+from tpllm.worker.mixed_inputs import (
+    LAST_TOKEN,
+    flatten_chunks,
+    mixed_inputs,
+    no_inputs,
+    padded,
+    part_sizes,
+)
+
+
+def int32(*values: int) -> np.ndarray:
+    return np.array(values, dtype=np.int32)
+
+
+# rows 4 and 0 decode; rows 1 and 2 compute two tokens each, row 2 after eight others
+PLAN = StepPlan(
+    step=0,
+    num_decode=2,
+    rows=int32(4, 0, 1, 2),
+    starts=int32(9, 5, 0, 8),
+    num_tokens=int32(1, 1, 2, 2),
+    samples=int32(1, 1, 1, 0),
+    entering=np.empty((0, 0), dtype=np.int32),
+    block_updates=np.empty((0, 2), dtype=np.int32),
+    token_ids=int32(30, 31, 40, 41),
+    row_options=int32(),
+)
+
+
+def test_chunks_are_flattened_to_tokens() -> None:
+    rows, starts, lengths = (np.array(x, dtype=np.int32) for x in ([4, 1, 2], [9, 0, 3], [1, 3, 2]))
+    token_rows, positions, cu_seqlens = flatten_chunks(rows, starts, lengths)
+    assert token_rows.tolist() == [4, 1, 1, 1, 2, 2]
+    assert positions.tolist() == [9, 0, 1, 2, 3, 4]
+    assert cu_seqlens.tolist() == [0, 1, 4, 6]
+    assert {token_rows.dtype, positions.dtype, cu_seqlens.dtype} == {np.dtype(np.int32)}
+
+
+def test_inputs_are_those_of_the_plan() -> None:
+    inputs = mixed_inputs(PLAN)
+    assert inputs.token_rows.tolist() == [4, 0, 1, 1, 2, 2]
+    assert inputs.positions.tolist() == [9, 5, 0, 1, 8, 9]
+    assert inputs.token_ids.tolist() == [LAST_TOKEN, LAST_TOKEN, 30, 31, 40, 41]
+    assert inputs.context_lens.tolist() == [10, 6]
+    assert inputs.chunk_rows.tolist() == [1, 2]
+    assert inputs.cu_seqlens_q.tolist() == [2, 4, 6]
+    assert inputs.cu_seqlens_k.tolist() == [0, 2, 12]
+    assert {part.dtype for part in inputs.parts()} == {np.dtype(np.int32)}
+
+
+def test_padding_sees_nothing_and_is_of_the_padding_row() -> None:
+    size = MixedSize(8, 3)
+    inputs = padded(mixed_inputs(PLAN), size, padding_row=7)
+    assert [part.size for part in inputs.parts()] == part_sizes(size)
+    assert inputs.token_rows.tolist() == [4, 0, 1, 1, 2, 2, 7, 7]
+    assert inputs.positions.tolist() == [9, 5, 0, 1, 8, 9, 0, 0]
+    assert inputs.token_ids.tolist() == [LAST_TOKEN, LAST_TOKEN, 30, 31, 40, 41, 0, 0]
+    assert inputs.context_lens.tolist() == [10, 6, 0]
+    assert inputs.chunk_rows.tolist() == [1, 2] + [7] * (MAX_CHUNKS - 2)
+    assert inputs.cu_seqlens_q.tolist() == [2, 4, 6] + [6] * (MAX_CHUNKS - 2)
+    assert inputs.cu_seqlens_k.tolist() == [0, 2, 12] + [12] * (MAX_CHUNKS - 2)
+    assert {part.dtype for part in inputs.parts()} == {np.dtype(np.int32)}
+
+
+def test_without_inputs_all_is_padding() -> None:
+    inputs = padded(no_inputs(), MixedSize(4, 2), padding_row=7)
+    assert inputs.token_rows.tolist() == [7] * 4
+    for part in (inputs.positions, inputs.token_ids, inputs.context_lens):
+        assert not part.any()
+    assert not inputs.cu_seqlens_q.any() and not inputs.cu_seqlens_k.any()
