@@ -202,7 +202,7 @@ import hashlib, sys
 from tpllm.channel.ring import RingDescriptors, RingReader
 
 index, count, *fds = map(int, sys.argv[1:])
-reader = RingReader(RingDescriptors(fds[0], tuple(fds[1:-1]), fds[-1]), index)
+reader = RingReader(RingDescriptors.of(fds), index)
 print("joined", flush=True)
 sys.stdin.read(1)  # the late one is not told to begin before the ring is full
 digest = hashlib.sha256()

@@ -5,11 +5,13 @@ What the workers act out stands in the environment, as JSON: see `stub_worker`.
 
 import json
 import os
+from collections.abc import Callable
 from typing import Any
 
 from tpllm.channel.step_plan import PlanLimits
 from tpllm.engine import coordinator, engine_process
-from tpllm.engine.launcher import Timeouts, WorkerGroup
+from tpllm.engine.launcher import WorkerGroup
+from tpllm.engine.watch import Timeouts
 
 ACTS = "TPLLM_TEST_ACTS"
 
@@ -20,11 +22,12 @@ def start_stubs(
     settings: dict[str, Any],
     timeouts: Timeouts,
     module: str,
+    on_phase: Callable[[int, str], None] | None,
 ) -> WorkerGroup:
     acts = json.loads(os.environ.get(ACTS, "{}"))
     # the key of a rank that is told nothing: it works
     each = {str(r): acts.get(str(r), [["ready"], ["compute", 0.0]]) for r in range(world_size)}
-    return WorkerGroup(world_size, limits, {"acts": each}, timeouts, module="stub_worker")
+    return WorkerGroup(world_size, limits, {"acts": each}, timeouts, "stub_worker", on_phase)
 
 
 if __name__ == "__main__":

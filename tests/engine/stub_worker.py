@@ -11,6 +11,7 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,8 @@ import numpy as np
 from tpllm.channel.progress import Progress
 from tpllm.channel.ring import RingReader
 from tpllm.channel.step_plan import CONTROL, PlanLimits, StepPlan, StepResult
-from tpllm.engine.launcher import Timeouts, WorkerGroup
+from tpllm.engine.launcher import WorkerGroup
+from tpllm.engine.watch import Timeouts
 from tpllm.errors import SettingError
 from tpllm.worker.__main__ import Spec, main
 from tpllm.worker.replies import Replies
@@ -38,11 +40,13 @@ def start(
     world_size: int = 2,
     module: str = "stub_worker",
     timeout_s: float = 60.0,
+    on_phase: Callable[[int, str], None] | None = None,
 ) -> WorkerGroup:
     """Start stub workers; the fixture `stub_workers` lets them be found."""
     settings = {"acts": {str(rank): each for rank, each in (acts or {}).items()}}
     timeouts = Timeouts(start_timeout_s=timeout_s, step_timeout_s=timeout_s)
-    return WorkerGroup(world_size, PlanLimits(4, 64, 4, 16, 8), settings, timeouts, module)
+    limits = PlanLimits(4, 64, 4, 16, 8)
+    return WorkerGroup(world_size, limits, settings, timeouts, module, on_phase)
 
 
 def until_ready(group: WorkerGroup) -> WorkerGroup:

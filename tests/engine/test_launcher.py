@@ -20,8 +20,9 @@ from tests.leaks import is_running, wait_until
 from tpllm import interrupts
 from tpllm.channel import ring
 from tpllm.channel.step_plan import RESULT, STEP
-from tpllm.engine import launcher, processes
-from tpllm.engine.launcher import Timeouts, WorkerGroup
+from tpllm.engine import failure, launcher, processes
+from tpllm.engine.launcher import WorkerGroup
+from tpllm.engine.watch import Timeouts
 from tpllm.errors import SettingError, WorkerError
 
 pytestmark = pytest.mark.usefixtures("stub_workers", "ctrl_c_raises")
@@ -33,13 +34,13 @@ MODULES = (launcher, processes, ring, interrupts)
 @pytest.fixture
 def patience(monkeypatch):
     """Listen for the cause of a failure for as long as it takes; the test says what comes."""
-    monkeypatch.setattr(launcher, "GRACE_S", LONG_S)
+    monkeypatch.setattr(failure, "GRACE_S", LONG_S)
 
 
 def run_steps(group: WorkerGroup, count: int = 1) -> None:
     """Do steps one after the other; the workers answer with the plan."""
     for i in range(count):
-        group.send(STEP, [str(i).encode()], step=group.step + 1)
+        group.send(STEP, [str(i).encode()], step=group.watch.step + 1)
         assert group.receive(0, RESULT).payload.tobytes() == str(i).encode()
 
 
@@ -56,10 +57,10 @@ def test_records_reach_every_worker_and_answers_come_back():
 
 
 def test_phases_are_told_as_they_come():
-    heard = []
+    heard: list[tuple[int, str]] = []
     say: list[list[Any]] = [["say", "loading weights"], ["say", "capturing graphs"], READY, SERVE]
-    with closing(start({0: say}, world_size=1)) as group:
-        group.receive_control(0, on_phase=lambda rank, phase: heard.append((rank, phase)))
+    with closing(start({0: say}, 1, on_phase=lambda *said: heard.append(said))) as group:
+        group.receive_control(0)
         assert heard == [(0, "loading weights"), (0, "capturing graphs")]
         assert group.phases == ["capturing graphs"]
 
@@ -168,7 +169,7 @@ def test_an_exception_while_starting_gives_rank_phase_and_traceback(phases, when
 def test_an_exception_in_a_step_gives_rank_step_and_traceback():
     fails: list[list[Any]] = [READY, ["serve", 3], ["raise", "disk on fire"]]
     group = until_ready(start({0: [READY, ["serve", 2], HANG], 1: fails}))
-    group.phases = ["ready"] * 2
+    group.phases[:] = ["ready"] * 2
     with pytest.raises(WorkerError, match=r"(?s)rank 1 failed in step 2:.*disk on fire"):
         run_steps(group, 3)
     assert group.closed
@@ -197,7 +198,7 @@ def test_a_worker_that_leaves_without_a_word_is_reported():
 @pytest.mark.parametrize("name", ["SIGKILL", "SIGTERM", "SIGSEGV"])
 def test_a_worker_killed_while_idle_is_reported_by_rank_and_signal(name):
     group = until_ready(start())
-    group.phases = ["ready"] * 2
+    group.phases[:] = ["ready"] * 2
     run_steps(group, 2)
     os.kill(group.pids[1], signal.Signals[name])
     expected = f"worker rank 1 was killed by {name} while idle after step 1;"
@@ -209,7 +210,7 @@ def test_a_worker_killed_while_idle_is_reported_by_rank_and_signal(name):
 
 def test_a_worker_killed_in_a_step_is_reported_by_rank_and_step():
     group = start({1: [READY, ["serve", 3], ["signal_self", "SIGKILL"]]})
-    until_ready(group).phases = ["ready"] * 2
+    until_ready(group).phases[:] = ["ready"] * 2
     with pytest.raises(WorkerError, match=r"rank 1 was killed by SIGKILL .* step 2; .*memory"):
         run_steps(group, 3)
         group.receive(0, RESULT)
@@ -232,7 +233,7 @@ def test_a_rank_that_just_ended_explains_the_complaints_of_others(patience, tmp_
 
 
 def test_the_first_of_several_complaints_is_the_cause(monkeypatch, tmp_path):
-    monkeypatch.setattr(launcher, "GRACE_S", 0.05)
+    monkeypatch.setattr(failure, "GRACE_S", 0.05)
     first, second = tmp_path / "first", tmp_path / "second"
     acts = {
         0: [["await", str(first)], ["complain", "peer lost"], ["touch", str(second)], HANG],
@@ -279,9 +280,9 @@ def test_a_rank_on_its_way_out_is_waited_for_before_another_is_blamed(monkeypatc
         end.touch()
         return pid == group.pids[1]
 
-    monkeypatch.setattr(launcher, "is_ending", is_ending)
-    monkeypatch.setattr(launcher, "GRACE_S", -1.0)  # no patience with anyone else
-    monkeypatch.setattr(launcher, "ENDING_S", LONG_S)
+    monkeypatch.setattr(failure, "is_ending", is_ending)
+    monkeypatch.setattr(failure, "GRACE_S", -1.0)  # no patience with anyone else
+    monkeypatch.setattr(failure, "ENDING_S", LONG_S)
     with pytest.raises(WorkerError, match=r"(?s)^worker rank 1 was killed by SIGKILL.*peer lost"):
         group.receive_control(0)
 
@@ -304,7 +305,7 @@ def test_sending_to_dead_workers_reports_them():
 
 def test_sending_to_workers_that_hang_times_out():
     group = until_ready(start({1: [READY, HANG]}))
-    group._timeouts = Timeouts(0.1, 0.1)
+    group.watch.timeouts = Timeouts(0.1, 0.1)
     with pytest.raises(WorkerError, match=r"rank 1 hangs .*none took a record for") as raised:
         for _ in range(100):
             group.send(STEP, [b"plan"])

@@ -58,8 +58,9 @@ group = start()
 kill_me()
 """,
     "loading": """
-group = start({rank: [["say", "loading"], HANG] for rank in range(2)})
-group.receive_control(0, on_phase=lambda rank, phase: phase == "loading" and kill_me())
+acts = {rank: [["say", "loading"], HANG] for rank in range(2)}
+group = start(acts, on_phase=lambda rank, phase: phase == "loading" and kill_me())
+group.receive_control(0)
 """,
     "idle": """
 group = until_ready(start())
@@ -80,9 +81,9 @@ kill_me()
 """,
     "a worker in native code": """
 group = start({1: [["say", "importing"], ["seize_interpreter"]]})
-group.receive_control(0, on_phase=lambda rank, phase: None)
+group.receive_control(0)
 while group.phases[1] != "importing":
-    group._collect(None)
+    group._collect()
 kill_me()
 """,
     "closing": """
@@ -205,8 +206,9 @@ except WorkerError as error:
 def test_ctrl_c_while_workers_load_ends_the_program_without_a_trace():
     code = """
 from stub_worker import HANG, start
-group = start({0: [["say", "loading"], HANG], 1: [HANG]})
-group.receive_control(0, on_phase=lambda rank, phase: print(phase, flush=True))
+acts = {0: [["say", "loading"], HANG], 1: [HANG]}
+group = start(acts, on_phase=lambda rank, phase: print(phase, flush=True))
+group.receive_control(0)
 """
     with running(code) as script:
         script.wait_for("loading")

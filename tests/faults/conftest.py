@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 
 from launch import forked_workers
-from tpllm.engine import launcher, processes
+from tpllm.engine import failure, launcher, processes
 
 HERE = Path(__file__).parent
 
@@ -13,5 +13,5 @@ def fault_workers(monkeypatch: pytest.MonkeyPatch) -> None:
     """Lets `fault_worker` be found, forked instead of started, and its end told at once."""
     monkeypatch.syspath_prepend(HERE)
     monkeypatch.setattr(processes, "_start", forked_workers.start)
-    monkeypatch.setattr(launcher, "GRACE_S", 0.05)  # nothing here has a second cause
+    monkeypatch.setattr(failure, "GRACE_S", 0.05)  # nothing here has a second cause
     monkeypatch.setattr(launcher, "CLOSE_TIMEOUT_S", 0.3)

@@ -13,7 +13,8 @@ from tests.leaks import process_state, wait_until
 from tpllm.channel.step_plan import RESULT, STEP
 from tpllm.engine.crash_report import NUM_KEPT, write_report
 from tpllm.engine.diagnosis import RankState, is_ending, main_stack, rank_to_blame
-from tpllm.engine.launcher import NUM_FIRST_STEPS, Timeouts, WorkerGroup
+from tpllm.engine.launcher import WorkerGroup
+from tpllm.engine.watch import NUM_FIRST_STEPS, Timeouts
 from tpllm.errors import WorkerError
 
 pytestmark = pytest.mark.usefixtures("fault_workers")
@@ -28,12 +29,12 @@ def begin(acts: Acts, world_size: int = 2) -> WorkerGroup:
 def hang_in_step(acts: list[list[Any]]) -> WorkerGroup:
     """Two ranks in step 1, of which rank 1 does something else."""
     group = until_ready(begin({1: [READY, ["serve", 1], ["take"], *acts]}))
-    group.phases = ["ready"] * 2
+    group.phases[:] = ["ready"] * 2
     group.send(STEP, [b"plan"], step=0)
     group.receive(0, RESULT)
     group.send(STEP, [b"plan"], step=1)
     assert wait_until(lambda: group._board.begun(0) == group._board.begun(1) == 1)
-    group._timeouts = Timeouts(0.05, 0.05)
+    group.watch.timeouts = Timeouts(0.05, 0.05)
     return group
 
 
@@ -60,10 +61,10 @@ def test_a_rank_in_native_code_still_tells_its_stack():
 
 def test_ranks_that_all_wait_in_the_same_step_are_blamed_together():
     group = until_ready(begin({0: [READY, ["take"], HANG], 1: [READY, ["take"], HANG]}))
-    group.phases = ["ready"] * 2
+    group.phases[:] = ["ready"] * 2
     group.send(STEP, [b"plan"], step=0)
     assert wait_until(lambda: group._board.begun(0) == group._board.begun(1) == 0)
-    group._timeouts = Timeouts(0.05, 0.05)
+    group.watch.timeouts = Timeouts(0.05, 0.05)
     with pytest.raises(WorkerError, match="^the workers hang in step 0") as raised:
         group.receive(0, RESULT)
     assert raised.value.rank is None
@@ -73,7 +74,7 @@ def test_the_first_steps_have_the_time_of_the_start():
     group = until_ready(begin({}, 1))
     names = []
     for step in range(NUM_FIRST_STEPS + 1):
-        names.append(group._timeout_name)
+        names.append(group.watch.timeout_name)
         group.send(STEP, [b"plan"], step=step)
         group.receive(0, RESULT)
     group.close()
@@ -85,13 +86,13 @@ def test_a_slow_start_that_gets_on_is_no_hang(monkeypatch):
     """Loading is silent for longer than the timeout, but for its beats on the board."""
     group = begin({0: [SAY, ["beat"], HANG]}, 1)
     assert wait_until(lambda: group._board.beats() == 1)
-    group._collect(None)
-    group._beats = 0
-    group._timeouts = Timeouts(0.01, 0.01)
-    group._alive_at -= 1
-    assert group._patience_s() > 0  # there was a beat
-    group._alive_at -= 1
-    assert group._patience_s() <= 0  # and none since
+    group._collect()
+    group.watch._beats = 0
+    group.watch.timeouts = Timeouts(0.01, 0.01)
+    group.watch._alive_at -= 1
+    assert group.watch.patience_s() > 0  # there was a beat
+    group.watch._alive_at -= 1
+    assert group.watch.patience_s() <= 0  # and none since
     group.kill()
 
 
@@ -109,7 +110,7 @@ def reports(tmp_path, monkeypatch) -> Path:
 
 def test_a_report_holds_what_a_maintainer_asks_for_and_no_prompt(reports):
     group = until_ready(begin({0: [READY, ["serve", 1], ["raise", "disk on fire"]]}, 1))
-    group.phases = ["ready"]
+    group.phases[:] = ["ready"]
     group.send(STEP, [b"the secret prompt"], step=0)
     group.receive(0, RESULT)
     with pytest.raises(WorkerError) as raised:

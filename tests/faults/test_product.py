@@ -11,7 +11,8 @@ import pytest
 from tests.engine.stub_worker import READY, SERVE, Acts, start, until_ready
 from tests.leaks import process_state, wait_until
 from tpllm.channel.step_plan import RESULT, STEP
-from tpllm.engine.launcher import Timeouts, WorkerGroup
+from tpllm.engine.launcher import WorkerGroup
+from tpllm.engine.watch import Timeouts
 from tpllm.errors import WorkerError
 
 pytestmark = pytest.mark.usefixtures("fault_workers")
@@ -64,7 +65,7 @@ def test_a_fault_is_told_by_rank_phase_and_cause(fault, phase, rank, world_size,
         is_idle.touch()
         if fault == "stopped":
             assert wait_until(lambda: process_state(group.pids[rank]) == "T")
-            group._timeouts = Timeouts(0.05, 0.05)
+            group.watch.timeouts = Timeouts(0.05, 0.05)
         group.receive(0, RESULT)
     error = raised.value
     assert (error.rank, error.cause) == (rank, FAULTS[fault].cause)
@@ -82,7 +83,7 @@ def reach_the_fault(group: WorkerGroup, phase: str, num_steps: int) -> None:
     if phase in START:
         return
     until_ready(group)
-    group.phases = ["ready"] * group.world_size
+    group.phases[:] = ["ready"] * group.world_size
     run_steps(group, num_steps)
     if phase.endswith("step"):
         group.send(STEP, [b"plan"], step=num_steps)

@@ -23,7 +23,7 @@ from tests.leaks import process_state, wait_until
 from tpllm import LLM
 from tpllm.checkpoint import WEIGHTS_NAME, resolve_model
 from tpllm.engine import processes
-from tpllm.engine.launcher import WorkerGroup
+from tpllm.engine.watch import Watch
 
 ACTS = ("kill", "crash", "fail", "leave", "stop", "seize")
 PLACES = ("joining the group", "loading weights", "prefill", "decode", "idle")
@@ -94,10 +94,15 @@ def test_an_idle_engine_never_wakes_up(trials):
 def lose_patience_once_it_has_happened(monkeypatch: pytest.MonkeyPatch, act: str) -> None:
     """Let the deadline pass when the fault is there, whatever the time is then."""
 
-    def patience_s(group: WorkerGroup) -> float:
+    def patience_s(watch: Watch) -> float:
         happened = Path(json.loads(os.environ["CHAOS_FAULT"])["mark"]).exists()
         if act == "stop":
-            happened = happened and "T" in map(process_state, group.pids)
+            children = [
+                int(pid)
+                for file in Path("/proc/self/task").glob("*/children")
+                for pid in file.read_text().split()
+            ]
+            happened = happened and "T" in map(process_state, children)
         return -1.0 if happened else 0.05
 
-    monkeypatch.setattr(WorkerGroup, "_patience_s", patience_s)
+    monkeypatch.setattr(Watch, "patience_s", patience_s)

@@ -53,6 +53,11 @@ class RingDescriptors:
     def all(self) -> tuple[int, ...]:
         return (self.memory, *self.ready, self.freed)
 
+    @staticmethod
+    def of(fds: Sequence[int]) -> "RingDescriptors":
+        """Those that `all` gave."""
+        return RingDescriptors(fds[0], tuple(fds[1:-1]), fds[-1])
+
     def close(self) -> None:
         for fd in self.all():
             os.close(fd)

@@ -21,11 +21,12 @@ from tpllm.channel.step_plan import (
 from tpllm.config import EngineConfig
 from tpllm.engine.block_manager import BlockManager
 from tpllm.engine.grammars import Grammars
-from tpllm.engine.launcher import Timeouts, WorkerGroup
+from tpllm.engine.launcher import WorkerGroup
 from tpllm.engine.request import AddRequest, RequestUpdate, Sequence
 from tpllm.engine.scheduler import Scheduler, SchedulerStats
 from tpllm.engine.stats import TOTALS, EngineStats
 from tpllm.engine.step_histogram import StepHistogram
+from tpllm.engine.watch import Timeouts
 from tpllm.errors import SettingError
 
 # One step runs while the next is planned and sent. More would only make an end token cost more.
@@ -71,16 +72,15 @@ class Coordinator:
         settings = {"config": config.to_json()}
         timeouts = Timeouts(config.start_timeout_s, config.step_timeout_s)
         self._workers = WorkerGroup(
-            config.tensor_parallel_size, self.limits, settings, timeouts, module
+            config.tensor_parallel_size, self.limits, settings, timeouts, module, on_phase
         )
         try:
             replies = [
-                self._workers.receive_control(rank, on_phase)
-                for rank in range(config.tensor_parallel_size)
+                self._workers.receive_control(rank) for rank in range(config.tensor_parallel_size)
             ]
             self.num_kv_blocks: int = replies[0]["num_kv_blocks"]
             self.worker_info: dict[str, Any] = replies[0]["info"]
-            self._workers.phases = ["ready"] * config.tensor_parallel_size
+            self._workers.phases[:] = ["ready"] * config.tensor_parallel_size
             self._blocks = BlockManager(
                 self.num_kv_blocks, config.kv_block_size, config.enable_prefix_caching
             )

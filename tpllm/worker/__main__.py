@@ -44,8 +44,8 @@ def main(serve: Serve = serve) -> NoReturn:
     answer_with_stacks(spec["stacks"])
     exit_code = 1
     try:
-        replies = Replies(RingWriter(_descriptors(spec["replies"])))
-        plans = RingReader(_descriptors(spec["plans"]), spec["rank"])
+        replies = Replies(RingWriter(RingDescriptors.of(spec["replies"])))
+        plans = RingReader(RingDescriptors.of(spec["plans"]), spec["rank"])
         exit_code = _serve_and_tell(serve, spec, plans, replies)
     except BaseException:
         traceback.print_exc()  # there is no channel to tell it through
@@ -84,11 +84,6 @@ def _make_directory(directory: str) -> None:
     found = os.lstat(directory)
     if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid() or found.st_mode & 0o077:
         raise SettingError(f"{directory} is not a private directory of this user; set TMPDIR")
-
-
-def _descriptors(ring: list[Any]) -> RingDescriptors:
-    memory, ready, freed = ring
-    return RingDescriptors(memory, tuple(ready), freed)
 
 
 if __name__ == "__main__":
