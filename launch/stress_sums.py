@@ -1,0 +1,355 @@
+"""Tries whether the fused sums over peer memory can be made to go wrong.
+
+Calls of the kernel that adds up all ranks' terms, adds the residual and norms
+(tpllm/layers/all_reduce_norm.py), with random numbers of rows, random terms that are never the same
+twice, and ranks that are late at random. They come in chains: inside of one nothing but the
+kernel's own signals keeps the ranks together, apart from a gather here and there. Half of the
+chains are launched as they are, half replayed from CUDA graphs.
+
+After a chain each of its sums is compared with NCCL's in float32, plus the residual, and each
+normed row with the plain norm of that sum. The kernel adds in float32 and rounds once, so a sum
+may be wrong by half a unit in its last place; a normed value is rounded twice, and each of these
+may fall to the other side: two units. All ranks must have the same bits. What the errors are is
+counted on the GPU, and read every 1,000 calls.
+
+Without GPUs the layer sums over Gloo instead, in float32: that tries this script alone.
+
+Prints what came of it, then one JSON line. Ends with exit code 1 where a sum was wrong, the ranks
+differed, one failed, or they hung.
+
+    python launch/stress_sums.py --calls 100000 --tp 2 --restarts 3
+"""
+
+import argparse
+import json
+import multiprocessing
+import os
+import random
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Iterator
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tpllm.layers.all_reduce_norm import AllReduceRMSNorm, peer_memory_works
+from tpllm.layers.norm import rms_norm_reference
+from tpllm.parallel.collectives import all_gather, all_reduce, min_over_ranks, with_peer_memory
+from tpllm.parallel.group import TPGroup
+from tpllm.parallel.peer_memory import NUM_SLOTS
+
+WIDTHS = (1024, 4096, 5120)  # hidden sizes of Qwen3 0.6B, 8B and 32B
+EPS = 1e-6
+MAX_ROWS_WITHOUT_PEERS = 8
+MAX_CHAIN = 8  # calls
+GRAPHS_PER_WIDTH = 4
+READ_EVERY = 1000  # calls
+LATE_SHARE, GATHER_SHARE = 0.1, 0.1  # of the calls
+MAX_SLEEP_CYCLES = 400_000  # 0.2 ms; a sum of one row takes 0.01 ms
+END_S = 20.0  # for a rank that is done to end
+LARGEST = 64.0  # no partial sum of normal terms comes near
+
+
+@dataclass(frozen=True)
+class Call:
+    """One sum, the same on every rank: how many rows, and what happens around it.
+
+    Attributes:
+        first_residual: its residual's first row in the pool; None for a sum without
+        late: the rank that comes late, or None
+        sleep: how late, 0 to 1 of the latest
+        gathers: whether something else goes over the link before it
+    """
+
+    num_rows: int
+    slot: int
+    first_residual: int | None
+    late: int | None
+    sleep: float
+    gathers: bool
+
+
+def draw_chain(numbers: random.Random, size: int, max_rows: int) -> list[Call]:
+    """Calls that use the slots in turn. Half of them have few rows."""
+    first_slot = numbers.randrange(NUM_SLOTS)
+    return [
+        Call(
+            num_rows=numbers.randint(1, max_rows if numbers.random() < 0.5 else min(8, max_rows)),
+            slot=(first_slot + i) % NUM_SLOTS,
+            first_residual=numbers.randrange(max_rows) if numbers.random() < 0.8 else None,
+            late=numbers.randrange(size) if numbers.random() < LATE_SHARE else None,
+            sleep=numbers.random(),
+            gathers=numbers.random() < GATHER_SHARE,
+        )
+        for i in range(numbers.randint(1, MAX_CHAIN))
+    ]
+
+
+class Errors:
+    """What was wrong so far, counted where it was computed.
+
+    Attributes:
+        wrong: values beyond their bound
+        worst: the largest error, in bounds
+        checksum: of all normed rows, in order
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.wrong = torch.zeros((), dtype=torch.int64, device=device)
+        self.worst = torch.zeros((), dtype=torch.float32, device=device)
+        self.checksum = torch.zeros((), dtype=torch.int64, device=device)
+
+    def compare(self, actual: Tensor, expected: Tensor, relative: float, absolute: float) -> None:
+        expected = expected.float()
+        bound = expected.abs() * relative + absolute
+        error = (actual.float() - expected).abs()
+        self.wrong += (~(error <= bound)).sum()  # NaN is wrong, too
+        torch.maximum(self.worst, (error / bound).max(), out=self.worst)
+
+    def add_bits(self, rows: Tensor) -> None:
+        bits = rows.view(torch.int16 if rows.dtype.itemsize == 2 else torch.int32)
+        self.checksum.mul_(31).add_(bits.sum(dtype=torch.int64))
+
+
+class Sums:
+    """The fused sums of one hidden size, and how they are tried."""
+
+    def __init__(self, tp: TPGroup, width: int, errors: Errors, max_rows: int | None) -> None:
+        self.dtype = torch.bfloat16 if tp.device.type == "cuda" else torch.float32
+        self.tp = with_peer_memory(tp, width, self.dtype)
+        if tp.device.type == "cuda":
+            assert self.tp.peers is not None, "these GPUs share no memory: NCCL does every sum"
+            assert peer_memory_works(self.tp), "sums are wrong at the start"
+        limit = self.tp.peers.max_rows if self.tp.peers else MAX_ROWS_WITHOUT_PEERS
+        self.max_rows = min(limit, max_rows or limit)
+        self.width = width
+        self._errors = errors
+        self._norm = AllReduceRMSNorm(width, EPS, tp=self.tp, dtype=self.dtype)
+        same = torch.Generator().manual_seed(width)  # as on all ranks
+        self._norm.weight.data.copy_(0.5 + torch.rand(width, generator=same))
+        pool = torch.randn(2 * self.max_rows, width, generator=same)
+        self._residuals = pool.to(tp.device, self.dtype)
+        self._something = torch.ones(64, device=tp.device)
+
+    @torch.inference_mode()
+    def run(self, chain: list[Call]) -> None:
+        """The calls of a chain one right after the other, then what became of each."""
+        terms = [self._empty(call).normal_() for call in chain]
+        residuals = [self._residual(call) for call in chain]
+        results = []
+        for call, term, residual in zip(chain, terms, residuals, strict=True):
+            if call.late == self.tp.rank:
+                _sleep(call.sleep, self.tp.device)
+            if call.gathers:
+                all_gather(self._something, self.tp)
+            slot = self.tp.partial_slot(call.slot, call.num_rows)
+            partial = term.clone() if slot is None else slot.copy_(term)
+            results.append(self._norm(partial, None if residual is None else residual.clone()))
+        for term, residual, (normed, total) in zip(terms, residuals, results, strict=True):
+            self._check(term, residual, normed, total)
+
+    def _empty(self, call: Call) -> Tensor:
+        return torch.empty(call.num_rows, self.width, dtype=self.dtype, device=self.tp.device)
+
+    def _residual(self, call: Call) -> Tensor | None:
+        first = call.first_residual
+        return None if first is None else self._residuals[first : first + call.num_rows]
+
+    def _check(self, term: Tensor, residual: Tensor | None, normed: Tensor, total: Tensor) -> None:
+        expected = all_reduce(term.float(), self.tp)
+        if residual is not None:
+            expected += residual.float()
+        half_unit = torch.finfo(self.dtype).eps / 2
+        # in float32 the order of additions plays a part, by as many roundings of partial sums
+        order = (self.tp.size + 1) * LARGEST * torch.finfo(torch.float32).eps
+        self._errors.compare(total, expected, half_unit, order)
+        plain = rms_norm_reference(total, self._norm.weight, EPS)
+        self._errors.compare(normed, plain, 4 * half_unit, 1e-6)
+        self._errors.add_bits(normed)
+
+    def graph_of(self, chain: list[Call]) -> torch.cuda.CUDAGraph:
+        self.run(chain)  # compiles kernels and lets libraries allocate, outside capture
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        # thread_local: NCCL's watchdog thread may query events while this thread captures
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            self.run(chain)
+        return graph
+
+
+def _sleep(share: float, device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda._sleep(int(share * MAX_SLEEP_CYCLES))
+    else:
+        time.sleep(share * 1e-3)
+
+
+def stress(
+    tp: TPGroup, num_calls: int, seed: int, max_rows: int | None = None
+) -> Iterator[dict[str, Any]]:
+    """At least so many calls, and what is known after every 1,000 and at the end.
+
+    The figures: calls, those of them replayed from graphs, wrong values and the worst error of this
+    rank, and whether all ranks have the same bits and nothing wrong.
+    """
+    errors = Errors(tp.device)
+    numbers = random.Random(seed)  # the same on all ranks
+    torch.manual_seed(seed * tp.size + tp.rank)  # also the GPU's generator
+    sums = [Sums(tp, width, errors, max_rows) for width in WIDTHS]
+    graphs: list[tuple[torch.cuda.CUDAGraph, int]] = []
+    if tp.device.type == "cuda":
+        for each in sums * GRAPHS_PER_WIDTH:
+            chain = draw_chain(numbers, tp.size, each.max_rows)
+            graphs.append((each.graph_of(chain), len(chain)))
+    num_done = num_replayed = num_read = 0
+    while num_done < num_calls:
+        if graphs and num_replayed * 2 <= num_done:
+            graph, length = numbers.choice(graphs)
+            is_late, late = numbers.random() < LATE_SHARE, numbers.randrange(tp.size)
+            sleep = numbers.random()
+            if is_late and late == tp.rank:
+                _sleep(sleep, tp.device)
+            graph.replay()
+            num_replayed += length
+        else:
+            each = numbers.choice(sums)
+            chain = draw_chain(numbers, tp.size, each.max_rows)
+            each.run(chain)
+            length = len(chain)
+        num_done += length
+        if num_done - num_read >= READ_EVERY or num_done >= num_calls:
+            num_read = num_done
+            yield _figures(errors, tp, num_done, num_replayed)
+
+
+def _figures(errors: Errors, tp: TPGroup, num_done: int, num_replayed: int) -> dict[str, Any]:
+    wrong = int(errors.wrong)
+    checksums = all_gather(errors.checksum, tp)
+    is_right = wrong == 0 and bool((checksums == checksums[0]).all())
+    return {
+        "calls": num_done,
+        "replayed": num_replayed,
+        "wrong": wrong,
+        "worst": round(float(errors.worst), 4),
+        "right": bool(min_over_ranks(int(is_right), tp)),
+    }
+
+
+def run_rank(rank: int, args: argparse.Namespace, life: int, store: str, pipe: Connection) -> None:
+    """The life of a rank: its last figures, or its traceback, go into the pipe."""
+    try:
+        device = torch.device("cpu")
+        if args.device == "cuda":
+            device = torch.device("cuda", rank)
+            torch.cuda.set_device(device)
+        torch.set_num_threads(1)
+        os.environ["TMPDIR"] = str(Path(store).parent)  # for sockets of symmetric memory
+        tp = TPGroup.connect(rank, args.tp, device, store, args.timeout_s)
+        num_calls = -(-args.calls // (1 + args.restarts))
+        for figures in stress(tp, num_calls, args.seed + life, args.max_rows):
+            if not figures["right"]:
+                break
+        figures["gpu"] = torch.cuda.get_device_name(device) if args.device == "cuda" else None
+        pipe.send(figures)
+        tp.close()
+    except BaseException:
+        pipe.send({"error": traceback.format_exc()})
+        raise SystemExit(1) from None
+
+
+def run_ranks(args: argparse.Namespace, life: int) -> list[dict[str, Any]]:
+    """What became of each rank, in processes that live for this call alone."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch"])  # once, and not in every rank
+    deadline = time.monotonic() + args.timeout_s
+    with tempfile.TemporaryDirectory() as folder:
+        pipes, ranks = [], []
+        try:
+            for rank in range(args.tp):
+                ours, theirs = context.Pipe(duplex=False)
+                words = (rank, args, life, str(Path(folder) / "store"), theirs)
+                ranks.append(context.Process(target=run_rank, args=words))
+                ranks[-1].start()
+                theirs.close()  # so that the end of the rank is the end of the pipe
+                pipes.append(ours)
+            outcomes = receive(pipes, deadline)
+            if not any("error" in outcome for outcome in outcomes):
+                for rank, process in enumerate(ranks):
+                    process.join(END_S)
+                    if process.exitcode != 0:
+                        outcomes[rank] |= {"right": False, "error": "did not end in order"}
+            return outcomes
+        finally:
+            for process in ranks:
+                process.kill()
+                process.join()
+
+
+def receive(pipes: list[Connection], deadline: float) -> list[dict[str, Any]]:
+    outcomes = [{"error": "hung"} for _ in pipes]
+    waiting = dict(zip(pipes, range(len(pipes)), strict=True))
+    while waiting and (left_s := deadline - time.monotonic()) > 0:
+        for pipe in wait(list(waiting), left_s):
+            assert isinstance(pipe, Connection)
+            rank = waiting.pop(pipe)
+            try:
+                outcomes[rank] = pipe.recv()
+            except EOFError:
+                outcomes[rank] = {"error": "ended without a word"}
+            if "error" in outcomes[rank]:
+                return outcomes  # the others wait for it, perhaps for ever
+    return outcomes
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--calls", type=int, default=100_000, help="over all lives together")
+    parser.add_argument("--tp", type=int, default=2, metavar="N", help="ranks, a GPU each")
+    parser.add_argument(
+        "--restarts", type=int, default=0, help="how often new processes take over on the same GPUs"
+    )
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--max-rows", type=int, help="default: as many as peer memory holds")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--timeout-s", type=float, default=300.0, help="ranks that live longer count as hung"
+    )
+    args = parser.parse_args()
+    if args.calls < 1 or args.restarts < 0:
+        parser.error(f"--calls {args.calls} --restarts {args.restarts} is nothing to do")
+    if args.device == "cuda" and args.tp < 2:
+        parser.error(f"--tp {args.tp} has nothing to add up; take 2 or more")
+    return args
+
+
+def main() -> None:
+    args = parse_arguments()
+    result: dict[str, Any] = {"arguments": vars(args), "torch": torch.__version__, "lives": []}
+    is_right = True
+    begin = time.perf_counter()
+    for life in range(1 + args.restarts):
+        life_begin = time.perf_counter()
+        outcomes = run_ranks(args, life)
+        seconds = round(time.perf_counter() - life_begin, 1)
+        for rank, outcome in enumerate(outcomes):
+            is_right &= outcome.get("right", False)
+            words = "  ".join(f"{name} {value}" for name, value in outcome.items())
+            print(f"life {life}, rank {rank}, {seconds} s: {words}", flush=True)
+        result["lives"].append({"seconds": seconds, "ranks": outcomes})
+        if not is_right:
+            break
+    result["seconds"] = round(time.perf_counter() - begin, 1)
+    result["calls"] = sum(each["ranks"][0].get("calls", 0) for each in result["lives"])
+    result["right"] = is_right
+    print(json.dumps(result))
+    sys.exit(not is_right)
+
+
+if __name__ == "__main__":
+    main()

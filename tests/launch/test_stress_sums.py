@@ -1,0 +1,75 @@
+"""The stress run of the fused sums, without GPUs: what it finds, and what it says of it."""
+
+import json
+import multiprocessing
+import sys
+import time
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from launch import stress_sums
+from launch.stress_sums import receive, stress
+from tpllm.layers.all_reduce_norm import AllReduceRMSNorm
+from tpllm.parallel.group import TPGroup
+
+CPU = TPGroup.single(torch.device("cpu"))
+
+
+def figures_of(monkeypatch, capsys, *arguments: str) -> tuple[dict[str, Any], bool]:
+    """What the script prints in its last line, and whether it ends well."""
+    monkeypatch.setattr(sys, "argv", ["stress_sums.py", "--device", "cpu", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        stress_sums.main()
+    return json.loads(capsys.readouterr().out.splitlines()[-1]), not ended.value.code
+
+
+def test_right_sums_pass_on_every_rank(monkeypatch, capsys) -> None:
+    figures, is_well = figures_of(monkeypatch, capsys, "--calls", "30", "--max-rows", "3")
+    assert is_well and figures["right"]
+    (life,) = figures["lives"]
+    assert [rank["wrong"] for rank in life["ranks"]] == [0, 0]
+    assert all(rank["calls"] >= 30 for rank in life["ranks"])
+
+
+@pytest.mark.parametrize("index, error", [(0, 0.01), (1, 1e-4), (0, torch.nan), (1, torch.nan)])
+def test_one_wrong_value_of_a_normed_row_or_of_a_sum_is_found(monkeypatch, index, error) -> None:
+    class Wrong(AllReduceRMSNorm):
+        num_calls = 0
+
+        def forward(self, x: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
+            results = super().forward(x, residual)
+            Wrong.num_calls += 1
+            if Wrong.num_calls == 40:
+                results[index][-1, -1] += error
+            return results
+
+    monkeypatch.setattr(stress_sums, "AllReduceRMSNorm", Wrong)
+    monkeypatch.setattr(stress_sums, "READ_EVERY", 20)
+    rounds = list(stress(CPU, 60, seed=1, max_rows=2))
+    right = [each["right"] for each in rounds]
+    assert right[0] and not right[-1] and rounds[-1]["wrong"] > 0
+    assert not rounds[-1]["worst"] <= 1
+
+
+def test_a_rank_that_is_silent_or_gone_is_told_from_one_that_answers() -> None:
+    pipes = [multiprocessing.Pipe(duplex=False) for _ in range(2)]
+    (first, to_first), (second, to_second) = pipes
+    with first, second, to_second:
+        to_first.send({"right": True})
+        outcomes = receive([first, second], time.monotonic() + 0.01)
+        assert outcomes == [{"right": True}, {"error": "hung"}]
+        to_first.close()
+        outcomes = receive([first, second], time.monotonic() + 60)
+        assert outcomes[0] == {"error": "ended without a word"}
+
+
+@pytest.mark.parametrize("last", [{"right": True}, {"right": False}, {"error": "hung"}])
+def test_the_exit_code_says_whether_all_was_right(monkeypatch, capsys, last) -> None:
+    outcomes: list[dict[str, Any]] = [{"right": True, "calls": 10}, last]
+    monkeypatch.setattr(stress_sums, "run_ranks", lambda args, life: outcomes)
+    figures, is_well = figures_of(monkeypatch, capsys, "--restarts", "2")
+    assert is_well == last.get("right", False)
+    assert figures["calls"] == 10 * len(figures["lives"]) == (30 if is_well else 10)
