@@ -26,7 +26,7 @@ STARTING = (
     "measuring memory",
 )
 # Where a fault may come at a later occasion than the first, and how many there surely are.
-OCCASIONS = {"prefill": 10, "decode": 24, "replay": 24, "capture": 4}
+OCCASIONS = {"prefill": 10, "decode": 24, "replay": 24, "capture": 6}
 COORDINATOR = "coordinator killed"
 
 

@@ -141,26 +141,31 @@ def _watch_control(plans: RingReader, fault: Fault) -> None:
 def _watch_steps(fault: Fault) -> None:
     import torch
 
+    from tpllm.worker.cuda_graphs import GraphPool
     from tpllm.worker.model_runner import ModelRunner
 
-    run, decode, replay = ModelRunner.run, ModelRunner._decode, torch.cuda.CUDAGraph.replay
+    run, capture, replay = ModelRunner.run, GraphPool.capture, torch.cuda.CUDAGraph.replay
 
     def run_and_fail(self: ModelRunner, plan: Any, *args: Any) -> Any:
         if plan.step >= 0:  # not the trials of the start
             fault.pass_by("decode" if plan.num_decode == plan.rows.size else "prefill")
         return run(self, plan, *args)
 
-    def decode_and_fail(self: ModelRunner, *args: Any) -> Any:
-        if torch.cuda.is_current_stream_capturing():
-            fault.pass_by("capture")
-        return decode(self, *args)
+    def capture_and_fail(self: GraphPool, step: Callable[[], torch.Tensor]) -> Any:
+        def step_and_fail() -> torch.Tensor:
+            result = step()
+            if torch.cuda.is_current_stream_capturing():
+                fault.pass_by("capture")
+            return result
+
+        return capture(self, step_and_fail)
 
     def replay_and_fail(self: torch.cuda.CUDAGraph) -> None:
         fault.pass_by("replay")
         replay(self)
 
     ModelRunner.run = run_and_fail  # type: ignore[method-assign]
-    ModelRunner._decode = decode_and_fail  # type: ignore[method-assign]
+    GraphPool.capture = capture_and_fail  # type: ignore[method-assign]
     torch.cuda.CUDAGraph.replay = replay_and_fail  # type: ignore[method-assign]
 
 

@@ -171,7 +171,7 @@ class WorkerGroup:
             self.watch.note_sending(step)
             while not self._writer.try_send(kind, parts):
                 self._processes.refuse_if_ending()
-                if self._wait(0.0):
+                if self._some_worker_ended(0.0):
                     self._fail_with_cause()
                 if self.watch.patience_s() <= 0:
                     self._fail_hung("took a record")
@@ -197,7 +197,7 @@ class WorkerGroup:
                 if patience_s <= 0:
                     self._fail_hung("said anything" if self.watch.step < 0 else "answered")
                 # a worker's last words come before its end
-                if self._wait(patience_s) and not self._collect():
+                if self._some_worker_ended(patience_s) and not self._collect():
                     self._fail_with_cause()
 
     def _collect(self) -> bool:
@@ -255,7 +255,7 @@ class WorkerGroup:
         """End the workers at once."""
         self._processes.release()
 
-    def _wait(self, timeout_s: float | None) -> bool:
+    def _some_worker_ended(self, timeout_s: float) -> bool:
         """Sleep until some descriptor has something, or the time is over; has a worker ended?
 
         Raises:

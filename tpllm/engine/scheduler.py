@@ -16,23 +16,15 @@ from collections import OrderedDict, deque
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import islice
-from operator import attrgetter
 
 import numpy as np
 
-from tpllm.channel.logprobs import LogprobBlock, read_blocks
-from tpllm.channel.row_options import record_words
-from tpllm.channel.step_plan import (
-    ENTERING_WORDS,
-    MAX_MASKED_STOP_IDS,
-    PlanLimits,
-    StepMasks,
-    StepPlan,
-    StepResult,
-)
+from tpllm.channel.step_plan import PlanLimits, StepMasks, StepPlan, StepResult
 from tpllm.engine.block_manager import BlockManager
 from tpllm.engine.grammars import fill_masks
+from tpllm.engine.logprob_results import take_logprobs
 from tpllm.engine.request import RequestUpdate, Sequence, Status, TokenLogprobs
+from tpllm.engine.step_builder import StepBuilder
 
 
 @dataclass
@@ -46,19 +38,6 @@ class SchedulerStats:
     num_prompt_tokens: int = 0  # of admitted requests, each counted once
     num_cached_tokens: int = 0  # of these, found in the prefix cache
     num_generated_tokens: int = 0
-
-
-class _StepBuilder:
-    """Collects one step; `seal` makes the plan of it."""
-
-    def __init__(self, budget: int) -> None:
-        self.budget = budget  # tokens that still fit
-        self.decode: list[Sequence] = []
-        self.begun: list[Sequence] = []  # running, and still inside their prompts
-        self.prefill: list[tuple[Sequence, int]] = []  # with the tokens to compute
-        self.entering: list[Sequence] = []
-        self.block_updates: list[int] = []  # flat (table position, block) pairs
-        self.num_option_words = 0
 
 
 class Scheduler:
@@ -126,17 +105,33 @@ class Scheduler:
         """Plan the next step, or None where nothing can be computed before a result comes back."""
         if self._owed:
             return None  # masks come before any later step
-        step = _StepBuilder(self._limits.max_num_batched_tokens)
-        may_admit = self._schedule_decodes(step)
-        self._continue_prefills(step)
+        step = StepBuilder(self._limits)
+        begun: list[Sequence] = []  # running, and still inside their prompts
+        may_admit = self._schedule_decodes(step, begun)
+        for seq in begun:
+            if step.budget > 0:
+                self._add_chunk(step, seq)
         if may_admit:
             self._admit(step)
         if not step.decode and not step.prefill:
             return None
-        return self._seal(step)
+        plan, seqs = step.seal(self._step)
+        self._in_flight.append((self._step, seqs))
+        self._step += 1
+        self._owed = [
+            (i, seq)
+            for i, seq in enumerate(seqs)
+            if seq.grammar is not None and seq.num_computed_tokens >= seq.prefill_target
+        ]
+        self.stats.num_steps += 1
+        self.stats.num_mixed_steps += bool(step.decode and step.prefill)
+        return plan
 
-    def _schedule_decodes(self, step: _StepBuilder) -> bool:
-        """Add a token of every decoding sequence; False where blocks ran short for one."""
+    def _schedule_decodes(self, step: StepBuilder, begun: list[Sequence]) -> bool:
+        """Add a token of every decoding sequence; False where blocks ran short for one.
+
+        Sequences that do not decode yet are added to `begun`.
+        """
         block_size = self._blocks.block_size
         num_stalled = 0
         may_admit = True
@@ -147,19 +142,16 @@ class Scheduler:
                 break  # preempted for an earlier one, and with it all that come after
             position = seq.num_computed_tokens
             if position < seq.prefill_target:
-                step.begun.append(seq)
+                begun.append(seq)
                 continue
             if position + 1 >= seq.max_total_tokens:
                 continue  # every token that it may have is known or on its way
-            index = position // block_size
-            if index == len(seq.block_table):
+            if position // block_size == len(seq.block_table):
                 if not self._make_room(seq, num_stalled):
                     num_stalled += seq.status is Status.RUNNING
                     may_admit = False
                     continue
-                block = self._blocks.allocate()
-                seq.block_table.append(block)
-                step.block_updates += (seq.row * self._limits.max_blocks_per_seq + index, block)
+                step.add_block(seq, self._blocks.allocate())
             step.decode.append(seq)
             step.budget -= 1
         return may_admit
@@ -179,13 +171,7 @@ class Scheduler:
                 return False
         return True
 
-    def _continue_prefills(self, step: _StepBuilder) -> None:
-        for seq in step.begun:
-            if step.budget == 0:
-                return
-            self._add_chunk(step, seq)
-
-    def _admit(self, step: _StepBuilder) -> None:
+    def _admit(self, step: StepBuilder) -> None:
         """Let new sequences in, in order of arrival, while rows, blocks and budget last."""
         limits = self._limits
         while self._waiting and self._free_rows and step.budget > 0:
@@ -200,14 +186,8 @@ class Scheduler:
                 num_matched = 0  # the hidden states of its prompt are not cached
             cached = self._blocks.match_prefix(digests[:num_matched])
             num_new = num_blocks - len(cached)
-            if not self._blocks.can_take(cached, num_new):
+            if not (self._blocks.can_take(cached, num_new) and step.has_room(seq, num_blocks)):
                 return
-            if len(step.block_updates) // 2 + num_blocks > limits.max_block_updates:
-                return
-            num_option_words = _num_option_words(seq)
-            if step.num_option_words + num_option_words > limits.max_option_words:
-                return
-            step.num_option_words += num_option_words
             del self._waiting[seq]
             seq.status = Status.RUNNING
             seq.row = self._free_rows.pop()
@@ -219,65 +199,19 @@ class Scheduler:
                 seq.num_cached_tokens = seq.num_computed_tokens
                 self.stats.num_prompt_tokens += seq.num_prompt_tokens
                 self.stats.num_cached_tokens += seq.num_computed_tokens
-            first = seq.row * limits.max_blocks_per_seq
-            for index, block in enumerate(seq.block_table):
-                step.block_updates += (first + index, block)
             self._running[seq] = None
-            step.entering.append(seq)
+            step.enter(seq)
             self._add_chunk(step, seq)
 
-    def _add_chunk(self, step: _StepBuilder, seq: Sequence) -> None:
-        num_tokens = min(seq.prefill_target - seq.num_computed_tokens, step.budget)
+    def _add_chunk(self, step: StepBuilder, seq: Sequence) -> None:
+        num_left = seq.prefill_target - seq.num_computed_tokens
+        num_tokens = min(num_left, step.budget)
+        self.stats.num_prefill_chunks += num_tokens < num_left
         step.budget -= num_tokens
         step.prefill.append((seq, num_tokens))
         # Registered before it is computed: whoever shares these blocks runs in this step or later,
         # and a step stores the keys and values of all its rows before any row attends.
         self._register_blocks(seq, seq.num_computed_tokens + num_tokens)
-
-    def _seal(self, step: _StepBuilder) -> StepPlan:
-        """Make the plan and move every scheduled sequence one step on."""
-        # Longest context first: a GPU starts work in this order, and ends on small pieces.
-        step.decode.sort(key=_context_length, reverse=True)
-        seqs = step.decode + [seq for seq, _ in step.prefill]
-        lengths = [1] * len(step.decode) + [num_tokens for _, num_tokens in step.prefill]
-        starts = [seq.num_computed_tokens for seq in seqs]
-        token_ids: list[int] = []
-        for seq, num_tokens in step.prefill:
-            token_ids += seq.tokens[seq.num_computed_tokens : seq.num_computed_tokens + num_tokens]
-        samples = []
-        for seq, num_tokens in zip(seqs, lengths, strict=True):
-            seq.num_computed_tokens += num_tokens
-            seq.num_steps_in_flight += 1
-            samples.append(seq.num_computed_tokens >= seq.prefill_target)
-        records = [
-            seq.options.record(seq.row, seq.tokens)
-            for seq in step.entering
-            if seq.options is not None
-        ]
-        entering = np.array([_entering_words(seq) for seq in step.entering], dtype=np.int32)
-        plan = StepPlan(
-            step=self._step,
-            num_decode=len(step.decode),
-            rows=np.array([seq.row for seq in seqs], dtype=np.int32),
-            starts=np.array(starts, dtype=np.int32),
-            num_tokens=np.array(lengths, dtype=np.int32),
-            samples=np.array(samples, dtype=np.int32),
-            entering=entering.reshape(-1, ENTERING_WORDS),
-            block_updates=np.array(step.block_updates, dtype=np.int32).reshape(-1, 2),
-            token_ids=np.array(token_ids, dtype=np.int32),
-            row_options=np.concatenate(records) if records else _NO_WORDS,
-        )
-        self.stats.num_steps += 1
-        self.stats.num_prefill_chunks += samples.count(False)
-        self.stats.num_mixed_steps += bool(step.decode and step.prefill)
-        self._in_flight.append((self._step, seqs))
-        self._step += 1
-        self._owed = [
-            (i, seq)
-            for i, (seq, draws) in enumerate(zip(seqs, samples, strict=True))
-            if draws and seq.grammar is not None
-        ]
-        return plan
 
     def take_masks(self) -> StepMasks | None:
         """The masks of the newest step, once all tokens that they follow are known.
@@ -305,7 +239,7 @@ class Scheduler:
         assert result.step == step, f"result of step {result.step}, expected step {step}"
         updates = []
         token_ids = iter(result.token_ids.tolist())
-        new_logprobs = _take_logprobs(seqs, result.logprobs)
+        new_logprobs = take_logprobs(seqs, result.logprobs)
         for i, (seq, num_yielded) in enumerate(zip(seqs, result.num_yielded.tolist(), strict=True)):
             seq.num_steps_in_flight -= 1
             for token_id in islice(token_ids, num_yielded):
@@ -392,52 +326,3 @@ class Scheduler:
         self._blocks.release(seq.block_table)
         self._free_rows.append(seq.row)
         seq.reset()
-
-
-_NO_WORDS = np.empty(0, dtype=np.int32)
-_context_length = attrgetter("num_computed_tokens")
-
-
-def _entering_words(seq: Sequence) -> list[int]:
-    masked = sorted(seq.end_token_ids) if seq.min_total_tokens > seq.num_prompt_tokens else []
-    if len(masked) > MAX_MASKED_STOP_IDS or seq.grammar is not None:
-        masked = []  # these are part of the row's options, or of its masks
-    padding = [-1] * (MAX_MASKED_STOP_IDS - len(masked))
-    temperature = int(np.float32(seq.temperature).view(np.int32))
-    seed_low, seed_high = np.array([seq.seed], dtype="<u8").view("<i4").tolist()
-    return [
-        seq.row,
-        temperature,
-        seed_low,
-        seed_high,
-        seq.min_total_tokens,
-        *masked,
-        *padding,
-    ]
-
-
-def _num_option_words(seq: Sequence) -> int:
-    return 0 if seq.options is None else record_words(seq.options, len(seq.tokens))
-
-
-def _take_logprobs(seqs: list[Sequence], words: np.ndarray) -> dict[int, list[TokenLogprobs]]:
-    """Log-probabilities of new tokens, by the index of their row; those of prompts are put away."""
-    new: dict[int, list[TokenLogprobs]] = {}
-    for block in read_blocks(words):
-        seq = seqs[block.index]
-        first = block.first_position
-        if first >= seq.num_prompt_tokens:
-            new[block.index] = _token_logprobs(block)
-        elif seq.prompt_logprobs is not None:
-            seq.prompt_logprobs[first : first + block.ranks.size] = _token_logprobs(block)
-    return new
-
-
-def _token_logprobs(block: LogprobBlock) -> list[TokenLogprobs]:
-    likeliest = list(range(1, block.token_ids.shape[1]))
-    return [
-        TokenLogprobs(ids, logprobs, [rank, *likeliest])
-        for ids, logprobs, rank in zip(
-            block.token_ids.tolist(), block.logprobs.tolist(), block.ranks.tolist(), strict=True
-        )
-    ]

@@ -11,6 +11,8 @@ take 90; a whole layer in a chain takes 115 instead of 122, one of 0.6B, 31 MB o
 of 43.
 """
 
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 import triton
@@ -25,22 +27,37 @@ _BLOCK_N = 8  # rows a program; with SwiGLU half as many of each half
 _BLOCK_K = 512  # columns at a time
 
 
+@dataclass(frozen=True)
+class Around:
+    """What stands around a product and is computed with it. K in_features.
+
+    Attributes:
+        norm: weight [K] and epsilon of the RMSNorm that x goes through; None for none
+        residual: [1, K], only with `norm`: added to x first, and not changed
+        swiglu: whether the result is `silu(gate) * up` of the two halves
+    """
+
+    norm: tuple[Tensor, float] | None = None
+    residual: Tensor | None = None
+    swiglu: bool = False
+
+    def __post_init__(self) -> None:
+        assert self.residual is None or self.norm is not None
+
+
+NOTHING = Around()
+
+
 def gemv_reference(
-    x: Tensor,
-    weight: Tensor,
-    out: Tensor | None = None,
-    *,
-    norm: tuple[Tensor, float] | None = None,
-    residual: Tensor | None = None,
-    swiglu: bool = False,
+    x: Tensor, weight: Tensor, out: Tensor | None = None, around: Around = NOTHING
 ) -> tuple[Tensor, Tensor]:
     """What `gemv` computes, in plain torch."""
-    total = x if residual is None else x + residual
-    if norm is not None:
-        norm_weight, eps = norm
+    total = x if around.residual is None else x + around.residual
+    if around.norm is not None:
+        norm_weight, eps = around.norm
         x = F.rms_norm(total.float(), total.shape[-1:], norm_weight.float(), eps).to(x.dtype)
     y = F.linear(x, weight)
-    y = silu_and_mul_reference(y) if swiglu else y
+    y = silu_and_mul_reference(y) if around.swiglu else y
     return y if out is None else out.copy_(y), total
 
 
@@ -111,15 +128,11 @@ def _gemv_kernel(
 
 
 def gemv_triton(
-    x: Tensor,
-    weight: Tensor,
-    out: Tensor | None = None,
-    *,
-    norm: tuple[Tensor, float] | None = None,
-    residual: Tensor | None = None,
-    swiglu: bool = False,
+    x: Tensor, weight: Tensor, out: Tensor | None = None, around: Around = NOTHING
 ) -> tuple[Tensor, Tensor]:
     """Launch the kernel; see `gemv`."""
+    residual, swiglu = around.residual, around.swiglu
+    norm_weight, eps = around.norm or (x, 0.0)
     K = x.shape[1]
     N = weight.shape[0] // 2 if swiglu else weight.shape[0]
     assert x.shape[0] == 1 and x.is_contiguous() and weight.is_contiguous()
@@ -129,14 +142,14 @@ def gemv_triton(
     _gemv_kernel[(triton.cdiv(N, block_n),)](
         x,
         x if residual is None else residual,
-        x if norm is None else norm[0],
+        norm_weight,
         weight,
         y,
         total,
         N,
         K,
-        0.0 if norm is None else norm[1],
-        HAS_NORM=norm is not None,
+        eps,
+        HAS_NORM=around.norm is not None,
         HAS_RESIDUAL=residual is not None,
         SWIGLU=swiglu,
         BLOCK_N=block_n,
@@ -148,27 +161,16 @@ def gemv_triton(
 
 
 def gemv(
-    x: Tensor,
-    weight: Tensor,
-    out: Tensor | None = None,
-    *,
-    norm: tuple[Tensor, float] | None = None,
-    residual: Tensor | None = None,
-    swiglu: bool = False,
+    x: Tensor, weight: Tensor, out: Tensor | None = None, around: Around = NOTHING
 ) -> tuple[Tensor, Tensor]:
     """`weight @ x` for a single row, norm and activation included.
 
     Args:
         x: [1, K] contiguous
-        weight: [N, K] contiguous; with `swiglu` [2 * N, K], the gate's rows first
+        weight: [N, K] contiguous; with SwiGLU [2 * N, K], the gate's rows first
         out: [1, N], where to leave the result; None for a new tensor
-        norm: weight [K] and epsilon of the RMSNorm that x goes through; None for none
-        residual: [1, K], only with `norm`: added to x first, and not changed
-        swiglu: whether the result is `silu(gate) * up` of the two halves
 
     Returns:
         The result [1, N], and x with the residual added [1, K] (x itself without one).
     """
-    assert residual is None or norm is not None
-    apply = gemv_triton if x.is_cuda else gemv_reference
-    return apply(x, weight, out, norm=norm, residual=residual, swiglu=swiglu)
+    return (gemv_triton if x.is_cuda else gemv_reference)(x, weight, out, around)

@@ -4,7 +4,7 @@ from torch import Tensor
 
 from tpllm.layers.activation import silu_and_mul
 from tpllm.layers.all_reduce_norm import AllReduceRMSNorm
-from tpllm.layers.gemv import gemv
+from tpllm.layers.gemv import Around, gemv
 from tpllm.layers.linear import MergedColumnParallelLinear, QKVParallelLinear
 
 
@@ -28,10 +28,10 @@ def norm_linear(
     """
     one_row = x.shape[0] == 1 and linear.bias is None and linear.matmul.has_gemv
     if one_row and norm.tp.size == 1:
-        weights = (norm.weight, norm.eps)
-        return gemv(x, linear.weight, norm=weights, residual=residual, swiglu=swiglu)
+        around = Around((norm.weight, norm.eps), residual, swiglu)
+        return gemv(x, linear.weight, around=around)
     x, residual = norm(x, residual)
     if one_row:
-        return gemv(x, linear.weight, swiglu=swiglu)[0], residual
+        return gemv(x, linear.weight, around=Around(swiglu=swiglu))[0], residual
     x = linear(x)
     return (silu_and_mul(x) if swiglu else x), residual

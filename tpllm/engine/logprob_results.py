@@ -1,0 +1,34 @@
+"""The log-probabilities in a step's result, handed to the sequences that they are of."""
+
+import numpy as np
+
+from tpllm.channel.logprobs import LogprobBlock, read_blocks
+from tpllm.engine.request import Sequence, TokenLogprobs
+
+
+def take_logprobs(seqs: list[Sequence], words: np.ndarray) -> dict[int, list[TokenLogprobs]]:
+    """Log-probabilities of new tokens, by the index of their row; those of prompts are put away.
+
+    Args:
+        seqs: the step's, in the order of its rows
+        words: `logprobs` of its result
+    """
+    new: dict[int, list[TokenLogprobs]] = {}
+    for block in read_blocks(words):
+        seq = seqs[block.index]
+        first = block.first_position
+        if first >= seq.num_prompt_tokens:
+            new[block.index] = _token_logprobs(block)
+        elif seq.prompt_logprobs is not None:
+            seq.prompt_logprobs[first : first + block.ranks.size] = _token_logprobs(block)
+    return new
+
+
+def _token_logprobs(block: LogprobBlock) -> list[TokenLogprobs]:
+    likeliest = list(range(1, block.token_ids.shape[1]))
+    return [
+        TokenLogprobs(ids, logprobs, [rank, *likeliest])
+        for ids, logprobs, rank in zip(
+            block.token_ids.tolist(), block.logprobs.tolist(), block.ranks.tolist(), strict=True
+        )
+    ]
