@@ -85,9 +85,9 @@ class JSONAnswer(LongResponse):
             (b"content-type", b"application/json"),
         ]
         await send({"type": "http.response.start", "status": 200, "headers": headers})
-        for piece in pieces:
-            await send({"type": "http.response.body", "body": piece, "more_body": True})
-        await send({"type": "http.response.body", "body": b"", "more_body": False})
+        for num_sent, piece in enumerate(pieces, 1):
+            more = num_sent < len(pieces)
+            await send({"type": "http.response.body", "body": piece, "more_body": more})
 
     async def _encoded(self) -> list[bytes]:
         return await to_json_in_turns(await self._work)
