@@ -172,6 +172,7 @@ def main() -> None:
         result |= environment(llm) | {"startup_s": round(startup_s, 2), "steps": [], "skipped": []}
         limit = Limit(config, args.tp, *rates.values()) if rates else None
         print(f"{config.name}, tp={args.tp}, {result['gpu'] or 'CPU'}, {num_tokens} tokens of KV")
+        print(f"hardware {rates}")
         print("sequences  context   step ms    gpu ms  limit ms  reached")
         for context, sizes in plan_of(args).items():
             fitting = []
@@ -191,7 +192,9 @@ def main() -> None:
                 result["steps"].append(point)
                 print_row(point)
         stats = llm.coordinator.stats
-        assert stats.num_preemptions == 0, "a batch did not fit after all"
+        result["preemptions"] = stats.num_preemptions
+        if stats.num_preemptions:
+            print("a batch did not fit in the cache after all: do not trust these figures")
         result["prompt_tokens"] = stats.num_prompt_tokens
         result["cached_prompt_tokens"] = stats.num_cached_tokens
     result["seconds"] = round(time.perf_counter() - begin, 1)

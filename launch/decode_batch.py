@@ -34,7 +34,7 @@ class DecodeBatch:
         """Milliseconds of a step: the median from result to result, as a caller sees it, and the
         mean by the device's own clock, which shows where the host is the slower one.
         """
-        self._coordinator.worker_times()  # waits for the step in flight, so that nothing runs
+        self._coordinator.worker_times()  # the step in flight may end meanwhile
         for _ in range(NUM_REFILL):
             self._step()
         times_ms = []

@@ -1,14 +1,17 @@
 """Tokens of an engine that is played here, and what callers read of them."""
 
+import pickle
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tpllm.checkpoint import resolve_model
-from tpllm.engine.request import RequestUpdate, TokenLogprobs
+from tpllm.engine.request import PackedLogprobs, RequestUpdate, TokenLogprobs
 from tpllm.output_processor import OutputProcessor, Request
 from tpllm.outputs import CompletionOutput, Logprob, RequestOutput
 from tpllm.sampling_params import RequestOutputKind, SamplingParams
@@ -309,14 +312,66 @@ def test_log_probabilities_of_tokens_after_a_stop_string_are_dropped():
     assert engine.last.cumulative_logprob == -len(engine.last.token_ids)
 
 
+def packed_logprobs(
+    ranks: list[int], token_ids: list[list[int]], logprobs: list[list[float]]
+) -> PackedLogprobs:
+    return PackedLogprobs(
+        np.array(ranks, np.int32).tobytes(),
+        np.array(token_ids, np.int32).tobytes(),
+        np.array(logprobs, np.float32).tobytes(),
+    )
+
+
 def test_those_of_the_prompt_come_once_in_deltas_and_always_otherwise():
-    prompt_logprobs = [None, TokenLogprobs([2, 9], [-1.0, -0.5], [2, 1])]
+    packed = packed_logprobs([2], [[2, 9]], [[-1.0, -0.5]])
     for kind, num_times in ((DELTA, 1), (CUMULATIVE, 2), (FINAL_ONLY, 1)):
         engine = Engine(prompt_logprobs=1, output_kind=kind)
-        engine.update(5, prompt_logprobs=prompt_logprobs)
+        engine.update(5, prompt_logprobs=packed)
         engine.update(6, end="length")
         told = [o.prompt_logprobs for o in engine.outputs if o.prompt_logprobs is not None]
         assert len(told) == num_times
         assert told[0][0] is None and told[0][1] is not None
         assert list(told[0][1]) == [2, 9]
         assert told[0][1][9] == Logprob(-0.5, 1, TOKENIZER.decode([9]))
+
+
+def test_entries_of_a_long_prompt_are_made_when_they_are_read(monkeypatch):
+    made = []
+
+    def decode_one(token_id: int) -> str:
+        made.append(token_id)
+        return str(token_id)
+
+    monkeypatch.setattr(TOKENIZER, "decode_one", decode_one)
+    n = 5000
+    ids = [[i % 50, 60, 61] for i in range(n - 1)]
+    engine = Engine(prompt_logprobs=2)
+    engine.update(
+        5, prompt_logprobs=packed_logprobs([7] * (n - 1), ids, [[-0.5, -1.0, -2.0]] * (n - 1))
+    )
+    (output,) = engine.outputs
+    told = output.prompt_logprobs
+    assert told is not None and len(told) == n and made == []
+    assert told[-1] == {
+        48: Logprob(-0.5, 7, "48"),
+        60: Logprob(-1.0, 1, "60"),
+        61: Logprob(-2.0, 2, "61"),
+    }
+    assert made == [48, 60, 61]
+
+
+def test_those_of_the_prompt_are_read_like_a_list():
+    packed = packed_logprobs([1, 2], [[3, 3], [4, 3]], [[-0.5, -0.5], [-2.0, -0.25]])
+    engine = Engine(prompt_logprobs=1, detokenize=False)
+    engine.update(5, prompt_logprobs=packed)
+    told = engine.outputs[0].prompt_logprobs
+    assert told is not None
+    entries = [None, {3: Logprob(-0.5, 1)}, {4: Logprob(-2.0, 2), 3: Logprob(-0.25, 1)}]
+    assert told == entries and entries == told and list(told) == entries
+    assert told != entries[:2] and repr(told) == repr(entries)
+    assert told[1:] == entries[1:] and told[::-1] == entries[::-1] and told[-3] is None
+    for index in (3, -4):
+        with pytest.raises(IndexError):
+            told[index]
+    for copied in (pickle.loads(pickle.dumps(told)), asdict(engine.outputs[0])["prompt_logprobs"]):
+        assert type(copied) is list and copied == entries

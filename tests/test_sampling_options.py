@@ -91,7 +91,8 @@ def serve(coordinator: Coordinator, names: list[str]) -> dict[str, Heard]:
             each.logprobs += update.logprobs or []
             if update.prompt_logprobs is not None:
                 assert each.prompt_logprobs is None and len(each.token_ids) == 1
-                each.prompt_logprobs = update.prompt_logprobs
+                packed = update.prompt_logprobs
+                each.prompt_logprobs = [None, *map(packed.position, range(packed.num_positions))]
             each.finish_reason = update.finish_reason
     return heard
 

@@ -14,6 +14,7 @@ import xxhash
 
 from tpllm.detokenizer import Detokenizer
 from tpllm.engine.request import AddRequest, RequestUpdate, TokenLogprobs
+from tpllm.logprobs import PromptLogprobs, read_position
 from tpllm.outputs import CompletionOutput, FinishReason, Logprob, RequestOutput
 from tpllm.sampling_params import RequestOutputKind, SamplingParams
 from tpllm.stop_strings import find_stop, num_undecided
@@ -156,8 +157,8 @@ class Request:
         self.num_unfinished = params.n
         self.is_changed = False  # since it was taken last
         self.num_cached_tokens = 0
-        self.prompt_logprobs: list[dict[int, Logprob] | None] | None = None
-        self.tokenizer = tokenizer if params.detokenize else None
+        self.prompt_logprobs: PromptLogprobs | None = None
+        self.decode = tokenizer.decode_one if tokenizer and params.detokenize else None
 
     @property
     def finished(self) -> bool:
@@ -191,16 +192,6 @@ class Request:
             self.num_cached_tokens,
             prompt_logprobs,
         )
-
-    def read_logprobs(self, position: TokenLogprobs) -> dict[int, Logprob]:
-        """By token id: the token itself first, then the likeliest ones."""
-        decode = self.tokenizer.decode_one if self.tokenizer is not None else None
-        result: dict[int, Logprob] = {}
-        for token_id, logprob, rank in zip(*position, strict=True):
-            if token_id not in result:
-                word = None if decode is None else decode(token_id)
-                result[token_id] = Logprob(logprob, rank, word)
-        return result
 
 
 class _Completion:
@@ -262,10 +253,8 @@ class _Completion:
         if update.num_cached_tokens and self.index == 0:
             self.request.num_cached_tokens = update.num_cached_tokens
         if update.prompt_logprobs is not None and self.request.prompt_logprobs is None:
-            read = self.request.read_logprobs
-            self.request.prompt_logprobs = [
-                None if each is None else read(each) for each in update.prompt_logprobs
-            ]
+            packed, decode = update.prompt_logprobs, self.request.decode
+            self.request.prompt_logprobs = PromptLogprobs(packed, decode)
         if update.logprobs is not None:
             self._add_logprobs(update.logprobs)
         if update.finish_reason is not None:
@@ -317,7 +306,8 @@ class _Completion:
     def _add_logprobs(self, positions: Sequence[TokenLogprobs]) -> None:
         if self.logprobs is None or self.cumulative_logprob is None:
             return
-        self.logprobs += [self.request.read_logprobs(position) for position in positions]
+        decode = self.request.decode
+        self.logprobs += [read_position(position, decode) for position in positions]
         self.cumulative_logprob += sum([position.logprobs[0] for position in positions])
 
     # ---- what goes out -----------------------------------------------------------------------

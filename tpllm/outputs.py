@@ -1,5 +1,6 @@
 """What callers get back, in vLLM's shape."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -61,7 +62,7 @@ class RequestOutput:
         finished: whether all of them have ended
         num_cached_tokens: prompt tokens whose KV the prefix cache had
         prompt_logprobs: for each token of the prompt, as `CompletionOutput.logprobs`, the first
-            excepted; None unless asked for
+            excepted; None unless asked for. Each entry is made when it is read
     """
 
     request_id: str
@@ -70,4 +71,4 @@ class RequestOutput:
     outputs: list[CompletionOutput]
     finished: bool
     num_cached_tokens: int = 0
-    prompt_logprobs: list[dict[int, Logprob] | None] | None = None
+    prompt_logprobs: Sequence[dict[int, Logprob] | None] | None = None

@@ -515,7 +515,8 @@ class SimulatedEngine:
         assert 0 <= update.num_cached_tokens < each.truth.num_prompt_tokens
         if update.prompt_logprobs is not None:
             assert not each.token_ids, "the prompt's come with the first token"
-            each.prompt_logprobs = list(update.prompt_logprobs)
+            packed = update.prompt_logprobs
+            each.prompt_logprobs = [None, *map(packed.position, range(packed.num_positions))]
         each.logprobs += update.logprobs or []
         each.token_ids += update.new_token_ids
         each.finish_reason, each.stop_reason = update.finish_reason, update.stop_reason

@@ -9,7 +9,7 @@ import pytest
 
 from tpllm.engine import messages
 from tpllm.engine.connection import Connection, Message
-from tpllm.engine.request import AddRequest, RequestUpdate, TokenLogprobs
+from tpllm.engine.request import AddRequest, PackedLogprobs, RequestUpdate, TokenLogprobs
 from tpllm.errors import SettingError, WorkerError
 from tpllm.sampling_params import RequestOutputKind, SamplingParams
 
@@ -78,7 +78,7 @@ def test_how_outputs_are_told_is_the_caller_s_business_alone(pair):
 def test_updates_arrive_as_they_were(pair):
     logprobs = TokenLogprobs([7, 8], [-0.1, -math.inf], [1, 2])
     updates = [
-        RequestUpdate("0", [7], None, None, 0, [logprobs], [None, logprobs]),
+        RequestUpdate("0", [7], None, None, 0, [logprobs], PackedLogprobs(b"0", b"\xff1", b"")),
         RequestUpdate("1", [], "abort", None, 16),
         RequestUpdate("2", [9], "stop", 9, 0),
     ]

@@ -80,6 +80,7 @@ def test_steps_are_timed_by_batch_and_by_context() -> None:
     assert (skipped["num_seqs"], skipped["below"]) == (2, 8192)
     assert skipped["reason"] == "a sequence may have 4096 tokens"
     assert figures["model"] == "tiny-qwen3" and figures["hardware"] is None
+    assert figures["preemptions"] == 0
 
 
 @pytest.mark.parametrize("model, tp, expected_ms", [("8B", 1, 3.5), ("8B", 2, 2.1)])

@@ -157,6 +157,28 @@ def test_prompt_logprobs_come_by_token_id(client: OpenAI) -> None:
     assert second["98"] == {"logprob": -2.0, "rank": 2, "decoded_token": "b"}
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_logprobs_of_a_long_prompt_come_whole(client: OpenAI, stream: bool) -> None:
+    answer: Any = client.completions.create(
+        model="letters",
+        prompt="abc" * 100,
+        echo=True,
+        logprobs=1,
+        stream=stream,
+        max_tokens=2,
+        extra_body=None if stream else {"prompt_logprobs": 0},
+    )
+    choices = [chunk.choices[0] for chunk in answer] if stream else [answer.choices[0]]
+    tokens = [token for choice in choices for token in choice.logprobs.tokens]
+    offsets = [offset for choice in choices for offset in choice.logprobs.text_offset]
+    assert "".join(tokens) == "abc" * 100 + "cb" and offsets == list(range(302))
+    if not stream:
+        by_id = choices[0].model_extra["prompt_logprobs"]
+        assert by_id[0] is None and [list(each) for each in by_id[1:]] == [
+            [str(ord(letter))] for letter in ("abc" * 100)[1:]
+        ]
+
+
 def test_a_stop_string_is_told(client: OpenAI) -> None:
     choice = client.completions.create(model="letters", prompt="abc", stop="a").choices[0]
     assert choice.text == "cb"

@@ -45,6 +45,25 @@ class LogprobBlock:
             words[:, 1 + width : 2 + width + k].view(np.float32),
         )
 
+    @classmethod
+    def blank(cls, index: int, first_position: int, n: int, k: int) -> "LogprobBlock":
+        """Of n positions, to be filled by `put`."""
+        return cls(
+            index,
+            first_position,
+            np.zeros(n, dtype=np.int32),
+            np.zeros((n, 1 + k), dtype=np.int32),
+            np.zeros((n, 1 + k), dtype=np.float32),
+        )
+
+    def put(self, part: "LogprobBlock") -> None:
+        """Copy another block, of some of these positions and as many likeliest tokens."""
+        begin = part.first_position - self.first_position
+        rows = slice(begin, begin + part.ranks.size)
+        self.ranks[rows] = part.ranks
+        self.token_ids[rows] = part.token_ids
+        self.logprobs[rows] = part.logprobs
+
     def record(self) -> np.ndarray:
         n, width = self.token_ids.shape
         header = np.array([self.index, self.first_position, n, width], dtype=np.int32)

@@ -15,7 +15,7 @@ import msgpack
 Message = dict[str, Any]
 
 _READ_BYTES = 1 << 20
-_MAX_MESSAGE_BYTES = 2**31 - 1  # prompt log-probabilities of a long prompt: some tens of MB
+_MAX_MESSAGE_BYTES = 2**31 - 1  # prompt log-probabilities of a long prompt: some MB
 
 
 class Connection:

@@ -278,9 +278,13 @@ class Coordinator:
         """
         self._workers.send_control({"type": "profile", "skip": skip, "num_steps": num_steps})
 
-    def worker_times(self) -> dict[str, Any]:
-        """Rank 0's step times since the last call; see `tpllm.worker.step_times`."""
-        self._workers.send_control({"type": "step_times"})
+    def worker_times(self, *, time_sampling: bool = False) -> dict[str, Any]:
+        """Rank 0's step times since the last call; see `tpllm.worker.step_times`.
+
+        With `time_sampling` the workers, where they use graphs, also capture and time one of
+        sampling alone.
+        """
+        self._workers.send_control({"type": "step_times", "time_sampling": time_sampling})
         return self._workers.receive_control(0)
 
     def close(self) -> None:

@@ -16,11 +16,10 @@ def take_logprobs(seqs: list[Sequence], words: np.ndarray) -> dict[int, list[Tok
     new: dict[int, list[TokenLogprobs]] = {}
     for block in read_blocks(words):
         seq = seqs[block.index]
-        first = block.first_position
-        if first >= seq.num_prompt_tokens:
+        if block.first_position >= seq.num_prompt_tokens:
             new[block.index] = _token_logprobs(block)
         elif seq.prompt_logprobs is not None:
-            seq.prompt_logprobs[first : first + block.ranks.size] = _token_logprobs(block)
+            seq.prompt_logprobs.put(block)
     return new
 
 

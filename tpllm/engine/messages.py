@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from tpllm.engine.connection import Message
-from tpllm.engine.request import AddRequest, RequestUpdate, TokenLogprobs
+from tpllm.engine.request import AddRequest, PackedLogprobs, RequestUpdate, TokenLogprobs
 from tpllm.engine.stats import EngineStats
 from tpllm.errors import SettingError, WorkerError
 from tpllm.sampling_params import SamplingParams
@@ -84,7 +84,7 @@ def _read_update(
     stop_reason: int | str | None,
     num_cached_tokens: int,
     logprobs: list[list[Any]] | None,
-    prompt_logprobs: list[list[Any] | None] | None,
+    prompt_logprobs: list[bytes] | None,
 ) -> RequestUpdate:
     return RequestUpdate(
         request_id,
@@ -93,9 +93,7 @@ def _read_update(
         stop_reason,
         num_cached_tokens,
         None if logprobs is None else [TokenLogprobs(*each) for each in logprobs],
-        None
-        if prompt_logprobs is None
-        else [None if each is None else TokenLogprobs(*each) for each in prompt_logprobs],
+        None if prompt_logprobs is None else PackedLogprobs(*prompt_logprobs),
     )
 
 

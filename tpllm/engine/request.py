@@ -4,6 +4,7 @@ from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import NamedTuple
 
+from tpllm.channel.logprobs import LogprobBlock
 from tpllm.engine.grammars import Grammar, Matcher
 from tpllm.engine.row_options import row_options
 from tpllm.sampling_params import SamplingParams
@@ -35,6 +36,41 @@ class TokenLogprobs(NamedTuple):
     ranks: list[int]  # 1 for the likeliest token of all
 
 
+class PackedLogprobs(NamedTuple):
+    """Log-probabilities at n successive positions, with the k likeliest tokens of each.
+
+    Bytes of arrays, since those of a long prompt are a million numbers: as Python's own objects
+    they took a second to make, and half a second to send to another process and read there.
+
+    Attributes:
+        ranks: [n] int32, how likely each token is: 1 for the likeliest
+        token_ids: [n, 1 + k] int32, the token itself, then the likeliest ones
+        logprobs: [n, 1 + k] float32
+    """
+
+    ranks: bytes
+    token_ids: bytes
+    logprobs: bytes
+
+    @classmethod
+    def of(cls, block: LogprobBlock) -> "PackedLogprobs":
+        return cls(*(each.tobytes() for each in (block.ranks, block.token_ids, block.logprobs)))
+
+    @property
+    def num_positions(self) -> int:
+        return len(self.ranks) // 4
+
+    def position(self, index: int) -> TokenLogprobs:
+        """Those at one position, 0 <= index < num_positions."""
+        width = len(self.token_ids) // len(self.ranks)
+        begin, end = index * width, (index + 1) * width
+        return TokenLogprobs(
+            list(memoryview(self.token_ids).cast("i")[begin:end]),
+            list(memoryview(self.logprobs).cast("f")[begin:end]),
+            [memoryview(self.ranks).cast("i")[index], *range(1, width)],
+        )
+
+
 class RequestUpdate(NamedTuple):
     """News of one request: tokens drawn since the last update, and how it ended, if it did."""
 
@@ -45,8 +81,9 @@ class RequestUpdate(NamedTuple):
     stop_reason: int | str | None
     num_cached_tokens: int  # prompt tokens found in the prefix cache at first admission
     logprobs: list[TokenLogprobs] | None = None  # one for each new token, where asked for
-    # complete, with the first new token, where asked for; nothing predicts a prompt's first token
-    prompt_logprobs: list[TokenLogprobs | None] | None = None
+    # complete, with the first new token, where asked for: of all the prompt's tokens but the first,
+    # which nothing predicts
+    prompt_logprobs: PackedLogprobs | None = None
 
 
 _NO_IDS: frozenset[int] = frozenset()
@@ -121,9 +158,9 @@ class Sequence:
         masked = sorted(self.end_token_ids) if params.min_tokens and grammar is None else []
         self.options = row_options(params, self.num_prompt_tokens, request.bad_word_ids, masked)
         # None also once they have been handed out
-        self.prompt_logprobs: list[TokenLogprobs | None] | None = None
-        if params.prompt_logprobs is not None:
-            self.prompt_logprobs = [None] * self.num_prompt_tokens
+        self.prompt_logprobs: LogprobBlock | None = None
+        if (k := params.prompt_logprobs) is not None:
+            self.prompt_logprobs = LogprobBlock.blank(0, 1, self.num_prompt_tokens - 1, k)
         limit = max_total_tokens
         if params.max_tokens is not None:
             limit = min(limit, self.num_prompt_tokens + params.max_tokens)
@@ -157,12 +194,12 @@ class Sequence:
         # a grammar leads to an end token before its time only where nothing else is left
         return self.grammar is not None or len(self.tokens) > self.min_total_tokens
 
-    def take_prompt_logprobs(self) -> list[TokenLogprobs | None] | None:
+    def take_prompt_logprobs(self) -> PackedLogprobs | None:
         """The prompt's log-probabilities, once they are complete; they are not computed again."""
         complete, self.prompt_logprobs = self.prompt_logprobs, None
         if complete is not None and self.options is not None:
             self.options = replace(self.options, num_prompt_logprobs=-1)
-        return complete
+        return None if complete is None else PackedLogprobs.of(complete)
 
     def reset(self) -> None:
         """Forget everything stored in the cache: the state of a sequence that waits."""

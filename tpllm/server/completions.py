@@ -1,7 +1,8 @@
 """POST /v1/completions: texts continued."""
 
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Iterable
+from itertools import chain
 from typing import Any
 
 from starlette.responses import Response
@@ -9,7 +10,7 @@ from starlette.responses import Response
 from tpllm.outputs import CompletionOutput
 from tpllm.sampling_params import SamplingParams
 from tpllm.server.generation import Answer, Generation, PromptState
-from tpllm.server.logprobs import completion_logprobs, prompt_logprobs
+from tpllm.server.logprobs import Position, completion_logprobs, prompt_logprobs
 from tpllm.server.protocol import CompletionRequest
 from tpllm.server.responses import respond
 from tpllm.server.service import Service, new_id
@@ -55,7 +56,7 @@ class _Completion:
             for answer in prompt.answers:
                 if self._only_echo:
                     _drop(answer)
-                choice = self._choice(i, prompt, answer, answer, is_first=True)
+                choice = await self._choice(i, prompt, answer, answer, is_first=True)
                 if self._body.prompt_logprobs is not None:
                     choice["prompt_logprobs"] = prompt_logprobs(prompt.logprobs or [])
                 choices.append(choice)
@@ -74,7 +75,7 @@ class _Completion:
                 if self._only_echo:
                     _drop(answer)
                 shown = answer if self._only_echo else part
-                choice = self._choice(indices[id(prompt)], prompt, answer, shown, is_first)
+                choice = await self._choice(indices[id(prompt)], prompt, answer, shown, is_first)
                 yield usage.chunk(self._head, choice, generation)
         for chunk in usage.last(self._head, generation):
             yield chunk
@@ -96,7 +97,7 @@ class _Completion:
             ]
         return service.generation(ids, self._params, str(self._head["id"]))
 
-    def _choice(
+    async def _choice(
         self,
         prompt_index: int,
         prompt: PromptState,
@@ -109,17 +110,16 @@ class _Completion:
         text = self._prompt_texts[prompt_index] if echoes else ""
         logprobs = None
         if self._body.logprobs is not None:
-            ids, positions = list(part.token_ids), [*(part.logprobs or ())]
+            ids: Iterable[int] = part.token_ids
+            positions: Iterable[Position | None] = part.logprobs or ()
             if echoes:
-                ids = [*prompt.token_ids, *ids]
-                positions = [*(prompt.logprobs or []), *positions]
+                ids = chain(prompt.token_ids, ids)
+                positions = chain(prompt.logprobs or (), positions)
             first = self._first_texts[prompt_index] if echoes else ""
             offset = self._offsets.get(answer.index, 0)
-            logprobs = completion_logprobs(ids, positions, self._body.logprobs, offset, first)
-            if ids:
-                self._offsets[answer.index] = logprobs["text_offset"][-1] + len(
-                    logprobs["tokens"][-1]
-                )
+            logprobs, self._offsets[answer.index] = await completion_logprobs(
+                ids, positions, self._body.logprobs, offset, first
+            )
         return {
             "index": answer.index,
             "text": text + part.text,

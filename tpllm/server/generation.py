@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from typing import Any
 
@@ -38,7 +38,7 @@ class PromptState:
     def __init__(self, token_ids: list[int], answers: list[Answer]) -> None:
         self.token_ids = token_ids
         self.answers = answers
-        self.logprobs: list[Position | None] | None = None
+        self.logprobs: Sequence[Position | None] | None = None
         self.num_cached_tokens = 0
 
 

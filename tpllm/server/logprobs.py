@@ -1,9 +1,14 @@
-"""Log-probabilities in OpenAI's two shapes: of completions, and of chat completions."""
+"""Log-probabilities in OpenAI's two shapes: of completions, and of chat completions.
 
-from collections.abc import Sequence
+There may be any number of them. What takes long is made in turns: see `json_turns`.
+"""
+
+import asyncio
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from tpllm.outputs import Logprob
+from tpllm.server.json_turns import ENTRIES_PER_TURN, LongList
 
 # What JSON has for a token that cannot be drawn: it knows no infinity. vLLM's value.
 LOWEST = -9999.0
@@ -11,14 +16,14 @@ LOWEST = -9999.0
 Position = dict[int, Logprob]  # by token id: the token itself, and the likeliest
 
 
-def completion_logprobs(
-    token_ids: Sequence[int],
-    positions: Sequence[Position | None],
+async def completion_logprobs(
+    token_ids: Iterable[int],
+    positions: Iterable[Position | None],
     num_top: int,
     text_offset: int,
     first_text: str = "",
-) -> dict[str, Any]:
-    """`logprobs` of a completion's choice.
+) -> tuple[dict[str, Any], int]:
+    """`logprobs` of a completion's choice, and the letters of the text after its last token.
 
     Args:
         positions: one for each token; None for a prompt's first, which nothing precedes
@@ -32,6 +37,8 @@ def completion_logprobs(
     offsets: list[int] = []
     for token_id, position in zip(token_ids, positions, strict=True):
         offsets.append(text_offset)
+        if len(offsets) % ENTRIES_PER_TURN == 0:
+            await asyncio.sleep(0)
         if position is None:
             tokens.append(first_text)
             values.append(None)
@@ -45,42 +52,47 @@ def completion_logprobs(
         top.setdefault(_text(own), _value(own))
         tops.append(top)
         text_offset += len(_text(own))
-    return {
-        "tokens": tokens,
-        "token_logprobs": values,
-        "top_logprobs": tops if num_top else None,
-        "text_offset": offsets,
+    content = {
+        "tokens": LongList.of(tokens),
+        "token_logprobs": LongList.of(values),
+        "top_logprobs": LongList.of(tops) if num_top else None,
+        "text_offset": LongList.of(offsets),
     }
+    return content, text_offset
 
 
 def chat_logprobs(
     token_ids: Sequence[int], positions: Sequence[Position], num_top: int
 ) -> dict[str, Any]:
     """`logprobs` of a chat completion's choice."""
-    content = []
-    for token_id, position in zip(token_ids, positions, strict=True):
-        top = [_chat_entry(each) for each in _likeliest(position, num_top)]
-        content.append({**_chat_entry(position[token_id]), "top_logprobs": top})
-    return {"content": content, "refusal": None}
+    assert len(token_ids) == len(positions)
+
+    def make(part: slice) -> list[dict[str, Any]]:
+        content = []
+        for token_id, position in zip(token_ids[part], positions[part], strict=True):
+            top = [_chat_entry(each) for each in _likeliest(position, num_top)]
+            content.append({**_chat_entry(position[token_id]), "top_logprobs": top})
+        return content
+
+    return {"content": LongList(len(positions), make), "refusal": None}
 
 
-def prompt_logprobs(
-    positions: Sequence[Position | None],
-) -> list[dict[str, dict[str, Any]] | None]:
+def prompt_logprobs(positions: Sequence[Position | None]) -> LongList:
     """`prompt_logprobs` of an answer: vLLM's field, by token id."""
-    return [
-        None
-        if position is None
-        else {
-            str(token_id): {
-                "logprob": _value(entry),
-                "rank": entry.rank,
-                "decoded_token": entry.decoded_token,
-            }
-            for token_id, entry in position.items()
+    return LongList(len(positions), lambda part: list(map(_by_id, positions[part])))
+
+
+def _by_id(position: Position | None) -> dict[str, dict[str, Any]] | None:
+    if position is None:
+        return None
+    return {
+        str(token_id): {
+            "logprob": _value(entry),
+            "rank": entry.rank,
+            "decoded_token": entry.decoded_token,
         }
-        for position in positions
-    ]
+        for token_id, entry in position.items()
+    }
 
 
 def _likeliest(position: Position, num_top: int) -> list[Logprob]:

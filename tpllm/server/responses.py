@@ -10,7 +10,8 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from tpllm.errors import WorkerError
-from tpllm.server.errors import APIError, from_value_error, to_json
+from tpllm.server.errors import APIError, from_value_error
+from tpllm.server.json_turns import to_json_in_turns
 
 logger = logging.getLogger("tpllm.server")
 
@@ -72,14 +73,24 @@ class JSONAnswer(LongResponse):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            content = await self._watched(receive, self._work)
-            response = Response(to_json(content), media_type="application/json")
+            pieces = await self._watched(receive, self._encoded())
         except ClientGone:
             scope["state"]["outcome"] = "client_gone"
             return
         except APIError as error:
-            response = error.response()
-        await response(scope, receive, send)
+            await error.response()(scope, receive, send)
+            return
+        headers = [
+            (b"content-length", str(sum(map(len, pieces))).encode()),
+            (b"content-type", b"application/json"),
+        ]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        for num_sent, piece in enumerate(pieces, 1):
+            more = num_sent < len(pieces)
+            await send({"type": "http.response.body", "body": piece, "more_body": more})
+
+    async def _encoded(self) -> list[bytes]:
+        return await to_json_in_turns(await self._work)
 
 
 class EventStream(LongResponse):
@@ -103,7 +114,7 @@ class EventStream(LongResponse):
                 await error.response()(scope, receive, send)
                 return
             scope["state"]["outcome"] = "timeout" if error.status_code == 504 else "error"
-            await self._send(send, _event(error.content) + DONE)
+            await self._send(send, await _event(error.content) + DONE)
         finally:
             comments.cancel()
             await asyncio.gather(comments, return_exceptions=True)
@@ -112,7 +123,7 @@ class EventStream(LongResponse):
     async def _send_events(self, send: Send) -> None:
         async with aclosing(self._events) as events:
             async for event in events:
-                await self._send(send, _event(event))
+                await self._send(send, await _event(event))
         await self._send(send, DONE)
 
     async def _comment(self, send: Send) -> None:
@@ -178,8 +189,9 @@ def engine_failed(error: BaseException) -> APIError:
     return APIError(503, f"the engine has failed: {first}", code="engine_failed")
 
 
-def _event(content: dict[str, Any]) -> bytes:
-    return b"data: " + to_json(content).encode() + b"\n\n"
+async def _event(content: dict[str, Any]) -> bytes:
+    # in one piece: a comment must not come in between
+    return b"".join([b"data: ", *await to_json_in_turns(content), b"\n\n"])
 
 
 def _result(task: "asyncio.Future[T]") -> T:

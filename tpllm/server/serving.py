@@ -1,6 +1,7 @@
 """serve and run: the application behind a socket, until a signal or the engine's end."""
 
 import asyncio
+import gc
 import logging
 import resource
 import signal
@@ -53,6 +54,9 @@ def run(
     _allow_many_connections()
     with listening_socket(server_settings) as sock:
         engine = AsyncLLM(model, **engine_settings)
+        # what is loaded stays: a full collection, which holds up every stream, would look through
+        # its 380,000 objects each time, for a tenth of a second and more
+        gc.freeze()
         return asyncio.run(_serve_and_close(engine, server_settings, sock))
 
 

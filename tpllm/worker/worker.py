@@ -164,7 +164,7 @@ class Worker:
             if message["type"] == "shutdown":
                 return
             if message["type"] == "step_times":
-                self._report_times()
+                self._report_times(message["time_sampling"])
             elif message["type"] == "profile" and self._results and self._use_graphs:
                 self._profile = KernelProfile(message["skip"], message["num_steps"])
 
@@ -193,9 +193,11 @@ class Worker:
         assert masks.step == step, f"masks of step {masks.step}, expected step {step}"
         return masks
 
-    def _report_times(self) -> None:
+    def _report_times(self, time_sampling: bool) -> None:
         """Totals over the steps since the last report, from rank 0."""
-        sampling_ms = self._runner.time_sampling() if self._use_graphs else None
+        sampling_ms = None
+        if time_sampling and self._use_graphs:
+            sampling_ms = self._runner.time_sampling()
         if self._tp.rank == 0:
             report = {**self._times.take(), "graph_sampling_ms": sampling_ms}
             report["kernels"] = self._profile.summary if self._profile else None

@@ -112,7 +112,8 @@ def reset_breakdown(llm: LLM) -> None:
 
 def take_breakdown(llm: LLM) -> dict[str, Any]:
     """Milliseconds per step, decode steps and mixed ones apart, and the coordinator's own."""
-    workers, host = llm.coordinator.worker_times(), llm.coordinator.times
+    workers = llm.coordinator.worker_times(time_sampling=True)
+    host = llm.coordinator.times
     sampling_ms = workers.pop("graph_sampling_ms")
     workers.pop("kernels")
     num_steps = sum(kind["steps"] for kind in workers.values())
