@@ -8,8 +8,11 @@ from tpllm.layers.token_order import (
     keys_of,
     logits_and_ids,
     scores_of,
+    scores_of_reference,
+    scores_of_triton,
     token_sums_reference,
     token_sums_triton,
+    with_spare_column,
 )
 
 pytestmark = [
@@ -52,13 +55,24 @@ def test_a_key_gives_its_logit_and_id_back() -> None:
     assert torch.equal(ids_back, ids.int())
 
 
-def test_scores_are_a_copy_without_padding_and_nan() -> None:
-    logits = torch.tensor([[1.0, torch.nan, 3.0, 4.0], [5.0, 6.0, torch.inf, 8.0]]).half()
-    scores = scores_of(logits, 10, 13)
-    assert scores.tolist() == [[1, -torch.inf, 3, -torch.inf], [5, 6, torch.inf, -torch.inf]]
+@pytest.mark.parametrize("copy", [scores_of_triton, scores_of_reference])
+def test_scores_are_a_copy_without_padding_and_nan(copy, device: torch.device) -> None:
+    logits = torch.tensor([[1.0, torch.nan, 3.0, 4.0], [5.0, 6.0, torch.inf, 8.0], [9.0] * 4])
+    logits = logits.half().to(device)
+    rows = torch.tensor([1, 0], device=device)
+    scores = copy(logits, 10, 13, rows)
+    assert scores.tolist() == [[5, 6, torch.inf, -torch.inf], [1, -torch.inf, 3, -torch.inf]]
     assert scores.dtype == torch.float32
+    memory = with_spare_column(scores)
+    assert memory.shape[1] > scores.shape[1]
+    assert (memory[:, scores.shape[1] :] == -torch.inf).all()
     scores.fill_(0)
     assert logits[0, 0] == 1
+
+
+def test_all_rows_are_copied_where_none_is_named(device: torch.device) -> None:
+    logits = torch.randn(3, 5000, device=device).half()
+    assert torch.equal(scores_of(logits, 0, 5000), logits.float())
 
 
 @pytest.mark.parametrize("num_rows, vocab_size", [(1, 1), (3, 300), (1, 8300)])
@@ -69,15 +83,12 @@ def test_kernel_and_reference_sums_are_equal(
     scores, points = scores_and_points(num_rows, vocab_size, device)
     temperatures = torch.tensor([0.7, 1e-38, 1e6], device=device)[:num_rows]
     weights_of = (scores.amax(dim=1), temperatures) if weighted else None
-    needed = torch.tensor([1, 5, 0], device=device)[:num_rows]
-    for args in ((None,), (needed,)):
-        ours = token_sums_triton(scores, 0, weights_of)(points, *args)
-        exact = token_sums_reference(scores, 0, weights_of)(points, *args)
-        if weighted:  # the kernel's exponential is float32
-            torch.testing.assert_close(ours.double(), exact.double(), rtol=1e-6, atol=0)
-        else:
-            assert torch.equal(ours, exact)
-    assert (ours[2:] == 0).all()
+    ours = token_sums_triton(scores, 0, weights_of)(points)
+    exact = token_sums_reference(scores, 0, weights_of)(points)
+    if weighted:  # the kernel's exponential is float32
+        torch.testing.assert_close(ours.double(), exact.double(), rtol=1e-6, atol=0)
+    else:
+        assert torch.equal(ours, exact)
 
 
 def test_sums_of_slices_add_up_exactly(device: torch.device) -> None:

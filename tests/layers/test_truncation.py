@@ -7,15 +7,11 @@ import torch
 from torch import Tensor
 
 from tests.ranks import run_ranks
+from tpllm.layers.cuts import Truncation
 from tpllm.layers.logprobs import token_logprobs
 from tpllm.layers.sampler import SamplingBatch, sample
 from tpllm.layers.token_order import scores_of
-from tpllm.layers.truncation import (
-    Truncation,
-    drop_below_reference,
-    drop_below_triton,
-    truncate,
-)
+from tpllm.layers.truncation import drop_below_reference, drop_below_triton, truncate
 from tpllm.parallel.group import TPGroup
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
@@ -53,7 +49,7 @@ def truncation_of(
 def truncated(logits: Tensor, truncation: Truncation, vocab_size: int = V) -> Tensor:
     """Scores after truncation on a single rank."""
     scores = scores_of(logits, 0, vocab_size)
-    truncate(scores, truncation, 0, vocab_size, TPGroup.single(logits.device))
+    truncate(scores, truncation, 0, TPGroup.single(logits.device))
     return scores
 
 
@@ -237,8 +233,8 @@ def shards_agree_with_one_rank(tp: TPGroup) -> None:
         token_logprobs(ours, token_ids, 20, start, tp),
         token_logprobs(whole, token_ids, 20, 0, alone),
     )
-    truncate(whole, truncation, 0, V, alone)
-    truncate(ours, truncation, start, V, tp)
+    truncate(whole, truncation, 0, alone)
+    truncate(ours, truncation, start, tp)
     end = min(V, start + local_size)
     assert torch.equal(ours[:, : end - start], whole[:, start:end])
     assert torch.equal(sample(ours, batch, start, V, tp), sample(whole, batch, 0, V, alone))

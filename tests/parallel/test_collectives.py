@@ -4,7 +4,13 @@ import pytest
 import torch
 
 from tests.ranks import run_ranks
-from tpllm.parallel.collectives import all_gather, all_reduce, barrier, min_over_ranks
+from tpllm.parallel.collectives import (
+    all_gather,
+    all_reduce,
+    all_to_all,
+    barrier,
+    min_over_ranks,
+)
 from tpllm.parallel.group import TPGroup
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -24,6 +30,11 @@ def collectives_join_all_ranks(tp: TPGroup) -> None:
         assert torch.equal(all_gather(mine, tp), expected.to(dtype))
         gathered = all_gather(mine.T, tp)  # not contiguous
         assert torch.equal(gathered, expected.mT.to(dtype))
+
+    # what rank a gives to rank b is 100 a + 10 b and up
+    mine = 100 * tp.rank + 10 * ranks.view(-1, 1, 1) + torch.arange(6).view(3, 2)
+    expected = 100 * ranks.view(-1, 1, 1) + 10 * tp.rank + torch.arange(6).view(3, 2)
+    assert torch.equal(all_to_all(mine, tp), expected)
 
     large = 2**40  # bytes of memory do not fit in int32
     assert min_over_ranks(large - tp.rank, tp) == large - (tp.size - 1)

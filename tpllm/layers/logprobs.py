@@ -11,6 +11,7 @@ import math
 import torch
 from torch import Tensor
 
+from tpllm.layers.cuts import likeliest
 from tpllm.layers.token_order import (
     LOWEST_KEY,
     UNIT,
@@ -62,8 +63,7 @@ def _likeliest(scores: Tensor, num_likeliest: int, vocab_start: int, tp: TPGroup
     num_rows, local_size = scores.shape
     if num_likeliest == 0:
         return torch.empty(num_rows, 0, dtype=torch.int64, device=scores.device)
-    ids = torch.arange(vocab_start, vocab_start + local_size, device=scores.device)
     num_local = min(num_likeliest, local_size)
-    local = keys_of(scores, ids).topk(num_local, dim=1).values  # [n, k or Vl]
+    local = likeliest(scores, num_local, vocab_start)  # [n, k or Vl]
     gathered = all_gather(local, tp).transpose(0, 1).flatten(1)  # [n, tp.size * num_local]
     return gathered.topk(num_likeliest, dim=1).values

@@ -29,29 +29,89 @@ LOWEST_KEY = -(2 ** (KEY_BITS - 1))  # at or below every token's
 UNIT = 2.0**40  # the weight of the likeliest token
 _LAST_ID = 2**ID_BITS - 1
 _SIGN_MASK = 0x7FFFFFFF
-_LARGEST = torch.finfo(torch.float32).max  # bounds what is subtracted: no infinity less another
+LARGEST = torch.finfo(torch.float32).max  # bounds what is subtracted: no infinity less another
 
-# Sums from points [S, B] int64 (keys) on: [S, B] int64. Rows whose second argument [S] int64 is not
-# above 0 are passed over, and their sums are 0.
-Sums = Callable[..., Tensor]
+Sums = Callable[[Tensor], Tensor]  # from points [S, B] int64 (keys) on: [S, B] int64
 
 _TILE = 8192  # ids a program
 _SUB_TILE = 256  # ids a step of it
+_COPY_TILE = 4096  # ids a program that copies
 
 
-def scores_of(logits: Tensor, vocab_start: int, vocab_size: int) -> Tensor:
-    """A float32 copy of logits [S, Vl] whose padding and NaN are -inf: [S, Vl], rows strided.
+def scores_of_reference(
+    logits: Tensor, vocab_start: int, vocab_size: int, rows: Tensor | None = None
+) -> Tensor:
+    """What `scores_of` does, in plain torch."""
+    chosen = logits if rows is None else logits[rows]
+    scores = _empty_scores(chosen.shape[0], logits)
+    with_spare_column(scores).fill_(-torch.inf)
+    known = max(0, min(logits.shape[1], vocab_size - vocab_start))  # the rest is padding
+    scores[:, :known] = chosen[:, :known]
+    return scores.masked_fill_(scores.isnan(), -torch.inf)
+
+
+@triton.jit
+def _scores_kernel(
+    logits_ptr: tl.tensor,  # [L, Vl]
+    rows_ptr: tl.tensor,  # [S] int64
+    scores_ptr: tl.tensor,  # [S, stride] fp32
+    logits_stride: tl.tensor,
+    stride: tl.tensor,
+    known: tl.tensor,  # columns that are no padding
+    HAS_ROWS: tl.constexpr,
+    TILE: tl.constexpr,
+) -> None:
+    row = tl.program_id(0).to(tl.int64)
+    source = row
+    if HAS_ROWS:
+        source = tl.load(rows_ptr + row)
+    cols = tl.program_id(1) * TILE + tl.arange(0, TILE)
+    logits = tl.load(
+        logits_ptr + source * logits_stride + cols, mask=cols < known, other=-float("inf")
+    ).to(tl.float32)
+    scores = tl.where(logits == logits, logits, -float("inf"))  # NaN is not
+    tl.store(scores_ptr + row * stride + cols, scores, mask=cols < stride)
+
+
+def scores_of_triton(
+    logits: Tensor, vocab_start: int, vocab_size: int, rows: Tensor | None = None
+) -> Tensor:
+    """Launch the kernel; see `scores_of`."""
+    scores = _empty_scores(logits.shape[0] if rows is None else rows.shape[0], logits)
+    stride = scores.stride(0)
+    _scores_kernel[(scores.shape[0], triton.cdiv(stride, _COPY_TILE))](
+        logits,
+        logits if rows is None else rows,
+        scores,
+        logits.stride(0),
+        stride,
+        max(0, min(logits.shape[1], vocab_size - vocab_start)),
+        HAS_ROWS=rows is not None,
+        TILE=_COPY_TILE,
+    )
+    return scores
+
+
+def scores_of(
+    logits: Tensor, vocab_start: int, vocab_size: int, rows: Tensor | None = None
+) -> Tensor:
+    """A float32 copy of rows of logits, padding and NaN being -inf: [S, Vl], rows strided.
 
     Behind each row lies at least one column more, for scattered writes that belong nowhere: see
     `with_spare_column`.
+
+    Args:
+        logits: [L, Vl], last dimension contiguous
+        rows: [S] int64; None for all
     """
-    num_rows, local_size = logits.shape
+    copy = scores_of_triton if logits.is_cuda else scores_of_reference
+    return copy(logits, vocab_start, vocab_size, rows)
+
+
+def _empty_scores(num_rows: int, logits: Tensor) -> Tensor:
+    local_size = logits.shape[1]
     memory = logits.new_empty(num_rows, local_size + 8 - local_size % 8, dtype=torch.float32)
-    scores = memory[:, :local_size]
-    scores.copy_(logits)
-    scores[:, max(vocab_size - vocab_start, 0) :] = -torch.inf
-    memory[:, local_size:] = -torch.inf
-    return scores.masked_fill_(scores.isnan(), -torch.inf)
+    return memory[:, :local_size]
 
 
 def with_spare_column(scores: Tensor) -> Tensor:
@@ -95,13 +155,12 @@ def token_sums_reference(
     if weights_of is not None:
         largest, temperatures = (each.double().unsqueeze(1) for each in weights_of)
         # float64, because torch may take a vector's last elements through another fp32 exponential
-        below = (scores.double() - largest.clamp(-_LARGEST, _LARGEST)) / temperatures
+        below = (scores.double() - largest.clamp(-LARGEST, LARGEST)) / temperatures
         weights = (below.clamp(max=0.0).exp() * UNIT).long().gather(1, order)
     sums_before = F.pad(weights.cumsum(dim=1), (1, 0))  # [S, Vl + 1]
 
-    def sums(points: Tensor, needed: Tensor | None = None) -> Tensor:
-        out = sums_before[:, -1:] - sums_before.gather(1, torch.searchsorted(keys, points))
-        return out if needed is None else out.masked_fill_(needed.unsqueeze(1) <= 0, 0)
+    def sums(points: Tensor) -> Tensor:
+        return sums_before[:, -1:] - sums_before.gather(1, torch.searchsorted(keys, points))
 
     return sums
 
@@ -121,14 +180,12 @@ def _token_sums_kernel(
     points_ptr: tl.tensor,  # [S, B] int64
     largest_ptr: tl.tensor,  # [S]
     temperatures_ptr: tl.tensor,  # [S]
-    needed_ptr: tl.tensor,  # [S] int64
     sums_ptr: tl.tensor,  # [S, B] int64, zeros
     scores_stride: tl.tensor,
     local_size: tl.tensor,  # Vl
     vocab_start: tl.tensor,
     num_points: tl.tensor,  # B
     WEIGHTED: tl.constexpr,
-    SKIPS: tl.constexpr,
     ID_BITS: tl.constexpr,
     UNIT: tl.constexpr,
     LARGEST: tl.constexpr,
@@ -137,32 +194,27 @@ def _token_sums_kernel(
     POINTS: tl.constexpr,
 ) -> None:
     row, tile = tl.program_id(0), tl.program_id(1)
-    needed = 1
-    if SKIPS:
-        needed = tl.load(needed_ptr + row)
-    if needed > 0:
-        point = tl.arange(0, POINTS)
-        wanted = point < num_points
-        points = tl.load(points_ptr + row * num_points + point, mask=wanted, other=0)
-        row_ptr = scores_ptr + row.to(tl.int64) * scores_stride
-        sums = tl.zeros([POINTS, SUB_TILE], dtype=tl.int64)
-        for first in range(0, TILE, SUB_TILE):
-            cols = tile * TILE + first + tl.arange(0, SUB_TILE)
-            mask = cols < local_size
-            scores = tl.load(row_ptr + cols, mask=mask, other=-float("inf"))
-            keys = keys_in_kernel(scores, vocab_start + cols, ID_BITS)
-            if WEIGHTED:
-                largest = tl.load(largest_ptr + row)
-                largest = tl.minimum(tl.maximum(largest, -LARGEST), LARGEST)
-                below = (scores - largest) / tl.load(temperatures_ptr + row)
-                weights = (tl.exp(tl.minimum(below, 0.0)) * UNIT).to(tl.int64)
-            else:
-                weights = tl.full([SUB_TILE], 1, dtype=tl.int64)
-            hit = (keys[None, :] >= points[:, None]) & mask[None, :]
-            sums += tl.where(hit, weights[None, :], 0)
-        total = tl.sum(sums, axis=1)
-        # sums of integers: the order of these additions does not matter
-        tl.atomic_add(sums_ptr + row * num_points + point, total, mask=wanted)
+    point = tl.arange(0, POINTS)
+    wanted = point < num_points
+    points = tl.load(points_ptr + row * num_points + point, mask=wanted, other=0)
+    row_ptr = scores_ptr + row.to(tl.int64) * scores_stride
+    sums = tl.zeros([POINTS, SUB_TILE], dtype=tl.int64)
+    for first in range(0, TILE, SUB_TILE):
+        cols = tile * TILE + first + tl.arange(0, SUB_TILE)
+        mask = cols < local_size
+        scores = tl.load(row_ptr + cols, mask=mask, other=-float("inf"))
+        keys = keys_in_kernel(scores, vocab_start + cols, ID_BITS)
+        if WEIGHTED:
+            largest = tl.load(largest_ptr + row)
+            largest = tl.minimum(tl.maximum(largest, -LARGEST), LARGEST)
+            below = (scores - largest) / tl.load(temperatures_ptr + row)
+            weights = (tl.exp(tl.minimum(below, 0.0)) * UNIT).to(tl.int64)
+        else:
+            weights = tl.full([SUB_TILE], 1, dtype=tl.int64)
+        hit = (keys[None, :] >= points[:, None]) & mask[None, :]
+        sums += tl.where(hit, weights[None, :], 0)
+    # sums of integers: the order of these additions does not matter
+    tl.atomic_add(sums_ptr + row * num_points + point, tl.sum(sums, axis=1), mask=wanted)
 
 
 def token_sums_triton(
@@ -179,7 +231,7 @@ def token_sums_triton(
     tile = min(_TILE, triton.next_power_of_2(max(local_size, _SUB_TILE)))
     largest, temperatures = weights_of or (scores, scores)
 
-    def sums(points: Tensor, needed: Tensor | None = None) -> Tensor:
+    def sums(points: Tensor) -> Tensor:
         num_points = points.shape[1]
         out = torch.zeros_like(points, memory_format=torch.contiguous_format)
         _token_sums_kernel[(num_rows, triton.cdiv(local_size, tile))](
@@ -187,17 +239,15 @@ def token_sums_triton(
             points.contiguous(),
             largest,
             temperatures,
-            points if needed is None else needed,
             out,
             scores.stride(0),
             local_size,
             vocab_start,
             num_points,
             WEIGHTED=weights_of is not None,
-            SKIPS=needed is not None,
             ID_BITS=ID_BITS,
             UNIT=UNIT,
-            LARGEST=_LARGEST,
+            LARGEST=LARGEST,
             TILE=tile,
             SUB_TILE=_SUB_TILE,
             POINTS=triton.next_power_of_2(num_points),

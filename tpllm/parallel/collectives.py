@@ -1,9 +1,9 @@
 """Collectives of the tensor-parallel group, in one place so that their algorithm can change.
 
 Every rank of `tp` calls the same function in the same order with the same shapes and dtypes. With
-`tp.size == 1` each one is the identity. `all_reduce` and `all_gather` only enqueue work on the
-current stream and can be captured in a CUDA graph; `min_over_ranks` and `barrier` wait for every
-rank on the host and belong to start-up.
+`tp.size == 1` each one is the identity. `all_reduce`, `all_gather` and `all_to_all` only enqueue
+work on the current stream and can be captured in a CUDA graph; `min_over_ranks` and `barrier` wait
+for every rank on the host and belong to start-up.
 """
 
 import sys
@@ -38,6 +38,15 @@ def all_gather(x: Tensor, tp: TPGroup) -> Tensor:
     out = x.new_empty(tp.size, *x.shape)
     # Flat views: a gathered tensor of one more dimension is not taken by every backend.
     _all_gather_single(out.view(-1), x.reshape(-1), group=tp.process_group)
+    return out
+
+
+def all_to_all(x: Tensor, tp: TPGroup) -> Tensor:
+    """Give x[r] to rank r: x [tp.size, ...] contiguous; the result's [r] is what rank r gave us."""
+    if tp.size == 1:
+        return x
+    out = torch.empty_like(x)
+    dist.all_to_all_single(out, x, group=tp.process_group)
     return out
 
 

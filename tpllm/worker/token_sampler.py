@@ -18,12 +18,13 @@ from torch import Tensor
 from tpllm.channel.logprobs import LogprobBlock
 from tpllm.channel.row_options import RowOptions
 from tpllm.channel.step_plan import StepMasks
+from tpllm.layers.cuts import Truncation
 from tpllm.layers.logit_changes import add_at, ends_with, keep_only, penalize
 from tpllm.layers.logprobs import token_logprobs
 from tpllm.layers.sampler import SamplingBatch, sample
 from tpllm.layers.token_masks import MASK_BITS, keep_masked
 from tpllm.layers.token_order import scores_of
-from tpllm.layers.truncation import Truncation, truncate
+from tpllm.layers.truncation import truncate
 from tpllm.parallel.group import TPGroup
 from tpllm.worker.option_table import OptionTable, RowLists, upload
 
@@ -203,7 +204,7 @@ class TokenSampler:
         where, rows = self._upload(indices), self._upload(drawing.rows[indices])
         batch = SamplingBatch(**{name: x[where] for name, x in vars(drawing.batch).items()})
         positions = batch.positions.long()
-        scores = scores_of(logits[where], self._vocab_start, self._vocab_size)  # [P, Vl]
+        scores = scores_of(logits, self._vocab_start, self._vocab_size, where)  # [P, Vl]
         masked = [p for p, i in enumerate(indices) if i in masks]
         if masked:
             words = upload(np.stack([masks[indices[p]] for p in masked]), self._tp.device)
@@ -232,7 +233,7 @@ class TokenSampler:
                 top_ps if any(each.top_p < 1 for _, each in changed) else None,
                 min_ps if any(each.min_p > 0 for _, each in changed) else None,
             )
-            truncate(scores, truncation, self._vocab_start, self._vocab_size, self._tp)
+            truncate(scores, truncation, self._vocab_start, self._tp)
         tokens[where] = self.draw(scores, batch)
 
     def _apply_lists(
