@@ -170,7 +170,7 @@ def main() -> None:
         result: dict[str, Any] = {"arguments": vars(args), "model": config.name}
         result |= {"hardware": rates, "kv_cache_tokens": num_tokens}
         result |= environment(llm) | {"startup_s": round(startup_s, 2), "steps": [], "skipped": []}
-        limit = Limit(config, args.tp, *rates.values()) if rates else None
+        limit = Limit(config, args.tp, **rates) if rates else None
         print(f"{config.name}, tp={args.tp}, {result['gpu'] or 'CPU'}, {num_tokens} tokens of KV")
         print(f"hardware {rates}")
         print("sequences  context   step ms    gpu ms  limit ms  reached")

@@ -8,18 +8,13 @@ them alone, with every engine setting. Prints a table, then one JSON line.
 
 import argparse
 import json
-import subprocess
-import sys
 import time
-from pathlib import Path
 from typing import Any
 
-from limit import seed_limit
+from limit import Limit, measured_rates, seed_limit
 
 from tpllm import LLM
 from tpllm.cli.bench.workloads import MEASURES, environment, print_table
-
-REPO = Path(__file__).resolve().parents[1]
 
 
 def main() -> None:
@@ -40,9 +35,7 @@ def main() -> None:
 
     result: dict[str, Any] = {"arguments": vars(args)}
     if not args.no_probe and args.device != "cpu":
-        probe = [sys.executable, str(REPO / "launch" / "probe.py")]
-        done = subprocess.run(probe, capture_output=True, text=True, check=False)
-        result["hardware"] = json.loads(done.stdout) if done.returncode == 0 else None
+        result["hardware"] = measured_rates()
     begin = time.perf_counter()
     with LLM(
         args.model,
@@ -61,8 +54,8 @@ def main() -> None:
             if args.workload in (name, "both"):
                 result[name] = measure(llm, args.repeats, args.breakdown)
         if (hardware := result.get("hardware")) and "seed" in result:
-            config, rates = llm.config.model_config, (*hardware.values(), float("inf"))
-            result["seed"]["limit_tokens_per_s"] = round(seed_limit(config, args.tp, *rates[:3]), 1)
+            limit = Limit(llm.config.model_config, args.tp, **hardware)
+            result["seed"]["limit_tokens_per_s"] = round(seed_limit(limit), 1)
     print(f"{args.model or 'shipped model'}, tp={args.tp}, start to ready {result['startup_s']} s")
     print(f"hardware {result.get('hardware')}")
     for name in MEASURES:

@@ -30,7 +30,7 @@ class Limit:
     tp: int
     copy_TB_per_s: float
     matmul_TFLOP_per_s: float
-    link_GB_per_s: float = float("inf")
+    peer_copy_GB_per_s: float = float("inf")
 
     def decode_step_s(self, num_seqs: int, num_keys: float) -> float:
         """A token for each of `num_seqs` sequences, which attend to `num_keys` tokens together."""
@@ -47,7 +47,7 @@ class Limit:
         layer_s = sum(self._matmul_s(num_tokens, *shape) for shape in shapes)
         layer_s += self._longer_s(num_keys * 2 * K * D * BYTES, 4 * num_pairs * H * D)
         if self.tp > 1:
-            layer_s += 2 * (ALL_REDUCE_S + num_tokens * E * BYTES / (self.link_GB_per_s * 1e9))
+            layer_s += 2 * (ALL_REDUCE_S + num_tokens * E * BYTES / (self.peer_copy_GB_per_s * 1e9))
         return L * layer_s + self._matmul_s(num_drawn, config.vocab_size, E)
 
     def _matmul_s(self, M: int, N: int, K: int) -> float:
@@ -59,16 +59,9 @@ class Limit:
         return max(num_bytes / bandwidth, flops / rate) / self.tp
 
 
-def seed_limit(
-    config: ModelConfig,
-    tp: int,
-    copy_TB_per_s: float,
-    matmul_TFLOP_per_s: float,
-    link_GB_per_s: float,
-) -> float:
+def seed_limit(limit: Limit) -> float:
     """Output tokens per second on workload "seed" that no engine can pass."""
-    limit = Limit(config, tp, copy_TB_per_s, matmul_TFLOP_per_s, link_GB_per_s)
-    prompts, params = seed_workload(config.vocab_size)
+    prompts, params = seed_workload(limit.config.vocab_size)
     lengths = [len(prompt) for prompt in prompts]
     outputs = [each.max_tokens or 0 for each in params]
     num_pairs = sum(length**2 / 2 for length in lengths)
@@ -81,7 +74,7 @@ def seed_limit(
 
 
 def measured_rates() -> dict[str, float] | None:
-    """What probe.py measures: the rates of `Limit`, in its order; None where it cannot run.
+    """What probe.py measures: the rates of `Limit`, by its names; None where it cannot run.
 
     In a process of its own, so that this one holds nothing of the GPU.
     """
@@ -102,7 +95,8 @@ def main() -> None:
     parser.add_argument("--link", type=float, default=400, help="GB/s between two GPUs")
     args = parser.parse_args()
     config = ModelConfig.from_folder(args.model)
-    print(f"{seed_limit(config, args.tp, args.copy, args.matmul, args.link):.0f} output tokens/s")
+    limit = Limit(config, args.tp, args.copy, args.matmul, args.link)
+    print(f"{seed_limit(limit):.0f} output tokens/s")
 
 
 if __name__ == "__main__":

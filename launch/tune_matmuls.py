@@ -154,7 +154,7 @@ def main() -> None:
     parser.add_argument("--tp", type=int, default=1, metavar="N", help="tensor_parallel_size")
     parser.add_argument("--weights", nargs="+", help="some of qkv, o, gate_up, down, lm_head")
     args = parser.parse_args()
-    sizes = [M for M in decode_sizes(256) if M >= 32]
+    sizes = [M for M in decode_sizes(256) if M > 1]
     gpu = torch.cuda.get_device_name()
     table = load_table(gpu)
     begin = time.perf_counter()

@@ -109,3 +109,22 @@ def test_the_limit_is_the_one_that_the_peers_are_held_against(model, tp, expecte
     arguments = ["--model", str(REPO / f"launch/configs/Qwen3-{model}"), "--tp", str(tp)]
     limit = run_text("limit.py", *arguments).split()[0]
     assert float(limit) == pytest.approx(expected, rel=0.002)
+
+
+def test_a_start_is_measured_with_random_weights_in_a_real_checkpoint(tmp_path: Path) -> None:
+    config = json.loads((REPO / "launch/configs/Qwen3-0.6B/config.json").read_text())
+    config |= {"hidden_size": 32, "num_hidden_layers": 1, "vocab_size": 100, "head_dim": 16}
+    config |= {
+        "eos_token_id": 1,
+        "intermediate_size": 32,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+    }
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    figures = run("bench_start.py", "--model", str(tmp_path), "--device", "cpu", "--repeats", "1")
+    assert figures["checkpoint_bytes"] > 2 * 100 * 32
+    times = list(figures["phases_s"].values())
+    assert times == sorted(times)
+    assert times[-1] == figures["ready_s"][0] > 0
+    assert "loading weights" in figures["phases_s"]
+    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]

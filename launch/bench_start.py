@@ -1,0 +1,136 @@
+"""Measures the start of an engine: from the start of the program to the moment it can generate.
+
+With weights in the page cache, and nothing that earlier starts have compiled: Triton's cache is a
+new folder each time. Reading the weights is bound by the page cache and PCIe, some 5 to 25 GB/s a
+rank; the rest is imports, NCCL, compiling kernels and capturing graphs. A folder that has only a
+config gets random weights first, in a folder of its own that is removed at the end.
+
+Prints when each phase began, then one JSON line.
+
+    python launch/bench_start.py --model launch/configs/Qwen3-8B --tp 2
+"""
+
+import argparse
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from tpllm.checkpoint import INDEX_NAME
+from tpllm.model_config import ModelConfig
+
+SHARD_BYTES = 4 << 30
+SELF = Path(__file__).resolve()
+
+
+def write_random_checkpoint(source: Path, folder: Path) -> None:
+    """A checkpoint of bfloat16 weights in a model's shapes; norms are 1."""
+    import torch
+    from safetensors.torch import save_file
+
+    shutil.copytree(source, folder, dirs_exist_ok=True)
+    noise = 0.02 * torch.randn(1 << 24, generator=torch.Generator().manual_seed(0))
+    block, places, shard, held = noise.bfloat16(), {}, {}, 0
+    shapes = ModelConfig.from_folder(source).tensor_shapes()
+    for i, (name, shape) in enumerate(shapes.items()):
+        tensor = torch.ones(shape, dtype=torch.bfloat16)
+        if not name.endswith("norm.weight"):
+            flat = tensor.view(-1)
+            for begin in range(0, flat.numel(), block.numel()):
+                part = flat[begin : begin + block.numel()]
+                part.copy_(block[: part.numel()])
+        shard[name] = tensor
+        held += 2 * tensor.numel()
+        if held >= SHARD_BYTES or i == len(shapes) - 1:
+            file = f"model-{len(set(places.values())):05d}.safetensors"
+            save_file(shard, folder / file, metadata={"format": "pt"})
+            places |= dict.fromkeys(shard, file)
+            shard, held = {}, 0
+    (folder / INDEX_NAME).write_text(json.dumps({"metadata": {}, "weight_map": places}))
+
+
+def start_once(args: argparse.Namespace) -> None:
+    """What a measured program does: make an engine, and say when each phase of rank 0 began."""
+    from tpllm import LLM
+
+    begin = float(os.environ["BENCH_START_BEGIN"])
+    phases = {"imported": time.time() - begin}
+
+    def on_phase(rank: int, phase: str) -> None:
+        if rank == 0:
+            phases.setdefault(phase, time.time() - begin)
+
+    with LLM(
+        args.model,
+        tensor_parallel_size=args.tp,
+        device=args.device,
+        max_model_len=args.max_model_len,
+        skip_tokenizer_init=True,
+        on_phase=on_phase,
+    ) as llm:
+        phases["ready"] = time.time() - begin
+        info = llm.coordinator.worker_info
+    print(json.dumps({"phases": phases, "info": info}))
+
+
+def measure(args: argparse.Namespace, model: Path) -> dict[str, Any]:
+    """Run `start_once` in a fresh process."""
+    command = [sys.executable, str(SELF), "--once", "--model", str(model), "--tp", str(args.tp)]
+    command += ["--device", args.device, "--max-model-len", str(args.max_model_len)]
+    with tempfile.TemporaryDirectory() as cache:
+        environment = {"TRITON_CACHE_DIR": cache, "BENCH_START_BEGIN": str(time.time())}
+        done = subprocess.run(
+            command, env={**os.environ, **environment}, capture_output=True, text=True, check=False
+        )
+    if done.returncode:
+        raise SystemExit(f"the engine did not start:\n{done.stderr}")
+    figures: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return figures
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--model", type=Path, required=True, help="folder")
+    parser.add_argument("--tp", type=int, default=1, metavar="N", help="tensor_parallel_size")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--max-model-len", type=int, default=4096)
+    parser.add_argument("--repeats", type=int, default=3, help="starts; the median counts")
+    parser.add_argument("--once", action="store_true", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.once:
+        start_once(args)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        model: Path = args.model.resolve()
+        if not list(model.glob("*.safetensors")):
+            model = Path(folder) / model.name
+            write_random_checkpoint(args.model, model)
+        num_bytes = sum(file.stat().st_size for file in model.glob("*.safetensors"))
+        for file in model.glob("*.safetensors"):  # into the page cache
+            with file.open("rb") as opened:
+                while opened.read(64 << 20):
+                    pass
+        starts = [measure(args, model) for _ in range(args.repeats)]
+    phases = [start["phases"] for start in starts]
+    medians = {name: statistics.median(each[name] for each in phases) for name in phases[0]}
+    for name, seconds in medians.items():
+        print(f"  {seconds:7.2f} s  {name}")
+    print(f"{args.model.name}, tp={args.tp}: ready after {medians['ready']:.2f} s")
+    result = {
+        "arguments": {**vars(args), "model": args.model.name},
+        "checkpoint_bytes": num_bytes,
+        "ready_s": [round(each["ready"], 2) for each in phases],
+        "phases_s": {name: round(seconds, 2) for name, seconds in medians.items()},
+        **starts[0]["info"],
+    }
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()
