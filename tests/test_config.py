@@ -170,6 +170,26 @@ def test_flash_attn_serves_where_it_can(machine, gpus, dtype, head_dim, reason):
     assert why_no_flash_attn(gpus, dtype, head_dim) == without
 
 
+def test_the_attention_backend_is_the_fastest_there_is_or_the_one_asked_for(machine, tmp_path):
+    def resolved(**settings) -> str:
+        folder = write_config(tmp_path)
+        return EngineConfig.resolve(folder, load_format="dummy", **settings).attention_backend
+
+    machine()
+    assert resolved() == resolved(attention_backend="torch") == "torch"
+    with pytest.raises(ValueError, match="attention_backend='triton' needs a GPU"):
+        resolved(attention_backend="triton")
+    with pytest.raises(ValueError, match="'flash-attn' does not serve here: it needs a GPU; use"):
+        resolved(attention_backend="flash-attn")
+    machine(H200)
+    assert resolved(dtype="bfloat16") == "flash-attn"
+    assert resolved(dtype="float32") == "triton"
+    for name in ("flash-attn", "triton", "torch"):
+        assert resolved(dtype="bfloat16", attention_backend=name) == name
+    with pytest.raises(ValueError, match="does not serve here: it knows no float32"):
+        resolved(dtype="float32", attention_backend="flash-attn")
+
+
 def test_flash_attn_needs_an_ampere_gpu():
     old = Gpu("Tesla T4", "GPU-t4", (7, 5))
     reason = "Tesla T4 has compute capability 7.5, and it needs 8.0"

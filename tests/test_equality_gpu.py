@@ -21,6 +21,7 @@ TP_SIZES = [
 def test_float32_equals_transformers(tp: int, plain: bool) -> None:
     """With every fast path, and `plain` without those that have a switch."""
     switches: dict[str, Any] = {"disable_custom_all_reduce": plain, "disable_custom_matmul": plain}
+    switches["attention_backend"] = "torch" if plain else "auto"
     references = shipped_greedy()
     prompts = [reference.prompt_ids for reference in references]
     with LLM(dtype="float32", tensor_parallel_size=tp, num_kv_blocks=60, **switches) as llm:

@@ -48,6 +48,11 @@ def test_numpy_numbers_and_paths_become_plain_ones():
         ("enforce_eager", "no", "enforce_eager='no' must be True or False"),
         ("skip_tokenizer_init", None, "skip_tokenizer_init=None must be True or False"),
         ("load_format", "gguf", "load_format='gguf' must be one of 'auto', 'dummy'"),
+        (
+            "attention_backend",
+            "xformers",
+            "attention_backend='xformers' must be one of 'auto', 'flash-attn', 'triton', 'torch'",
+        ),
         ("start_timeout_s", 0, "start_timeout_s=0 must be more than 0 and at most 1e"),
         ("start_timeout_s", None, "start_timeout_s=None must be a number"),
         ("step_timeout_s", -1, "step_timeout_s=-1 must be more than 0"),

@@ -37,7 +37,7 @@ class EngineConfig(Settings):
         max_model_len: most tokens of prompt and output together
         max_model_len_is_asked_for: whether the caller set it: then the cache must hold so many
         kv_block_size: tokens in a block of the KV cache
-        use_flash_attn: whether prompts are computed by flash-attn 2
+        attention_backend: "flash-attn", "triton" or "torch"
         folder: the checkpoint, absolute
         step_timeout_s: seconds that a step may take
         tokenizer_folder: the tokenizer's folder; None to work on token ids alone
@@ -49,7 +49,6 @@ class EngineConfig(Settings):
     kv_block_size: int = field()
     step_timeout_s: float = field()
     max_model_len_is_asked_for: bool
-    use_flash_attn: bool
     folder: Path
     tokenizer_folder: Path | None
     model_config: ModelConfig
@@ -72,14 +71,14 @@ class EngineConfig(Settings):
         _check_gpu_memory(gpus, wanted, model_config)
         refuse_too_little_shared_memory(len(gpus))
         dtype = _resolve_dtype(wanted, device, gpus, model_config)
-        use_flash_attn = why_no_flash_attn(gpus, dtype, model_config.head_dim) is None
+        attention_backend = _resolve_attention_backend(wanted, gpus, dtype, model_config.head_dim)
         concrete = {
             "device": device,
             "dtype": dtype,
             "max_model_len": _resolve_max_model_len(wanted, model_config),
             "max_model_len_is_asked_for": wanted.max_model_len is not None,
-            "kv_block_size": _resolve_kv_block_size(wanted, device, dtype, use_flash_attn),
-            "use_flash_attn": use_flash_attn,
+            "attention_backend": attention_backend,
+            "kv_block_size": _resolve_kv_block_size(wanted, device, dtype, attention_backend),
             "step_timeout_s": wanted.step_timeout_s or STEP_TIMEOUT_S[device],
             "folder": folder,
             "tokenizer_folder": _resolve_tokenizer(wanted, folder),
@@ -210,11 +209,30 @@ def _resolve_max_model_len(wanted: Settings, model_config: ModelConfig) -> int:
     return length
 
 
-def _resolve_kv_block_size(wanted: Settings, device: str, dtype: str, use_flash_attn: bool) -> int:
+def _resolve_attention_backend(wanted: Settings, gpus: list[Gpu], dtype: str, head_dim: int) -> str:
+    obstacle = why_no_flash_attn(gpus, dtype, head_dim)
+    if wanted.attention_backend == "auto":
+        fastest = "flash-attn" if obstacle is None else "triton"
+        return fastest if gpus else "torch"
+    if wanted.attention_backend == "flash-attn" and obstacle is not None:
+        raise ValueError(
+            f"attention_backend='flash-attn' does not serve here: {obstacle}; "
+            "use attention_backend='auto'"
+        )
+    if wanted.attention_backend == "triton" and not gpus:
+        raise ValueError(
+            "attention_backend='triton' needs a GPU; on the CPU use attention_backend='auto'"
+        )
+    return wanted.attention_backend
+
+
+def _resolve_kv_block_size(
+    wanted: Settings, device: str, dtype: str, attention_backend: str
+) -> int:
     size = wanted.kv_block_size
     if size is None:
         return FLASH_ATTN_PAGE if device == "cuda" and dtype in HALF_DTYPES else 16
-    if use_flash_attn:
+    if attention_backend == "flash-attn":
         if size % FLASH_ATTN_PAGE:
             raise ValueError(
                 f"kv_block_size={size} is no multiple of {FLASH_ATTN_PAGE}, which flash-attn needs "

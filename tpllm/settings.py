@@ -18,6 +18,7 @@ from tpllm.errors import refuse_unknown_settings
 DEVICES = ("auto", "cuda", "cpu")
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 LOAD_FORMATS = ("auto", "dummy")
+ATTENTION_BACKENDS = ("auto", "flash-attn", "triton", "torch")
 GENERATION_CONFIGS = ("auto", "vllm")
 
 # Smallest and largest value of each whole number. The largest are far beyond use, and keep what is
@@ -58,6 +59,7 @@ class SettingsKeywords(TypedDict, total=False):
     enforce_eager: bool
     disable_custom_all_reduce: bool
     disable_custom_matmul: bool
+    attention_backend: str
     load_format: str
     tokenizer: str | os.PathLike[str] | None
     skip_tokenizer_init: bool
@@ -90,6 +92,9 @@ class Settings:
             that kernels of our own do over the GPUs' peer memory
         disable_custom_matmul: whether to leave every matrix product to torch, also those of one row
             that a kernel of our own does, and those for which we have measured a faster algorithm
+        attention_backend: "flash-attn" computes prompts by flash-attn 2, "triton" by torch, and
+            both decode by a kernel of ours; "torch" does both, slowly. "auto" is the first of these
+            that the GPU, the dtype and the packages allow, and "torch" on the CPU
         load_format: "auto" reads the checkpoint's weights, "dummy" draws random ones and needs
             only config.json
         tokenizer: local folder or Hugging Face id; None for the model's own
@@ -121,6 +126,7 @@ class Settings:
     enforce_eager: bool = False
     disable_custom_all_reduce: bool = False
     disable_custom_matmul: bool = False
+    attention_backend: str = "auto"
     load_format: str = "auto"
     tokenizer: str | None = None
     skip_tokenizer_init: bool = False
@@ -139,6 +145,7 @@ class Settings:
         check_choice("device", self.device, DEVICES)
         check_choice("dtype", self.dtype, DTYPES)
         check_choice("load_format", self.load_format, LOAD_FORMATS)
+        check_choice("attention_backend", self.attention_backend, ATTENTION_BACKENDS)
         check_choice("generation_config", self.generation_config, GENERATION_CONFIGS)
         for name in SWITCHES:
             check_bool(name, getattr(self, name))

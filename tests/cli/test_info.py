@@ -135,6 +135,9 @@ def test_settings_change_the_choices_and_are_named(two_gpus, monkeypatch, capsys
     assert chosen["decode steps"] == ("eager", "asked for by --enforce-eager")
     assert chosen["max_model_len"] == ("100 tokens", "asked for by --max-model-len")
     assert chosen["KV block"] == ("32 tokens", "asked for by --kv-block-size")
+    chosen = choices(capsys, "--attention-backend", "torch", "--dtype", "bfloat16")
+    for work in ("prefill attention", "decode attention"):
+        assert chosen[work] == ("torch", "asked for by --attention-backend")
     chosen = choices(capsys, "--tensor-parallel-size", "2", "--disable-custom-all-reduce")
     assert chosen["all-reduce"] == ("NCCL", "disable_custom_all_reduce is set")
 

@@ -16,7 +16,7 @@ from tpllm.layers.attention import (
     SplitDecodeBackend,
     TorchAttentionBackend,
     causal_attention,
-    choose_backend,
+    make_backend,
 )
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
@@ -190,17 +190,22 @@ def test_torch_backend_takes_any_head_dim(
 
 
 @pytest.mark.parametrize(
-    "device, name", [("cpu", "torch"), ("cuda", "split decode, torch prefill")]
+    "name, what, capturable",
+    [
+        ("torch", "torch", (False, False)),
+        ("triton", "split decode, torch prefill", (True, False)),
+        pytest.param(
+            "flash-attn",
+            "split decode, flash-attn 2 prefill",
+            (True, True),
+            marks=[pytest.mark.gpu, needs_flash_attn],
+        ),
+    ],
 )
-def test_torch_prefills_where_flash_attn_does_not(device: str, name: str) -> None:
-    assert choose_backend(torch.device(device), use_flash_attn=False).name == name
-
-
-@pytest.mark.gpu
-@needs_flash_attn
-def test_flash_attn_prefills_where_it_is_there() -> None:
-    backend = choose_backend(torch.device("cuda"), use_flash_attn=True)
-    assert backend.name == "split decode, flash-attn 2 prefill" and backend.capturable
+def test_a_backend_is_made_by_the_setting_s_name(name, what, capturable) -> None:
+    backend = make_backend(name)
+    assert backend.name == what
+    assert (backend.capturable, backend.prefill_capturable) == capturable
 
 
 @pytest.mark.gpu

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from tests.ranks import run_ranks
-from tpllm.layers.attention import AttentionBatch, KVCache, PrefillBatch, choose_backend
+from tpllm.layers.attention import AttentionBatch, KVCache, PrefillBatch, make_backend
 from tpllm.layers.matmul import plain_matmul
 from tpllm.model_config import ModelConfig
 from tpllm.models.checkpoint_weights import DummyWeights, SafetensorsWeights
@@ -102,7 +102,7 @@ def int32(values: list[int] | list[list[int]]) -> Tensor:
 
 
 def make_model(config: ModelConfig, tp: TPGroup) -> Qwen3ForCausalLM:
-    backend = choose_backend(tp.device, use_flash_attn=False)
+    backend = make_backend("torch")
     model = model_class(config)(config, tp, torch.float32, MAX_POSITIONS, backend, plain_matmul)
     assert isinstance(model, Qwen3ForCausalLM)
     for parameter in model.parameters():

@@ -16,7 +16,7 @@ from tpllm.checkpoint import resolve_model
 from tpllm.engine.block_manager import BlockManager
 from tpllm.engine.request import AddRequest, Sequence
 from tpllm.engine.scheduler import Scheduler
-from tpllm.layers.attention import AttentionBatch, KVCache, PrefillBatch, choose_backend
+from tpllm.layers.attention import AttentionBatch, KVCache, PrefillBatch, make_backend
 from tpllm.layers.matmul import fast_matmul
 from tpllm.model_config import ModelConfig
 from tpllm.models.checkpoint_weights import SafetensorsWeights
@@ -41,11 +41,17 @@ OPTIONS: list[dict[str, Any]] = [
 ]
 
 
+def backend_of(device: str, dtype: torch.dtype) -> str:
+    if device == "cpu":
+        return "torch"
+    return "flash-attn" if dtype == torch.bfloat16 else "triton"
+
+
 def shipped_model(device: str, dtype: torch.dtype) -> tuple[Qwen3ForCausalLM, TPGroup, ModelConfig]:
     folder = resolve_model(None)
     config = ModelConfig.from_folder(folder)
     tp = TPGroup.single(torch.device(device))
-    backend = choose_backend(tp.device, use_flash_attn=dtype == torch.bfloat16)
+    backend = make_backend(backend_of(device, dtype))
     matmul = fast_matmul(dtype, tp.device)
     model = Qwen3ForCausalLM(config, tp, dtype, 1024, backend, matmul)
     model.load(SafetensorsWeights(folder))

@@ -24,18 +24,18 @@ def explain(given: Given, hardware: Hardware) -> dict[str, Choice]:
             f"{config.max_model_len} tokens",
             _asked("max_model_len", given) or "the model's limit, or less if the cache is smaller",
         ),
-        "prefill attention": _prefill(config, on_gpu),
-        "decode attention": (
-            ("split kernel (Triton)", "the kernel of our own, for GPUs")
-            if on_gpu
-            else ("torch", "the CPU has no other")
-        ),
+        "prefill attention": _prefill_attention(config, given, on_gpu),
+        "decode attention": _decode_attention(config, given, on_gpu),
         "all-reduce": _all_reduce(config, hardware, on_gpu),
         "decode steps": _decode_steps(config, given, on_gpu),
         "KV block": (
             f"{config.kv_block_size} tokens",
             _asked("kv_block_size", given)
-            or ("flash-attn reads pages of 256" if config.use_flash_attn else "the default here"),
+            or (
+                "flash-attn reads pages of 256"
+                if config.attention_backend == "flash-attn"
+                else "the default here"
+            ),
         ),
     }
 
@@ -61,9 +61,19 @@ def _dtype(config: EngineConfig, given: Given, on_gpu: bool) -> Choice:
     return config.dtype, _asked("dtype", given) or default
 
 
-def _prefill(config: EngineConfig, on_gpu: bool) -> Choice:
-    if config.use_flash_attn:
-        return "flash-attn 2", "the fastest here"
+def _decode_attention(config: EngineConfig, given: Given, on_gpu: bool) -> Choice:
+    asked = _asked("attention_backend", given)
+    if config.attention_backend == "torch":
+        return "torch", (asked if on_gpu and asked else "the CPU has no other")
+    return "split kernel (Triton)", asked or "the kernel of our own, for GPUs"
+
+
+def _prefill_attention(config: EngineConfig, given: Given, on_gpu: bool) -> Choice:
+    asked = _asked("attention_backend", given)
+    if config.attention_backend == "flash-attn":
+        return "flash-attn 2", asked or "the fastest here"
+    if asked and on_gpu:
+        return "torch", asked
     gpus = visible_gpus()[: config.tensor_parallel_size] if on_gpu else []
     why = why_no_flash_attn(gpus, config.dtype, config.model_config.head_dim)
     return "torch", f"no flash-attn: {why}"

@@ -302,11 +302,16 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     return out.permute(2, 0, 1, 3).reshape(q_len, num_heads, head_dim)
 
 
-def choose_backend(device: torch.device, use_flash_attn: bool) -> AttentionBackend:
-    """The fastest backend for a device; `use_flash_attn` says that flash-attn 2 serves there."""
-    if device.type == "cpu":
-        return TorchAttentionBackend()
-    return FlashAttention2Backend() if use_flash_attn else SplitDecodeBackend()
+BACKENDS: dict[str, type[TorchAttentionBackend]] = {
+    "flash-attn": FlashAttention2Backend,
+    "triton": SplitDecodeBackend,
+    "torch": TorchAttentionBackend,
+}
+
+
+def make_backend(name: str) -> AttentionBackend:
+    """The backend of this name, as the setting `attention_backend` has it."""
+    return BACKENDS[name]()
 
 
 class Attention(nn.Module):

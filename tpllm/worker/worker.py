@@ -13,7 +13,7 @@ from tpllm.channel.ring import RingReader
 from tpllm.channel.step_plan import CONTROL, MASKS, PlanLimits, StepMasks, StepPlan
 from tpllm.config import EngineConfig
 from tpllm.layers.all_reduce_norm import peer_memory_works
-from tpllm.layers.attention import AttentionBackend, choose_backend
+from tpllm.layers.attention import AttentionBackend, make_backend
 from tpllm.layers.matmul import Matmul, fast_matmul, plain_matmul
 from tpllm.layers.weights import WeightSource
 from tpllm.models.checkpoint_weights import DummyWeights, SafetensorsWeights
@@ -68,7 +68,7 @@ class Worker:
 
         replies.phase("loading weights")
         begin = time.perf_counter()
-        backend = choose_backend(device, config.use_flash_attn)
+        backend = make_backend(config.attention_backend)
         matmul = fast_matmul(self._dtype, device)
         if config.disable_custom_matmul:
             matmul = plain_matmul
