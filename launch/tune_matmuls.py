@@ -45,7 +45,7 @@ class Bench:
         def random(*shape: int) -> Tensor:
             return torch.randn(*shape, generator=generator, device=device, dtype=dtype)
 
-        self.weights = random(copies, N, K) / K**0.5
+        self.weights: Tensor = random(copies, N, K) / K**0.5
         self.x = random(M, K)
         self.out = torch.empty(M, N, device=device, dtype=dtype)
         self.problem = Problem(M, N, K, dtype, device)
@@ -68,7 +68,7 @@ class Bench:
             product(self.x, self._weight(), self.out)
         end.record()
         end.synchronize()
-        return begin.elapsed_time(end) * 1e3 / launches
+        return float(begin.elapsed_time(end)) * 1e3 / launches
 
     def is_right(self, product: Product) -> bool:
         """Whether its error is no larger than that of torch's product."""
@@ -80,7 +80,8 @@ class Bench:
 
     def _weight(self) -> Tensor:
         self._next = (self._next + 1) % len(self.weights)
-        return self.weights[self._next]
+        weight: Tensor = self.weights[self._next]
+        return weight
 
     def _graph_us(self, run: Callable[[Tensor], object], repeats: int = 9) -> float:
         run(self._weight())
@@ -90,7 +91,7 @@ class Bench:
             for _ in range(launches):
                 run(self._weight())
         graph.replay()
-        times = []
+        times: list[float] = []
         for _ in range(repeats):
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             begin.record()

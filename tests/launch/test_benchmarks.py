@@ -1,6 +1,7 @@
 """The scripts that people run: each prints a table and one JSON line."""
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 
 from launch.limit import Limit
+from launch.tune_matmuls import weight_shapes
 from tpllm.model_config import ModelConfig
 
 REPO = Path(__file__).parents[2]
@@ -109,6 +111,18 @@ def test_the_limit_is_the_one_that_the_peers_are_held_against(model, tp, expecte
     arguments = ["--model", str(REPO / f"launch/configs/Qwen3-{model}"), "--tp", str(tp)]
     limit = run_text("limit.py", *arguments).split()[0]
     assert float(limit) == pytest.approx(expected, rel=0.002)
+
+
+@pytest.mark.parametrize("tp", [1, 2, 4, 8])
+def test_tuned_weights_are_all_of_a_layer(tp: int) -> None:
+    config = ModelConfig.from_folder(REPO / "launch/configs/Qwen3-8B")
+    shapes = weight_shapes(config, tp)
+    assert shapes.pop("lm_head") == (151_936 // tp, 4096)
+    layer = "model.layers.0."
+    tensors = config.tensor_shapes().items()
+    sizes = [math.prod(shape) for name, shape in tensors if name.startswith(layer)]
+    products = [size for size in sizes if size > 1e6]  # all but the norms
+    assert tp * sum(N * K for N, K in shapes.values()) == sum(products)
 
 
 def test_a_start_is_measured_with_random_weights_in_a_real_checkpoint(tmp_path: Path) -> None:
