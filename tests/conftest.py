@@ -4,6 +4,7 @@ import os
 import signal
 import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from multiprocessing import forkserver, resource_tracker, set_forkserver_preload
 from typing import Any
 
@@ -17,6 +18,7 @@ if worker := os.environ.get("PYTEST_XDIST_WORKER"):
 
 import torch
 
+from tests.forked_engines import engines_are_forked, makes_engines
 from tests.leaks import assert_nothing_left, traces
 
 # Without a GPU, kernels run on CPU tensors in Triton's interpreter: to be chosen before its import.
@@ -50,8 +52,16 @@ def own_temporary_directory(tmp_path_factory: pytest.TempPathFactory) -> Iterato
         yield
 
 
+@pytest.fixture(scope="session", autouse=True)
+def forked_engines(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Engines of this process save the seconds of their start; `tests.forked_engines` says how."""
+    modules = {item.module for item in request.session.items if isinstance(item, pytest.Function)}
+    with engines_are_forked() if any(map(makes_engines, modules)) else nullcontext():
+        yield
+
+
 @pytest.fixture(scope="module", autouse=True)
-def module_leaves_nothing(own_temporary_directory: None) -> Iterator[None]:
+def module_leaves_nothing(own_temporary_directory: None, forked_engines: None) -> Iterator[None]:
     """What a module's fixtures start ends with the module: an engine lives no longer than that."""
     before = traces()
     yield
