@@ -4,8 +4,8 @@ import os
 import signal
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
 from multiprocessing import forkserver, resource_tracker, set_forkserver_preload
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,7 +18,7 @@ if worker := os.environ.get("PYTEST_XDIST_WORKER"):
 
 import torch
 
-from tests.forked_engines import engines_are_forked, makes_engines
+from tests.forked_engines import engines_are_forked
 from tests.leaks import assert_nothing_left, traces
 
 # Without a GPU, kernels run on CPU tensors in Triton's interpreter: to be chosen before its import.
@@ -34,6 +34,38 @@ if not torch.cuda.is_available():
         scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
 
     interpreter._patch_lang_tensor = _patch_with_index
+
+
+# The files that take longest come first, so that test processes side by side end together. The very
+# first forks hundreds of processes, which costs the less the less its own has imported.
+LONGEST_FIRST = [
+    "faults/test_product.py",
+    "test_equality.py",
+    "server/test_end_to_end.py",
+    "docs/test_code_blocks.py",
+    "examples/test_examples.py",
+    "engine/test_scheduler.py",
+    "engine/test_launcher.py",
+    "engine/test_launcher_programs.py",
+    "test_lifecycle.py",
+    "test_structured_llm.py",
+    "test_sampling_options.py",
+    "faults/test_real_workers.py",
+    "test_async_llm.py",
+    "test_llm.py",
+    "launch/test_benchmarks.py",
+    "cli/test_chat.py",
+    "layers/test_sampler.py",
+]
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.option.loadscopereorder = False  # xdist's own order begins with the most tests
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    places = {Path(__file__).parent / name: i for i, name in enumerate(LONGEST_FIRST)}
+    items.sort(key=lambda item: places.get(item.path, len(places)))
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -52,16 +84,15 @@ def own_temporary_directory(tmp_path_factory: pytest.TempPathFactory) -> Iterato
         yield
 
 
-@pytest.fixture(scope="session", autouse=True)
-def forked_engines(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Engines of this process save the seconds of their start; `tests.forked_engines` says how."""
-    modules = {item.module for item in request.session.items if isinstance(item, pytest.Function)}
-    with engines_are_forked() if any(map(makes_engines, modules)) else nullcontext():
+@pytest.fixture(scope="session")
+def forked_engines(own_temporary_directory: None) -> Iterator[None]:
+    """From the first module that uses it on, engines of this process start within half a second."""
+    with engines_are_forked():
         yield
 
 
 @pytest.fixture(scope="module", autouse=True)
-def module_leaves_nothing(own_temporary_directory: None, forked_engines: None) -> Iterator[None]:
+def module_leaves_nothing(own_temporary_directory: None) -> Iterator[None]:
     """What a module's fixtures start ends with the module: an engine lives no longer than that."""
     before = traces()
     yield

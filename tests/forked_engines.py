@@ -8,7 +8,6 @@ the launcher's tests. On a machine with GPUs nothing is forked: a GPU is lost to
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -19,14 +18,7 @@ from tpllm.checkpoint import SHIPPED_MODEL
 from tpllm.engine import processes
 from tpllm.tokenizer import Tokenizer
 
-_MAKERS = {"LLM", "Coordinator", "shared_engines"}
-
 _started = processes._start
-
-
-def makes_engines(module: ModuleType) -> bool:
-    """Whether a module of tests makes engines with real workers in the tests' own process."""
-    return not _MAKERS.isdisjoint(vars(module))
 
 
 @contextmanager

@@ -19,6 +19,8 @@ from tests.reference import (
 )
 from tpllm import LLM, SamplingParams
 
+pytestmark = pytest.mark.usefixtures("forked_engines")
+
 GREEDY = SamplingParams(temperature=0, max_tokens=64)
 FEW = SamplingParams(temperature=0, max_tokens=16)
 # What the scheduler must do with the 32 shipped prompts under these settings, besides being right.

@@ -34,7 +34,7 @@ from tpllm.config import EngineConfig
 from tpllm.engine import block_manager, coordinator, launcher, processes, scheduler
 from tpllm.engine.coordinator import Coordinator
 
-pytestmark = pytest.mark.usefixtures("ctrl_c_raises")
+pytestmark = pytest.mark.usefixtures("ctrl_c_raises", "forked_engines")
 
 REFERENCES = shipped_greedy()[:3]
 PROMPTS = [reference.prompt_ids for reference in REFERENCES]
