@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-# Test processes side by side (pytest -n) have a core each, and so have the engines they start: the
-# threads of two engines on the same cores wait for each other most of the time.
+# Of test processes side by side (pytest -n) each keeps to one core, as the engines it starts do:
+# the threads of two engines on the same cores wait for each other most of the time.
 if worker := os.environ.get("PYTEST_XDIST_WORKER"):
     cores = sorted(os.sched_getaffinity(0))
     os.sched_setaffinity(0, {cores[int(worker.removeprefix("gw")) % len(cores)]})
