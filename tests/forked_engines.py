@@ -1,9 +1,9 @@
 """Engines whose workers are forked from the tests' process, where torch is imported once for all.
 
-A start takes half a second that way instead of four to ten, and what runs is the same. All else is
-started, as ever: the workers of `AsyncLLM`'s own process, which is no fork, since libraries that it
-shares with the tests have threads of their own; those of programs that tests run; and the stubs of
-the launcher's tests. On a machine with GPUs nothing is forked: a GPU is lost to a process's forks.
+A start takes half a second that way instead of four to ten, and what runs is the same. Started, as
+ever, are the workers of programs that tests run, and those of `AsyncLLM`'s own process, which is no
+fork either: libraries that it shares with the tests have threads of their own, which a fork lacks.
+On a machine with GPUs nothing is forked: a GPU is lost to a process's forks.
 """
 
 from collections.abc import Iterator

@@ -224,7 +224,6 @@ def test_a_worker_killed_while_it_runs_is_named(nothing_left):
 
 
 def test_a_worker_killed_while_it_loads_is_named(nothing_left):
-
     def kill_one(rank: int, phase: str) -> None:
         if phase == "loading weights":
             newest = max(child.pid for child in psutil.Process().children())
