@@ -40,11 +40,12 @@ if not torch.cuda.is_available():
 # first forks hundreds of processes, which costs the less the less its own has imported.
 LONGEST_FIRST = [
     "faults/test_product.py",
+    "engine/test_scheduler.py",
     "test_equality.py",
+    "layers/test_cuts.py",
     "server/test_end_to_end.py",
     "docs/test_code_blocks.py",
     "examples/test_examples.py",
-    "engine/test_scheduler.py",
     "engine/test_launcher.py",
     "engine/test_launcher_programs.py",
     "test_lifecycle.py",
