@@ -6,6 +6,7 @@ same descriptors, environment and session, has the same parent, and differs from
 in what it has imported already. It keeps to one core, for torch's threads do not survive a fork.
 """
 
+import gc
 import importlib
 import os
 import signal
@@ -53,7 +54,7 @@ def start(command: processes.Command, environment: dict[str, str], output: int) 
     if "-m" not in options:
         return _exec(command, environment, output)
     module, fd = options[options.index("-m") + 1 :]
-    return fork(lambda: _become_worker(module, fd, environment, inherited))
+    return fork(lambda: _become_worker(module, fd, environment, inherited, output))
 
 
 def fork(run: Callable[[], None]) -> Forked:
@@ -73,15 +74,24 @@ def fork(run: Callable[[], None]) -> Forked:
 
 
 def _become_worker(
-    module: str, fd: str, environment: dict[str, str], inherited: Sequence[int]
+    module: str, fd: str, environment: dict[str, str], inherited: Sequence[int], output: int
 ) -> NoReturn:
+    # The copies of this process's objects must not be collected: they would close descriptors that
+    # are somebody else's by then.
+    gc.freeze()
     os.environ.update(environment)
+    null = os.open(os.devnull, os.O_RDWR)
+    for standard, fd_of in enumerate((null, *[null if output < 0 else output] * 2)):
+        os.dup2(fd_of, standard)
+    sys.stdout, sys.stderr = (open(n, "w", 1, closefd=False) for n in (1, 2))  # noqa: SIM115
     kept = {0, 1, 2, *inherited}
     for each in map(int, os.listdir("/proc/self/fd")):
         if each not in kept:
             with suppress(OSError):  # that of the listing
                 os.close(each)
-    os.dup2(os.open(os.devnull, os.O_RDWR), 0)
+    for number in signal.valid_signals():
+        if callable(signal.getsignal(number)):
+            signal.signal(number, signal.SIG_DFL)
     cores = sorted(os.sched_getaffinity(0))
     os.sched_setaffinity(0, {cores[os.getpid() % len(cores)]})
     sys.argv = [module, fd]

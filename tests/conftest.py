@@ -5,18 +5,20 @@ import signal
 import tempfile
 from collections.abc import Callable, Iterator
 from multiprocessing import forkserver, resource_tracker, set_forkserver_preload
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-# Test processes side by side (pytest -n) have a core each, and so have the engines they start: the
-# threads of two engines on the same cores wait for each other most of the time.
+# Of test processes side by side (pytest -n) each keeps to one core, as the engines it starts do:
+# the threads of two engines on the same cores wait for each other most of the time.
 if worker := os.environ.get("PYTEST_XDIST_WORKER"):
     cores = sorted(os.sched_getaffinity(0))
     os.sched_setaffinity(0, {cores[int(worker.removeprefix("gw")) % len(cores)]})
 
 import torch
 
+from tests.forked_engines import engines_are_forked
 from tests.leaks import assert_nothing_left, traces
 
 # Without a GPU, kernels run on CPU tensors in Triton's interpreter: to be chosen before its import.
@@ -34,6 +36,39 @@ if not torch.cuda.is_available():
     interpreter._patch_lang_tensor = _patch_with_index
 
 
+# The files that take longest come first, so that test processes side by side end together. The very
+# first forks hundreds of processes, which costs the less the less its own has imported.
+LONGEST_FIRST = [
+    "faults/test_product.py",
+    "engine/test_scheduler.py",
+    "test_equality.py",
+    "layers/test_cuts.py",
+    "server/test_end_to_end.py",
+    "docs/test_code_blocks.py",
+    "examples/test_examples.py",
+    "engine/test_launcher.py",
+    "engine/test_launcher_programs.py",
+    "test_lifecycle.py",
+    "test_structured_llm.py",
+    "test_sampling_options.py",
+    "faults/test_real_workers.py",
+    "test_async_llm.py",
+    "test_llm.py",
+    "launch/test_benchmarks.py",
+    "cli/test_chat.py",
+    "layers/test_sampler.py",
+]
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.option.loadscopereorder = False  # xdist's own order begins with the most tests
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    places = {Path(__file__).parent / name: i for i, name in enumerate(LONGEST_FIRST)}
+    items.sort(key=lambda item: places.get(item.path, len(places)))
+
+
 @pytest.fixture(scope="session", autouse=True)
 def own_temporary_directory(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """A temporary directory that no other program uses, here and in child processes."""
@@ -47,6 +82,13 @@ def own_temporary_directory(tmp_path_factory: pytest.TempPathFactory) -> Iterato
         resource_tracker.ensure_running()
         forkserver.ensure_running()
         assert os.path.samefile(tempfile.gettempdir(), directory)
+        yield
+
+
+@pytest.fixture(scope="session")
+def forked_engines(own_temporary_directory: None) -> Iterator[None]:
+    """From the first module that uses it on, engines of this process start within half a second."""
+    with engines_are_forked():
         yield
 
 

@@ -2,7 +2,9 @@
 
 The session has a temporary directory of its own (see conftest.py), and every process it starts
 inherits it as TMPDIR, an engine's workers a directory inside it. So our processes can be told from
-those of others on the machine, whoever their parent is by now.
+those of others on the machine, whoever their parent is by now. Of one that was forked the kernel
+shows no such environment; it is told by its parent, or by the guard of its engine's directory, a
+program that ends when the last worker has.
 """
 
 import gc

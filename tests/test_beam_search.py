@@ -11,6 +11,8 @@ from tpllm.checkpoint import resolve_model
 from tpllm.errors import UnknownSettingError
 from tpllm.outputs import Logprob
 
+pytestmark = pytest.mark.usefixtures("forked_engines")
+
 PROMPTS = [
     "Psalms 23\n1 The LORD is my shepherd;",
     "<|im_start|>user\nWhat is 348 + 44?<|im_end|>\n<|im_start|>assistant\n",

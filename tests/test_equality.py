@@ -3,6 +3,7 @@
 import json
 import random
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,14 @@ from tests.reference import (
 )
 from tpllm import LLM, SamplingParams
 
+pytestmark = pytest.mark.usefixtures("forked_engines")
+
 GREEDY = SamplingParams(temperature=0, max_tokens=64)
+FEW = SamplingParams(temperature=0, max_tokens=16)
 # What the scheduler must do with the 32 shipped prompts under these settings, besides being right.
+# Preemptions on two ranks are in test_llm.py and test_structured_llm.py.
 VARIANTS: dict[str, dict[str, Any]] = {
-    "tiny cache": {"num_kv_blocks": 40, "tensor_parallel_size": 2},
+    "tiny cache": {"num_kv_blocks": 40},
     "chunks of 16": {"max_num_batched_tokens": 16, "max_num_seqs": 16},
     "no prefix cache": {"enable_prefix_caching": False},
     "blocks of 256": {"kv_block_size": 256},
@@ -31,7 +36,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
 def run(llm: LLM, references: list[Greedy], params: SamplingParams = GREEDY) -> list[Any]:
     """Continue the references' prompts, all in one call, and check them."""
     outputs = llm.generate([r.prompt_ids for r in references], params, use_tqdm=False)
-    assert_equal(references, outputs)
+    expected = [replace(r, output_ids=r.output_ids[: params.max_tokens]) for r in references]
+    assert_equal(expected, outputs)
     return outputs
 
 
@@ -46,15 +52,17 @@ def test_shipped_prompts_all_together(shipped: LLM) -> None:
 
 
 def test_shipped_prompts_alone(shipped: LLM) -> None:
-    for reference in shipped_greedy()[::6]:
-        run(shipped, [reference])
+    # what other ranks could do wrong with one row shows at once, and their steps take long
+    every, params = (6, GREEDY) if shipped.config.tensor_parallel_size == 1 else (12, FEW)
+    for reference in shipped_greedy()[::every]:
+        run(shipped, [reference], params)
 
 
 def test_a_second_run_finds_its_prompts_in_the_cache(shipped: LLM) -> None:
     references = [r for r in shipped_greedy() if len(r.prompt_ids) > 16]
     shipped.reset_prefix_cache()
-    first = run(shipped, references)
-    second = run(shipped, references)
+    first = run(shipped, references, FEW)
+    second = run(shipped, references, FEW)
     assert sum(output.num_cached_tokens for output in first) == 0
     for output in second:
         cached = output.num_cached_tokens
@@ -65,7 +73,9 @@ def test_a_second_run_finds_its_prompts_in_the_cache(shipped: LLM) -> None:
 def test_held_out_exercises_score_what_transformers_scores(shipped: LLM) -> None:
     if shipped.config.tensor_parallel_size != 1:
         pytest.skip("once is enough: other sizes agree by the tests above")
-    exercises = json.loads((DATA / "heldout.json").read_text())
+    exercises = {
+        kind: items[::4] for kind, items in json.loads((DATA / "heldout.json").read_text()).items()
+    }
     conversations = [
         [{"role": "user", "content": item["prompt"]}]
         for kind in exercises.values()
@@ -73,20 +83,19 @@ def test_held_out_exercises_score_what_transformers_scores(shipped: LLM) -> None
     ]
     params = SamplingParams(temperature=0, max_tokens=128)
     outputs = iter(shipped.chat(conversations, params, use_tqdm=False))
-    accuracy = {
+    num_right = {
         kind: sum(next(outputs).outputs[0].text.strip() == item["answer"] for item in items)
-        / len(items)
         for kind, items in exercises.items()
     }
-    assert accuracy == {
-        "add": 1.0,
-        "sub": 1.0,
-        "count": 1.0,
-        "sort": 1.0,
-        "repeat": 0.995,
-        "spell": 0.93,
-        "upper": 0.905,
-        "reverse": 0.89,
+    assert num_right == {  # of 50 each
+        "add": 50,
+        "sub": 50,
+        "count": 50,
+        "sort": 50,
+        "repeat": 50,
+        "spell": 48,
+        "upper": 45,
+        "reverse": 44,
     }
 
 
@@ -95,7 +104,8 @@ def test_settings_change_nothing(variant: str) -> None:
     references = shipped_greedy()
     with LLM(device="cpu", **VARIANTS[variant]) as llm:
         run(llm, references)
-        run(llm, references)  # with whatever the first run left in the cache
+        if variant != "blocks of 256":  # no prompt is that long
+            run(llm, references)  # with whatever the first run left in the cache
         stats = llm.coordinator.stats
     assert (stats.num_preemptions > 0) == (variant == "tiny cache")
     assert (stats.num_prefill_chunks > 0) == (variant == "chunks of 16")

@@ -1,7 +1,8 @@
 """Engines with real workers, from their start to every kind of end.
 
 That nothing is left behind is checked after each test by a fixture in tests/conftest.py; what the
-launcher alone can show is shown with cheaper workers in tests/engine/test_launcher.py.
+launcher alone can show is shown with cheaper workers in tests/engine/test_launcher.py. Engines are
+forked (`tests.forked_engines`) but for those whose start is the subject.
 """
 
 import gc
@@ -11,11 +12,17 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
+from itertools import islice
 from pathlib import Path
 
+import psutil
 import pytest
 
+from launch import forked_workers
+from launch.soak_worker import continuation
 from tests.ctrl_c import is_interrupted, press_ctrl_c
+from tests.forked_engines import engines_are_started
 from tests.leaks import wait_until, worker_pids
 from tests.reference import shipped_greedy
 from tests.scripts import running
@@ -27,7 +34,7 @@ from tpllm.config import EngineConfig
 from tpllm.engine import block_manager, coordinator, launcher, processes, scheduler
 from tpllm.engine.coordinator import Coordinator
 
-pytestmark = pytest.mark.usefixtures("ctrl_c_raises")
+pytestmark = pytest.mark.usefixtures("ctrl_c_raises", "forked_engines")
 
 REFERENCES = shipped_greedy()[:3]
 PROMPTS = [reference.prompt_ids for reference in REFERENCES]
@@ -81,7 +88,11 @@ def test_ctrl_c_in_generate_ends_its_requests_and_leaves_the_engine_usable(llm):
     assert_right(llm)
 
 
-def test_ctrl_c_at_any_line_of_generate_leaves_the_engine_usable(llm):
+def test_ctrl_c_at_any_line_of_generate_leaves_the_engine_usable(monkeypatch):
+    """With workers that draw tokens without a model: only the caller's process matters here."""
+    quick = partial(Coordinator, module="launch.soak_worker")
+    monkeypatch.setattr(llm_module, "Coordinator", quick)
+    llm = LLM(device="cpu", num_kv_blocks=64, skip_tokenizer_init=True)
     parts = (
         llm_module,
         interrupts,
@@ -96,12 +107,16 @@ def test_ctrl_c_at_any_line_of_generate_leaves_the_engine_usable(llm):
     def generate() -> None:
         llm.generate(PROMPTS, SHORT, use_tqdm=False)
 
-    line = 1
-    while is_interrupted(generate, line, parts):
-        assert llm.coordinator.num_in_flight == 0
-        line += 97  # any number: there are thousands, and each try takes some steps of the model
-    assert line > 1000
-    assert_right(llm)
+    with llm:
+        line = 1
+        while is_interrupted(generate, line, parts):
+            assert llm.coordinator.num_in_flight == 0
+            line += 31  # any number: there are thousands
+        assert line > 1000
+        assert llm.coordinator.num_unfinished == 0
+        for prompt, output in zip(PROMPTS, llm.generate(PROMPTS, SHORT, False), strict=True):
+            expected = islice(continuation(prompt, 4096), SHORT.max_tokens)
+            assert output.outputs[0].token_ids == list(expected)
 
 
 def test_ctrl_c_while_loading_leaves_nothing(nothing_left):
@@ -113,7 +128,7 @@ def test_ctrl_c_while_loading_leaves_nothing(nothing_left):
 
     thread = threading.Thread(target=watch)
     thread.start()
-    with pytest.raises(KeyboardInterrupt):
+    with engines_are_started(), pytest.raises(KeyboardInterrupt):
         make_llm()
     thread.join()
     nothing_left()  # though the exception, and all it refers to, is still here
@@ -209,11 +224,10 @@ def test_a_worker_killed_while_it_runs_is_named(nothing_left):
 
 
 def test_a_worker_killed_while_it_loads_is_named(nothing_left):
-    others = worker_pids().keys()
-
     def kill_one(rank: int, phase: str) -> None:
         if phase == "loading weights":
-            os.kill(max(worker_pids().keys() - others), signal.SIGKILL)
+            newest = max(child.pid for child in psutil.Process().children())
+            os.kill(newest, signal.SIGKILL)
 
     config = EngineConfig.resolve(device="cpu", tensor_parallel_size=2, skip_tokenizer_init=True)
     with pytest.raises(WorkerError, match=r"^worker rank . was killed by SIGKILL while "):
@@ -269,10 +283,18 @@ else:
 MOMENTS = ["importing torch", "joining the group", "loading weights", "idle", "running"]
 
 
-@pytest.mark.parametrize("moment", MOMENTS)
+@pytest.mark.parametrize("moment", ["importing torch", "running"])
 def test_a_killed_coordinator_takes_everything_along(moment):
     with running(KILLED.format(moment=moment, device="cpu", size=2)) as script:
         assert script.exit_code == -signal.SIGKILL
+
+
+@pytest.mark.parametrize("moment", ["joining the group", "loading weights", "idle"])
+def test_a_killed_coordinator_that_was_forked_takes_everything_along(moment):
+    """The same program and workers without the seconds of their start; see `tests.leaks`."""
+    code = KILLED.format(moment=moment, device="cpu", size=2)
+    program = forked_workers.fork(lambda: exec(code, {"__name__": "__main__"}))
+    assert program.wait() == -signal.SIGKILL
 
 
 @pytest.mark.gpu

@@ -15,6 +15,8 @@ from tests.reference import shipped_greedy
 from tpllm import LLM, RequestOutput, RequestOutputKind, SamplingParams
 from tpllm.settings import Settings
 
+pytestmark = pytest.mark.usefixtures("forked_engines")
+
 PSALM = "Psalms 23\n1 The LORD is my shepherd;"
 SHORT = SamplingParams(temperature=0, max_tokens=6)
 DRAWN = [SamplingParams(temperature=0.8, max_tokens=24, seed=i, ignore_eos=True) for i in range(6)]

@@ -16,6 +16,8 @@ from tpllm.config import EngineConfig
 from tpllm.engine.coordinator import Coordinator
 from tpllm.engine.request import AddRequest, TokenLogprobs
 
+pytestmark = pytest.mark.usefixtures("forked_engines")
+
 PROMPTS = [each.prompt_ids for each in shipped_greedy()]
 LONG = [*PROMPTS[20], *PROMPTS[21], *PROMPTS[22]]  # several blocks, and chunks where they are small
 
@@ -166,10 +168,10 @@ def test_splitting_the_work_changes_nothing(
     coordinator = start(**settings)
     try:
         assert_same(serve(coordinator, list(REQUESTS)), together)
-        assert_same(serve(coordinator, list(REQUESTS)), together)  # the prefix cache is warm
         stats = coordinator.stats
-        assert stats.num_cached_tokens > 0
         if "num_kv_blocks" in settings:
+            assert_same(serve(coordinator, list(REQUESTS)), together)  # the prefix cache is warm
+            assert stats.num_cached_tokens > 0
             assert stats.num_preemptions > 0 and stats.num_prefill_chunks > 0
     finally:
         coordinator.close()

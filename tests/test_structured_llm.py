@@ -11,6 +11,8 @@ import pytest
 from tpllm import LLM, AsyncLLM, SamplingParams, StructuredOutputsParams
 from tpllm.outputs import CompletionOutput
 
+pytestmark = pytest.mark.usefixtures("forked_engines")
+
 SCHEMA = {
     "type": "object",
     "properties": {

@@ -10,6 +10,8 @@ from tests.docs.pages import PAGES, blocks_of
 from tests.docs.shell import run_line
 from tests.shared_engines import ADDRESS, SharedEngines, shared_engines
 
+pytestmark = pytest.mark.usefixtures("forked_engines")
+
 BLOCKS = {page: blocks_of(page) for page in PAGES}
 RUNNABLE = ("python", "bash")
 WITH_CODE = [page for page in PAGES if any(block.kind in RUNNABLE for block in BLOCKS[page])]

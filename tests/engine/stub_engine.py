@@ -1,6 +1,6 @@
 """The engine's process with workers that need no torch: `python -m stub_engine FD`.
 
-What the workers act out stands in the environment, as JSON: see `stub_worker`.
+The workers are forked. What they act out stands in the environment, as JSON: see `stub_worker`.
 """
 
 import json
@@ -8,8 +8,9 @@ import os
 from collections.abc import Callable
 from typing import Any
 
+from launch import forked_workers
 from tpllm.channel.step_plan import PlanLimits
-from tpllm.engine import coordinator, engine_process
+from tpllm.engine import coordinator, engine_process, processes
 from tpllm.engine.launcher import WorkerGroup
 from tpllm.engine.watch import Timeouts
 
@@ -32,4 +33,5 @@ def start_stubs(
 
 if __name__ == "__main__":
     vars(coordinator)["WorkerGroup"] = start_stubs
+    processes._start = forked_workers.start  # an interpreter for each would take most of the time
     engine_process.main()

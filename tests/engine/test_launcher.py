@@ -8,14 +8,18 @@ import gc
 import os
 import resource
 import signal
+import sys
 import threading
 from contextlib import closing
 from typing import Any
 
 import pytest
 
+from launch import forked_workers
 from tests.ctrl_c import is_interrupted
+from tests.engine import stub_worker
 from tests.engine.stub_worker import HANG, READY, SERVE, start, until_ready
+from tests.forked_engines import engines_are_started
 from tests.leaks import is_running, wait_until
 from tpllm import interrupts
 from tpllm.channel import ring
@@ -31,8 +35,28 @@ LONG_S = 60.0
 MODULES = (launcher, processes, ring, interrupts)
 
 
+@pytest.fixture(autouse=True)
+def forked(stub_workers, monkeypatch):
+    """Workers are forked: an interpreter of their own would be most of a test's time."""
+    monkeypatch.setitem(sys.modules, "stub_worker", stub_worker)
+    monkeypatch.setattr(processes, "_start", forked_workers.start)
+
+
 @pytest.fixture
-def patience(monkeypatch):
+def started(forked):
+    """They are started, as a user's are."""
+    with engines_are_started():
+        yield
+
+
+@pytest.fixture(autouse=True)
+def impatience(monkeypatch):
+    """Do not listen for a second cause where the test has none."""
+    monkeypatch.setattr(failure, "GRACE_S", 0.05)
+
+
+@pytest.fixture
+def patience(impatience, monkeypatch):
     """Listen for the cause of a failure for as long as it takes; the test says what comes."""
     monkeypatch.setattr(failure, "GRACE_S", LONG_S)
 
@@ -47,6 +71,7 @@ def run_steps(group: WorkerGroup, count: int = 1) -> None:
 # ---- working -------------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("started")
 def test_records_reach_every_worker_and_answers_come_back():
     with closing(until_ready(start(world_size=3))) as group:
         run_steps(group, 100)
@@ -76,6 +101,7 @@ def test_a_result_that_came_before_a_failure_is_not_lost():
             group.receive(0, RESULT)
 
 
+@pytest.mark.usefixtures("started")
 def test_workers_outlive_the_thread_that_made_them():
     groups: list[WorkerGroup] = []
     thread = threading.Thread(target=lambda: groups.append(until_ready(start())))
@@ -85,6 +111,7 @@ def test_workers_outlive_the_thread_that_made_them():
         run_steps(group, 10)
 
 
+@pytest.mark.usefixtures("started")
 def test_a_worker_gets_its_spec_and_nothing_else_by_descriptors():
     pipe = os.pipe()
     for fd in pipe:
@@ -181,6 +208,7 @@ def test_a_long_traceback_keeps_its_end():
         until_ready(group)
 
 
+@pytest.mark.usefixtures("started")
 def test_a_worker_that_cannot_even_start_is_reported(capfd):
     group = start(module="no_such_worker")
     with pytest.raises(WorkerError, match="rank . ended with exit code 1 while starting"):
@@ -232,8 +260,7 @@ def test_a_rank_that_just_ended_explains_the_complaints_of_others(patience, tmp_
     assert raised.value.rank == 1
 
 
-def test_the_first_of_several_complaints_is_the_cause(monkeypatch, tmp_path):
-    monkeypatch.setattr(failure, "GRACE_S", 0.05)
+def test_the_first_of_several_complaints_is_the_cause(tmp_path):
     first, second = tmp_path / "first", tmp_path / "second"
     acts = {
         0: [["await", str(first)], ["complain", "peer lost"], ["touch", str(second)], HANG],
@@ -313,6 +340,7 @@ def test_sending_to_workers_that_hang_times_out():
     assert group.closed
 
 
+@pytest.mark.usefixtures("started")
 def test_running_out_of_descriptors_at_any_point_of_the_start(nothing_left, monkeypatch):
     monkeypatch.setattr(launcher, "refuse_too_few_descriptors", lambda world_size: None)
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -336,6 +364,7 @@ def test_running_out_of_descriptors_at_any_point_of_the_start(nothing_left, monk
 # ---- Ctrl-C --------------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("started")
 def test_ctrl_c_at_any_line_of_the_start_leaves_nothing(nothing_left):
     started: list[WorkerGroup] = []
     line = 1
@@ -346,6 +375,7 @@ def test_ctrl_c_at_any_line_of_the_start_leaves_nothing(nothing_left):
     started.pop().kill()
 
 
+@pytest.mark.usefixtures("started")
 def test_ctrl_c_at_any_line_of_the_end_leaves_an_engine_that_can_be_ended(nothing_left):
     line = 1
     while is_interrupted((group := start(world_size=1)).kill, line, MODULES):

@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
+from hypothesis.internal.conjecture import providers
+from hypothesis.internal.constants_ast import Constants
 from hypothesis.stateful import (
     RuleBasedStateMachine,
     initialize,
@@ -715,7 +717,9 @@ class Traffic(RuleBasedStateMachine):
 
 
 @pytest.mark.timeout(900)  # hypothesis may spend five minutes on making a failure small
-def test_random_traffic_is_served_as_if_each_request_were_alone():
+def test_random_traffic_is_served_as_if_each_request_were_alone(monkeypatch):
+    # else it draws constants of all modules that are loaded, and so other traffic with other tests
+    monkeypatch.setattr(providers, "_get_local_constants", Constants)
     Traffic.events = Counter()
     run_state_machine_as_test(
         Traffic,

@@ -13,6 +13,8 @@ import pytest
 from tests.scripts import ROOT
 from tests.shared_engines import SharedEngines, shared_engines
 
+pytestmark = pytest.mark.usefixtures("forked_engines")
+
 EXAMPLES = ROOT / "examples"
 PSALM = " I shall not want.\n2"
 
