@@ -36,6 +36,7 @@ from tpllm.layers.token_order import (
     keys_in_kernel,
     keys_of,
     sortable,
+    weights_in_kernel,
 )
 
 _POINTS = 8
@@ -94,17 +95,19 @@ def find_cuts_reference(scores: Tensor, truncation: Truncation) -> Tensor:
 
 
 @triton.jit
-def _weights(
-    scores: tl.tensor,
-    largest: tl.tensor,
-    temperature: tl.tensor,
-    UNIT: tl.constexpr,
-    LARGEST: tl.constexpr,
-) -> tl.tensor:
-    """Probabilities as whole multiples of 1 / UNIT of the likeliest token's."""
-    largest = tl.minimum(tl.maximum(largest, -LARGEST), LARGEST)
-    below = tl.minimum((scores - largest) / temperature, 0.0)
-    return (tl.exp(below) * UNIT).to(tl.int64)
+def _load_tile(
+    row_ptr: tl.tensor,
+    part: tl.tensor,
+    first: tl.tensor,
+    part_stride: tl.tensor,
+    part_size: tl.tensor,
+    TILE: tl.constexpr,
+) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
+    """Scores and ids of tokens of a row, and which of them there are: [TILE] each."""
+    cols = first + tl.arange(0, TILE)
+    mask = cols < part_size
+    scores = tl.load(row_ptr + part * part_stride + cols, mask=mask, other=-float("inf"))
+    return scores, part * part_size + cols, mask
 
 
 @triton.jit
@@ -135,14 +138,12 @@ def _sums_from(
     sums = tl.zeros([POINTS, TILE], dtype=tl.int64)
     for part in tl.range(0, num_parts):
         for first in tl.range(0, part_size, TILE, num_stages=4):
-            cols = first + tl.arange(0, TILE)
-            mask = cols < part_size
-            scores = tl.load(row_ptr + part * part_stride + cols, mask=mask, other=-float("inf"))
-            keys = keys_in_kernel(scores, part * part_size + cols, ID_BITS)
+            scores, ids, mask = _load_tile(row_ptr, part, first, part_stride, part_size, TILE)
+            keys = keys_in_kernel(scores, ids, ID_BITS)
             hit = (keys[None, :] >= points[:, None]) & mask[None, :]
             counts += hit.to(tl.int32)
             if WEIGHTED:
-                weights = _weights(scores, largest, temperature, UNIT, LARGEST)
+                weights = weights_in_kernel(scores, largest, temperature, UNIT, LARGEST)
                 sums += tl.where(hit, weights[None, :], 0)
     num_tokens = tl.sum(counts, axis=1).to(tl.int64)
     total = num_tokens
@@ -239,10 +240,8 @@ def _cut_of(
     counter_ptrs = counter_ptr + tl.zeros([TILE], dtype=tl.int32)
     for part in tl.range(0, num_parts):
         for first in tl.range(0, part_size, TILE, num_stages=4):
-            cols = first + tl.arange(0, TILE)
-            mask = cols < part_size
-            scores = tl.load(row_ptr + part * part_stride + cols, mask=mask, other=-float("inf"))
-            keys = keys_in_kernel(scores, part * part_size + cols, ID_BITS)
+            scores, ids, mask = _load_tile(row_ptr, part, first, part_stride, part_size, TILE)
+            keys = keys_in_kernel(scores, ids, ID_BITS)
             hit = (keys >= low) & (keys < high) & mask
             place = tl.atomic_add(counter_ptrs, 1, mask=hit, sem="relaxed")
             tl.store(gathered_ptr + place, keys, mask=hit)
@@ -251,7 +250,7 @@ def _cut_of(
     present = place < num_low - num_high
     keys = tl.load(gathered_ptr + place, mask=present, other=0)
     if WEIGHTED:
-        weights = _weights(_score_of(keys, ID_BITS), largest, temperature, UNIT, LARGEST)
+        weights = weights_in_kernel(_score_of(keys, ID_BITS), largest, temperature, UNIT, LARGEST)
     else:
         weights = tl.full([CAPACITY], 1, dtype=tl.int64)
     weights = tl.where(present, weights, 0)
@@ -298,9 +297,7 @@ def _find_cuts_kernel(
     highest = tl.full([TILE], -float("inf"), dtype=tl.float32)
     for part in tl.range(0, num_parts):
         for first in tl.range(0, part_size, TILE, num_stages=4):
-            cols = first + tl.arange(0, TILE)
-            mask = cols < part_size
-            scores = tl.load(row_ptr + part * part_stride + cols, mask=mask, other=-float("inf"))
+            scores, _, _ = _load_tile(row_ptr, part, first, part_stride, part_size, TILE)
             highest = tl.maximum(highest, scores)
     largest = tl.max(highest, axis=0)
     none = tl.full([], -float("inf"), dtype=tl.float32)

@@ -174,6 +174,20 @@ def keys_in_kernel(scores: tl.tensor, ids: tl.tensor, ID_BITS: tl.constexpr) -> 
     return (bits.to(tl.int64) << ID_BITS) + ((1 << ID_BITS) - 1 - ids)
 
 
+@triton.jit
+def weights_in_kernel(
+    scores: tl.tensor,
+    largest: tl.tensor,
+    temperature: tl.tensor,
+    UNIT: tl.constexpr,
+    LARGEST: tl.constexpr,
+) -> tl.tensor:
+    """Probabilities as whole multiples of 1 / UNIT of the likeliest token's: int64."""
+    largest = tl.minimum(tl.maximum(largest, -LARGEST), LARGEST)
+    below = tl.minimum((scores - largest) / temperature, 0.0)
+    return (tl.exp(below) * UNIT).to(tl.int64)
+
+
 @triton.jit(do_not_specialize=["num_points"])
 def _token_sums_kernel(
     scores_ptr: tl.tensor,  # [S, Vl]
@@ -205,10 +219,8 @@ def _token_sums_kernel(
         scores = tl.load(row_ptr + cols, mask=mask, other=-float("inf"))
         keys = keys_in_kernel(scores, vocab_start + cols, ID_BITS)
         if WEIGHTED:
-            largest = tl.load(largest_ptr + row)
-            largest = tl.minimum(tl.maximum(largest, -LARGEST), LARGEST)
-            below = (scores - largest) / tl.load(temperatures_ptr + row)
-            weights = (tl.exp(tl.minimum(below, 0.0)) * UNIT).to(tl.int64)
+            largest, temperature = tl.load(largest_ptr + row), tl.load(temperatures_ptr + row)
+            weights = weights_in_kernel(scores, largest, temperature, UNIT, LARGEST)
         else:
             weights = tl.full([SUB_TILE], 1, dtype=tl.int64)
         hit = (keys[None, :] >= points[:, None]) & mask[None, :]
