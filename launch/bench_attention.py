@@ -13,28 +13,11 @@ from collections.abc import Callable
 
 import torch
 from flash_attn import flash_attn_with_kvcache
+from probe import graph_us
 
 from tpllm.layers.paged_decode import PagedDecode
 
 PAGE, HEAD_DIM = 256, 128
-
-
-def graph_us(run: Callable[[], object], repeats: int = 10) -> float:
-    """Median microseconds of `run`, as a CUDA graph."""
-    run()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        run()
-    times = []
-    for _ in range(repeats):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        graph.replay()
-        end.record()
-        torch.cuda.synchronize()
-        times.append(begin.elapsed_time(end) * 1e3)
-    return sorted(times)[repeats // 2]
 
 
 def measure(S: int, context: int, num_heads: int, num_kv_heads: int, max_len: int) -> dict:

@@ -12,6 +12,7 @@ Prints a table, then one JSON line.
 """
 
 import argparse
+import asyncio
 import json
 import random
 import re
@@ -26,13 +27,12 @@ from typing import Any
 
 from tpllm import LLM, SamplingParams
 from tpllm.checkpoint import resolve_model
-from tpllm.cli.bench.prompts import random_prompt
+from tpllm.cli.bench.prompts import random_prompt, single_token_words
 from tpllm.cli.bench.report import print_curve
 from tpllm.cli.bench.workloads import environment
 from tpllm.tokenizer import TOKENIZER_FILES
 
 READY = re.compile(r"http://127\.0\.0\.1:\d+")
-WORDS = ["the", "of", "and", "to", "in", "is", "that", "he", "was", "for", "it", "with"]
 
 
 def with_tokenizer(model: str | None, folder: Path) -> str | None:
@@ -62,13 +62,16 @@ def with_tokenizer(model: str | None, folder: Path) -> str | None:
 
 def offline(settings: dict[str, Any], args: argparse.Namespace) -> dict[str, Any]:
     """Output tokens per second of all streams' requests, handed in at once."""
-    draw = random.Random(0)
-    prompts = [random_prompt(WORDS, args.input_len, draw) for _ in range(args.streams)]
+
+    async def count(text: str) -> int:
+        return len(llm.get_tokenizer().encode_batch([text], add_special_tokens=False)[0])
 
     def params(num_tokens: int) -> SamplingParams:
         return SamplingParams(temperature=0, ignore_eos=True, max_tokens=num_tokens)
 
     with LLM(**settings) as llm:
+        words, draw = asyncio.run(single_token_words(count)), random.Random(0)
+        prompts = [random_prompt(words, args.input_len, draw) for _ in range(args.streams)]
         llm.generate(prompts, params(8), use_tqdm=False)
         llm.reset_prefix_cache()
         begin = time.perf_counter()

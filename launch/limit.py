@@ -22,6 +22,20 @@ ALL_REDUCE_S = 5e-6
 BYTES = 2  # of an element, in half precision
 
 
+def weight_shapes(config: ModelConfig, tp: int) -> dict[str, tuple[int, int]]:
+    """[N, K] of a rank's weights, by their names."""
+    E, D, I = config.hidden_size, config.head_dim, config.intermediate_size // tp
+    heads = config.num_attention_heads // tp
+    kv_heads = max(1, config.num_key_value_heads // tp)
+    return {
+        "qkv": ((heads + 2 * kv_heads) * D, E),
+        "o": (E, heads * D),
+        "gate_up": (2 * I, E),
+        "down": (E, I),
+        "lm_head": (-(-config.vocab_size // tp), E),
+    }
+
+
 @dataclass(frozen=True)
 class Limit:
     """The shortest steps of a model on `tp` GPUs of these rates (see probe.py)."""
@@ -41,14 +55,15 @@ class Limit:
         and multiplies `num_pairs` of query and key.
         """
         config = self.config
-        E, I, L = config.hidden_size, config.intermediate_size, config.num_hidden_layers
+        E, L = config.hidden_size, config.num_hidden_layers
         H, K, D = config.num_attention_heads, config.num_key_value_heads, config.head_dim
-        shapes = [((H + 2 * K) * D, E), (E, H * D), (2 * I, E), (E, I)]
-        layer_s = sum(self._matmul_s(num_tokens, *shape) for shape in shapes)
+        shapes = weight_shapes(config, tp=1)  # the GPUs share the work: see `_longer_s`
+        lm_head = shapes.pop("lm_head")
+        layer_s = sum(self._matmul_s(num_tokens, *shape) for shape in shapes.values())
         layer_s += self._longer_s(num_keys * 2 * K * D * BYTES, 4 * num_pairs * H * D)
         if self.tp > 1:
             layer_s += 2 * (ALL_REDUCE_S + num_tokens * E * BYTES / (self.peer_copy_GB_per_s * 1e9))
-        return L * layer_s + self._matmul_s(num_drawn, config.vocab_size, E)
+        return L * layer_s + self._matmul_s(num_drawn, *lm_head)
 
     def _matmul_s(self, M: int, N: int, K: int) -> float:
         return self._longer_s(N * K * BYTES, 2 * M * N * K)

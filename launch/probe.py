@@ -27,6 +27,16 @@ def median_s(run: Callable[[], object], repeats: int = 20) -> float:
     return sorted(times)[repeats // 2]
 
 
+def graph_us(run: Callable[[], object], repeats: int = 10) -> float:
+    """Median microseconds of `run`, as a CUDA graph."""
+    run()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    return median_s(graph.replay, repeats) * 1e6
+
+
 def probe() -> dict[str, float]:
     torch.manual_seed(0)
     size = 4 << 30

@@ -17,6 +17,8 @@ from itertools import product as pairs
 from pathlib import Path
 
 import torch
+from limit import weight_shapes
+from probe import graph_us
 from torch import Tensor
 
 from tpllm.layers.cublaslt import Algorithm, Problem, Product
@@ -83,23 +85,9 @@ class Bench:
         weight: Tensor = self.weights[self._next]
         return weight
 
-    def _graph_us(self, run: Callable[[Tensor], object], repeats: int = 9) -> float:
-        run(self._weight())
-        graph = torch.cuda.CUDAGraph()
+    def _graph_us(self, run: Callable[[Tensor], object]) -> float:
         launches = max(8, len(self.weights))
-        with torch.cuda.graph(graph):
-            for _ in range(launches):
-                run(self._weight())
-        graph.replay()
-        times: list[float] = []
-        for _ in range(repeats):
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            begin.record()
-            graph.replay()
-            end.record()
-            end.synchronize()
-            times.append(begin.elapsed_time(end) * 1e3 / launches)
-        return sorted(times)[repeats // 2]
+        return graph_us(lambda: [run(self._weight()) for _ in range(launches)]) / launches
 
 
 def fastest(bench: Bench, seeds: Iterable[Algorithm]) -> tuple[Algorithm, float, float] | None:
@@ -133,20 +121,6 @@ def fastest(bench: Bench, seeds: Iterable[Algorithm]) -> tuple[Algorithm, float,
     if timed[winner] > (1 - MIN_GAIN) * torch_us or not bench.is_right(products[winner]):
         return None
     return winner, timed[winner], torch_us
-
-
-def weight_shapes(config: ModelConfig, tp: int) -> dict[str, tuple[int, int]]:
-    """[N, K] of a rank's weights, by their names."""
-    E, D, I = config.hidden_size, config.head_dim, config.intermediate_size // tp
-    heads = config.num_attention_heads // tp
-    kv_heads = max(1, config.num_key_value_heads // tp)
-    return {
-        "qkv": ((heads + 2 * kv_heads) * D, E),
-        "o": (E, heads * D),
-        "gate_up": (2 * I, E),
-        "down": (E, I),
-        "lm_head": (-(-config.vocab_size // tp), E),
-    }
 
 
 def main() -> None:

@@ -15,8 +15,7 @@ from typing import Any
 
 import pytest
 
-from launch.limit import Limit
-from launch.tune_matmuls import weight_shapes
+from launch.limit import Limit, weight_shapes
 from tpllm import SamplingParams
 from tpllm.cli.bench import workloads
 from tpllm.model_config import ModelConfig

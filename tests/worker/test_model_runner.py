@@ -73,21 +73,28 @@ def no_masks(step: int) -> StepMasks:
     raise AssertionError(f"no row of step {step} waits for a mask")
 
 
+def make_runner(
+    model: Qwen3ForCausalLM, tp: TPGroup, limits: PlanLimits, *, static: bool
+) -> ModelRunner:
+    """One that pads its steps, as for graphs, where `static`."""
+    return ModelRunner(
+        model,
+        tp,
+        limits,
+        limits.vocab_size,
+        static_decode=static,
+        static_mixed=static,
+        receive_masks=no_masks,
+    )
+
+
 def run_all(
     device: str, dtype: torch.dtype, *, static: bool = True, capture: bool = False
 ) -> tuple[dict[str, list[int]], Tensor]:
     """Tokens of every request, and the cache as they left it, without the reserved block."""
     model, tp, config = shipped_model(device, dtype)
     limits = PlanLimits(MAX_SEQS, 512, 4, BLOCK_SIZE, config.vocab_size)
-    runner = ModelRunner(
-        model,
-        tp,
-        limits,
-        config.vocab_size,
-        static_decode=static,
-        static_mixed=static,
-        receive_masks=no_masks,
-    )
+    runner = make_runner(model, tp, limits, static=static)
     caches = allocate_cache(model, NUM_BLOCKS, tp)
     runner.use_cache(caches)
     if capture:
@@ -127,15 +134,7 @@ def test_the_largest_step_leaves_no_options_behind(device: str) -> None:
     """It is run to measure memory, with every option on all rows."""
     model, tp, config = shipped_model(device, torch.float32)
     limits = PlanLimits(3, 40, 4, BLOCK_SIZE, config.vocab_size)
-    runner = ModelRunner(
-        model,
-        tp,
-        limits,
-        config.vocab_size,
-        static_decode=False,
-        static_mixed=False,
-        receive_masks=no_masks,
-    )
+    runner = make_runner(model, tp, limits, static=False)
     runner.use_cache(allocate_cache(model, 1, tp))
     plan = largest_step(limits, runner.state.padding_row)
     assert (plan.rows.size, plan.token_ids.size) == (3, 39)
@@ -149,15 +148,7 @@ def test_the_largest_step_leaves_no_options_behind(device: str) -> None:
 def test_graphs_are_captured_on_padding_whatever_the_step_before_has_staged() -> None:
     model, tp, config = shipped_model("cpu", torch.float32)
     limits = PlanLimits(20, 64, 4, BLOCK_SIZE, config.vocab_size)
-    runner = ModelRunner(
-        model,
-        tp,
-        limits,
-        config.vocab_size,
-        static_decode=True,
-        static_mixed=True,
-        receive_masks=no_masks,
-    )
+    runner = make_runner(model, tp, limits, static=True)
     for size in runner.graph_sizes:
         runner._staging.upload([np.full(512, 99_999, dtype=np.int32)])
         runner._stage_padding(size)

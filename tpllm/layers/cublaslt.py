@@ -112,6 +112,7 @@ class Problem:
         self._weight = self._layout(K, N)
         self._x = self._layout(K, M)
         self._result = self._layout(N, M)
+        self._operands = (self._desc, self._weight, self._x, self._result, self._result)
 
     def _layout(self, rows: int, cols: int) -> c_void_p:
         layout = c_void_p()
@@ -131,10 +132,9 @@ class Problem:
             )
         )
         found, number = (_Heuristic * most)(), c_int()
-        operands = self._desc, self._weight, self._x, self._result, self._result
         _check(
             lt.cublasLtMatmulAlgoGetHeuristic(
-                _handle(), *operands, preference, most, found, byref(number)
+                _handle(), *self._operands, preference, most, found, byref(number)
             )
         )
         _check(lt.cublasLtMatmulPreferenceDestroy(preference))
@@ -163,8 +163,7 @@ class Problem:
             if lt.cublasLtMatmulAlgoConfigSetAttribute(byref(algo), attribute, byref(number), size):
                 return None
         result = _Heuristic()
-        operands = self._desc, self._weight, self._x, self._result, self._result
-        status = lt.cublasLtMatmulAlgoCheck(_handle(), *operands, byref(algo), byref(result))
+        status = lt.cublasLtMatmulAlgoCheck(_handle(), *self._operands, byref(algo), byref(result))
         if status or result.state or result.workspace_bytes > WORKSPACE_BYTES:
             return None
         return Product(self, algo)

@@ -69,9 +69,9 @@ class Worker:
         replies.phase("loading weights")
         begin = time.perf_counter()
         backend = make_backend(config.attention_backend)
-        matmul = fast_matmul(self._dtype, device)
-        if config.disable_custom_matmul:
-            matmul = plain_matmul
+        matmul = plain_matmul
+        if not config.disable_custom_matmul:
+            matmul = fast_matmul(self._dtype, device)
         with explained_out_of_memory(device, "while it loaded the weights"):
             model = self._load_model(backend, matmul)
         info: dict[str, Any] = {
