@@ -3,7 +3,7 @@
 Calls of the kernel that adds up all ranks' terms, adds the residual and norms
 (tpllm/layers/all_reduce_norm.py), with random numbers of rows, random terms that are never the same
 twice, and ranks that are late at random. They come in chains: inside of one nothing but the
-kernel's own signals keeps the ranks together, apart from a gather here and there. Half of the
+kernel's own exchange keeps the ranks together, apart from a gather here and there. Half of the
 chains are launched as they are, half replayed from CUDA graphs.
 
 After a chain each of its sums is compared with NCCL's in float32, plus the residual, and each
@@ -42,7 +42,6 @@ from tpllm.layers.all_reduce_norm import AllReduceRMSNorm, peer_memory_works
 from tpllm.layers.norm import rms_norm_reference
 from tpllm.parallel.collectives import all_gather, all_reduce, min_over_ranks, with_peer_memory
 from tpllm.parallel.group import TPGroup
-from tpllm.parallel.peer_memory import NUM_SLOTS
 
 WIDTHS = (1024, 4096, 5120)  # hidden sizes of Qwen3 0.6B, 8B and 32B
 EPS = 1e-6
@@ -68,7 +67,6 @@ class Call:
     """
 
     num_rows: int
-    slot: int
     first_residual: int | None
     late: int | None
     sleep: float
@@ -76,18 +74,16 @@ class Call:
 
 
 def draw_chain(numbers: random.Random, size: int, max_rows: int) -> list[Call]:
-    """Calls that use the slots in turn. Half of them have few rows."""
-    first_slot = numbers.randrange(NUM_SLOTS)
+    """Calls of which half have few rows."""
     return [
         Call(
             num_rows=numbers.randint(1, max_rows if numbers.random() < 0.5 else min(8, max_rows)),
-            slot=(first_slot + i) % NUM_SLOTS,
             first_residual=numbers.randrange(max_rows) if numbers.random() < 0.8 else None,
             late=numbers.randrange(size) if numbers.random() < LATE_SHARE else None,
             sleep=numbers.random(),
             gathers=numbers.random() < GATHER_SHARE,
         )
-        for i in range(numbers.randint(1, MAX_CHAIN))
+        for _ in range(numbers.randint(1, MAX_CHAIN))
     ]
 
 
@@ -140,7 +136,7 @@ class Sums:
     @torch.inference_mode()
     def run(self, chain: list[Call]) -> None:
         """The calls of a chain one right after the other, then what became of each."""
-        terms = [self._empty(call).normal_() for call in chain]
+        terms = [self._term(call) for call in chain]
         residuals = [self._residual(call) for call in chain]
         results = []
         for call, term, residual in zip(chain, terms, residuals, strict=True):
@@ -148,14 +144,16 @@ class Sums:
                 _sleep(call.sleep, self.tp.device)
             if call.gathers:
                 all_gather(self._something, self.tp)
-            slot = self.tp.partial_slot(call.slot, call.num_rows)
-            partial = term.clone() if slot is None else slot.copy_(term)
-            results.append(self._norm(partial, None if residual is None else residual.clone()))
+            stream = None if residual is None else residual.clone()
+            results.append(self._norm(term.clone(), stream))  # NCCL would sum in place
         for term, residual, (normed, total) in zip(terms, residuals, results, strict=True):
             self._check(term, residual, normed, total)
 
-    def _empty(self, call: Call) -> Tensor:
-        return torch.empty(call.num_rows, self.width, dtype=self.dtype, device=self.tp.device)
+    def _term(self, call: Call) -> Tensor:
+        term = torch.empty(call.num_rows, self.width, dtype=self.dtype, device=self.tp.device)
+        term.normal_()
+        term[:, ::7] = -0.0  # what an empty mailbox looks like
+        return term
 
     def _residual(self, call: Call) -> Tensor | None:
         first = call.first_residual

@@ -56,17 +56,13 @@ class VocabParallelEmbedding(_VocabParallel):
     def forward(self, input_ids: Tensor) -> Tensor:
         return all_reduce(self.partial(input_ids), self.tp)
 
-    def partial(self, input_ids: Tensor, slot: int | None = None) -> Tensor:
-        """This rank's term of the sum: the rows it holds, zeros for the others: [N, E].
-
-        It lies in `slot` of the peer memory, if one is given and it fits.
-        """
+    def partial(self, input_ids: Tensor) -> Tensor:
+        """This rank's term of the sum: the rows it holds, zeros for the others: [N, E]."""
         if self.tp.size == 1:
             return F.embedding(input_ids, self.weight)
         ids = input_ids - self.vocab_start
         local_ids = ids.clamp(0, self.local_vocab_size - 1)
-        out = self.tp.partial_slot(slot, input_ids.shape[0])
-        x = torch.index_select(self.weight, 0, local_ids, out=out)  # [N, E]
+        x = F.embedding(local_ids, self.weight)  # [N, E]
         return x.masked_fill_((ids != local_ids).unsqueeze(-1), 0)
 
 

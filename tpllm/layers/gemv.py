@@ -48,17 +48,14 @@ class Around:
 NOTHING = Around()
 
 
-def gemv_reference(
-    x: Tensor, weight: Tensor, out: Tensor | None = None, around: Around = NOTHING
-) -> tuple[Tensor, Tensor]:
+def gemv_reference(x: Tensor, weight: Tensor, around: Around = NOTHING) -> tuple[Tensor, Tensor]:
     """What `gemv` computes, in plain torch."""
     total = x if around.residual is None else x + around.residual
     if around.norm is not None:
         norm_weight, eps = around.norm
         x = F.rms_norm(total.float(), total.shape[-1:], norm_weight.float(), eps).to(x.dtype)
     y = F.linear(x, weight)
-    y = silu_and_mul_reference(y) if around.swiglu else y
-    return y if out is None else out.copy_(y), total
+    return (silu_and_mul_reference(y) if around.swiglu else y), total
 
 
 @triton.jit
@@ -127,16 +124,14 @@ def _gemv_kernel(
     tl.store(out_ptr + n, y, mask=n < N)
 
 
-def gemv_triton(
-    x: Tensor, weight: Tensor, out: Tensor | None = None, around: Around = NOTHING
-) -> tuple[Tensor, Tensor]:
+def gemv_triton(x: Tensor, weight: Tensor, around: Around = NOTHING) -> tuple[Tensor, Tensor]:
     """Launch the kernel; see `gemv`."""
     residual, swiglu = around.residual, around.swiglu
     norm_weight, eps = around.norm or (x, 0.0)
     K = x.shape[1]
     N = weight.shape[0] // 2 if swiglu else weight.shape[0]
     assert x.shape[0] == 1 and x.is_contiguous() and weight.is_contiguous()
-    y = x.new_empty(1, N) if out is None else out
+    y = x.new_empty(1, N)
     total = x if residual is None else torch.empty_like(x)
     block_n = _BLOCK_N // 2 if swiglu else _BLOCK_N
     _gemv_kernel[(triton.cdiv(N, block_n),)](
@@ -160,17 +155,14 @@ def gemv_triton(
     return y, total
 
 
-def gemv(
-    x: Tensor, weight: Tensor, out: Tensor | None = None, around: Around = NOTHING
-) -> tuple[Tensor, Tensor]:
+def gemv(x: Tensor, weight: Tensor, around: Around = NOTHING) -> tuple[Tensor, Tensor]:
     """`weight @ x` for a single row, norm and activation included.
 
     Args:
         x: [1, K] contiguous
         weight: [N, K] contiguous; with SwiGLU [2 * N, K], the gate's rows first
-        out: [1, N], where to leave the result; None for a new tensor
 
     Returns:
         The result [1, N], and x with the residual added [1, K] (x itself without one).
     """
-    return (gemv_triton if x.is_cuda else gemv_reference)(x, weight, out, around)
+    return (gemv_triton if x.is_cuda else gemv_reference)(x, weight, around)

@@ -226,19 +226,13 @@ class RowParallelLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return all_reduce(self.partial(x), self.tp)
 
-    def partial(self, x: Tensor, slot: int | None = None) -> Tensor:
-        """This rank's term of the output, for an `AllReduceRMSNorm` to add up: [N, out_features].
-
-        It lies in `slot` of the peer memory, if one is given and it fits.
-        """
-        out = self.tp.partial_slot(slot, x.shape[0])
-        if self.bias is None:
-            if x.shape[0] == 1 and self.matmul.has_gemv:
-                return gemv(x, self.weight, out)[0]
-            return self.matmul(x, self.weight, out)
-        if out is None:
+    def partial(self, x: Tensor) -> Tensor:
+        """This rank's term of the output, for an `AllReduceRMSNorm`: [N, out_features]."""
+        if self.bias is not None:
             return F.linear(x, self.weight, self.bias)
-        return torch.addmm(self.bias, x, self.weight.t(), out=out)
+        if x.shape[0] == 1 and self.matmul.has_gemv:
+            return gemv(x, self.weight)[0]
+        return self.matmul(x, self.weight)
 
     def load(self, weights: WeightSource, name: str) -> None:
         fill(self.weight, weights.read(f"{name}.weight", cols=self.cols), f"{name}.weight")

@@ -7,7 +7,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor, nn
+from triton.language.extra.cuda import gdc_wait
 
+from tpllm.layers.dependent_launch import dependent_launch
 from tpllm.layers.weights import WeightSource, empty_parameter, fill
 
 
@@ -26,21 +28,18 @@ def rms_norm_reference(
 @triton.jit
 def add_and_norm(
     x: tl.tensor,  # [BLOCK] fp32
-    residual_ptrs: tl.tensor,  # [BLOCK]
-    weight_ptrs: tl.tensor,  # [BLOCK]
-    mask: tl.tensor,
+    residual: tl.tensor,  # [BLOCK] fp32
+    weight: tl.tensor,  # [BLOCK]
+    dtype: tl.constexpr,
     eps: tl.tensor,
     E: tl.constexpr,
-    HAS_RESIDUAL: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor]:
-    """The sum of x and the residual, in its dtype, and that sum normalised, in fp32: of a row."""
-    dtype = residual_ptrs.dtype.element_ty
-    if HAS_RESIDUAL:
-        x += tl.load(residual_ptrs, mask=mask, other=0.0).to(tl.float32)
-    total = x.to(dtype)  # the norm sees the sum as it is stored: rounded, as transformers has it
+    """The sum of x and the residual, in `dtype`, and that sum normalised, in fp32: of a row."""
+    # the norm sees the sum as it is stored: rounded, as transformers has it
+    total = (x + residual).to(dtype)
     x = total.to(tl.float32)
     normed = (x * tl.rsqrt(tl.sum(x * x) / E + eps)).to(dtype).to(tl.float32)
-    return total, normed * tl.load(weight_ptrs, mask=mask, other=0.0).to(tl.float32)
+    return total, normed * weight.to(tl.float32)
 
 
 @triton.jit
@@ -56,13 +55,20 @@ def _rms_norm_kernel(
     E: tl.constexpr,
     BLOCK: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
+    PDL: tl.constexpr,
 ) -> None:
     row = tl.program_id(0).to(tl.int64)  # int64: row * stride passes 2**31 in long batches
     cols = tl.arange(0, BLOCK)  # [BLOCK]
     mask = cols < E
+    weight = tl.load(weight_ptr + cols, mask=mask, other=0.0)
+    if PDL:
+        gdc_wait()
     x = tl.load(x_ptr + row * x_stride + cols, mask=mask, other=0.0).to(tl.float32)
     residual_ptrs = residual_ptr + row * residual_stride + cols
-    total, normed = add_and_norm(x, residual_ptrs, weight_ptr + cols, mask, eps, E, HAS_RESIDUAL)
+    residual = tl.zeros([BLOCK], dtype=tl.float32)
+    if HAS_RESIDUAL:
+        residual = tl.load(residual_ptrs, mask=mask, other=0.0).to(tl.float32)
+    total, normed = add_and_norm(x, residual, weight, x_ptr.dtype.element_ty, eps, E)
     if HAS_RESIDUAL:
         tl.store(residual_ptrs, total, mask=mask)
     tl.store(out_ptr + row * out_stride + cols, normed, mask=mask)
@@ -96,6 +102,7 @@ def rms_norm_triton(
         HAS_RESIDUAL=residual is not None,
         # 8 half-precision elements, one 16-byte load, for each thread.
         num_warps=min(max(block // 256, 1), 16),
+        **dependent_launch(x.device),
     )
     return out
 

@@ -30,10 +30,6 @@ from tpllm.layers.rotary import QKNormRope, rotary_cos_sin
 from tpllm.layers.weights import WeightSource, empty_parameter, fill
 from tpllm.model_config import ModelConfig
 from tpllm.parallel.group import TPGroup
-from tpllm.parallel.peer_memory import NUM_SLOTS
-
-# Where each kind of term lies in peer memory: in turn, see `tpllm.parallel.peer_memory`.
-_ATTENTION_SLOT, _MLP_SLOT, _EMBEDDING_SLOT = range(NUM_SLOTS)
 
 
 class Qwen3Attention(nn.Module):
@@ -88,7 +84,7 @@ class Qwen3Attention(nn.Module):
         qkv, residual = norm_linear(self.norm, self.qkv_proj, x, residual)  # [N, (H + 2K) * D]
         rope = QKNormRope(self.q_norm, self.k_norm, self.eps, positions, cos_sin)
         x = self.attention(qkv, *kv_cache, batch, rope)  # [N, H * D]
-        return self.o_proj.partial(x, _ATTENTION_SLOT), residual  # [N, E]
+        return self.o_proj.partial(x), residual  # [N, E]
 
     def load(self, weights: WeightSource, name: str) -> None:
         self.qkv_proj.load(weights, [f"{name}.{part}_proj" for part in "qkv"])
@@ -114,7 +110,7 @@ class Qwen3MLP(nn.Module):
 
     def forward(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
         x, residual = norm_linear(self.norm, self.gate_up_proj, x, residual, swiglu=True)  # [N, I]
-        return self.down_proj.partial(x, _MLP_SLOT), residual  # [N, E]
+        return self.down_proj.partial(x), residual  # [N, E]
 
     def load(self, weights: WeightSource, name: str) -> None:
         self.gate_up_proj.load(weights, [f"{name}.gate_proj", f"{name}.up_proj"])
@@ -186,7 +182,7 @@ class Qwen3Model(nn.Module):
         batch: AttentionBatch,
         kv_caches: list[KVCache],
     ) -> Tensor:
-        x, residual = self.embed_tokens.partial(input_ids, _EMBEDDING_SLOT), None  # [N, E]
+        x, residual = self.embed_tokens.partial(input_ids), None  # [N, E]
         for layer, kv_cache in zip(self.layers, kv_caches, strict=True):
             x, residual = layer(x, residual, positions, self.cos_sin, batch, kv_cache)
         hidden: Tensor = self.norm(x, residual)[0]

@@ -6,7 +6,6 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from tpllm.parallel.peer_memory import PeerMemory
 
@@ -81,13 +80,6 @@ class TPGroup:
             device_id=device if on_cuda else None,
         )
         return TPGroup(rank=rank, size=size, device=device, process_group=dist.group.WORLD)
-
-    def partial_slot(self, index: int | None, num_rows: int) -> Tensor | None:
-        """Slot `index` of the peer memory, for `num_rows` partial sums.
-
-        None if no slot is asked for, there is no peer memory, or they do not fit.
-        """
-        return None if index is None or self.peers is None else self.peers.slot(index, num_rows)
 
     def close(self) -> None:
         """Leave the group: free its sockets, threads and device buffers. No collective after it."""
