@@ -77,7 +77,7 @@ def draw_chain(numbers: random.Random, size: int, max_rows: int) -> list[Call]:
     """Calls of which half have few rows."""
     return [
         Call(
-            num_rows=numbers.randint(1, max_rows if numbers.random() < 0.5 else min(8, max_rows)),
+            num_rows=numbers.randint(1, numbers.choice([max_rows, min(8, max_rows)])),
             first_residual=numbers.randrange(max_rows) if numbers.random() < 0.8 else None,
             late=numbers.randrange(size) if numbers.random() < LATE_SHARE else None,
             sleep=numbers.random(),
@@ -122,7 +122,8 @@ class Sums:
         if tp.device.type == "cuda":
             assert self.tp.peers is not None, "these GPUs share no memory: NCCL does every sum"
             assert peer_memory_works(self.tp), "sums are wrong at the start"
-        limit = self.tp.peers.max_rows if self.tp.peers else MAX_ROWS_WITHOUT_PEERS
+        # up to half of the sums of many rows take two shots, in several rounds of the mailboxes
+        limit = 2 * self.tp.peers.max_rows if self.tp.peers else MAX_ROWS_WITHOUT_PEERS
         self.max_rows = min(limit, max_rows or limit)
         self.width = width
         self._errors = errors
@@ -166,9 +167,12 @@ class Sums:
         half_unit = torch.finfo(self.dtype).eps / 2
         # in float32 the order of additions plays a part, by as many roundings of partial sums
         order = (self.tp.size + 1) * LARGEST * torch.finfo(torch.float32).eps
-        self._errors.compare(total, expected, half_unit, order)
-        plain = rms_norm_reference(total, self._norm.weight, EPS)
-        self._errors.compare(normed, plain, 4 * half_unit, 1e-6)
+        kept = slice(None)
+        if self.tp.peers and len(term) > self.tp.peers.one_shot_rows:
+            kept = slice(self.tp.rank, None, self.tp.size)  # each rank has the sums of its own rows
+        self._errors.compare(total[kept], expected[kept], half_unit, order)
+        plain = rms_norm_reference(total[kept], self._norm.weight, EPS)
+        self._errors.compare(normed[kept], plain, 4 * half_unit, 1e-6)
         self._errors.add_bits(normed)
 
     def graph_of(self, chain: list[Call]) -> torch.cuda.CUDAGraph:

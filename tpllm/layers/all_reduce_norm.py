@@ -1,13 +1,17 @@
 """All-reduce, residual addition and RMSNorm in one kernel, over peer memory.
 
 N tokens, E hidden_size. The alternative is NCCL's all-reduce and then `rms_norm`: two kernels, and
-for the few megabytes of a decode step NCCL's latency is most of the time. Here every rank sends its
-partial sums to all others and adds what it gets in rank order, so all have the same bits
-("one-shot": each rank sends (size - 1) * N * E elements over NVLink, which for large messages is
-more than a ring moves). One program takes one row.
+for the few megabytes of a decode step NCCL's latency is most of the time. Terms are added in rank
+order, so all ranks have the same bits. Two ways to do it:
 
-Roofline, two H200, N * E = 256 * 4096 in bf16: 2 MiB over NVLink at 395 GB/s, 5.3 us, and one way
-over the link, about 1 us.
+- one-shot: every rank sends its terms to all others, and all add up everything. It takes one way
+  over the link and (size - 1) * N * E elements sent by each rank.
+- two-shot: every rank adds up and norms its share of the rows, for which it gets the others' terms,
+  and sends the result to all. Two ways over the link, 2 * (size - 1) / size * N * E elements, and
+  each rank keeps the residual stream of its own rows only.
+
+Roofline, two H200: one way over the link takes about 1 us, and its bytes go at 395 GB/s: of 256
+rows of 4096 in bf16, 2 MiB, 5.3 us, of a prompt step of 16,384 rows 340 us.
 """
 
 import torch
@@ -17,7 +21,7 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from tpllm.layers.dependent_launch import dependent_launch
-from tpllm.layers.norm import RMSNorm, add_and_norm
+from tpllm.layers.norm import RMSNorm, add_and_norm, rms_norm_reference
 from tpllm.parallel.collectives import all_reduce, min_over_ranks
 from tpllm.parallel.group import TPGroup
 from tpllm.parallel.peer_memory import NUM_PLACES
@@ -55,8 +59,50 @@ def take(row_ptrs: tl.tensor, mask: tl.tensor) -> tl.tensor:
     return row
 
 
+@triton.jit
+def _mailbox(
+    mailbox_ptrs: tl.tensor,
+    rank: tl.constexpr,
+    sender: tl.constexpr,
+    turn: tl.tensor,
+    row: tl.tensor,
+    max_rows: tl.tensor,
+    dtype: tl.constexpr,
+    E: tl.constexpr,
+    SIZE: tl.constexpr,
+) -> tl.tensor:
+    """Where the rank finds that row of the sender: a pointer to its first element."""
+    mailboxes = tl.load(mailbox_ptrs.to(tl.pointer_type(tl.uint64)) + rank)
+    place = turn % _NUM_PLACES * SIZE + sender
+    offset = (place.to(tl.int64) * max_rows + row) * E
+    return tl.multiple_of(mailboxes.to(tl.pointer_type(dtype)), 16) + tl.multiple_of(offset, 8)
+
+
+@triton.jit
+def _send(row_ptrs: tl.tensor, row: tl.tensor, mask: tl.tensor) -> None:
+    # through all caches, now, and not when the kernel ends
+    tl.store(row_ptrs, sendable(row), mask=mask, cache_modifier=".wt")
+
+
+@triton.jit
+def _fence() -> None:
+    """What a thread did before is done, for all GPUs, before what it does after."""
+    tl.inline_asm_elementwise(
+        "fence.acq_rel.sys; // $0", "=r", [], dtype=tl.int32, is_pure=False, pack=1
+    )
+
+
+@triton.jit
+def _load_fp32(row_ptrs: tl.tensor, mask: tl.tensor, HAS_ROW: tl.constexpr) -> tl.tensor:
+    """The row, or zeros where there is none."""
+    row = tl.zeros(row_ptrs.shape, dtype=tl.float32)
+    if HAS_ROW:
+        row = tl.load(row_ptrs, mask=mask, other=0.0).to(tl.float32)
+    return row
+
+
 @triton.jit(do_not_specialize=["max_rows"])
-def _all_reduce_norm_kernel(
+def _one_shot_kernel(
     x_ptr: tl.tensor,  # [N, E]
     mailbox_ptrs: tl.tensor,
     turns_ptr: tl.tensor,  # [max_rows]
@@ -72,42 +118,114 @@ def _all_reduce_norm_kernel(
     SIZE: tl.constexpr,
     PDL: tl.constexpr,
 ) -> None:
+    """One program: one row. Every rank adds up every row."""
     row = tl.program_id(0)
     cols = tl.arange(0, BLOCK)
     mask = cols < E
     dtype = x_ptr.dtype.element_ty
-    start = row.to(tl.int64) * E
+    offsets = row.to(tl.int64) * E + cols
     weight = tl.load(weight_ptr + cols, mask=mask, other=0.0)
-    mailboxes = mailbox_ptrs.to(tl.pointer_type(tl.uint64))
     if PDL:
         gdc_wait()
-    x = tl.load(x_ptr + start + cols, mask=mask, other=0.0)
+    x = tl.load(x_ptr + offsets, mask=mask, other=0.0)
     turn = tl.load(turns_ptr + row)
-    place = (turn % _NUM_PLACES).to(tl.int64) * SIZE * max_rows * E + start
     for peer in tl.static_range(SIZE):
         if peer != RANK:
-            theirs = tl.load(mailboxes + peer).to(tl.pointer_type(dtype))
-            theirs = tl.multiple_of(theirs, 16) + tl.multiple_of(place + RANK * max_rows * E, 8)
-            # through all caches, now, and not when the kernel ends
-            tl.store(theirs + cols, sendable(x), mask=mask, cache_modifier=".wt")
+            box = _mailbox(mailbox_ptrs, peer, RANK, turn, row, max_rows, dtype, E, SIZE)
+            _send(box + cols, x, mask)
     if PDL:
         gdc_launch_dependents()
-    residual_ptrs = residual_ptr + start + cols
-    residual = tl.zeros([BLOCK], dtype=tl.float32)
-    if HAS_RESIDUAL:
-        residual = tl.load(residual_ptrs, mask=mask, other=0.0).to(tl.float32)
-    ours = tl.load(mailboxes + RANK).to(tl.pointer_type(dtype))
-    ours = tl.multiple_of(ours, 16) + tl.multiple_of(place, 8)
+    residual = _load_fp32(residual_ptr + offsets, mask, HAS_RESIDUAL)
     total = tl.zeros([BLOCK], dtype=tl.float32)
     for peer in tl.static_range(SIZE):
         term = x
         if peer != RANK:
-            term = take(ours + peer * max_rows * E + cols, mask)
+            box = _mailbox(mailbox_ptrs, RANK, peer, turn, row, max_rows, dtype, E, SIZE)
+            term = take(box + cols, mask)
         total += term.to(tl.float32)
     tl.store(turns_ptr + row, turn + 1)  # not before all threads have read it: `take` meets them
     total, normed = add_and_norm(total, residual, weight, dtype, eps, E)
-    tl.store(residual_ptrs, total, mask=mask)
-    tl.store(out_ptr + start + cols, normed, mask=mask)
+    tl.store(residual_ptr + offsets, total, mask=mask)
+    tl.store(out_ptr + offsets, normed, mask=mask)
+
+
+@triton.jit(do_not_specialize=["max_rows", "num_rows"])
+def _two_shot_kernel(
+    x_ptr: tl.tensor,  # [N, E]
+    mailbox_ptrs: tl.tensor,
+    turns_ptr: tl.tensor,  # [max_rows]
+    residual_ptr: tl.tensor,  # [N, E], of which this rank keeps every SIZE-th row
+    weight_ptr: tl.tensor,  # [E]
+    out_ptr: tl.tensor,  # [N, E]
+    max_rows: tl.tensor,
+    num_rows: tl.tensor,
+    eps: tl.tensor,
+    E: tl.constexpr,
+    BLOCK: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
+    RANK: tl.constexpr,
+    SIZE: tl.constexpr,
+    PDL: tl.constexpr,
+) -> None:
+    """One program: groups of SIZE rows, one after the other.
+
+    Of a group each rank adds up one row, and sends it to the others normed. Terms go through the
+    program's mailbox row, normed rows through the one max_rows / 2 behind it.
+    """
+    program = tl.program_id(0)
+    behind = program + max_rows // 2
+    cols = tl.arange(0, BLOCK)
+    dtype = x_ptr.dtype.element_ty
+    weight = tl.load(weight_ptr + cols, mask=cols < E, other=0.0)
+    if PDL:
+        gdc_wait()
+    turn, turn_behind = tl.load(turns_ptr + program), tl.load(turns_ptr + behind)
+    first = program * SIZE
+    while first < num_rows:
+        start = first.to(tl.int64) * E + cols
+        for peer in tl.static_range(SIZE):
+            if peer != RANK:
+                mask = (cols < E) & (first + peer < num_rows)
+                x = tl.load(x_ptr + start + peer * E, mask=mask, other=0.0)
+                box = _mailbox(mailbox_ptrs, peer, RANK, turn, program, max_rows, dtype, E, SIZE)
+                _send(box + cols, x, mask)
+        mask = (cols < E) & (first + RANK < num_rows)
+        ours = start + RANK * E
+        x = tl.load(x_ptr + ours, mask=mask, other=0.0)
+        residual = _load_fp32(residual_ptr + ours, mask, HAS_RESIDUAL)
+        total = tl.zeros([BLOCK], dtype=tl.float32)
+        for peer in tl.static_range(SIZE):
+            term = x
+            if peer != RANK:
+                box = _mailbox(mailbox_ptrs, RANK, peer, turn, program, max_rows, dtype, E, SIZE)
+                term = take(box + cols, mask)
+            total += term.to(tl.float32)
+        total, normed = add_and_norm(total, residual, weight, dtype, eps, E)
+        normed = normed.to(dtype)
+        for peer in tl.static_range(SIZE):
+            if peer != RANK:
+                box = _mailbox(
+                    mailbox_ptrs, peer, RANK, turn_behind, behind, max_rows, dtype, E, SIZE
+                )
+                _send(box + cols, normed, mask)
+        tl.store(residual_ptr + ours, total, mask=mask)
+        tl.store(out_ptr + ours, normed, mask=mask)
+        for peer in tl.static_range(SIZE):
+            if peer != RANK:
+                mask = (cols < E) & (first + peer < num_rows)
+                box = _mailbox(
+                    mailbox_ptrs, RANK, peer, turn_behind, behind, max_rows, dtype, E, SIZE
+                )
+                tl.store(out_ptr + start + peer * E, take(box + cols, mask), mask=mask)
+        # What was taken is empty for all to see before the next rows tell a peer that it may send
+        # to the same place again.
+        _fence()
+        tl.debug_barrier()
+        turn += 1
+        turn_behind += 1
+        first += tl.num_programs(0) * SIZE
+    tl.store(turns_ptr + program, turn)
+    tl.store(turns_ptr + behind, turn_behind)
 
 
 def all_reduce_norm(
@@ -116,9 +234,10 @@ def all_reduce_norm(
     """Add up all ranks' x over peer memory, and norm the result.
 
     Args:
-        x: [N, E] contiguous, this rank's partial sum; N no more than the mailboxes hold
+        x: [N, E] contiguous, this rank's partial sum
         residual: [N, E] contiguous; the sum is added to it in place, or, unless `has_residual`,
-            written there
+            written there. Beyond `one_shot_rows` this holds for rows `rank::size` alone, the others
+            stay as they are
         weight: [E]
 
     Returns:
@@ -126,11 +245,15 @@ def all_reduce_norm(
     """
     N, E = x.shape
     peers = tp.peers
-    assert peers is not None and peers.max_rows >= N and E % 8 == 0
+    assert peers is not None and E % 8 == 0
     assert x.is_contiguous() and residual.is_contiguous()
     out = torch.empty_like(x)
     block = triton.next_power_of_2(E)
-    _all_reduce_norm_kernel[(N,)](
+    kernel, num_programs, rows = _one_shot_kernel, N, []
+    if peers.one_shot_rows < N:
+        groups = triton.cdiv(N, tp.size)
+        kernel, num_programs, rows = _two_shot_kernel, min(groups, peers.max_rows // 2), [N]
+    kernel[(num_programs,)](
         x,
         peers.mailbox_ptrs,
         peers.turns,
@@ -138,6 +261,7 @@ def all_reduce_norm(
         weight,
         out,
         peers.max_rows,
+        *rows,
         eps,
         E=E,
         BLOCK=block,
@@ -153,11 +277,13 @@ def all_reduce_norm(
 class AllReduceRMSNorm(RMSNorm):
     """RMSNorm of a sum that is still in parts: each rank brings its term.
 
-    The sum, the residual addition and the norm are one kernel where there is peer memory and it
-    holds so many rows; otherwise, or on one rank, an all-reduce and the norm.
+    The sum, the residual addition and the norm are one kernel where there is peer memory;
+    otherwise, or on one rank, an all-reduce and the norm.
 
     Shapes:
-        x [N, E], this rank's partial sum; residual and both results [N, E], equal on every rank
+        x [N, E], this rank's partial sum; the normed sum [N, E], equal on every rank; the residual
+        [N, E], for the next norm of the same N tokens and for nobody else: `all_reduce_norm` may
+        leave some of its rows to other ranks
     """
 
     def __init__(self, hidden_size: int, eps: float, *, tp: TPGroup, dtype: torch.dtype) -> None:
@@ -166,8 +292,7 @@ class AllReduceRMSNorm(RMSNorm):
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Return (normed, residual), the residual now holding the sum that was normalised."""
-        peers = self.tp.peers
-        if peers is None or x.shape[0] > peers.max_rows:
+        if self.tp.peers is None:
             return super().forward(all_reduce(x, self.tp), residual)
         has_residual = residual is not None
         if residual is None:
@@ -185,12 +310,13 @@ def peer_memory_works(tp: TPGroup) -> bool:
         return False
     generator = torch.Generator(tp.device).manual_seed(tp.rank)
     right = True
-    for num_rows in (peers.max_rows, 1, 3, peers.max_rows):
+    for num_rows in (peers.one_shot_rows, 1, 3 * peers.max_rows + 1, 3):
         partial = torch.empty(num_rows, peers.width, dtype=peers.dtype, device=tp.device)
         partial.normal_(generator=generator)
         partial[:, :8] = -0.0  # what looks like an empty mailbox arrives, too
-        expected = all_reduce(partial.clone(), tp)
-        total, weight = torch.empty_like(partial), torch.ones_like(partial[0])
-        all_reduce_norm(partial, total, weight, 1e-6, tp, has_residual=False)
-        right &= torch.allclose(total, expected, rtol=0.02, atol=0.02)
+        weight = torch.ones_like(partial[0])
+        expected = rms_norm_reference(all_reduce(partial.clone(), tp), weight, 1e-6)
+        residual = torch.empty_like(partial)
+        normed = all_reduce_norm(partial, residual, weight, 1e-6, tp, has_residual=False)
+        right &= torch.allclose(normed, expected, rtol=0.02, atol=0.02)
     return bool(min_over_ranks(int(right), tp))

@@ -16,9 +16,11 @@ from torch import Tensor
 from tpllm.parallel.group import TPGroup
 from tpllm.parallel.peer_memory import PeerMemory
 
-# Largest sum, in bytes, that reading all ranks' memory at once beats NCCL at, by the group's size.
-_ONE_SHOT_BYTES = {2: 4 << 20, 3: 2 << 20, 4: 2 << 20}
-_ONE_SHOT_BYTES_BEYOND = 256 << 10
+# Room for the rows of a sender, in bytes: enough programs of a sum at the same time to fill a link.
+_MAILBOX_BYTES = 4 << 20
+# Largest sum, in bytes, of which every rank sends all to all others. On two ranks that is no more
+# than they would send in two shots; on four, two shots are faster from some 256 KiB on.
+_ONE_SHOT_BYTES = 256 << 10
 
 # torch 2.13 renamed the gather into one tensor and warns of the old name.
 _all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -78,11 +80,12 @@ def with_peer_memory(tp: TPGroup, width: int, dtype: torch.dtype) -> TPGroup:
     reachable = all(torch.cuda.can_device_access_peer(tp.device, other) for other in others)
     if not min_over_ranks(int(reachable), tp):
         return tp
-    num_bytes = _ONE_SHOT_BYTES.get(tp.size, _ONE_SHOT_BYTES_BEYOND)
-    max_rows = max(1, num_bytes // (width * dtype.itemsize))
+    row_bytes = width * dtype.itemsize
+    max_rows = max(2, _MAILBOX_BYTES // row_bytes)
+    one_shot_rows = max_rows if tp.size == 2 else max(1, _ONE_SHOT_BYTES // row_bytes)
     peers = None
     try:
-        peers = PeerMemory(tp.process_group, max_rows, width, dtype, tp.device)
+        peers = PeerMemory(tp.process_group, max_rows, one_shot_rows, width, dtype, tp.device)
     except RuntimeError as error:  # a container that forbids to share descriptors, for one
         print(f"tpllm: no peer memory on rank {tp.rank}, NCCL serves: {error}", file=sys.stderr)
     return replace(tp, peers=peers) if min_over_ranks(int(peers is not None), tp) else tp

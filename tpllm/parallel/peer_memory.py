@@ -29,6 +29,7 @@ class PeerMemory:
         mailbox_ptrs: device address of an array with the address of each rank's mailboxes, in rank
             order; those of a rank are [NUM_PLACES, size, max_rows, width], by place and sender
         turns: [max_rows] int32, how many times this rank has exchanged each row
+        one_shot_rows: of up to so many rows every rank sends all to all others
 
     Raises:
         RuntimeError: the GPUs cannot reach each other's memory.
@@ -38,10 +39,12 @@ class PeerMemory:
         self,
         group: dist.ProcessGroup,
         max_rows: int,
+        one_shot_rows: int,
         width: int,
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
+        self.one_shot_rows = one_shot_rows
         self.max_rows, self.width, self.dtype = max_rows, width, dtype
         self._mailboxes = symmetric_memory.empty(
             NUM_PLACES * group.size() * max_rows * width, dtype=dtype, device=device

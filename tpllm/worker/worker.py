@@ -77,7 +77,7 @@ class Worker:
         info: dict[str, Any] = {
             "attention": backend.name,
             "matmul": matmul.name,
-            "all_reduce": "peer memory, NCCL" if self._tp.peers else "NCCL" if on_gpu else "Gloo",
+            "all_reduce": "peer memory" if self._tp.peers else "NCCL" if on_gpu else "Gloo",
             "load_s": round(time.perf_counter() - begin, 2),
             "torch": torch.__version__,
             "gpu": torch.cuda.get_device_name(device) if on_gpu else None,
