@@ -89,14 +89,15 @@ def main() -> None:
         options = options_of(llm.config.model_config.vocab_size, num_tokens)
         batches = {name: [replace(plain, **each)] * args.num_seqs for name, each in options.items()}
         batches["one row top_p=0.95"] = [plain] * (args.num_seqs - 1) + [replace(plain, top_p=0.95)]
-        result["options"] = {
-            name: measure(llm, params, args.num_steps) for name, params in batches.items()
-        }
-    first = result["options"]["temperature"]["step_ms"]
-    print(f"{args.model or 'shipped model'}, tp={args.tp}, {args.num_seqs} sequences")
-    for name, figures in result["options"].items():
-        figures["added_ms"] = round(figures["step_ms"] - first, 4)
-        print(f"  {name:<26}" + "   ".join(f"{key} {value:8.3f}" for key, value in figures.items()))
+        print(f"{args.model or 'shipped model'}, tp={args.tp}, {args.num_seqs} sequences")
+        result["options"] = {}
+        for name, params in batches.items():
+            figures = measure(llm, params, args.num_steps)
+            result["options"][name] = figures
+            first = result["options"]["temperature"]["step_ms"]
+            figures["added_ms"] = round(figures["step_ms"] - first, 4)
+            words = "   ".join(f"{key} {value:8.3f}" for key, value in figures.items())
+            print(f"  {name:<26}{words}", flush=True)
     print(json.dumps(result))
 
 

@@ -12,6 +12,7 @@ Prints when each phase began, then one JSON line.
 
 import argparse
 import json
+import math
 import os
 import shutil
 import statistics
@@ -19,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -30,29 +32,49 @@ SELF = Path(__file__).resolve()
 
 
 def write_random_checkpoint(source: Path, folder: Path) -> None:
-    """A checkpoint of bfloat16 weights in a model's shapes; norms are 1."""
+    """A checkpoint of bfloat16 weights in a model's shapes; norms are 1.
+
+    Straight into the files, a block of noise again and again: to make each tensor first would take
+    several times as long.
+    """
     import torch
-    from safetensors.torch import save_file
 
     shutil.copytree(source, folder, dirs_exist_ok=True)
     noise = 0.02 * torch.randn(1 << 24, generator=torch.Generator().manual_seed(0))
-    block, places, shard, held = noise.bfloat16(), {}, {}, 0
-    shapes = ModelConfig.from_folder(source).tensor_shapes()
-    for i, (name, shape) in enumerate(shapes.items()):
-        tensor = torch.ones(shape, dtype=torch.bfloat16)
-        if not name.endswith("norm.weight"):
-            flat = tensor.view(-1)
-            for begin in range(0, flat.numel(), block.numel()):
-                part = flat[begin : begin + block.numel()]
-                part.copy_(block[: part.numel()])
-        shard[name] = tensor
-        held += 2 * tensor.numel()
-        if held >= SHARD_BYTES or i == len(shapes) - 1:
-            file = f"model-{len(set(places.values())):05d}.safetensors"
-            save_file(shard, folder / file, metadata={"format": "pt"})
-            places |= dict.fromkeys(shard, file)
-            shard, held = {}, 0
+    blocks = {
+        is_norm: memoryview(values.bfloat16().view(torch.uint8).numpy())
+        for is_norm, values in ((False, noise), (True, torch.ones(1 << 16)))
+    }
+    shards: list[dict[str, tuple[int, ...]]] = [{}]
+    held = 0
+    for name, shape in ModelConfig.from_folder(source).tensor_shapes().items():
+        if held >= SHARD_BYTES:
+            shards.append({})
+            held = 0
+        shards[-1][name] = shape
+        held += 2 * math.prod(shape)
+
+    def write(number: int) -> None:
+        header, end = {}, 0
+        for name, shape in shards[number].items():
+            begin, end = end, end + 2 * math.prod(shape)
+            header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [begin, end]}
+        text = json.dumps(header).encode()
+        with (folder / _shard_name(number)).open("wb") as file:
+            file.write(len(text).to_bytes(8, "little") + text)
+            for name, shape in shards[number].items():
+                block, left = blocks[name.endswith("norm.weight")], 2 * math.prod(shape)
+                while left:
+                    left -= file.write(block[: min(left, len(block))])
+
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(write, range(len(shards))))
+    places = {name: _shard_name(i) for i, shard in enumerate(shards) for name in shard}
     (folder / INDEX_NAME).write_text(json.dumps({"metadata": {}, "weight_map": places}))
+
+
+def _shard_name(number: int) -> str:
+    return f"model-{number:05d}.safetensors"
 
 
 def start_once(args: argparse.Namespace) -> None:
@@ -110,13 +132,18 @@ def main() -> None:
         model: Path = args.model.resolve()
         if not list(model.glob("*.safetensors")):
             model = Path(folder) / model.name
+            begin = time.perf_counter()
             write_random_checkpoint(args.model, model)
+            print(f"weights written in {time.perf_counter() - begin:.1f} s", flush=True)
         num_bytes = sum(file.stat().st_size for file in model.glob("*.safetensors"))
         for file in model.glob("*.safetensors"):  # into the page cache
             with file.open("rb") as opened:
                 while opened.read(64 << 20):
                     pass
-        starts = [measure(args, model) for _ in range(args.repeats)]
+        starts = []
+        for _ in range(args.repeats):
+            starts.append(measure(args, model))
+            print(f"ready after {starts[-1]['phases']['ready']:.2f} s", flush=True)
     phases = [start["phases"] for start in starts]
     medians = {name: statistics.median(each[name] for each in phases) for name in phases[0]}
     for name, seconds in medians.items():

@@ -88,8 +88,8 @@ class Settings:
         kv_block_size: tokens in a block; None for 256 in half precision on a GPU, otherwise 16
         enable_prefix_caching: whether prompts that start alike share the KV of their start
         enforce_eager: whether to do without CUDA graphs, which start slower and then run faster
-        disable_custom_all_reduce: whether to leave every all-reduce to NCCL, also the small ones
-            that kernels of our own do over the GPUs' peer memory
+        disable_custom_all_reduce: whether to leave every all-reduce to NCCL, also those that
+            kernels of our own do over the GPUs' peer memory
         disable_custom_matmul: whether to leave every matrix product to torch, also those of one row
             that a kernel of our own does, and those for which we have measured a faster algorithm
         attention_backend: "flash-attn" computes prompts by flash-attn 2, "triton" by torch, and
