@@ -42,6 +42,7 @@ def random_scores(kind: str, parts: int, columns: int) -> Tensor:
     scores[2, 0, 4] = torch.inf
     scores[3] = 0.0
     scores[4, 0] = 1e38 * scores[4, 0]
+    scores[6] = -torch.inf  # nothing weighs anything
     return scores
 
 

@@ -203,8 +203,7 @@ def _cut_of(
     low = floor
     high = tl.maximum(keys_in_kernel(largest, 0, ID_BITS), floor) + 1  # above every key
     # Tokens from `low` and from `high` on, and the sum from `high` on.
-    num_low = (num_parts * part_size).to(tl.int64)
-    num_high, beyond = tl.zeros_like(low), tl.zeros_like(low)
+    num_low, num_high, beyond = tl.zeros_like(low), tl.zeros_like(low), tl.zeros_like(low)
     is_first = True
     while is_first | (num_low - num_high > CAPACITY):
         counts, sums = _sums_from(
@@ -222,6 +221,8 @@ def _cut_of(
             POINTS,
             TILE,
         )
+        if is_first:
+            num_low = tl.max(counts, axis=0)  # from `floor` on, be it reached or not
         if WEIGHTED:
             if is_first:
                 whole = tl.max(sums, axis=0).to(tl.float64)  # from `floor` on
@@ -231,6 +232,7 @@ def _cut_of(
             reached = sums >= wanted
         low = tl.maximum(low, tl.max(tl.where(reached, points, low), axis=0))
         high = tl.minimum(high, tl.min(tl.where(reached, high, points), axis=0))
+        high = tl.maximum(high, low + 1)  # not even from `floor` on, where nothing weighs anything
         num_low = tl.minimum(num_low, tl.min(tl.where(reached, counts, num_low), axis=0))
         num_high = tl.maximum(num_high, tl.max(tl.where(reached, num_high, counts), axis=0))
         beyond = tl.maximum(beyond, tl.max(tl.where(reached, beyond, sums), axis=0))
