@@ -36,6 +36,7 @@ def main() -> None:
     result: dict[str, Any] = {"arguments": vars(args)}
     if not args.no_probe and args.device != "cpu":
         result["hardware"] = measured_rates()
+        print(f"hardware {result['hardware']}", flush=True)
     begin = time.perf_counter()
     with LLM(
         args.model,
@@ -50,16 +51,15 @@ def main() -> None:
     ) as llm:
         result["startup_s"] = round(time.perf_counter() - begin, 2)
         result |= environment(llm)
+        model = args.model or "shipped model"
+        print(f"{model}, tp={args.tp}, start to ready {result['startup_s']} s", flush=True)
         for name, measure in MEASURES.items():
-            if args.workload in (name, "both"):
-                result[name] = measure(llm, args.repeats, args.breakdown)
-        if (hardware := result.get("hardware")) and "seed" in result:
-            limit = Limit(llm.config.model_config, args.tp, **hardware)
-            result["seed"]["limit_tokens_per_s"] = round(seed_limit(limit), 1)
-    print(f"{args.model or 'shipped model'}, tp={args.tp}, start to ready {result['startup_s']} s")
-    print(f"hardware {result.get('hardware')}")
-    for name in MEASURES:
-        if name in result:
+            if args.workload not in (name, "both"):
+                continue
+            result[name] = measure(llm, args.repeats, args.breakdown)
+            if name == "seed" and (hardware := result.get("hardware")):
+                limit = Limit(llm.config.model_config, args.tp, **hardware)
+                result[name]["limit_tokens_per_s"] = round(seed_limit(limit), 1)
             print_table(name, result[name])
     print(json.dumps(result))
 

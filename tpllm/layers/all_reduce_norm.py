@@ -102,7 +102,7 @@ def _load_fp32(row_ptrs: tl.tensor, mask: tl.tensor, HAS_ROW: tl.constexpr) -> t
 
 
 @triton.jit(do_not_specialize=["max_rows"])
-def _one_shot_kernel(
+def _all_reduce_norm_one_shot(
     x_ptr: tl.tensor,  # [N, E]
     mailbox_ptrs: tl.tensor,
     turns_ptr: tl.tensor,  # [max_rows]
@@ -150,7 +150,7 @@ def _one_shot_kernel(
 
 
 @triton.jit(do_not_specialize=["max_rows", "num_rows"])
-def _two_shot_kernel(
+def _all_reduce_norm_two_shot(
     x_ptr: tl.tensor,  # [N, E]
     mailbox_ptrs: tl.tensor,
     turns_ptr: tl.tensor,  # [max_rows]
@@ -249,10 +249,14 @@ def all_reduce_norm(
     assert x.is_contiguous() and residual.is_contiguous()
     out = torch.empty_like(x)
     block = triton.next_power_of_2(E)
-    kernel, num_programs, rows = _one_shot_kernel, N, []
+    kernel, num_programs, rows = _all_reduce_norm_one_shot, N, []
     if peers.one_shot_rows < N:
         groups = triton.cdiv(N, tp.size)
-        kernel, num_programs, rows = _two_shot_kernel, min(groups, peers.max_rows // 2), [N]
+        kernel, num_programs, rows = (
+            _all_reduce_norm_two_shot,
+            min(groups, peers.max_rows // 2),
+            [N],
+        )
     kernel[(num_programs,)](
         x,
         peers.mailbox_ptrs,
