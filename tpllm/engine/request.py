@@ -187,19 +187,18 @@ class Sequence:
             return self.grammar.end_token_ids
         return _NO_IDS
 
-    def ends_with(self, token_id: int) -> bool:
-        """Whether its newest token is its end."""
-        if token_id not in self.end_token_ids:
-            return False
+    def ends_at_end_token(self) -> bool:
+        """Whether it ends if its newest token is an end token."""
         # a grammar leads to an end token before its time only where nothing else is left
         return self.grammar is not None or len(self.tokens) > self.min_total_tokens
 
-    def take_prompt_logprobs(self) -> PackedLogprobs | None:
-        """The prompt's log-probabilities, once they are complete; they are not computed again."""
+    def take_prompt_logprobs(self) -> PackedLogprobs:
+        """The prompt's log-probabilities, which are complete; they are not computed again."""
         complete, self.prompt_logprobs = self.prompt_logprobs, None
-        if complete is not None and self.options is not None:
+        assert complete is not None
+        if self.options is not None:
             self.options = replace(self.options, num_prompt_logprobs=-1)
-        return None if complete is None else PackedLogprobs.of(complete)
+        return PackedLogprobs.of(complete)
 
     def reset(self) -> None:
         """Forget everything stored in the cache: the state of a sequence that waits."""

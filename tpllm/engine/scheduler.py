@@ -244,24 +244,26 @@ class Scheduler:
             seq.num_steps_in_flight -= 1
             for token_id in islice(token_ids, num_yielded):
                 if seq.status is not Status.FINISHED:  # else it came too late, and is dropped
-                    updates.append(self._append(seq, token_id, new_logprobs.get(i)))
+                    logprobs = new_logprobs.get(i) if new_logprobs else None
+                    updates.append(self._append(seq, token_id, logprobs))
             if seq.num_steps_in_flight == 0 and seq in self._leaving:
                 self._release(seq)
-        self.stats.num_generated_tokens += sum(len(each.new_token_ids) for each in updates)
         return updates
 
     def _append(
         self, seq: Sequence, token_id: int, logprobs: list[TokenLogprobs] | None
     ) -> RequestUpdate:
-        matcher = seq.matcher if token_id not in seq.end_token_ids else None
-        if matcher is not None and not matcher.advance(token_id):
+        # for every token of every step: what most sequences do not ask for costs one look each
+        may_end, matcher = token_id in seq.end_token_ids, seq.matcher
+        if matcher is not None and not may_end and not matcher.advance(token_id):
             return self._give_up(seq, f"structured_outputs: {matcher.failure}")
+        self.stats.num_generated_tokens += 1
         seq.tokens.append(token_id)
         num_tokens = len(seq.tokens)
         if num_tokens >= (seq.num_registered_blocks + 1) * self._blocks.block_size:
             self._register_blocks(seq, seq.num_computed_tokens)
         finish_reason = stop_reason = None
-        if seq.ends_with(token_id):
+        if may_end and seq.ends_at_end_token():
             finish_reason = "stop"
             stop_reason = token_id if token_id in seq.stop_token_ids else None
         elif num_tokens >= seq.max_total_tokens:
@@ -275,7 +277,7 @@ class Scheduler:
             stop_reason,
             seq.num_cached_tokens,
             logprobs,
-            seq.take_prompt_logprobs(),
+            None if seq.prompt_logprobs is None else seq.take_prompt_logprobs(),
         )
 
     def _give_up(self, seq: Sequence, reason: str) -> RequestUpdate:
