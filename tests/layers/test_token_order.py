@@ -7,11 +7,11 @@ from tpllm.layers.token_order import (
     UNIT,
     keys_of,
     logits_and_ids,
+    rank_and_mass_reference,
+    rank_and_mass_triton,
     scores_of,
     scores_of_reference,
     scores_of_triton,
-    token_sums_reference,
-    token_sums_triton,
     with_spare_column,
 )
 
@@ -24,19 +24,11 @@ pytestmark = [
 LARGEST = torch.finfo(torch.float32).max
 
 
-def scores_and_points(
-    num_rows: int, vocab_size: int, device: torch.device
-) -> tuple[Tensor, Tensor]:
-    """Logits with ties and infinities, and points: every token's, none's, and two in between."""
+def scores_with_ties(num_rows: int, vocab_size: int, device: torch.device) -> Tensor:
     rng = torch.Generator().manual_seed(vocab_size)
     logits = (8 * torch.randn(num_rows, vocab_size, generator=rng)).round() / 2
     logits[:, vocab_size // 2] = -torch.inf
-    scores = scores_of(logits.to(device), 0, vocab_size)
-    ids = torch.arange(vocab_size, device=device)
-    keys = keys_of(scores, ids)
-    in_between = keys[:, [0, vocab_size - 1]]
-    ends = keys.new_tensor([LOWEST_KEY, -LOWEST_KEY]).expand(num_rows, 2)
-    return scores, torch.cat([ends, in_between], dim=1)
+    return scores_of(logits.to(device), 0, vocab_size)
 
 
 def test_keys_order_by_logit_then_by_falling_id() -> None:
@@ -75,40 +67,37 @@ def test_all_rows_are_copied_where_none_is_named(device: torch.device) -> None:
     assert torch.equal(scores_of(logits, 0, 5000), logits.float())
 
 
-@pytest.mark.parametrize("num_rows, vocab_size", [(1, 1), (3, 300), (1, 8300)])
-@pytest.mark.parametrize("weighted", [False, True])
-def test_kernel_and_reference_sums_are_equal(
-    num_rows: int, vocab_size: int, weighted: bool, device: torch.device
-) -> None:
-    scores, points = scores_and_points(num_rows, vocab_size, device)
-    temperatures = torch.tensor([0.7, 1e-38, 1e6], device=device)[:num_rows]
-    weights_of = (scores.amax(dim=1), temperatures) if weighted else None
-    ours = token_sums_triton(scores, 0, weights_of)(points)
-    exact = token_sums_reference(scores, 0, weights_of)(points)
-    if weighted:  # the kernel's exponential is float32
-        torch.testing.assert_close(ours.double(), exact.double(), rtol=1e-6, atol=0)
-    else:
-        assert torch.equal(ours, exact)
+@pytest.mark.parametrize("num_rows, vocab_size", [(1, 2), (3, 300), (2, 8300)])
+def test_rank_and_mass_are_those_of_the_sorted_row(num_rows, vocab_size, device) -> None:
+    scores = scores_with_ties(num_rows, vocab_size, device)
+    largest = scores.amax(dim=1)
+    keys = keys_of(scores, torch.arange(vocab_size, device=device))
+    for col in (0, vocab_size // 2, vocab_size - 1):
+        ours = rank_and_mass_triton(scores, keys[:, col], largest, 0)
+        exact = rank_and_mass_reference(scores, keys[:, col], largest, 0)
+        assert torch.equal(ours[:, 0], exact[:, 0])
+        in_order = keys.sort(dim=1, descending=True).values
+        assert torch.equal(in_order.gather(1, ours[:, :1] - 1), keys[:, [col]])
+        # the kernel's exponential is float32
+        torch.testing.assert_close(ours[:, 1].double(), exact[:, 1].double(), rtol=1e-6, atol=0)
+    probability = torch.softmax(scores.double(), dim=1).amax(dim=1)
+    torch.testing.assert_close(ours[:, 1].double(), UNIT / probability, rtol=1e-6, atol=0)
 
 
-def test_sums_of_slices_add_up_exactly(device: torch.device) -> None:
-    scores, points = scores_and_points(3, 1000, device)
-    weights_of = (scores.amax(dim=1), torch.full((3,), 1.3, device=device))
-    whole = token_sums_triton(scores, 0, weights_of)(points)
+def test_rank_and_mass_of_slices_add_up_exactly(device: torch.device) -> None:
+    scores = scores_with_ties(3, 1000, device)
+    largest, keys = scores.amax(dim=1), keys_of(scores[:, 700], torch.tensor(700, device=device))
+    whole = rank_and_mass_triton(scores, keys, largest, 0)
     parts = [
-        token_sums_triton(scores[:, a:b], a, weights_of)(points)
+        rank_and_mass_triton(scores[:, a:b], keys, largest, a)
         for a, b in ((0, 1), (1, 500), (500, 1000))
     ]
     assert torch.equal(torch.stack(parts).sum(dim=0), whole)
-    probability = torch.softmax(scores.double() / 1.3, dim=1).amax(dim=1)
-    torch.testing.assert_close(whole[:, 0].double(), UNIT / probability, rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("logit", [-torch.inf, torch.inf, LARGEST, -LARGEST])
-def test_extreme_logits_still_give_sums(logit: float, device: torch.device) -> None:
+def test_extreme_logits_still_have_a_mass(logit: float, device: torch.device) -> None:
     scores = torch.full((1, 40), logit, device=device)
-    points = torch.full((1, 1), LOWEST_KEY, device=device)
-    weights_of = (scores.amax(dim=1), torch.full((1,), 0.5, device=device))
-    total = token_sums_triton(scores, 0, weights_of)(points)
-    assert torch.equal(total, token_sums_reference(scores, 0, weights_of)(points))
-    assert total.item() == (0 if logit == -torch.inf else 40 * UNIT)
+    lowest = torch.tensor([LOWEST_KEY], device=device)
+    total = rank_and_mass_triton(scores, lowest, scores.amax(dim=1), 0)
+    assert total.tolist() == [[40, 0 if logit == -torch.inf else 40 * int(UNIT)]]

@@ -13,12 +13,11 @@ from torch import Tensor
 
 from tpllm.layers.cuts import likeliest
 from tpllm.layers.token_order import (
-    LOWEST_KEY,
     UNIT,
     keys_of,
     logits_and_ids,
     max_over_ranks,
-    token_sums,
+    rank_and_mass,
 )
 from tpllm.parallel.collectives import all_gather, all_reduce
 from tpllm.parallel.group import TPGroup
@@ -45,11 +44,9 @@ def token_logprobs(
     largest, own = max_over_ranks(torch.stack([scores.amax(dim=1), own]), tp)
 
     own_keys = keys_of(own, token_ids.long())
-    rank = all_reduce(token_sums(scores, vocab_start)(own_keys.unsqueeze(1)), tp)  # [n, 1]
-    lowest = torch.full_like(own_keys, LOWEST_KEY).unsqueeze(1)
-    weights = token_sums(scores, vocab_start, (largest, torch.ones_like(largest)))
-    mass = all_reduce(weights(lowest), tp).squeeze(1)
-    log_sum = largest.double() + mass.double().log() - math.log(UNIT)  # [n]
+    sums = all_reduce(rank_and_mass(scores, own_keys, largest, vocab_start), tp)
+    rank, mass = sums.split(1, dim=1)  # [n, 1] each
+    log_sum = largest.double() + mass.squeeze(1).double().log() - math.log(UNIT)  # [n]
 
     likeliest, ids = logits_and_ids(_likeliest(scores, num_likeliest, vocab_start, tp))  # [n, k]
     all_ids = torch.cat([token_ids.unsqueeze(1), ids], dim=1)

@@ -1,6 +1,6 @@
 """The order of tokens by logit, ties by id, and exact sums over the tokens from a point of it on.
 
-S sequences, V vocab_size, Vl ids on this rank, B points.
+S sequences, n positions, V vocab_size, Vl ids on this rank.
 
 A token's place in the order is one number, its key: `(bits of the logit, made to sort as the logit
 does) * 2**20 + (2**20 - 1 - id)`, so that larger is likelier and of equal logits the lower id comes
@@ -12,10 +12,7 @@ token counts 1, or its probability as a whole multiple of 2**-40 of the likelies
 half of 2**-40 a token is lost, which over 150,000 tokens is 7e-8 of the whole.
 """
 
-from collections.abc import Callable
-
 import torch
-import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -31,11 +28,7 @@ _LAST_ID = 2**ID_BITS - 1
 _SIGN_MASK = 0x7FFFFFFF
 LARGEST = torch.finfo(torch.float32).max  # bounds what is subtracted: no infinity less another
 
-Sums = Callable[[Tensor], Tensor]  # from points [S, B] int64 (keys) on: [S, B] int64
-
-_TILE = 8192  # ids a program
-_SUB_TILE = 256  # ids a step of it
-_COPY_TILE = 4096  # ids a program that copies
+_TILE = 4096  # ids a program
 
 
 def scores_of_reference(
@@ -79,7 +72,7 @@ def scores_of_triton(
     """Launch the kernel; see `scores_of`."""
     scores = _empty_scores(logits.shape[0] if rows is None else rows.shape[0], logits)
     stride = scores.stride(0)
-    _scores_kernel[(scores.shape[0], triton.cdiv(stride, _COPY_TILE))](
+    _scores_kernel[(scores.shape[0], triton.cdiv(stride, _TILE))](
         logits,
         logits if rows is None else rows,
         scores,
@@ -87,7 +80,7 @@ def scores_of_triton(
         stride,
         max(0, min(logits.shape[1], vocab_size - vocab_start)),
         HAS_ROWS=rows is not None,
-        TILE=_COPY_TILE,
+        TILE=_TILE,
     )
     return scores
 
@@ -145,24 +138,16 @@ def max_over_ranks(values: Tensor, tp: TPGroup) -> Tensor:
     return all_gather(values, tp).amax(dim=0)
 
 
-def token_sums_reference(
-    scores: Tensor, vocab_start: int, weights_of: tuple[Tensor, Tensor] | None = None
-) -> Sums:
-    """What `token_sums_triton` gives, in plain torch: sorts once, then looks up."""
+def rank_and_mass_reference(
+    scores: Tensor, keys: Tensor, largest: Tensor, vocab_start: int
+) -> Tensor:
+    """What `rank_and_mass_triton` computes, in plain torch."""
     ids = torch.arange(vocab_start, vocab_start + scores.shape[1], device=scores.device)
-    keys, order = keys_of(scores, ids).sort(dim=1)  # [S, Vl]
-    weights = torch.ones_like(keys)
-    if weights_of is not None:
-        largest, temperatures = (each.double().unsqueeze(1) for each in weights_of)
-        # float64, because torch may take a vector's last elements through another fp32 exponential
-        below = (scores.double() - largest.clamp(-LARGEST, LARGEST)) / temperatures
-        weights = (below.clamp(max=0.0).exp() * UNIT).long().gather(1, order)
-    sums_before = F.pad(weights.cumsum(dim=1), (1, 0))  # [S, Vl + 1]
-
-    def sums(points: Tensor) -> Tensor:
-        return sums_before[:, -1:] - sums_before.gather(1, torch.searchsorted(keys, points))
-
-    return sums
+    num_above = (keys_of(scores, ids) >= keys.unsqueeze(1)).sum(dim=1)
+    # float64, because torch may take a vector's last elements through another fp32 exponential
+    below = scores.double() - largest.double().clamp(-LARGEST, LARGEST).unsqueeze(1)
+    weights = (below.clamp(max=0.0).exp() * UNIT).long()
+    return torch.stack([num_above, weights.sum(dim=1)], dim=1)
 
 
 @triton.jit
@@ -188,91 +173,65 @@ def weights_in_kernel(
     return (tl.exp(below) * UNIT).to(tl.int64)
 
 
-@triton.jit(do_not_specialize=["num_points"])
-def _token_sums_kernel(
-    scores_ptr: tl.tensor,  # [S, Vl]
-    points_ptr: tl.tensor,  # [S, B] int64
-    largest_ptr: tl.tensor,  # [S]
-    temperatures_ptr: tl.tensor,  # [S]
-    sums_ptr: tl.tensor,  # [S, B] int64, zeros
+@triton.jit
+def _rank_and_mass_kernel(
+    scores_ptr: tl.tensor,  # [n, Vl]
+    keys_ptr: tl.tensor,  # [n] int64
+    largest_ptr: tl.tensor,  # [n]
+    out_ptr: tl.tensor,  # [n, 2] int64, zeros
     scores_stride: tl.tensor,
     local_size: tl.tensor,  # Vl
     vocab_start: tl.tensor,
-    num_points: tl.tensor,  # B
-    WEIGHTED: tl.constexpr,
     ID_BITS: tl.constexpr,
     UNIT: tl.constexpr,
     LARGEST: tl.constexpr,
     TILE: tl.constexpr,
-    SUB_TILE: tl.constexpr,
-    POINTS: tl.constexpr,
 ) -> None:
-    row, tile = tl.program_id(0), tl.program_id(1)
-    point = tl.arange(0, POINTS)
-    wanted = point < num_points
-    points = tl.load(points_ptr + row * num_points + point, mask=wanted, other=0)
-    row_ptr = scores_ptr + row.to(tl.int64) * scores_stride
-    sums = tl.zeros([POINTS, SUB_TILE], dtype=tl.int64)
-    for first in range(0, TILE, SUB_TILE):
-        cols = tile * TILE + first + tl.arange(0, SUB_TILE)
-        mask = cols < local_size
-        scores = tl.load(row_ptr + cols, mask=mask, other=-float("inf"))
-        keys = keys_in_kernel(scores, vocab_start + cols, ID_BITS)
-        if WEIGHTED:
-            largest, temperature = tl.load(largest_ptr + row), tl.load(temperatures_ptr + row)
-            weights = weights_in_kernel(scores, largest, temperature, UNIT, LARGEST)
-        else:
-            weights = tl.full([SUB_TILE], 1, dtype=tl.int64)
-        hit = (keys[None, :] >= points[:, None]) & mask[None, :]
-        sums += tl.where(hit, weights[None, :], 0)
-    # sums of integers: the order of these additions does not matter
-    tl.atomic_add(sums_ptr + row * num_points + point, tl.sum(sums, axis=1), mask=wanted)
+    row = tl.program_id(0)
+    cols = tl.program_id(1) * TILE + tl.arange(0, TILE)
+    mask = cols < local_size
+    score_ptrs = scores_ptr + row.to(tl.int64) * scores_stride + cols
+    scores = tl.load(score_ptrs, mask=mask, other=-float("inf"))
+    hit = (keys_in_kernel(scores, vocab_start + cols, ID_BITS) >= tl.load(keys_ptr + row)) & mask
+    weights = weights_in_kernel(scores, tl.load(largest_ptr + row), 1.0, UNIT, LARGEST)
+    # integers: the order of these additions does not matter
+    tl.atomic_add(out_ptr + 2 * row, tl.sum(hit.to(tl.int64), axis=0))
+    tl.atomic_add(out_ptr + 2 * row + 1, tl.sum(tl.where(mask, weights, 0), axis=0))
 
 
-def token_sums_triton(
-    scores: Tensor, vocab_start: int, weights_of: tuple[Tensor, Tensor] | None = None
-) -> Sums:
-    """Sums over this rank's tokens, to be asked for any points of the order.
+def rank_and_mass_triton(scores: Tensor, keys: Tensor, largest: Tensor, vocab_start: int) -> Tensor:
+    """Launch the kernel; see `rank_and_mass`."""
+    num_rows, local_size = scores.shape
+    out = torch.zeros(num_rows, 2, dtype=torch.int64, device=scores.device)
+    _rank_and_mass_kernel[(num_rows, triton.cdiv(local_size, _TILE))](
+        scores,
+        keys,
+        largest,
+        out,
+        scores.stride(0),
+        local_size,
+        vocab_start,
+        ID_BITS=ID_BITS,
+        UNIT=UNIT,
+        LARGEST=LARGEST,
+        TILE=_TILE,
+        num_warps=8,
+    )
+    return out
+
+
+def rank_and_mass(scores: Tensor, keys: Tensor, largest: Tensor, vocab_start: int) -> Tensor:
+    """How many of this rank's tokens come no later than a key, and what all of them weigh.
+
+    Both add up over ranks. A token weighs exp(score - largest) * UNIT, rounded down.
 
     Args:
-        scores: [S, Vl] float32, no NaN, last dimension contiguous
-        weights_of: None to count tokens; or (largest score [S] over all ranks, temperature [S]
-            above 0), and a token weighs exp((score - largest) / temperature) * UNIT, rounded down
+        scores: [n, Vl] float32, no NaN, last dimension contiguous
+        keys: [n] int64
+        largest: [n] float32, the largest score of all ranks
+
+    Returns:
+        [n, 2] int64.
     """
-    num_rows, local_size = scores.shape
-    tile = min(_TILE, triton.next_power_of_2(max(local_size, _SUB_TILE)))
-    largest, temperatures = weights_of or (scores, scores)
-
-    def sums(points: Tensor) -> Tensor:
-        num_points = points.shape[1]
-        out = torch.zeros_like(points, memory_format=torch.contiguous_format)
-        _token_sums_kernel[(num_rows, triton.cdiv(local_size, tile))](
-            scores,
-            points.contiguous(),
-            largest,
-            temperatures,
-            out,
-            scores.stride(0),
-            local_size,
-            vocab_start,
-            num_points,
-            WEIGHTED=weights_of is not None,
-            ID_BITS=ID_BITS,
-            UNIT=UNIT,
-            LARGEST=LARGEST,
-            TILE=tile,
-            SUB_TILE=_SUB_TILE,
-            POINTS=triton.next_power_of_2(num_points),
-            num_warps=8,
-        )
-        return out
-
-    return sums
-
-
-def token_sums(
-    scores: Tensor, vocab_start: int, weights_of: tuple[Tensor, Tensor] | None = None
-) -> Sums:
-    """See `token_sums_triton`."""
-    implementation = token_sums_triton if scores.is_cuda else token_sums_reference
-    return implementation(scores, vocab_start, weights_of)
+    apply = rank_and_mass_triton if scores.is_cuda else rank_and_mass_reference
+    return apply(scores, keys, largest, vocab_start)
