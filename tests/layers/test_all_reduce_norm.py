@@ -5,6 +5,7 @@ import torch
 import triton
 import triton.language as tl
 
+from tests.mailboxes import with_shared_mailboxes
 from tests.ranks import run_ranks
 from tpllm.layers.all_reduce_norm import (
     AllReduceRMSNorm,
@@ -74,6 +75,32 @@ def test_a_row_comes_through_a_mailbox_and_leaves_it_empty(device_and_dtype) -> 
     _send_and_take[(1,)](x, mailbox, out, E=len(values))
     assert torch.equal(out.nan_to_num(7.0), x.nan_to_num(7.0))
     assert mailbox.signbit().all() and not mailbox.any()
+
+
+def sums_are_those_of_gloo(tp: TPGroup, one_shot_rows: int) -> None:
+    """Sums of few and of many rows by turns, in either way, by which mailboxes change places."""
+    torch.set_num_threads(1)
+    E, eps = 40, 1e-6
+    tp = with_shared_mailboxes(tp, 4, one_shot_rows, E)
+    values = torch.Generator().manual_seed(tp.rank)
+    same = torch.Generator().manual_seed(9)
+    weight = torch.rand(E, generator=same)
+    for N in (1, 3, 2, 4, 7, 1, 9, 5, 2, 3, 11, 1):
+        x = torch.randn(N, E, generator=values)
+        x[:, ::5] = -0.0
+        residual = torch.randn(N, E, generator=same) if N % 2 else None
+        expected = all_reduce(x.clone(), tp) + (0.0 if residual is None else residual)
+        kept = slice(None) if one_shot_rows >= N else slice(tp.rank, None, tp.size)
+        total = torch.full_like(x, torch.nan) if residual is None else residual.clone()
+        normed = all_reduce_norm(x, total, weight, eps, tp, has_residual=residual is not None)
+        torch.testing.assert_close(total[kept], expected[kept])
+        torch.testing.assert_close(normed, rms_norm_reference(expected, weight, eps))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="its kernels would run on CPU memory")
+@pytest.mark.parametrize("world_size, one_shot_rows", [(2, 4), (2, 2), (3, 1)])
+def test_sums_through_mailboxes_are_those_of_gloo(world_size: int, one_shot_rows: int) -> None:
+    run_ranks(sums_are_those_of_gloo, world_size, one_shot_rows)
 
 
 def sums_survive_many_calls(tp: TPGroup, E: int, num_calls: int) -> None:

@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.mailboxes import with_shared_mailboxes
 from tests.ranks import run_ranks
 from tpllm.layers.attention import AttentionBatch, KVCache, PrefillBatch, make_backend
 from tpllm.layers.matmul import plain_matmul
@@ -143,6 +144,14 @@ def logits_equal_transformers(tp: TPGroup, folders: list[Path]) -> None:
             assert difference < TOLERANCE, f"{folder.name} at TP {tp.size} is off by {difference}"
 
 
+def logits_equal_transformers_through_mailboxes(tp: TPGroup, folder: Path) -> None:
+    """Steps of more than two tokens are summed up in two shots, the others in one."""
+    torch.set_num_threads(1)
+    hidden_size = ModelConfig.from_folder(folder).hidden_size
+    tp = with_shared_mailboxes(tp, max_rows=4, one_shot_rows=2, E=hidden_size)
+    logits_equal_transformers(tp, [folder])
+
+
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folders = {}
@@ -187,6 +196,11 @@ def save_checkpoint(folder: Path, changes: dict[str, Any], sharded: bool) -> Non
 @pytest.mark.parametrize("world_size", [1, 2, 4])
 def test_logits_equal_transformers(world_size: int, checkpoints: dict[str, Path]) -> None:
     run_ranks(logits_equal_transformers, world_size, [checkpoints[name] for name in VARIANTS])
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="its kernels would run on CPU memory")
+def test_logits_equal_transformers_through_mailboxes(checkpoints: dict[str, Path]) -> None:
+    run_ranks(logits_equal_transformers_through_mailboxes, 2, checkpoints["untied"])
 
 
 def test_three_kv_heads_on_three_ranks(checkpoints: dict[str, Path]) -> None:

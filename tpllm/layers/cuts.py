@@ -9,9 +9,10 @@ sum still reaches what is wanted. Top-k counts them, top-p adds up their probabi
 numbers.
 
 One program finds a row's cut. A pass sums the tokens from each of eight points on, which lie first
-at growing distances below the largest logit, then evenly where the cut must be. As soon as no more
-than a few thousand tokens can be the cut they are gathered, and the rest is a bisection of their
-keys. Logits of a trained model take three passes; those as flat as random weights give, some more.
+at growing distances below the largest logit, then evenly where the cut must be, by logit and by key
+in turn. As soon as no more than a few thousand tokens can be the cut they are gathered, and the
+rest is a bisection of their keys. Logits of a trained model take three passes; those as flat as
+random weights give, some more.
 
 Sources: Fan et al. (2018), https://arxiv.org/abs/1805.04833 (top-k); Holtzman et al. (2020),
 https://arxiv.org/abs/1904.09751 (top-p); Nguyen et al. (2024), https://arxiv.org/abs/2407.01082
@@ -156,11 +157,12 @@ def _sums_from(
 def _between(
     low: tl.tensor,
     high: tl.tensor,
+    by_logit: tl.tensor,
     ID_BITS: tl.constexpr,
     LARGEST: tl.constexpr,
     POINTS: tl.constexpr,
 ) -> tl.tensor:
-    """Points between two keys: evenly by logit while there is room, then evenly by key."""
+    """Points between two keys: evenly by logit, if asked for and there is room, or by key."""
     share = tl.arange(0, POINTS) + 1
     weight = share.to(tl.float32) / (POINTS + 1)
     low_score = tl.minimum(tl.maximum(_score_of(low, ID_BITS), -LARGEST), LARGEST)
@@ -169,7 +171,7 @@ def _between(
     by_score = keys_in_kernel(scores, (1 << ID_BITS) - 1, ID_BITS)  # of this logit the last id
     by_key = low + (high - low) // (POINTS + 1) * share
     # Where rounding leaves a point outside, a key is as good.
-    usable = ((high - low) >> ID_BITS > 4096) & (by_score > low) & (by_score < high)
+    usable = by_logit & ((high - low) >> ID_BITS > 4096) & (by_score > low) & (by_score < high)
     return tl.where(usable, by_score, by_key)
 
 
@@ -204,7 +206,7 @@ def _cut_of(
     high = tl.maximum(keys_in_kernel(largest, 0, ID_BITS), floor) + 1  # above every key
     # Tokens from `low` and from `high` on, and the sum from `high` on.
     num_low, num_high, beyond = tl.zeros_like(low), tl.zeros_like(low), tl.zeros_like(low)
-    is_first = True
+    is_first, by_logit = True, False
     while is_first | (num_low - num_high > CAPACITY):
         counts, sums = _sums_from(
             row_ptr,
@@ -236,7 +238,10 @@ def _cut_of(
         num_low = tl.minimum(num_low, tl.min(tl.where(reached, counts, num_low), axis=0))
         num_high = tl.maximum(num_high, tl.max(tl.where(reached, num_high, counts), axis=0))
         beyond = tl.maximum(beyond, tl.max(tl.where(reached, beyond, sums), axis=0))
-        points = _between(low, high, ID_BITS, LARGEST, POINTS)
+        # Evenly by logit is how tokens lie. Evenly by key, every other time, ends early where many
+        # tie: towards zero logits alone come closer for ever.
+        by_logit = not by_logit
+        points = _between(low, high, by_logit, ID_BITS, LARGEST, POINTS)
         is_first = False
     # Gather the tokens from `low` to `high`; in which order does not matter.
     counter_ptrs = counter_ptr + tl.zeros([TILE], dtype=tl.int32)

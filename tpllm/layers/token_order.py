@@ -227,7 +227,7 @@ def rank_and_mass(scores: Tensor, keys: Tensor, largest: Tensor, vocab_start: in
 
     Args:
         scores: [n, Vl] float32, no NaN, last dimension contiguous
-        keys: [n] int64
+        keys: [n] int64, contiguous
         largest: [n] float32, the largest score of all ranks
 
     Returns:

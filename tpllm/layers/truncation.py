@@ -33,7 +33,7 @@ def shared_cuts(scores: Tensor, truncation: Truncation, tp: TPGroup) -> Tensor:
     S, local_size = scores.shape
     each = -(-S // tp.size)  # rows of a rank
     padded = scores.new_empty(each * tp.size, local_size)
-    padded[:S], padded[S:] = scores, 0.0
+    padded[:S], padded[S:] = scores, -torch.inf
     mine = all_to_all(padded.view(tp.size, each, local_size), tp)  # [ranks, rows, Vl]
     rows = torch.arange(each * tp.rank, each * (tp.rank + 1), device=scores.device)
     rows = rows.clamp(max=S - 1)  # a row of the padding has the last one's settings

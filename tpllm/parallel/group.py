@@ -7,7 +7,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from tpllm.parallel.peer_memory import PeerMemory
+from tpllm.parallel.peer_memory import Mailboxes
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class TPGroup:
         size: number of ranks, one process and one device each
         device: where this rank's weights and activations live
         process_group: the torch.distributed group, or None where `size` is 1
-        peers: memory that all ranks can read, for the sums of small steps; None where NCCL or
+        peers: mailboxes in memory that all ranks can write, for sums; None where NCCL or
             Gloo does everything
     """
 
@@ -30,7 +30,7 @@ class TPGroup:
     size: int
     device: torch.device
     process_group: dist.ProcessGroup | None
-    peers: PeerMemory | None = None
+    peers: Mailboxes | None = None
 
     @staticmethod
     def single(device: torch.device) -> "TPGroup":

@@ -12,24 +12,40 @@ Source: the flag-free protocol that NVIDIA's TensorRT-LLM calls Lamport-style, a
 "Concurrent Reading and Writing", https://doi.org/10.1145/359863.359878
 """
 
+from dataclasses import dataclass
+
 import torch
 import torch.distributed as dist
 import torch.distributed._symmetric_memory as symmetric_memory
+from torch import Tensor
 
 EMPTY = -0.0  # a sum loses nothing where a zero changes its sign
 NUM_PLACES = 2
 
 
-class PeerMemory:
-    """Mailboxes for rows [max_rows, width] on every rank of a group.
-
-    Every rank makes one, with the same arguments, at the same time.
+@dataclass
+class Mailboxes:
+    """Mailboxes for rows of `width` on every rank, as a rank's kernels see them.
 
     Attributes:
-        mailbox_ptrs: device address of an array with the address of each rank's mailboxes, in rank
-            order; those of a rank are [NUM_PLACES, size, max_rows, width], by place and sender
+        mailbox_ptrs: address of an array with the address of each rank's mailboxes, in rank order;
+            those of a rank are [NUM_PLACES, size, max_rows, width], by place and sender
         turns: [max_rows] int32, how many times this rank has exchanged each row
         one_shot_rows: of up to so many rows every rank sends all to all others
+    """
+
+    mailbox_ptrs: int
+    turns: Tensor
+    max_rows: int
+    one_shot_rows: int
+    width: int
+    dtype: torch.dtype
+
+
+class PeerMemory(Mailboxes):
+    """Mailboxes in the memory of the GPUs of a group.
+
+    Every rank makes them, with the same arguments, at the same time.
 
     Raises:
         RuntimeError: the GPUs cannot reach each other's memory.
@@ -44,15 +60,14 @@ class PeerMemory:
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
-        self.one_shot_rows = one_shot_rows
-        self.max_rows, self.width, self.dtype = max_rows, width, dtype
         self._mailboxes = symmetric_memory.empty(
             NUM_PLACES * group.size() * max_rows * width, dtype=dtype, device=device
         )
         self._mailboxes.fill_(EMPTY)
-        self.turns = torch.zeros(max_rows, dtype=torch.int32, device=device)
+        turns = torch.zeros(max_rows, dtype=torch.int32, device=device)
         # the handle owns the mappings of the peers' memory
         self._handle = symmetric_memory.rendezvous(self._mailboxes, group)
-        self.mailbox_ptrs: int = self._handle.buffer_ptrs_dev
+        ptrs: int = self._handle.buffer_ptrs_dev
+        super().__init__(ptrs, turns, max_rows, one_shot_rows, width, dtype)
         torch.cuda.synchronize()
         dist.barrier(group)  # nobody sends before all mailboxes are empty

@@ -1,0 +1,47 @@
+"""Mailboxes for CPU processes: sums over peer memory in Triton's interpreter."""
+
+import math
+import shutil
+import tempfile
+from dataclasses import dataclass, replace
+
+import torch
+import torch.distributed as dist
+import triton
+import triton.language as tl
+
+from tpllm.layers import all_reduce_norm
+from tpllm.parallel.collectives import barrier
+from tpllm.parallel.group import TPGroup
+from tpllm.parallel.peer_memory import EMPTY, NUM_PLACES, Mailboxes
+
+
+@triton.jit
+def _no_fence() -> None:
+    tl.debug_barrier()
+
+
+@dataclass
+class SharedMailboxes(Mailboxes):
+    owned: tuple[torch.Tensor, ...]
+
+
+def with_shared_mailboxes(tp: TPGroup, max_rows: int, one_shot_rows: int, E: int) -> TPGroup:
+    """The group with mailboxes in a file that all ranks have mapped, for rows of E float32."""
+    # an instruction of the GPU; between processes here a peer comes far too late to need it
+    all_reduce_norm._fence = _no_fence
+    shape = (tp.size, NUM_PLACES, tp.size, max_rows, E)
+    path = [tempfile.mkdtemp() if tp.rank == 0 else None]
+    dist.broadcast_object_list(path, 0, group=tp.process_group)
+    memory = torch.from_file(f"{path[0]}/mailboxes", shared=True, size=math.prod(shape))
+    mailboxes = memory.view(shape)
+    mailboxes[tp.rank].fill_(EMPTY)
+    pointers = torch.tensor([each.data_ptr() for each in mailboxes])
+    barrier(tp)
+    if tp.rank == 0:
+        shutil.rmtree(str(path[0]))
+    turns = torch.zeros(max_rows, dtype=torch.int32)
+    peers = SharedMailboxes(
+        pointers.data_ptr(), turns, max_rows, one_shot_rows, E, torch.float32, (memory, pointers)
+    )
+    return replace(tp, peers=peers)
