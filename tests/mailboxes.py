@@ -17,7 +17,7 @@ from tpllm.parallel.peer_memory import EMPTY, NUM_PLACES, Mailboxes
 
 
 @triton.jit
-def _no_fence() -> None:
+def no_fence() -> None:
     tl.debug_barrier()
 
 
@@ -29,7 +29,7 @@ class SharedMailboxes(Mailboxes):
 def with_shared_mailboxes(tp: TPGroup, max_rows: int, one_shot_rows: int, E: int) -> TPGroup:
     """The group with mailboxes in a file that all ranks have mapped, for rows of E float32."""
     # an instruction of the GPU; between processes here a peer comes far too late to need it
-    all_reduce_norm._fence = _no_fence
+    all_reduce_norm._fence = no_fence
     shape = (tp.size, NUM_PLACES, tp.size, max_rows, E)
     path = [tempfile.mkdtemp() if tp.rank == 0 else None]
     dist.broadcast_object_list(path, 0, group=tp.process_group)

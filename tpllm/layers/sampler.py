@@ -210,6 +210,12 @@ def best_candidate_triton(candidates: Tensor) -> Tensor:
     return best
 
 
+def best_candidate(candidates: Tensor) -> Tensor:
+    """See `best_candidate_triton`."""
+    best = best_candidate_triton if candidates.is_cuda else best_candidate_reference
+    return best(candidates)
+
+
 def sample(
     logits: Tensor, batch: SamplingBatch, vocab_start: int, vocab_size: int, tp: TPGroup
 ) -> Tensor:
@@ -221,10 +227,7 @@ def sample(
         vocab_start: id of the slice's first column
         vocab_size: V; ids from V on are padding and are never drawn
     """
-    if logits.is_cuda:
-        local_candidates, best_candidate = local_candidates_triton, best_candidate_triton
-    else:
-        local_candidates, best_candidate = local_candidates_reference, best_candidate_reference
+    local_candidates = local_candidates_triton if logits.is_cuda else local_candidates_reference
     candidates = local_candidates(logits, batch, vocab_start, vocab_size)  # [C, 2, S]
     if tp.size > 1:
         candidates = all_gather(best_candidate(candidates), tp)  # [tp.size, 2, S]

@@ -81,10 +81,14 @@ def drop_below_triton(scores: Tensor, cut: Tensor, vocab_start: int) -> None:
     )
 
 
+def drop_below(scores: Tensor, cut: Tensor, vocab_start: int) -> None:
+    """See `drop_below_triton`."""
+    (drop_below_triton if scores.is_cuda else drop_below_reference)(scores, cut, vocab_start)
+
+
 def truncate(scores: Tensor, truncation: Truncation, vocab_start: int, tp: TPGroup) -> None:
     """Set the scores of tokens that cannot be drawn to -inf, in place.
 
     In vLLM's order: min-p and top-k of all tokens, then top-p of what these leave.
     """
-    cut = shared_cuts(scores, truncation, tp)
-    (drop_below_triton if scores.is_cuda else drop_below_reference)(scores, cut, vocab_start)
+    drop_below(scores, shared_cuts(scores, truncation, tp), vocab_start)

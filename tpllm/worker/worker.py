@@ -29,6 +29,7 @@ from tpllm.worker.model_runner import ModelRunner
 from tpllm.worker.replies import Replies
 from tpllm.worker.results import ResultSender
 from tpllm.worker.step_times import StepMarks, StepTimes
+from tpllm.worker.warm_up import KernelWarmUp
 
 # While steps are in flight the next plan is at most this far away: do not fall asleep for it.
 SPIN_S = 100e-6
@@ -57,6 +58,7 @@ class Worker:
         on_gpu = device.type == "cuda"
         self._dtype: torch.dtype = getattr(torch, config.dtype)
         free_at_start = torch.cuda.mem_get_info()[0] if on_gpu else 0
+        self._warm_up = KernelWarmUp(config, rank, world_size, device) if on_gpu else None
 
         replies.phase("joining the group")
         store = str(Path(spec["directory"]) / "rendezvous")
@@ -134,6 +136,8 @@ class Worker:
             self._dtype,
         )
         self._replies.phase("measuring memory")
+        if self._warm_up:
+            self._warm_up.wait()
         if self._device.type == "cuda":
             num_blocks = gpu_cache_blocks(
                 config, shape, runner, self._tp, free_at_start, self._use_graphs

@@ -1,0 +1,39 @@
+"""What is launched while the weights are read."""
+
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+
+from tests.mailboxes import no_fence
+from tpllm.config import EngineConfig
+from tpllm.layers import all_reduce_norm
+from tpllm.worker.warm_up import Kernels, KernelWarmUp
+
+
+@pytest.mark.parametrize("rank, world_size", [(0, 1), (1, 2)])
+def test_every_kernel_can_be_launched_alone(monkeypatch, rank: int, world_size: int) -> None:
+    monkeypatch.setattr(all_reduce_norm, "_fence", no_fence)
+    config = EngineConfig.resolve(device="cpu", skip_tokenizer_init=True, max_model_len=64)
+    config = replace(config, attention_backend="triton")  # in the interpreter
+    kernels = Kernels(config, rank, world_size, torch.device("cpu")).all()
+    assert len(kernels) >= 17
+    for launch in kernels:
+        launch()
+
+
+@pytest.mark.gpu
+def test_a_warm_up_ends_with_everything_launched() -> None:
+    config = EngineConfig.resolve(device="cuda", skip_tokenizer_init=True, max_model_len=64)
+    interval = sys.getswitchinterval()
+    KernelWarmUp(config, 0, 1, torch.device("cuda", 0)).wait()
+    assert sys.getswitchinterval() == interval
+
+
+@pytest.mark.gpu
+def test_a_kernel_that_cannot_be_compiled_is_told() -> None:
+    config = EngineConfig.resolve(device="cuda", skip_tokenizer_init=True, max_model_len=64)
+    config = replace(config, attention_backend="unheard of")
+    with pytest.raises(KeyError):
+        KernelWarmUp(config, 0, 1, torch.device("cuda", 0)).wait()

@@ -1,0 +1,202 @@
+"""Compiles a model's kernels while its weights are read.
+
+Triton compiles a kernel when it is first launched, about a second each, and a first step launches
+some twenty, one after the other. So all are launched before, in threads and on next to no data,
+while the main thread waits for peers and for the disk. Each rank begins elsewhere in the list, and
+finds in Triton's cache what another has compiled meanwhile. A kernel that is missing here, or meets
+other sizes later, is compiled then: that costs time and nothing else.
+"""
+
+import os
+import sys
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from tpllm.channel.step_plan import MAX_MASKED_STOP_IDS
+from tpllm.config import EngineConfig
+from tpllm.layers.activation import silu_and_mul
+from tpllm.layers.all_reduce_norm import all_reduce_norm
+from tpllm.layers.attention import Attention, AttentionBatch, make_backend
+from tpllm.layers.cuts import Truncation, find_cuts, likeliest
+from tpllm.layers.gemv import Around, gemv
+from tpllm.layers.linear import kv_head_shard
+from tpllm.layers.norm import RMSNorm
+from tpllm.layers.rotary import QKNormRope
+from tpllm.layers.sampler import SamplingBatch, best_candidate, sample
+from tpllm.layers.token_order import keys_of, rank_and_mass, scores_of
+from tpllm.layers.truncation import drop_below
+from tpllm.parallel.group import TPGroup
+from tpllm.parallel.peer_memory import NUM_PLACES, Mailboxes
+from tpllm.worker.batch_state import BatchState, DecodeInputs, gather_decode_inputs
+
+_MAX_THREADS = 8
+# Compiling is half Python. Whoever waits for the interpreter shall have it soon: the main thread
+# does so some thousand times while it reads the weights.
+_SWITCH_INTERVAL_S = 5e-4
+
+
+class KernelWarmUp:
+    """Begins at once; `wait` returns when all kernels are there.
+
+    Args:
+        rank, world_size: of this process; the group need not have met
+    """
+
+    def __init__(
+        self, config: EngineConfig, rank: int, world_size: int, device: torch.device
+    ) -> None:
+        kernels = Kernels(config, rank, world_size, device).all()
+        first = len(kernels) * rank // world_size
+        self._switch_interval_s = sys.getswitchinterval()
+        sys.setswitchinterval(_SWITCH_INTERVAL_S)
+        num_threads = min(_MAX_THREADS, max(1, (os.cpu_count() or 1) // world_size))
+        self._pool = ThreadPoolExecutor(num_threads, "warm-up", torch.cuda.set_device, (device,))
+        # Triton's driver is made by whoever asks first, and that must be one alone
+        driver = self._pool.submit(lambda: triton.runtime.driver.active.get_current_device())
+        self._launched = [driver]
+        for each in kernels[first:] + kernels[:first]:
+            self._launched.append(self._pool.submit(_after, driver, each))
+
+    def wait(self) -> None:
+        """Raises what a kernel raised."""
+        for each in self._launched:
+            each.result()
+        self._pool.shutdown()
+        sys.setswitchinterval(self._switch_interval_s)
+
+
+def _after(earlier: Future[Any], launch: Callable[[], object]) -> None:
+    earlier.result()
+    launch()
+
+
+class Kernels:
+    """What an engine launches, each for one call without arguments."""
+
+    def __init__(
+        self, config: EngineConfig, rank: int, world_size: int, device: torch.device
+    ) -> None:
+        model = self.model = config.model_config
+        self.config, self.device = config, device
+        self.dtype: torch.dtype = getattr(torch, config.dtype)
+        self.tp = TPGroup(rank, world_size, device, process_group=None)  # for sizes alone
+        self.num_heads = model.num_attention_heads // world_size
+        kv_heads = kv_head_shard(model.num_key_value_heads, self.tp)
+        self.num_kv_heads = kv_heads.stop - kv_heads.start
+        self.vocab_size = -(-model.vocab_size // world_size)
+        self.vocab_start = rank * self.vocab_size
+
+    def all(self) -> list[Callable[[], object]]:
+        config = self.config
+        calls: list[Callable[[], object]] = []
+        if config.attention_backend != "torch":
+            # rotation inside, rotation before, and the shape for many programs
+            calls += [partial(self.attend, S) for S in (1, 32, 1056 // self.num_kv_heads + 1)]
+        if not config.disable_custom_matmul:
+            arounds = [Around(), Around(swiglu=True)]
+            if self.tp.size == 1:
+                norm, residual = (self.norm_weight(), 1e-6), self.new(1, self.model.hidden_size)
+                arounds = [
+                    Around(),
+                    Around(norm),
+                    Around(norm, residual),
+                    Around(norm, residual, swiglu=True),
+                ]
+            calls += [partial(self.gemv, around) for around in arounds]
+        if self.tp.size == 1 or config.disable_custom_all_reduce:
+            calls += [partial(self.norm, has_residual) for has_residual in (False, True)]
+        else:
+            calls += [partial(self.sum, N, residual) for N in (1, 2) for residual in (False, True)]
+        calls += [self.cut, self.likeliest, self.rank_and_mass, self.drop_below]
+        calls += [self.draw, self.draw_changed, self.gather_inputs, self.swiglu]
+        return [torch.inference_mode()(each) for each in calls]
+
+    def new(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+        return torch.zeros(shape, dtype=dtype or self.dtype, device=self.device)
+
+    def norm_weight(self) -> Tensor:
+        return self.new(self.model.hidden_size)
+
+    def attend(self, S: int) -> None:
+        H, K, D = self.num_heads, self.num_kv_heads, self.model.head_dim
+        attention = Attention(H, K, D, make_backend(self.config.attention_backend))
+        caches = [self.new(1, self.config.kv_block_size, K, D) for _ in range(2)]
+        tables = self.new(S, self.config.max_blocks_per_seq, dtype=torch.int32)
+        nothing = self.new(S, dtype=torch.int32)
+        batch = AttentionBatch(nothing, S, nothing, tables, None)
+        cos_sin = self.new(1, D, dtype=torch.float32)
+        rope = QKNormRope(self.new(D), self.new(D), 1e-6, nothing, cos_sin)
+        attention(self.new(S, (H + 2 * K) * D), *caches, batch, rope)
+
+    def gemv(self, around: Around) -> None:
+        E = self.model.hidden_size
+        gemv(self.new(1, E), self.new(32, E), around)
+
+    def norm(self, has_residual: bool) -> None:
+        E = self.model.hidden_size
+        norm = RMSNorm(E, 1e-6, dtype=self.dtype, device=self.device)
+        norm(self.new(1, E), self.new(1, E) if has_residual else None)
+
+    def sum(self, N: int, has_residual: bool) -> None:
+        """One row in one shot, two rows in two, of mailboxes in which all rows are there."""
+        E, size = self.model.hidden_size, self.tp.size
+        rows = self.new(NUM_PLACES, size, 4, E)
+        pointers = torch.full((size,), rows.data_ptr(), device=self.device)
+        turns = self.new(4, dtype=torch.int32)
+        peers = Mailboxes(pointers.data_ptr(), turns, 4, 1, E, self.dtype)
+        x, residual = self.new(N, E), self.new(N, E)
+        tp = replace(self.tp, peers=peers)
+        all_reduce_norm(x, residual, self.norm_weight(), 1e-6, tp, has_residual=has_residual)
+
+    def swiglu(self) -> None:
+        silu_and_mul(self.new(2, 2 * self.model.intermediate_size // self.tp.size))
+
+    def scores(self) -> Tensor:
+        rows = self.new(1, dtype=torch.int64)
+        logits = self.new(2, self.vocab_size)
+        return scores_of(logits, self.vocab_start, self.model.vocab_size, rows)
+
+    def draw(self, logits: Tensor | None = None) -> None:
+        logits = self.new(2, self.vocab_size) if logits is None else logits
+        S = len(logits)
+        integers = self.new(S, dtype=torch.int32)
+        seeds, stops = (self.new(S, n, dtype=torch.int32) for n in (2, MAX_MASKED_STOP_IDS))
+        temperatures = self.new(S, dtype=torch.float32)
+        batch = SamplingBatch(temperatures, seeds, integers, integers, stops)
+        alone = TPGroup.single(self.device)
+        sample(logits, batch, self.vocab_start, self.model.vocab_size, alone)
+        best_candidate(self.new(self.tp.size, 2, S, dtype=torch.int32))  # of those of the ranks
+
+    def draw_changed(self) -> None:
+        self.draw(self.scores())
+
+    def cut(self) -> None:
+        """Of top-k and top-p together, as Qwen3's own defaults ask."""
+        row = self.new(self.tp.size, 1, self.vocab_size, dtype=torch.float32).transpose(0, 1)
+        one = self.new(1, dtype=torch.float32)
+        find_cuts(row, Truncation(one, one.int() + 20, one + 0.95, None))
+
+    def likeliest(self) -> None:
+        likeliest(self.scores(), 20, self.vocab_start)
+
+    def rank_and_mass(self) -> None:
+        scores = self.scores()
+        key = keys_of(scores[:, 0], self.new(1, dtype=torch.int64))
+        rank_and_mass(scores, key, scores[:, 0].contiguous(), self.vocab_start)
+
+    def drop_below(self) -> None:
+        drop_below(self.scores(), self.new(1, dtype=torch.int64), self.vocab_start)
+
+    def gather_inputs(self) -> None:
+        max_blocks = self.config.max_blocks_per_seq
+        state = BatchState(1, max_blocks, self.config.kv_block_size, self.device)
+        rows = self.new(1, dtype=torch.int32)
+        inputs = DecodeInputs.empty(rows, rows.clone(), max_blocks, self.device)
+        gather_decode_inputs(state, inputs)
