@@ -8,9 +8,6 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.language.extra.cuda import gdc_wait
-
-from tpllm.layers.dependent_launch import dependent_launch
 
 _BLOCK = 1024  # columns a program
 
@@ -29,13 +26,10 @@ def _silu_and_mul_kernel(
     out_stride: tl.tensor,
     I: tl.tensor,
     BLOCK: tl.constexpr,
-    PDL: tl.constexpr,
 ) -> None:
     row = tl.program_id(0).to(tl.int64)  # int64: row * stride passes 2**31 in long batches
     cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
     mask = cols < I
-    if PDL:
-        gdc_wait()
     gate = tl.load(x_ptr + row * x_stride + cols, mask=mask, other=0.0).to(tl.float32)
     up = tl.load(x_ptr + row * x_stride + I + cols, mask=mask, other=0.0).to(tl.float32)
     tl.store(out_ptr + row * out_stride + cols, gate * tl.sigmoid(gate) * up, mask=mask)
@@ -46,8 +40,7 @@ def silu_and_mul_triton(x: Tensor) -> Tensor:
     N, I = x.shape[0], x.shape[1] // 2
     out = x.new_empty(N, I)
     grid = (N, triton.cdiv(I, _BLOCK))
-    early = dependent_launch(x.device)
-    _silu_and_mul_kernel[grid](x, out, x.stride(0), out.stride(0), I, BLOCK=_BLOCK, **early)
+    _silu_and_mul_kernel[grid](x, out, x.stride(0), out.stride(0), I, BLOCK=_BLOCK)
     return out
 
 

@@ -7,9 +7,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor, nn
-from triton.language.extra.cuda import gdc_wait
 
-from tpllm.layers.dependent_launch import dependent_launch
 from tpllm.layers.weights import WeightSource, empty_parameter, fill
 
 
@@ -55,14 +53,11 @@ def _rms_norm_kernel(
     E: tl.constexpr,
     BLOCK: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
-    PDL: tl.constexpr,
 ) -> None:
     row = tl.program_id(0).to(tl.int64)  # int64: row * stride passes 2**31 in long batches
     cols = tl.arange(0, BLOCK)  # [BLOCK]
     mask = cols < E
     weight = tl.load(weight_ptr + cols, mask=mask, other=0.0)
-    if PDL:
-        gdc_wait()
     x = tl.load(x_ptr + row * x_stride + cols, mask=mask, other=0.0).to(tl.float32)
     residual_ptrs = residual_ptr + row * residual_stride + cols
     residual = tl.zeros([BLOCK], dtype=tl.float32)
@@ -102,7 +97,6 @@ def rms_norm_triton(
         HAS_RESIDUAL=residual is not None,
         # 8 half-precision elements, one 16-byte load, for each thread.
         num_warps=min(max(block // 256, 1), 16),
-        **dependent_launch(x.device),
     )
     return out
 

@@ -13,9 +13,6 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.language.extra.cuda import gdc_wait
-
-from tpllm.layers.dependent_launch import dependent_launch
 
 _MAX_HEADS_PER_PROGRAM = 8
 
@@ -78,7 +75,6 @@ def _qk_norm_rope_store_kernel(
     D: tl.constexpr,
     HEADS: tl.constexpr,  # heads a program, a power of two
     HALF: tl.constexpr,  # D / 2, rounded up to a power of two
-    PDL: tl.constexpr,
 ) -> None:
     """One program: HEADS of a token's H + K heads; those with keys carry their values along."""
     token = tl.program_id(0)
@@ -92,8 +88,6 @@ def _qk_norm_rope_store_kernel(
     # int64: token * stride and slot * K * D pass 2**31 in long batches and large caches.
     low_ptrs = qkv_ptr + token.to(tl.int64) * qkv_stride + head * D + col
     high_ptrs = low_ptrs + D // 2
-    if PDL:
-        gdc_wait()
     low = tl.load(low_ptrs, mask=mask, other=0.0).to(tl.float32)
     high = tl.load(high_ptrs, mask=mask, other=0.0).to(tl.float32)
 
@@ -168,7 +162,6 @@ def qk_norm_rope_store_triton(
         D=head_dim,
         HEADS=heads_per_program,
         HALF=triton.next_power_of_2(head_dim // 2),
-        **dependent_launch(qkv.device),
     )
 
 
