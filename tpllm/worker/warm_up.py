@@ -2,9 +2,9 @@
 
 Triton compiles a kernel when it is first launched, about a second each, and a first step launches
 some twenty, one after the other. So all are launched before, in threads and on next to no data,
-while the main thread waits for peers and for the disk. Each rank begins elsewhere in the list, and
-finds in Triton's cache what another has compiled meanwhile. A kernel that is missing here, or meets
-other sizes later, is compiled then: that costs time and nothing else.
+while the main thread waits for peers and for the disk. Of the kernels that all ranks share each
+rank begins with others, and finds in Triton's cache what a peer has compiled meanwhile. A kernel
+that is missing here, or meets other sizes later, is compiled then: that costs time, nothing else.
 """
 
 import os
@@ -36,7 +36,7 @@ from tpllm.parallel.group import TPGroup
 from tpllm.parallel.peer_memory import NUM_PLACES, Mailboxes
 from tpllm.worker.batch_state import BatchState, DecodeInputs, gather_decode_inputs
 
-_MAX_THREADS = 8
+_MAX_THREADS = 4
 # Compiling is half Python. Whoever waits for the interpreter shall have it soon: the main thread
 # does so some thousand times while it reads the weights.
 _SWITCH_INTERVAL_S = 5e-4
@@ -52,8 +52,9 @@ class KernelWarmUp:
     def __init__(
         self, config: EngineConfig, rank: int, world_size: int, device: torch.device
     ) -> None:
-        kernels = Kernels(config, rank, world_size, device).all()
-        first = len(kernels) * rank // world_size
+        kernels = Kernels(config, rank, world_size, device)
+        shared = kernels.shared()
+        first = len(shared) * rank // world_size
         self._switch_interval_s = sys.getswitchinterval()
         sys.setswitchinterval(_SWITCH_INTERVAL_S)
         num_threads = min(_MAX_THREADS, max(1, (os.cpu_count() or 1) // world_size))
@@ -61,7 +62,8 @@ class KernelWarmUp:
         # Triton's driver is made by whoever asks first, and that must be one alone
         driver = self._pool.submit(lambda: triton.runtime.driver.active.get_current_device())
         self._launched = [driver]
-        for each in kernels[first:] + kernels[:first]:
+        # those of this rank first: a sum is tried as soon as the group has met
+        for each in kernels.of_this_rank() + shared[first:] + shared[:first]:
             self._launched.append(self._pool.submit(_after, driver, each))
 
     def wait(self) -> None:
@@ -93,7 +95,13 @@ class Kernels:
         self.vocab_size = -(-model.vocab_size // world_size)
         self.vocab_start = rank * self.vocab_size
 
-    def all(self) -> list[Callable[[], object]]:
+    def of_this_rank(self) -> list[Callable[[], object]]:
+        if self.tp.size == 1 or self.config.disable_custom_all_reduce:
+            return []
+        calls = [partial(self.sum, N, residual) for N in (1, 2) for residual in (False, True)]
+        return [torch.inference_mode()(each) for each in calls]
+
+    def shared(self) -> list[Callable[[], object]]:
         config = self.config
         calls: list[Callable[[], object]] = []
         if config.attention_backend != "torch":
@@ -112,8 +120,6 @@ class Kernels:
             calls += [partial(self.gemv, around) for around in arounds]
         if self.tp.size == 1 or config.disable_custom_all_reduce:
             calls += [partial(self.norm, has_residual) for has_residual in (False, True)]
-        else:
-            calls += [partial(self.sum, N, residual) for N in (1, 2) for residual in (False, True)]
         calls += [self.cut, self.likeliest, self.rank_and_mass, self.drop_below]
         calls += [self.draw, self.draw_changed, self.gather_inputs, self.swiglu]
         return [torch.inference_mode()(each) for each in calls]
