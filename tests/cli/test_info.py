@@ -112,7 +112,11 @@ def test_the_choices_for_two_gpus_and_why(two_gpus, capsys):
         "no flash-attn: the package flash-attn is missing",
     )
     assert chosen["decode attention"][0] == "split kernel (Triton)"
-    assert chosen["all-reduce"][0] == "peer memory for small steps, NCCL for large ones"
+    assert chosen["all-reduce"][0] == "peer memory"
+    assert chosen["matrix products"] == (
+        "one row by a kernel of our own, measured algorithms of cuBLASLt",
+        "there is a table for NVIDIA H200",
+    )
     assert chosen["decode steps"][0] == "CUDA graphs"
 
 
@@ -140,6 +144,8 @@ def test_settings_change_the_choices_and_are_named(two_gpus, monkeypatch, capsys
         assert chosen[work] == ("torch", "asked for by --attention-backend")
     chosen = choices(capsys, "--tensor-parallel-size", "2", "--disable-custom-all-reduce")
     assert chosen["all-reduce"] == ("NCCL", "disable_custom_all_reduce is set")
+    chosen = choices(capsys, "--disable-custom-matmul")
+    assert chosen["matrix products"] == ("torch", "disable_custom_matmul is set")
 
 
 def test_without_a_driver_the_cpu_serves(monkeypatch, capsys):

@@ -13,8 +13,8 @@ from tpllm.layers.matmul import (
     load_table,
     plain_matmul,
     save_table,
-    table_path,
 )
+from tpllm.layers.matmul_algorithms import table_path
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 

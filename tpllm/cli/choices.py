@@ -4,6 +4,7 @@ from tpllm.cli.hardware import Hardware
 from tpllm.cli.sources import Given
 from tpllm.config import EngineConfig, why_no_flash_attn
 from tpllm.devices import visible_gpus
+from tpllm.layers.matmul_algorithms import table_path
 
 Choice = tuple[str, str]  # what is taken, and why
 
@@ -27,6 +28,7 @@ def explain(given: Given, hardware: Hardware) -> dict[str, Choice]:
         "prefill attention": _prefill_attention(config, given, on_gpu),
         "decode attention": _decode_attention(config, given, on_gpu),
         "all-reduce": _all_reduce(config, hardware, on_gpu),
+        "matrix products": _matrix_products(config, hardware, on_gpu),
         "decode steps": _decode_steps(config, given, on_gpu),
         "KV block": (
             f"{config.kv_block_size} tokens",
@@ -96,9 +98,21 @@ def _all_reduce(config: EngineConfig, hardware: Hardware, on_gpu: bool) -> Choic
     if any(link.peer_access is None for link in links):
         reach = f"if {reach}, which NVML does not tell"
     return (
-        "peer memory for small steps, NCCL for large ones",
+        "peer memory",
         f"{reach}; tried against NCCL when the workers start",
     )
+
+
+def _matrix_products(config: EngineConfig, hardware: Hardware, on_gpu: bool) -> Choice:
+    if not on_gpu:
+        return "torch", "the CPU has no other"
+    if config.disable_custom_matmul:
+        return "torch", "disable_custom_matmul is set"
+    ours = "one row by a kernel of our own"
+    gpu = hardware.gpus[0].name
+    if table_path(gpu).exists():
+        return f"{ours}, measured algorithms of cuBLASLt", f"there is a table for {gpu}"
+    return f"{ours}, torch", f"launch/tune_matmuls.py has not measured {gpu} yet"
 
 
 def _decode_steps(config: EngineConfig, given: Given, on_gpu: bool) -> Choice:

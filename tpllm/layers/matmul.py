@@ -9,7 +9,6 @@ an H200 the products of a layer of 8B at 192 rows take 130 us instead of 148, wh
 """
 
 import json
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +16,7 @@ from torch import Tensor
 
 from tpllm.layers import cublaslt
 from tpllm.layers.cublaslt import Algorithm, Problem, Product
+from tpllm.layers.matmul_algorithms import table_path
 
 Shape = tuple[int, int, int]  # M, N, K
 
@@ -93,11 +93,4 @@ def save_table(gpu: str, algorithms: dict[Shape, Algorithm]) -> None:
     lines = ",\n    ".join(json.dumps(row) for row in rows)
     text = json.dumps(head, indent=2)[:-2] + f',\n  "products": [\n    {lines}\n  ]\n}}\n'
     path = table_path(gpu)
-    path.parent.mkdir(exist_ok=True)
     path.write_text(text)
-
-
-def table_path(gpu: str) -> Path:
-    """The table for GPUs of this name."""
-    name = gpu.lower().replace(" ", "_")
-    return Path(__file__).parent / "matmul_algorithms" / f"{name}.json"
