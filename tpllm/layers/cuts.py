@@ -48,7 +48,7 @@ _GATHER_TILE = 4096
 
 @dataclass
 class Truncation:
-    """How many of the likeliest tokens each of S rows may draw from; on the device.
+    """How many of the likeliest tokens each of S rows may draw from; on the device, contiguous.
 
     A member is None where no row asks for it.
 
@@ -63,6 +63,9 @@ class Truncation:
     top_ks: Tensor | None
     top_ps: Tensor | None
     min_ps: Tensor | None
+
+    def __post_init__(self) -> None:
+        assert all(each is None or each.is_contiguous() for each in vars(self).values())
 
 
 def find_cuts_reference(scores: Tensor, truncation: Truncation) -> Tensor:
