@@ -40,8 +40,8 @@ def with_shared_mailboxes(tp: TPGroup, max_rows: int, one_shot_rows: int, E: int
     barrier(tp)
     if tp.rank == 0:
         shutil.rmtree(str(path[0]))
-    turns = torch.zeros(max_rows, dtype=torch.int32)
+    places = torch.zeros(max_rows, dtype=torch.int32)
     peers = SharedMailboxes(
-        pointers.data_ptr(), turns, max_rows, one_shot_rows, E, torch.float32, (memory, pointers)
+        pointers.data_ptr(), places, max_rows, one_shot_rows, E, torch.float32, (memory, pointers)
     )
     return replace(tp, peers=peers)

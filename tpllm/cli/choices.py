@@ -110,8 +110,11 @@ def _matrix_products(config: EngineConfig, hardware: Hardware, on_gpu: bool) -> 
         return "torch", "disable_custom_matmul is set"
     ours = "one row by a kernel of our own"
     gpu = hardware.gpus[0].name
+    if config.dtype == "float32":
+        return f"{ours}, torch", "only half precision has been measured"
     if table_path(gpu).exists():
-        return f"{ours}, measured algorithms of cuBLASLt", f"there is a table for {gpu}"
+        why = f"there is a table for {gpu}; torch's where it is of another cuBLASLt"
+        return f"{ours}, measured algorithms of cuBLASLt", why
     return f"{ours}, torch", f"launch/tune_matmuls.py has not measured {gpu} yet"
 
 

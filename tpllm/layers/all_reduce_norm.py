@@ -24,7 +24,7 @@ from tpllm.layers.dependent_launch import dependent_launch
 from tpllm.layers.norm import RMSNorm, add_and_norm, rms_norm_reference
 from tpllm.parallel.collectives import all_reduce, min_over_ranks
 from tpllm.parallel.group import TPGroup
-from tpllm.parallel.peer_memory import NUM_PLACES
+from tpllm.parallel.peer_memory import NUM_PLACES, WIDTH_MULTIPLE
 
 _NUM_PLACES = tl.constexpr(NUM_PLACES)
 
@@ -64,7 +64,7 @@ def _mailbox(
     mailbox_ptrs: tl.tensor,
     rank: tl.constexpr,
     sender: tl.constexpr,
-    turn: tl.tensor,
+    place: tl.tensor,
     row: tl.tensor,
     max_rows: tl.tensor,
     dtype: tl.constexpr,
@@ -73,8 +73,7 @@ def _mailbox(
 ) -> tl.tensor:
     """Where the rank finds that row of the sender: a pointer to its first element."""
     mailboxes = tl.load(mailbox_ptrs.to(tl.pointer_type(tl.uint64)) + rank)
-    place = turn % _NUM_PLACES * SIZE + sender
-    offset = (place.to(tl.int64) * max_rows + row) * E
+    offset = ((place * SIZE + sender).to(tl.int64) * max_rows + row) * E
     return tl.multiple_of(mailboxes.to(tl.pointer_type(dtype)), 16) + tl.multiple_of(offset, 8)
 
 
@@ -105,7 +104,7 @@ def _load_fp32(row_ptrs: tl.tensor, mask: tl.tensor, HAS_ROW: tl.constexpr) -> t
 def _all_reduce_norm_one_shot(
     x_ptr: tl.tensor,  # [N, E]
     mailbox_ptrs: tl.tensor,
-    turns_ptr: tl.tensor,  # [max_rows]
+    places_ptr: tl.tensor,  # [max_rows]
     residual_ptr: tl.tensor,  # [N, E]
     weight_ptr: tl.tensor,  # [E]
     out_ptr: tl.tensor,  # [N, E]
@@ -128,10 +127,10 @@ def _all_reduce_norm_one_shot(
     if PDL:
         gdc_wait()
     x = tl.load(x_ptr + offsets, mask=mask, other=0.0)
-    turn = tl.load(turns_ptr + row)
+    place = tl.load(places_ptr + row)
     for peer in tl.static_range(SIZE):
         if peer != RANK:
-            box = _mailbox(mailbox_ptrs, peer, RANK, turn, row, max_rows, dtype, E, SIZE)
+            box = _mailbox(mailbox_ptrs, peer, RANK, place, row, max_rows, dtype, E, SIZE)
             _send(box + cols, x, mask)
     if PDL:
         gdc_launch_dependents()
@@ -140,10 +139,11 @@ def _all_reduce_norm_one_shot(
     for peer in tl.static_range(SIZE):
         term = x
         if peer != RANK:
-            box = _mailbox(mailbox_ptrs, RANK, peer, turn, row, max_rows, dtype, E, SIZE)
+            box = _mailbox(mailbox_ptrs, RANK, peer, place, row, max_rows, dtype, E, SIZE)
             term = take(box + cols, mask)
         total += term.to(tl.float32)
-    tl.store(turns_ptr + row, turn + 1)  # not before all threads have read it: `take` meets them
+    # not before all threads have read it: `take` holds a barrier
+    tl.store(places_ptr + row, (place + 1) % _NUM_PLACES)
     total, normed = add_and_norm(total, residual, weight, dtype, eps, E)
     tl.store(residual_ptr + offsets, total, mask=mask)
     tl.store(out_ptr + offsets, normed, mask=mask)
@@ -153,7 +153,7 @@ def _all_reduce_norm_one_shot(
 def _all_reduce_norm_two_shot(
     x_ptr: tl.tensor,  # [N, E]
     mailbox_ptrs: tl.tensor,
-    turns_ptr: tl.tensor,  # [max_rows]
+    places_ptr: tl.tensor,  # [max_rows]
     residual_ptr: tl.tensor,  # [N, E], of which this rank keeps every SIZE-th row
     weight_ptr: tl.tensor,  # [E]
     out_ptr: tl.tensor,  # [N, E]
@@ -179,7 +179,7 @@ def _all_reduce_norm_two_shot(
     weight = tl.load(weight_ptr + cols, mask=cols < E, other=0.0)
     if PDL:
         gdc_wait()
-    turn, turn_behind = tl.load(turns_ptr + program), tl.load(turns_ptr + behind)
+    place, place_behind = tl.load(places_ptr + program), tl.load(places_ptr + behind)
     first = program * SIZE
     while first < num_rows:
         start = first.to(tl.int64) * E + cols
@@ -187,7 +187,7 @@ def _all_reduce_norm_two_shot(
             if peer != RANK:
                 mask = (cols < E) & (first + peer < num_rows)
                 x = tl.load(x_ptr + start + peer * E, mask=mask, other=0.0)
-                box = _mailbox(mailbox_ptrs, peer, RANK, turn, program, max_rows, dtype, E, SIZE)
+                box = _mailbox(mailbox_ptrs, peer, RANK, place, program, max_rows, dtype, E, SIZE)
                 _send(box + cols, x, mask)
         mask = (cols < E) & (first + RANK < num_rows)
         ours = start + RANK * E
@@ -197,15 +197,15 @@ def _all_reduce_norm_two_shot(
         for peer in tl.static_range(SIZE):
             term = x
             if peer != RANK:
-                box = _mailbox(mailbox_ptrs, RANK, peer, turn, program, max_rows, dtype, E, SIZE)
+                box = _mailbox(mailbox_ptrs, RANK, peer, place, program, max_rows, dtype, E, SIZE)
                 term = take(box + cols, mask)
             total += term.to(tl.float32)
         total, normed = add_and_norm(total, residual, weight, dtype, eps, E)
-        normed = normed.to(dtype)
+        normed = sendable(normed.to(dtype))  # for this rank, too: all have the same bits
         for peer in tl.static_range(SIZE):
             if peer != RANK:
                 box = _mailbox(
-                    mailbox_ptrs, peer, RANK, turn_behind, behind, max_rows, dtype, E, SIZE
+                    mailbox_ptrs, peer, RANK, place_behind, behind, max_rows, dtype, E, SIZE
                 )
                 _send(box + cols, normed, mask)
         tl.store(residual_ptr + ours, total, mask=mask)
@@ -214,18 +214,18 @@ def _all_reduce_norm_two_shot(
             if peer != RANK:
                 mask = (cols < E) & (first + peer < num_rows)
                 box = _mailbox(
-                    mailbox_ptrs, RANK, peer, turn_behind, behind, max_rows, dtype, E, SIZE
+                    mailbox_ptrs, RANK, peer, place_behind, behind, max_rows, dtype, E, SIZE
                 )
                 tl.store(out_ptr + start + peer * E, take(box + cols, mask), mask=mask)
         # What was taken is empty for all to see before the next rows tell a peer that it may send
         # to the same place again.
         _fence()
         tl.debug_barrier()
-        turn += 1
-        turn_behind += 1
+        place = (place + 1) % _NUM_PLACES
+        place_behind = (place_behind + 1) % _NUM_PLACES
         first += tl.num_programs(0) * SIZE
-    tl.store(turns_ptr + program, turn)
-    tl.store(turns_ptr + behind, turn_behind)
+    tl.store(places_ptr + program, place)
+    tl.store(places_ptr + behind, place_behind)
 
 
 def all_reduce_norm(
@@ -245,7 +245,7 @@ def all_reduce_norm(
     """
     N, E = x.shape
     peers = tp.peers
-    assert peers is not None and E % 8 == 0
+    assert peers is not None and E % WIDTH_MULTIPLE == 0
     assert x.is_contiguous() and residual.is_contiguous()
     out = torch.empty_like(x)
     block = triton.next_power_of_2(E)
@@ -260,7 +260,7 @@ def all_reduce_norm(
     kernel[(num_programs,)](
         x,
         peers.mailbox_ptrs,
-        peers.turns,
+        peers.places,
         residual,
         weight,
         out,

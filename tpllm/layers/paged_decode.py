@@ -29,7 +29,7 @@ from tpllm.layers.rotary import QKNormRope
 _MIN_PART = 128  # tokens
 _MAX_PARTS = 32
 # Eight for each multiprocessor of an H200: 32 contexts of 8k reach 4.3 TB/s so, with two 3.1.
-_PROGRAMS_WANTED = 1056
+PROGRAMS_WANTED = 1056
 # Keys a program reads at a time, such reads in flight, and warps. Small programs, of which more fit
 # on a multiprocessor, end evenly where there are many (185 contexts of 850: 154 us, with large ones
 # 157); where there are few they do not fill a last round (96 contexts of 1,350: 126 us, with small
@@ -231,17 +231,17 @@ class PagedDecode:
         assert rope is None or q.stride(0) == (H + 2 * K) * D
         G = H // K
         longest = block_tables.shape[1] * block_size
-        max_parts = max(1, min(_MAX_PARTS, _PROGRAMS_WANTED // (S * K), longest // _MIN_PART))
-        shape = _MANY_PROGRAMS if S * K > _PROGRAMS_WANTED else _FEW_PROGRAMS
+        max_parts = max(1, min(_MAX_PARTS, PROGRAMS_WANTED // (S * K), longest // _MIN_PART))
+        shape = _MANY_PROGRAMS if S * K > PROGRAMS_WANTED else _FEW_PROGRAMS
         if out is None:
             out = torch.empty(S, H, D, dtype=q.dtype, device=q.device)
         assert out.is_contiguous()
         if self._scratch is None:
             # Only contexts in several parts need it, and of parts there are never more than these.
             # Made once: a CUDA graph goes on using what it was captured with.
-            words = _PROGRAMS_WANTED * G * (D + 2)
+            words = PROGRAMS_WANTED * G * (D + 2)
             self._scratch = (
-                torch.zeros(_PROGRAMS_WANTED, dtype=torch.int32, device=q.device),
+                torch.zeros(PROGRAMS_WANTED, dtype=torch.int32, device=q.device),
                 torch.empty(words, dtype=torch.float32, device=q.device),
             )
         counters, parts = self._scratch

@@ -1,4 +1,4 @@
-"""The order of tokens by logit, ties by id, and exact sums over the tokens from a point of it on.
+"""The order of tokens by logit, ties by id; a token's rank in it, and exact sums of probabilities.
 
 S sequences, n positions, V vocab_size, Vl ids on this rank.
 
@@ -9,7 +9,7 @@ the smallest key that stays.
 
 Sums are of int64, so they are the same in any order, split over ranks in any way: either every
 token counts 1, or its probability as a whole multiple of 2**-40 of the likeliest one's. Less than
-half of 2**-40 a token is lost, which over 150,000 tokens is 7e-8 of the whole.
+2**-40 a token is lost, half of it on average, which over 150,000 tokens is 7e-8 of the whole.
 """
 
 import torch

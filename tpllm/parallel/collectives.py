@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from tpllm.parallel.group import TPGroup
-from tpllm.parallel.peer_memory import PeerMemory
+from tpllm.parallel.peer_memory import WIDTH_MULTIPLE, PeerMemory
 
 # Room for the rows of a sender, in bytes: enough programs of a sum at the same time to fill a link.
 _MAILBOX_BYTES = 4 << 20
@@ -72,9 +72,9 @@ def with_peer_memory(tp: TPGroup, width: int, dtype: torch.dtype) -> TPGroup:
     """The same group with `peers`, for sums of rows of `width`, if the GPUs reach each other.
 
     Every rank calls this together, and all get the same answer. A `width` that is no multiple of
-    8, for 16-byte loads, is left to NCCL.
+    WIDTH_MULTIPLE is left to NCCL.
     """
-    if tp.process_group is None or tp.device.type != "cuda" or width % 8:
+    if tp.process_group is None or tp.device.type != "cuda" or width % WIDTH_MULTIPLE:
         return tp
     others = (rank for rank in range(tp.size) if rank != tp.rank)
     reachable = all(torch.cuda.can_device_access_peer(tp.device, other) for other in others)

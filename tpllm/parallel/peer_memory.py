@@ -6,7 +6,9 @@ holds nothing but `EMPTY`, which no row contains. Whoever takes a row leaves `EM
 
 Each row of a mailbox has two places, used in turn. A rank that runs ahead can so leave a row while
 the one before is still being read, and it cannot get further: to finish that next exchange it needs
-the row that the slower rank sends after it has read and emptied the first place.
+the row that the slower rank sends after it has read and emptied the first place. That holds also
+for two ranks that exchange nothing in the last, incomplete group of a sum in two shots: rank 0
+always has a row of the group, takes a term of everybody and answers everybody.
 
 Source: the flag-free protocol that NVIDIA's TensorRT-LLM calls Lamport-style, after Lamport (1977),
 "Concurrent Reading and Writing", https://doi.org/10.1145/359863.359878
@@ -21,6 +23,7 @@ from torch import Tensor
 
 EMPTY = -0.0  # a sum loses nothing where a zero changes its sign
 NUM_PLACES = 2
+WIDTH_MULTIPLE = 8  # of a row's elements, so that they travel 16 bytes at a time
 
 
 @dataclass
@@ -30,12 +33,12 @@ class Mailboxes:
     Attributes:
         mailbox_ptrs: address of an array with the address of each rank's mailboxes, in rank order;
             those of a rank are [NUM_PLACES, size, max_rows, width], by place and sender
-        turns: [max_rows] int32, how many times this rank has exchanged each row
+        places: [max_rows] int32, where each row goes next, 0 <= place < NUM_PLACES
         one_shot_rows: of up to so many rows every rank sends all to all others
     """
 
     mailbox_ptrs: int
-    turns: Tensor
+    places: Tensor
     max_rows: int
     one_shot_rows: int
     width: int
@@ -64,10 +67,10 @@ class PeerMemory(Mailboxes):
             NUM_PLACES * group.size() * max_rows * width, dtype=dtype, device=device
         )
         self._mailboxes.fill_(EMPTY)
-        turns = torch.zeros(max_rows, dtype=torch.int32, device=device)
+        places = torch.zeros(max_rows, dtype=torch.int32, device=device)
         # the handle owns the mappings of the peers' memory
         self._handle = symmetric_memory.rendezvous(self._mailboxes, group)
         ptrs: int = self._handle.buffer_ptrs_dev
-        super().__init__(ptrs, turns, max_rows, one_shot_rows, width, dtype)
+        super().__init__(ptrs, places, max_rows, one_shot_rows, width, dtype)
         torch.cuda.synchronize()
         dist.barrier(group)  # nobody sends before all mailboxes are empty

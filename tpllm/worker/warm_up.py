@@ -1,10 +1,11 @@
 """Compiles a model's kernels while its weights are read.
 
 Triton compiles a kernel when it is first launched, about a second each, and a first step launches
-some twenty, one after the other. So all are launched before, in threads and on next to no data,
-while the main thread waits for peers and for the disk. Of the kernels that all ranks share each
-rank begins with others, and finds in Triton's cache what a peer has compiled meanwhile. A kernel
-that is missing here, or meets other sizes later, is compiled then: that costs time, nothing else.
+some twenty, one after the other. So those that most requests need are launched before, in threads
+and on next to no data, while the main thread waits for peers and for the disk. Of the kernels that
+all ranks share each rank begins with others, and finds in Triton's cache what a peer has compiled
+meanwhile. A kernel that is missing here, or meets other sizes later, is compiled then: that costs
+time, nothing else.
 """
 
 import os
@@ -23,17 +24,18 @@ from tpllm.channel.step_plan import MAX_MASKED_STOP_IDS
 from tpllm.config import EngineConfig
 from tpllm.layers.activation import silu_and_mul
 from tpllm.layers.all_reduce_norm import all_reduce_norm
-from tpllm.layers.attention import Attention, AttentionBatch, make_backend
+from tpllm.layers.attention import Attention, AttentionBackend, AttentionBatch, make_backend
 from tpllm.layers.cuts import Truncation, find_cuts, likeliest
 from tpllm.layers.gemv import Around, gemv
 from tpllm.layers.linear import kv_head_shard
 from tpllm.layers.norm import RMSNorm
+from tpllm.layers.paged_decode import PROGRAMS_WANTED
 from tpllm.layers.rotary import QKNormRope
 from tpllm.layers.sampler import SamplingBatch, best_candidate, sample
 from tpllm.layers.token_order import keys_of, rank_and_mass, scores_of
 from tpllm.layers.truncation import drop_below
 from tpllm.parallel.group import TPGroup
-from tpllm.parallel.peer_memory import NUM_PLACES, Mailboxes
+from tpllm.parallel.peer_memory import NUM_PLACES, WIDTH_MULTIPLE, Mailboxes
 from tpllm.worker.batch_state import BatchState, DecodeInputs, gather_decode_inputs
 
 _MAX_THREADS = 4
@@ -57,7 +59,7 @@ class KernelWarmUp:
         first = len(shared) * rank // world_size
         self._switch_interval_s = sys.getswitchinterval()
         sys.setswitchinterval(_SWITCH_INTERVAL_S)
-        num_threads = min(_MAX_THREADS, max(1, (os.cpu_count() or 1) // world_size))
+        num_threads = min(_MAX_THREADS, max(1, len(os.sched_getaffinity(0)) // world_size))
         self._pool = ThreadPoolExecutor(num_threads, "warm-up", torch.cuda.set_device, (device,))
         # Triton's driver is made by whoever asks first, and that must be one alone
         driver = self._pool.submit(lambda: triton.runtime.driver.active.get_current_device())
@@ -68,10 +70,12 @@ class KernelWarmUp:
 
     def wait(self) -> None:
         """Raises what a kernel raised."""
-        for each in self._launched:
-            each.result()
-        self._pool.shutdown()
-        sys.setswitchinterval(self._switch_interval_s)
+        try:
+            for each in self._launched:
+                each.result()
+        finally:
+            self._pool.shutdown()
+            sys.setswitchinterval(self._switch_interval_s)
 
 
 def _after(earlier: Future[Any], launch: Callable[[], object]) -> None:
@@ -92,11 +96,14 @@ class Kernels:
         self.num_heads = model.num_attention_heads // world_size
         kv_heads = kv_head_shard(model.num_key_value_heads, self.tp)
         self.num_kv_heads = kv_heads.stop - kv_heads.start
+        self.has_sums = world_size > 1 and not config.disable_custom_all_reduce
+        self.has_sums &= model.hidden_size % WIDTH_MULTIPLE == 0
         self.vocab_size = -(-model.vocab_size // world_size)
         self.vocab_start = rank * self.vocab_size
 
     def of_this_rank(self) -> list[Callable[[], object]]:
-        if self.tp.size == 1 or self.config.disable_custom_all_reduce:
+        """Sums over the ranks: they know which rank they run on."""
+        if not self.has_sums:
             return []
         calls = [partial(self.sum, N, residual) for N in (1, 2) for residual in (False, True)]
         return [torch.inference_mode()(each) for each in calls]
@@ -105,8 +112,10 @@ class Kernels:
         config = self.config
         calls: list[Callable[[], object]] = []
         if config.attention_backend != "torch":
+            backend = make_backend(config.attention_backend)
             # rotation inside, rotation before, and the shape for many programs
-            calls += [partial(self.attend, S) for S in (1, 32, 1056 // self.num_kv_heads + 1)]
+            sizes = (1, backend.max_rope_rows + 1, PROGRAMS_WANTED // self.num_kv_heads + 1)
+            calls += [partial(self.attend, backend, S) for S in sizes]
         if not config.disable_custom_matmul:
             arounds = [Around(), Around(swiglu=True)]
             if self.tp.size == 1:
@@ -118,10 +127,10 @@ class Kernels:
                     Around(norm, residual, swiglu=True),
                 ]
             calls += [partial(self.gemv, around) for around in arounds]
-        if self.tp.size == 1 or config.disable_custom_all_reduce:
+        if not self.has_sums:
             calls += [partial(self.norm, has_residual) for has_residual in (False, True)]
         calls += [self.cut, self.likeliest, self.rank_and_mass, self.drop_below]
-        calls += [self.draw, self.draw_changed, self.gather_inputs, self.swiglu]
+        calls += [self.draw, self.draw_changed, self.gather_inputs, self.swiglu, self.scores_of_all]
         return [torch.inference_mode()(each) for each in calls]
 
     def new(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
@@ -130,9 +139,9 @@ class Kernels:
     def norm_weight(self) -> Tensor:
         return self.new(self.model.hidden_size)
 
-    def attend(self, S: int) -> None:
+    def attend(self, backend: AttentionBackend, S: int) -> None:
         H, K, D = self.num_heads, self.num_kv_heads, self.model.head_dim
-        attention = Attention(H, K, D, make_backend(self.config.attention_backend))
+        attention = Attention(H, K, D, backend)
         caches = [self.new(1, self.config.kv_block_size, K, D) for _ in range(2)]
         tables = self.new(S, self.config.max_blocks_per_seq, dtype=torch.int32)
         nothing = self.new(S, dtype=torch.int32)
@@ -155,8 +164,8 @@ class Kernels:
         E, size = self.model.hidden_size, self.tp.size
         rows = self.new(NUM_PLACES, size, 4, E)
         pointers = torch.full((size,), rows.data_ptr(), device=self.device)
-        turns = self.new(4, dtype=torch.int32)
-        peers = Mailboxes(pointers.data_ptr(), turns, 4, 1, E, self.dtype)
+        places = self.new(4, dtype=torch.int32)
+        peers = Mailboxes(pointers.data_ptr(), places, 4, 1, E, self.dtype)
         x, residual = self.new(N, E), self.new(N, E)
         tp = replace(self.tp, peers=peers)
         all_reduce_norm(x, residual, self.norm_weight(), 1e-6, tp, has_residual=has_residual)
@@ -168,6 +177,9 @@ class Kernels:
         rows = self.new(1, dtype=torch.int64)
         logits = self.new(2, self.vocab_size)
         return scores_of(logits, self.vocab_start, self.model.vocab_size, rows)
+
+    def scores_of_all(self) -> None:
+        scores_of(self.new(2, self.vocab_size), self.vocab_start, self.model.vocab_size)
 
     def draw(self, logits: Tensor | None = None) -> None:
         logits = self.new(2, self.vocab_size) if logits is None else logits
@@ -185,7 +197,10 @@ class Kernels:
 
     def cut(self) -> None:
         """Of top-k and top-p together, as Qwen3's own defaults ask."""
-        row = self.new(self.tp.size, 1, self.vocab_size, dtype=torch.float32).transpose(0, 1)
+        if self.tp.size == 1:
+            row = self.scores().unsqueeze(1)
+        else:  # as ranks have sent it
+            row = self.new(self.tp.size, 1, self.vocab_size, dtype=torch.float32).transpose(0, 1)
         one = self.new(1, dtype=torch.float32)
         find_cuts(row, Truncation(one, one.int() + 20, one + 0.95, None))
 

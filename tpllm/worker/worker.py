@@ -138,6 +138,7 @@ class Worker:
         self._replies.phase("measuring memory")
         if self._warm_up:
             self._warm_up.wait()
+            torch.cuda.empty_cache()  # what it has left is no part of the largest step
         if self._device.type == "cuda":
             num_blocks = gpu_cache_blocks(
                 config, shape, runner, self._tp, free_at_start, self._use_graphs
