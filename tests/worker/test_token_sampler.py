@@ -17,7 +17,7 @@ from tpllm.worker.option_table import OptionTable
 from tpllm.worker.token_sampler import Drawing, StepOutput, TokenSampler
 
 V = 997
-LIMITS = PlanLimits(11, 100, 4, 16, V)
+LIMITS = PlanLimits(12, 100, 4, 16, V)
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
 
@@ -61,6 +61,7 @@ OPTIONS: dict[str, RowOptions | None] = {
         is_masked=True,
         **BIAS,
     ),
+    "another top_k": RowOptions(top_k=1),
     "masked": RowOptions(is_masked=True),
 }
 MASK = np.arange(V) % 7 > 4  # of rows that are masked
