@@ -24,7 +24,7 @@ from tpllm.channel.step_plan import MAX_MASKED_STOP_IDS
 from tpllm.config import EngineConfig
 from tpllm.layers.activation import silu_and_mul
 from tpllm.layers.all_reduce_norm import all_reduce_norm
-from tpllm.layers.attention import Attention, AttentionBackend, AttentionBatch, make_backend
+from tpllm.layers.attention import BACKENDS, Attention, AttentionBatch, make_backend
 from tpllm.layers.cuts import Truncation, find_cuts, likeliest
 from tpllm.layers.gemv import Around, gemv
 from tpllm.layers.linear import kv_head_shard
@@ -112,10 +112,10 @@ class Kernels:
         config = self.config
         calls: list[Callable[[], object]] = []
         if config.attention_backend != "torch":
-            backend = make_backend(config.attention_backend)
+            with_rope = BACKENDS[config.attention_backend].max_rope_rows
             # rotation inside, rotation before, and the shape for many programs
-            sizes = (1, backend.max_rope_rows + 1, PROGRAMS_WANTED // self.num_kv_heads + 1)
-            calls += [partial(self.attend, backend, S) for S in sizes]
+            sizes = (1, with_rope + 1, PROGRAMS_WANTED // self.num_kv_heads + 1)
+            calls += [partial(self.attend, S) for S in sizes]
         if not config.disable_custom_matmul:
             arounds = [Around(), Around(swiglu=True)]
             if self.tp.size == 1:
@@ -139,9 +139,9 @@ class Kernels:
     def norm_weight(self) -> Tensor:
         return self.new(self.model.hidden_size)
 
-    def attend(self, backend: AttentionBackend, S: int) -> None:
+    def attend(self, S: int) -> None:
         H, K, D = self.num_heads, self.num_kv_heads, self.model.head_dim
-        attention = Attention(H, K, D, backend)
+        attention = Attention(H, K, D, make_backend(self.config.attention_backend))
         caches = [self.new(1, self.config.kv_block_size, K, D) for _ in range(2)]
         tables = self.new(S, self.config.max_blocks_per_seq, dtype=torch.int32)
         nothing = self.new(S, dtype=torch.int32)
