@@ -257,8 +257,12 @@ class _Streams:
         with self._lock:
             self._refuse_if_over()
             request = self._processor.add(text, ids, params, request_id=request_id)
+            try:
+                self._client.send(messages.add(request.engine_requests))
+            except (ValueError, OverflowError) as error:
+                self._processor.abort(request.request_id)
+                raise ValueError(f"the engine cannot be told of this request: {error}") from None
             stream = self._open[request] = _Stream(self, request)
-            self._client.send(messages.add(request.engine_requests))
         return stream
 
     def take(self, stream: _Stream) -> RequestOutput | None:
@@ -270,7 +274,8 @@ class _Streams:
     def close(self, stream: _Stream) -> None:
         """The caller wants no more of it; aborts the request if it still runs."""
         with self._lock:
-            if self._open.pop(stream.request, None) is not None:
+            # one that has ended left its id, and a new request may have it
+            if self._open.pop(stream.request, None) is not None and not stream.request.finished:
                 self._abort(stream.request.request_id)
 
     def abort(self, request_id: str) -> None:

@@ -102,3 +102,10 @@ def test_any_other_error_is_told_with_its_traceback(pair):
     read = messages.read_error(through(pair, messages.error(KeyError("lost"))))
     assert isinstance(read, WorkerError)
     assert "KeyError: 'lost'" in str(read)
+
+
+@pytest.mark.parametrize("value", [10**30, "\ud800"])
+def test_what_no_message_can_hold_is_refused_and_harms_no_other(pair: Pair, value: object) -> None:
+    with pytest.raises((OverflowError, ValueError)):
+        pair[0].send({"x": value})
+    assert through(pair, {"type": "next"}) == {"type": "next"}

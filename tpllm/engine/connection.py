@@ -21,7 +21,7 @@ _MAX_MESSAGE_BYTES = 2**31 - 1  # prompt log-probabilities of a long prompt: som
 class Connection:
     """One end of the socket. Either side may be killed at any moment.
 
-    `send` never waits: a thread packs and writes, so that neither the steps of the engine nor the
+    `send` never waits: a thread writes, so that neither the steps of the engine nor the
     event loop of its caller ever wait for the other side. What waits to be written is bounded by
     the tokens that the running requests may have.
     """
@@ -31,7 +31,7 @@ class Connection:
         self._unpacker = msgpack.Unpacker(
             strict_map_key=False, max_buffer_size=_MAX_MESSAGE_BYTES
         )  # keys are ints in a logit_bias
-        self._outbox: SimpleQueue[Message | None] = SimpleQueue()
+        self._outbox: SimpleQueue[bytes | None] = SimpleQueue()
         self._writer = Thread(
             target=_write, args=(opened, self._outbox), name="tpllm-connection", daemon=True
         )
@@ -41,8 +41,12 @@ class Connection:
         return self._socket.fileno()
 
     def send(self, message: Message) -> None:
-        """Have it written soon. What the other side's end prevents is dropped."""
-        self._outbox.put(message)
+        """Have it written soon. What the other side's end prevents is dropped.
+
+        Raises:
+            ValueError, OverflowError: it holds what a message cannot; nothing is sent.
+        """
+        self._outbox.put(msgpack.packb(message))
 
     def receive(self, *, wait: bool) -> list[Message]:
         """The messages that have come; with `wait`, sleeps until there is one.
@@ -77,15 +81,14 @@ class Connection:
         self._socket.close()
 
 
-def _write(opened: socket.socket, outbox: "SimpleQueue[Message | None]") -> None:
+def _write(opened: socket.socket, outbox: "SimpleQueue[bytes | None]") -> None:
     """The writer's thread; it holds no `Connection`, so that one can be collected."""
-    pack = msgpack.Packer().pack
     while True:
         messages = [outbox.get()]
         with suppress(Empty):
             while True:
                 messages.append(outbox.get_nowait())
-        data = b"".join([pack(message) for message in messages if message is not None])
+        data = b"".join([message for message in messages if message is not None])
         try:
             opened.sendall(data)
         except OSError:
