@@ -27,6 +27,13 @@ REFUSED: dict[str, dict[str, Any]] = {
     "regex='' must be a text": {"regex": ""},
     "regex=3 must be a text": {"regex": 3},
     "regex has 100001 characters, more than the 100000": {"regex": "a" * 100_001},
+    "grammar has 1001 rules": {
+        "grammar": "start: r0\n" + "".join(f"r{i}: r{i}\n" for i in range(1000))
+    },
+    "json has 1001 rules or references": {"json": {"allOf": [{"$ref": "#"}] * 1001}},
+    "%json in grammar has 1001 rules": {
+        "grammar": "start: %json " + '{"allOf": [' + ", ".join(['{"$r\\u0065f" : 0}'] * 1001) + "]}"
+    },
     "%json in grammar is no JSON schema": {"grammar": "start: %json x"},
     "%json in grammar asks for multipleOf 10000019": {
         "grammar": 'start: "a" %json {"items": {"multipl\\u0065Of": 10000019}}'

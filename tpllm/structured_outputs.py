@@ -16,6 +16,10 @@ from tpllm.errors import refuse_unknown_settings
 MAX_CHARS = 100_000
 # A regular expression of multiples has as many states; 100,000 of them are compiled in a second.
 MAX_MULTIPLE = 100_000
+# The compiler follows a chain of rules or references by recursion in native code: 2,500 of them
+# overflow a stack of 8 MiB, and that ends the process.
+MAX_RULES = 1000
+_REFERENCE = re.compile(r'"\$\w*[rR]ef"')
 _DECODER = json.JSONDecoder(parse_float=Decimal)
 _EMBEDDED = re.compile(r"%json\s*")
 FORMS = ("json", "regex", "choice", "grammar", "json_object")
@@ -73,7 +77,7 @@ class StructuredOutputsParams:
             if (text := getattr(self, name)) is not None:
                 _check_text(name, text)
         if self.grammar is not None:
-            _check_schemas_within(self.grammar)
+            _check_grammar(self.grammar)
         check_bool("disable_any_whitespace", self.disable_any_whitespace)
         self._check_whitespace()
 
@@ -113,6 +117,19 @@ def _check_size(name: str, num_chars: int) -> None:
         )
 
 
+def _check_rules(name: str, number: int) -> None:
+    if number > MAX_RULES:
+        raise ValueError(
+            f"{name} has {number} rules or references, more than the {MAX_RULES} that can be "
+            "followed; make it simpler"
+        )
+
+
+def _check_references(name: str, schema: object) -> None:
+    text = json.dumps(schema, default=str)  # without escapes that would hide a reference
+    _check_rules(name, len(_REFERENCE.findall(text)))
+
+
 def _check_choice(value: object) -> tuple[str, ...]:
     if isinstance(value, str | bytes) or not isinstance(value, Iterable):
         raise ValueError(f"choice={value!r} must be a list of texts")
@@ -133,15 +150,21 @@ def _check_schema(value: object) -> str:
     _check_text("json", text)
     if not isinstance(schema, dict):
         raise ValueError(f"json={text:.80} must be a JSON schema, which is an object")
+    _check_references("json", schema)
     _check_multiples("json", schema)
     return text
 
 
-def _check_schemas_within(grammar: str) -> None:
+def _check_grammar(grammar: str) -> None:
+    """Check the schemas within, and the number of rules: no more than colons outside of them."""
+    num_colons = grammar.replace("::=", ":").count(":")
     for found in _EMBEDDED.finditer(grammar):
         with _naming("%json in grammar"):
-            schema, _ = _DECODER.raw_decode(grammar, found.end())
+            schema, end = _DECODER.raw_decode(grammar, found.end())
+        num_colons -= grammar.count(":", found.end(), end)
+        _check_references("%json in grammar", schema)
         _check_multiples("%json in grammar", schema)
+    _check_rules("grammar", num_colons)
 
 
 @contextmanager
