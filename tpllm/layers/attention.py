@@ -252,13 +252,15 @@ class FlashAttention2Backend(SplitDecodeBackend):
                 batch.block_tables,
                 batch.cu_seqlens_k,
             )
+        # With 1 flash-attn takes q for one token of each chunk, and ours has the decode rows, too.
+        max_seqlen_q = max(2, batch.max_seqlen_q)
         out: Tensor = self._varlen(
             q,
             k,
             v,
             batch.cu_seqlens_q,
             cu_seqlens_k,
-            batch.max_seqlen_q,
+            max_seqlen_q,
             batch.max_seqlen_k,
             softmax_scale=scale,
             causal=True,
