@@ -38,7 +38,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tpllm.layers.all_reduce_norm import AllReduceRMSNorm, peer_memory_works
+from tpllm.layers.all_reduce_norm import AllReduceRMSNorm, kept_rows, peer_memory_works
 from tpllm.layers.norm import rms_norm_reference
 from tpllm.parallel.collectives import all_gather, all_reduce, min_over_ranks, with_peer_memory
 from tpllm.parallel.group import TPGroup
@@ -167,9 +167,7 @@ class Sums:
         half_unit = torch.finfo(self.dtype).eps / 2
         # in float32 the order of additions plays a part, by as many roundings of partial sums
         order = (self.tp.size + 1) * LARGEST * torch.finfo(torch.float32).eps
-        kept = slice(None)
-        if self.tp.peers and len(term) > self.tp.peers.one_shot_rows:
-            kept = slice(self.tp.rank, None, self.tp.size)  # each rank has the sums of its own rows
+        kept = kept_rows(len(term), self.tp)
         self._errors.compare(total[kept], expected[kept], half_unit, order)
         plain = rms_norm_reference(total[kept], self._norm.weight, EPS)
         self._errors.compare(normed[kept], plain, 4 * half_unit, 1e-6)

@@ -10,6 +10,7 @@ from tests.ranks import run_ranks
 from tpllm.layers.all_reduce_norm import (
     AllReduceRMSNorm,
     all_reduce_norm,
+    kept_rows,
     peer_memory_works,
     sendable,
     take,
@@ -90,7 +91,8 @@ def sums_are_those_of_gloo(tp: TPGroup, one_shot_rows: int) -> None:
         x[:, ::5] = -0.0
         residual = torch.randn(N, E, generator=same) if N % 2 else None
         expected = all_reduce(x.clone(), tp) + (0.0 if residual is None else residual)
-        kept = slice(None) if one_shot_rows >= N else slice(tp.rank, None, tp.size)
+        kept = kept_rows(N, tp)
+        assert kept == (slice(None) if one_shot_rows >= N else slice(tp.rank, None, tp.size))
         total = torch.full_like(x, torch.nan) if residual is None else residual.clone()
         normed = all_reduce_norm(x, total, weight, eps, tp, has_residual=residual is not None)
         torch.testing.assert_close(total[kept], expected[kept])
@@ -121,7 +123,7 @@ def sums_survive_many_calls(tp: TPGroup, E: int, num_calls: int) -> None:
         if (call + tp.rank) % 5 == 0:
             torch.cuda._sleep(200_000)  # this rank is late for its sum
         normed, residual = norm(term)
-        kept = slice(None) if tp.peers.one_shot_rows >= N else slice(tp.rank, None, tp.size)
+        kept = kept_rows(N, tp)
         # in fp32 the order of two or more terms can still move one rounding to bfloat16
         wrong += ((residual.float() - total).abs() > 0.01 * total.abs() + 1e-3)[kept].sum()
         plain = rms_norm_reference(total, norm.weight.float(), 1e-6)

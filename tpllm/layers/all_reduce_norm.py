@@ -84,6 +84,50 @@ def _send(row_ptrs: tl.tensor, row: tl.tensor, mask: tl.tensor) -> None:
 
 
 @triton.jit
+def _send_to_all(
+    x: tl.tensor,
+    mask: tl.tensor,
+    cols: tl.tensor,
+    mailbox_ptrs: tl.tensor,
+    place: tl.tensor,
+    row: tl.tensor,
+    max_rows: tl.tensor,
+    E: tl.constexpr,
+    RANK: tl.constexpr,
+    SIZE: tl.constexpr,
+) -> None:
+    """Send x to that row of every peer's mailbox."""
+    for peer in tl.static_range(SIZE):
+        if peer != RANK:
+            box = _mailbox(mailbox_ptrs, peer, RANK, place, row, max_rows, x.dtype, E, SIZE)
+            _send(box + cols, x, mask)
+
+
+@triton.jit
+def _sum_of_terms(
+    x: tl.tensor,
+    mask: tl.tensor,
+    cols: tl.tensor,
+    mailbox_ptrs: tl.tensor,
+    place: tl.tensor,
+    row: tl.tensor,
+    max_rows: tl.tensor,
+    E: tl.constexpr,
+    RANK: tl.constexpr,
+    SIZE: tl.constexpr,
+) -> tl.tensor:
+    """x and what every peer has sent to that row, added in rank order: fp32."""
+    total = tl.zeros(x.shape, dtype=tl.float32)
+    for peer in tl.static_range(SIZE):
+        term = x
+        if peer != RANK:
+            box = _mailbox(mailbox_ptrs, RANK, peer, place, row, max_rows, x.dtype, E, SIZE)
+            term = take(box + cols, mask)
+        total += term.to(tl.float32)
+    return total
+
+
+@triton.jit
 def _fence() -> None:
     """What a thread did before is done, for all GPUs, before what it does after."""
     tl.inline_asm_elementwise(
@@ -128,20 +172,11 @@ def _all_reduce_norm_one_shot(
         gdc_wait()
     x = tl.load(x_ptr + offsets, mask=mask, other=0.0)
     place = tl.load(places_ptr + row)
-    for peer in tl.static_range(SIZE):
-        if peer != RANK:
-            box = _mailbox(mailbox_ptrs, peer, RANK, place, row, max_rows, dtype, E, SIZE)
-            _send(box + cols, x, mask)
+    _send_to_all(x, mask, cols, mailbox_ptrs, place, row, max_rows, E, RANK, SIZE)
     if PDL:
         gdc_launch_dependents()
     residual = _load_fp32(residual_ptr + offsets, mask, HAS_RESIDUAL)
-    total = tl.zeros([BLOCK], dtype=tl.float32)
-    for peer in tl.static_range(SIZE):
-        term = x
-        if peer != RANK:
-            box = _mailbox(mailbox_ptrs, RANK, peer, place, row, max_rows, dtype, E, SIZE)
-            term = take(box + cols, mask)
-        total += term.to(tl.float32)
+    total = _sum_of_terms(x, mask, cols, mailbox_ptrs, place, row, max_rows, E, RANK, SIZE)
     # not before all threads have read it: `take` holds a barrier
     tl.store(places_ptr + row, (place + 1) % _NUM_PLACES)
     total, normed = add_and_norm(total, residual, weight, dtype, eps, E)
@@ -193,21 +228,12 @@ def _all_reduce_norm_two_shot(
         ours = start + RANK * E
         x = tl.load(x_ptr + ours, mask=mask, other=0.0)
         residual = _load_fp32(residual_ptr + ours, mask, HAS_RESIDUAL)
-        total = tl.zeros([BLOCK], dtype=tl.float32)
-        for peer in tl.static_range(SIZE):
-            term = x
-            if peer != RANK:
-                box = _mailbox(mailbox_ptrs, RANK, peer, place, program, max_rows, dtype, E, SIZE)
-                term = take(box + cols, mask)
-            total += term.to(tl.float32)
+        total = _sum_of_terms(x, mask, cols, mailbox_ptrs, place, program, max_rows, E, RANK, SIZE)
         total, normed = add_and_norm(total, residual, weight, dtype, eps, E)
         normed = sendable(normed.to(dtype))  # for this rank, too: all have the same bits
-        for peer in tl.static_range(SIZE):
-            if peer != RANK:
-                box = _mailbox(
-                    mailbox_ptrs, peer, RANK, place_behind, behind, max_rows, dtype, E, SIZE
-                )
-                _send(box + cols, normed, mask)
+        _send_to_all(
+            normed, mask, cols, mailbox_ptrs, place_behind, behind, max_rows, E, RANK, SIZE
+        )
         tl.store(residual_ptr + ours, total, mask=mask)
         tl.store(out_ptr + ours, normed, mask=mask)
         for peer in tl.static_range(SIZE):
@@ -228,6 +254,13 @@ def _all_reduce_norm_two_shot(
     tl.store(places_ptr + behind, place_behind)
 
 
+def kept_rows(num_rows: int, tp: TPGroup) -> slice:
+    """The rows of the residual stream that this rank keeps: all of few, its share of many."""
+    if tp.peers is None or num_rows <= tp.peers.one_shot_rows:
+        return slice(None)
+    return slice(tp.rank, None, tp.size)
+
+
 def all_reduce_norm(
     x: Tensor, residual: Tensor, weight: Tensor, eps: float, tp: TPGroup, *, has_residual: bool
 ) -> Tensor:
@@ -236,8 +269,7 @@ def all_reduce_norm(
     Args:
         x: [N, E] contiguous, this rank's partial sum
         residual: [N, E] contiguous; the sum is added to it in place, or, unless `has_residual`,
-            written there. Beyond `one_shot_rows` this holds for rows `rank::size` alone, the others
-            stay as they are
+            written there. This holds for `kept_rows` alone, others may stay as they are
         weight: [E]
 
     Returns:
@@ -249,14 +281,11 @@ def all_reduce_norm(
     assert x.is_contiguous() and residual.is_contiguous()
     out = torch.empty_like(x)
     block = triton.next_power_of_2(E)
-    kernel, num_programs, rows = _all_reduce_norm_one_shot, N, []
-    if peers.one_shot_rows < N:
-        groups = triton.cdiv(N, tp.size)
-        kernel, num_programs, rows = (
-            _all_reduce_norm_two_shot,
-            min(groups, peers.max_rows // 2),
-            [N],
-        )
+    if peers.one_shot_rows >= N:
+        kernel, num_programs, sizes = _all_reduce_norm_one_shot, N, [peers.max_rows]
+    else:
+        num_programs = min(triton.cdiv(N, tp.size), peers.max_rows // 2)
+        kernel, sizes = _all_reduce_norm_two_shot, [peers.max_rows, N]
     kernel[(num_programs,)](
         x,
         peers.mailbox_ptrs,
@@ -264,8 +293,7 @@ def all_reduce_norm(
         residual,
         weight,
         out,
-        peers.max_rows,
-        *rows,
+        *sizes,
         eps,
         E=E,
         BLOCK=block,
@@ -286,8 +314,7 @@ class AllReduceRMSNorm(RMSNorm):
 
     Shapes:
         x [N, E], this rank's partial sum; the normed sum [N, E], equal on every rank; the residual
-        [N, E], for the next norm of the same N tokens and for nobody else: `all_reduce_norm` may
-        leave some of its rows to other ranks
+        [N, E], for the next norm of the same N tokens and for nobody else: see `kept_rows`
     """
 
     def __init__(self, hidden_size: int, eps: float, *, tp: TPGroup, dtype: torch.dtype) -> None:
