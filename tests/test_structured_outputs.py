@@ -30,6 +30,14 @@ REFUSED: dict[str, dict[str, Any]] = {
     "grammar has 1001 rules": {
         "grammar": "start: r0\n" + "".join(f"r{i}: r{i}\n" for i in range(1000))
     },
+    "grammar has 1002 rules": {
+        "grammar": "".join(f"r{i}: r{i}\n" for i in range(1001))
+        + 'start: %json {"const": "::=::="}'
+    },
+    "grammar has 1003 rules": {
+        "grammar": "".join(f"r{i}: r{i}\n" for i in range(1002))
+        + 'start: %json {"const": "%json 1"}'
+    },
     "json has 1001 rules or references": {"json": {"allOf": [{"$ref": "#"}] * 1001}},
     "%json in grammar has 1001 rules": {
         "grammar": "start: %json " + '{"allOf": [' + ", ".join(['{"$r\\u0065f" : 0}'] * 1001) + "]}"

@@ -157,14 +157,16 @@ def _check_schema(value: object) -> str:
 
 def _check_grammar(grammar: str) -> None:
     """Check the schemas within, and the number of rules: no more than colons outside of them."""
-    num_colons = grammar.replace("::=", ":").count(":")
+    outside, position = [], 0
     for found in _EMBEDDED.finditer(grammar):
         with _naming("%json in grammar"):
             schema, end = _DECODER.raw_decode(grammar, found.end())
-        num_colons -= grammar.count(":", found.end(), end)
+        outside.append(grammar[position : found.start()])
+        position = max(position, end)  # one within another ends before it
         _check_references("%json in grammar", schema)
         _check_multiples("%json in grammar", schema)
-    _check_rules("grammar", num_colons)
+    outside.append(grammar[position:])
+    _check_rules("grammar", "".join(outside).replace("::=", ":").count(":"))
 
 
 @contextmanager
