@@ -52,6 +52,14 @@ def test_sampling_settings_survive_the_trip_as_bits() -> None:
     assert batch.stop_ids.tolist() == [stops]
 
 
+@pytest.mark.parametrize("num_rows", [1, 3])
+def test_sampling_settings_lie_where_kernels_expect_them(num_rows: int) -> None:
+    rows = torch.arange(num_rows)
+    batch = filled_state(4, "cpu").sampling(rows, rows.int())
+    for setting in (batch.temperatures, batch.seeds, batch.min_positions, batch.stop_ids):
+        assert setting.is_contiguous() and setting.data_ptr() % 16 == 0
+
+
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("max_blocks", [1, 7, 300])
 def test_gather_matches_its_reference(max_blocks: int, device: str) -> None:

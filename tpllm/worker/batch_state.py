@@ -60,12 +60,13 @@ class BatchState:
     def sampling(self, rows: Tensor, positions: Tensor) -> SamplingBatch:
         """Sampling settings of `rows` [S], each about to draw the token at `positions` [S]."""
         state = self.row_state[rows]  # [S, words]
+        # copies also of one row: kernels are compiled for addresses that 16 divides
         return SamplingBatch(
-            temperatures=state[:, _TEMPERATURE].contiguous().view(torch.float32),
-            seeds=state[:, _SEED : _SEED + 2].contiguous(),
+            temperatures=state[:, _TEMPERATURE].clone().view(torch.float32),
+            seeds=state[:, _SEED : _SEED + 2].clone(),
             positions=positions,
-            min_positions=state[:, _MIN_POSITION].contiguous(),
-            stop_ids=state[:, _STOP_IDS:].contiguous(),
+            min_positions=state[:, _MIN_POSITION].clone(),
+            stop_ids=state[:, _STOP_IDS:].clone(),
         )
 
 

@@ -152,8 +152,9 @@ class OptionTable:
     def truncations(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """top_k [n] int32, top_p [n] and min_p [n] float32 of `rows` [n]."""
         settings = self._settings[rows]
-        # each in memory of its own: kernels are compiled for addresses that 16 divides
-        top_k, top_p, min_p = (settings[:, i].contiguous() for i in (_TOP_K, _TOP_P, _MIN_P))
+        # Each in memory of its own, which a column of one row is not, be it contiguous: kernels are
+        # compiled for addresses that 16 divides.
+        top_k, top_p, min_p = (settings[:, i].clone() for i in (_TOP_K, _TOP_P, _MIN_P))
         return top_k, top_p.view(torch.float32), min_p.view(torch.float32)
 
     def penalties(self, rows: Tensor) -> Tensor:
