@@ -128,7 +128,9 @@ def main() -> None:
     parser.add_argument("--model", type=Path, required=True, help="folder with a config.json")
     parser.add_argument("--tp", type=int, default=1, metavar="N", help="tensor_parallel_size")
     parser.add_argument("--weights", nargs="+", help="some of qkv, o, gate_up, down, lm_head")
-    parser.add_argument("--rows", type=int, nargs=2, default=[2, 256], metavar=("MIN", "MAX"))
+    parser.add_argument(
+        "--rows", type=int, nargs=2, default=[2, 256], metavar=("MIN", "MAX"), help="batch sizes"
+    )
     args = parser.parse_args()
     sizes = [M for M in decode_sizes(256) if args.rows[0] <= M <= args.rows[1]]
     gpu = torch.cuda.get_device_name()

@@ -38,6 +38,7 @@ from tpllm.layers.token_order import (
     keys_of,
     sortable,
     weights_in_kernel,
+    weights_of,
 )
 
 _POINTS = 8
@@ -86,10 +87,7 @@ def find_cuts_reference(scores: Tensor, truncation: Truncation) -> Tensor:
         kth = keys.gather(1, (wanted - 1).clamp(min=0).unsqueeze(1)).squeeze(1)
         cut = torch.where(wanted > 0, torch.maximum(cut, kth), cut)
     if truncation.top_ps is not None:
-        # float64, because torch may take a vector's last elements through another fp32 exponential
-        below = scores.double() - largest.double().clamp(-LARGEST, LARGEST).unsqueeze(1)
-        below /= temperatures.double().unsqueeze(1)
-        weights = (below.clamp(max=0.0).exp() * UNIT).long().gather(1, order)
+        weights = weights_of(scores, largest, temperatures).gather(1, order)
         sums = weights.masked_fill(keys < cut.unsqueeze(1), 0).cumsum(dim=1)
         wanted = (truncation.top_ps.double() * sums[:, -1]).ceil().long().clamp(min=1)
         last = (sums < wanted.unsqueeze(1)).sum(dim=1).clamp(max=keys.shape[1] - 1)

@@ -144,10 +144,16 @@ def rank_and_mass_reference(
     """What `rank_and_mass_triton` computes, in plain torch."""
     ids = torch.arange(vocab_start, vocab_start + scores.shape[1], device=scores.device)
     num_above = (keys_of(scores, ids) >= keys.unsqueeze(1)).sum(dim=1)
+    weights = weights_of(scores, largest, torch.ones_like(largest))
+    return torch.stack([num_above, weights.sum(dim=1)], dim=1)
+
+
+def weights_of(scores: Tensor, largest: Tensor, temperatures: Tensor) -> Tensor:
+    """`weights_in_kernel` of rows [n, V], in plain torch: largest and temperatures [n]."""
     # float64, because torch may take a vector's last elements through another fp32 exponential
     below = scores.double() - largest.double().clamp(-LARGEST, LARGEST).unsqueeze(1)
-    weights = (below.clamp(max=0.0).exp() * UNIT).long()
-    return torch.stack([num_above, weights.sum(dim=1)], dim=1)
+    below /= temperatures.double().unsqueeze(1)
+    return (below.clamp(max=0.0).exp() * UNIT).long()
 
 
 @triton.jit

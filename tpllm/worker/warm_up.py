@@ -80,7 +80,8 @@ class KernelWarmUp:
 
 def _after(earlier: Future[Any], launch: Callable[[], object]) -> None:
     earlier.result()
-    launch()
+    with torch.inference_mode():
+        launch()
 
 
 class Kernels:
@@ -98,15 +99,14 @@ class Kernels:
         self.num_kv_heads = kv_heads.stop - kv_heads.start
         self.has_sums = world_size > 1 and not config.disable_custom_all_reduce
         self.has_sums &= model.hidden_size % WIDTH_MULTIPLE == 0
-        self.vocab_size = -(-model.vocab_size // world_size)
-        self.vocab_start = rank * self.vocab_size
+        self.local_vocab_size = -(-model.vocab_size // world_size)
+        self.vocab_start = rank * self.local_vocab_size
 
     def of_this_rank(self) -> list[Callable[[], object]]:
         """Sums over the ranks: they know which rank they run on."""
         if not self.has_sums:
             return []
-        calls = [partial(self.sum, N, residual) for N in (1, 2) for residual in (False, True)]
-        return [torch.inference_mode()(each) for each in calls]
+        return [partial(self.sum, N, residual) for N in (1, 2) for residual in (False, True)]
 
     def shared(self) -> list[Callable[[], object]]:
         config = self.config
@@ -131,7 +131,7 @@ class Kernels:
             calls += [partial(self.norm, has_residual) for has_residual in (False, True)]
         calls += [self.cut, self.likeliest, self.rank_and_mass, self.drop_below]
         calls += [self.draw, self.draw_changed, self.gather_inputs, self.swiglu, self.scores_of_all]
-        return [torch.inference_mode()(each) for each in calls]
+        return calls
 
     def new(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         return torch.zeros(shape, dtype=dtype or self.dtype, device=self.device)
@@ -175,14 +175,14 @@ class Kernels:
 
     def scores(self) -> Tensor:
         rows = self.new(1, dtype=torch.int64)
-        logits = self.new(2, self.vocab_size)
+        logits = self.new(2, self.local_vocab_size)
         return scores_of(logits, self.vocab_start, self.model.vocab_size, rows)
 
     def scores_of_all(self) -> None:
-        scores_of(self.new(2, self.vocab_size), self.vocab_start, self.model.vocab_size)
+        scores_of(self.new(2, self.local_vocab_size), self.vocab_start, self.model.vocab_size)
 
     def draw(self, logits: Tensor | None = None) -> None:
-        logits = self.new(2, self.vocab_size) if logits is None else logits
+        logits = self.new(2, self.local_vocab_size) if logits is None else logits
         S = len(logits)
         integers = self.new(S, dtype=torch.int32)
         seeds, stops = (self.new(S, n, dtype=torch.int32) for n in (2, MAX_MASKED_STOP_IDS))
@@ -200,7 +200,8 @@ class Kernels:
         if self.tp.size == 1:
             row = self.scores().unsqueeze(1)
         else:  # as ranks have sent it
-            row = self.new(self.tp.size, 1, self.vocab_size, dtype=torch.float32).transpose(0, 1)
+            shape = (self.tp.size, 1, self.local_vocab_size)
+            row = self.new(*shape, dtype=torch.float32).transpose(0, 1)
         one = self.new(1, dtype=torch.float32)
         find_cuts(row, Truncation(one, one.int() + 20, one + 0.95, None))
 
