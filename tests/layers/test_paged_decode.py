@@ -41,7 +41,7 @@ def test_matches_plain_torch(
     contexts, K, G, D, block_size, parts, wanted, device_and_dtype, assert_as_accurate, monkeypatch
 ) -> None:
     device, dtype = device_and_dtype
-    monkeypatch.setattr(paged_decode, "_PROGRAMS_WANTED", wanted)
+    monkeypatch.setattr(paged_decode, "PROGRAMS_WANTED", wanted)
     monkeypatch.setattr(paged_decode, "_MAX_PARTS", parts)
     monkeypatch.setattr(paged_decode, "_MIN_PART", 64)
     q, k_cache, v_cache, batch = make_case(contexts, K, G, D, block_size, device, dtype)
