@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from tests.marks import FOUR_GPUS
 from tests.reference import assert_equal, make_random_qwen3, shipped_greedy, transformers_greedy
 from tests.test_equality import prompts_with_shared_prefixes
 from tpllm import LLM, SamplingParams
@@ -13,6 +14,7 @@ GREEDY = SamplingParams(temperature=0, max_tokens=64)
 TP_SIZES = [
     pytest.param(1, marks=pytest.mark.gpu),
     pytest.param(2, marks=pytest.mark.multi_gpu),
+    pytest.param(4, marks=FOUR_GPUS),
 ]
 
 

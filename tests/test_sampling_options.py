@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests.marks import FOUR_GPUS
 from tests.reference import shipped_greedy
 from tpllm import SamplingParams
 from tpllm.checkpoint import resolve_model
@@ -177,20 +178,18 @@ def test_splitting_the_work_changes_nothing(
         coordinator.close()
 
 
-@pytest.mark.multi_gpu
-def test_two_gpus_report_what_the_cpu_reports(together: dict[str, Heard]) -> None:
-    """Graphs, kernels and NCCL, in float32."""
-    config = EngineConfig.resolve(None, device="cuda", dtype="float32", tensor_parallel_size=2)
+@pytest.mark.parametrize(
+    "tp",
+    [
+        pytest.param(1, marks=pytest.mark.gpu),
+        pytest.param(2, marks=pytest.mark.multi_gpu),
+        pytest.param(4, marks=FOUR_GPUS),
+    ],
+)
+def test_gpus_report_what_the_cpu_reports(tp: int, together: dict[str, Heard]) -> None:
+    """Graphs, kernels, and sums over peer memory, in float32."""
+    config = EngineConfig.resolve(None, device="cuda", dtype="float32", tensor_parallel_size=tp)
     coordinator = Coordinator(config)
-    try:
-        assert_same(serve(coordinator, list(REQUESTS)), together)
-    finally:
-        coordinator.close()
-
-
-@pytest.mark.gpu
-def test_one_gpu_reports_what_the_cpu_reports(together: dict[str, Heard]) -> None:
-    coordinator = Coordinator(EngineConfig.resolve(None, device="cuda", dtype="float32"))
     try:
         assert_same(serve(coordinator, list(REQUESTS)), together)
     finally:

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.marks import FOUR_GPUS
 from tests.ranks import run_ranks
 from tpllm.layers.cuts import Truncation
 from tpllm.layers.logprobs import token_logprobs
@@ -245,5 +246,6 @@ def test_shards_agree_with_one_rank(world_size: int, num_rows: int) -> None:
 
 
 @pytest.mark.multi_gpu
-def test_shards_on_gpus_agree_with_one_rank() -> None:
-    run_ranks(shards_agree_with_one_rank, 2, 12, device="cuda")
+@pytest.mark.parametrize("world_size", [2, pytest.param(4, marks=FOUR_GPUS)])
+def test_shards_on_gpus_agree_with_one_rank(world_size: int) -> None:
+    run_ranks(shards_agree_with_one_rank, world_size, 12, device="cuda")

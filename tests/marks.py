@@ -1,0 +1,9 @@
+"""Marks that several test files put on their tests."""
+
+import pytest
+import torch
+
+FOUR_GPUS = [
+    pytest.mark.multi_gpu,
+    pytest.mark.skipif(torch.cuda.device_count() < 4, reason="needs four GPUs"),
+]
