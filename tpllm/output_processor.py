@@ -6,11 +6,8 @@ of it is work of the caller's process, which an engine does not wait for.
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
 from itertools import count
 from typing import NamedTuple, cast
-
-import xxhash
 
 from tpllm.detokenizer import Detokenizer
 from tpllm.engine.request import AddRequest, RequestUpdate, TokenLogprobs
@@ -76,7 +73,7 @@ class OutputProcessor:
             self._completions[engine_id] = completion
             request.completions.append(completion)
             request.engine_requests.append(
-                AddRequest(engine_id, prompt_token_ids, _params_of(params, index), bad_word_ids)
+                AddRequest(engine_id, prompt_token_ids, params.of_continuation(index), bad_word_ids)
             )
         self._requests[request_id] = request
         return request
@@ -345,16 +342,3 @@ class _Completion:
             self.cumulative_logprob,
             None if self.logprobs is None else self.logprobs[first:],
         )
-
-
-def _params_of(params: SamplingParams, index: int) -> SamplingParams:
-    """Those of continuation `index`: a seed of its own, since equal ones draw equal tokens.
-
-    The first reports on the prompt for all.
-    """
-    seed = params.seed
-    if index == 0 or (seed is None and params.prompt_logprobs is None):
-        return params
-    if seed is not None:
-        seed = xxhash.xxh64_intdigest(f"{seed}/{index}".encode())
-    return replace(params, seed=seed, prompt_logprobs=None)

@@ -1,9 +1,12 @@
 """SamplingParams: how the tokens of a request are drawn, what is reported, and when it ends."""
 
+import copy
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from enum import Enum
 from typing import Any, Self
+
+import xxhash
 
 from tpllm.checks import check_bool, check_int, check_number, check_seed
 from tpllm.errors import refuse_unknown_settings
@@ -118,6 +121,19 @@ class SamplingParams:
     def is_greedy(self) -> bool:
         """Whether the likeliest token is taken, so that nothing is drawn."""
         return self.temperature == 0
+
+    def of_continuation(self, index: int) -> "SamplingParams":
+        """Those of one of the n continuations: a seed of its own, since equal ones draw equally.
+
+        The first reports on the prompt for all.
+        """
+        if index == 0 or (self.seed is None and self.prompt_logprobs is None):
+            return self
+        params = copy.copy(self)  # all has been checked, and may be long
+        if self.seed is not None:
+            params._keep("seed", xxhash.xxh64_intdigest(f"{self.seed}/{index}".encode()))
+        params._keep("prompt_logprobs", None)
+        return params
 
     def _check_drawing(self) -> None:
         self._keep("n", check_int("n", self.n, minimum=1, maximum=MAX_N))

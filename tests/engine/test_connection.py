@@ -5,6 +5,7 @@ import socket
 from collections.abc import Iterator
 from pathlib import Path
 
+import msgpack
 import pytest
 
 from tpllm.engine import messages
@@ -60,17 +61,28 @@ def test_requests_arrive_as_they_were(pair):
         temperature=0.25,
         seed=2**64 - 1,
         logit_bias={5: -1.5},
-        stop=["a", "b"],
+        prompt_logprobs=2,
         allowed_token_ids=[1, 2],
         max_tokens=None,
         logprobs=0,
     )
-    requests = [AddRequest("0", [1, 2], params, [[3], [4, 5]]), AddRequest("1", [], params)]
+    requests = [
+        AddRequest(str(i), [1, 2], params.of_continuation(i), [[3], [4, 5]]) for i in range(3)
+    ]
+    assert len({request.sampling_params.seed for request in requests}) == 3
+    assert [request.sampling_params.prompt_logprobs for request in requests] == [2, None, None]
+    assert messages.read_add(through(pair, messages.add(requests))) == requests
+
+
+def test_what_they_have_in_common_travels_once(pair: Pair) -> None:
+    params = SamplingParams(n=1000, seed=1, allowed_token_ids=list(range(1000)))
+    requests = [AddRequest(str(i), [1] * 1000, params.of_continuation(i)) for i in range(1000)]
+    assert len(msgpack.packb(messages.add(requests))) < 10_000
     assert messages.read_add(through(pair, messages.add(requests))) == requests
 
 
 def test_how_outputs_are_told_is_the_caller_s_business_alone(pair):
-    params = SamplingParams(output_kind=RequestOutputKind.DELTA)
+    params = SamplingParams(output_kind=RequestOutputKind.DELTA, stop="x", bad_words=["y"])
     (request,) = messages.read_add(through(pair, messages.add([AddRequest("0", [1], params)])))
     assert request.sampling_params == SamplingParams()
 

@@ -1,8 +1,8 @@
 """What the engine's process and its caller say to each other. Each message is a map with a `type`.
 
 To the engine:
-    add         requests: [[id, prompt token ids, sampling parameters, bad word ids], ...],
-                the continuations of one prompt
+    add         request_ids, prompt_token_ids, params, bad_word_ids: continuations of one prompt,
+                and what they have in common; of the sampling parameters what is not the default
     abort       request_ids
     stats       number: comes back with the answer
     shutdown
@@ -19,7 +19,7 @@ From it:
 """
 
 import traceback
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
@@ -32,17 +32,22 @@ from tpllm.sampling_params import SamplingParams
 from tpllm.structured_outputs import StructuredOutputsParams
 
 _DEFAULTS = SamplingParams()
-_NOT_SENT = {"output_kind"}  # is the caller's own business, and no plain data
+# the caller's own business: the engine knows no text, and output_kind is no plain data
+_NOT_SENT = {"output_kind", "stop", "bad_words"}
 _ERROR_DETAILS = ("rank", "phase", "step", "cause", "signal", "remote_traceback")
 _SENT = [field.name for field in fields(SamplingParams) if field.name not in _NOT_SENT]
 
 
-def add(requests: Iterable[AddRequest]) -> Message:
-    rows = [
-        [each.request_id, each.prompt_token_ids, _changed(each.sampling_params), each.bad_word_ids]
-        for each in requests
-    ]
-    return {"type": "add", "requests": rows}
+def add(requests: Sequence[AddRequest]) -> Message:
+    """The continuations of one prompt, in order."""
+    first = requests[0]
+    return {
+        "type": "add",
+        "request_ids": [each.request_id for each in requests],
+        "prompt_token_ids": first.prompt_token_ids,
+        "params": _changed(first.sampling_params),
+        "bad_word_ids": first.bad_word_ids,
+    }
 
 
 def _changed(params: SamplingParams) -> dict[str, Any]:
@@ -57,9 +62,11 @@ def _changed(params: SamplingParams) -> dict[str, Any]:
 
 
 def read_add(message: Message) -> list[AddRequest]:
+    params = _read_params(message["params"])
+    prompt_token_ids, bad_word_ids = message["prompt_token_ids"], message["bad_word_ids"]
     return [
-        AddRequest(request_id, prompt_token_ids, _read_params(params), bad_word_ids)
-        for request_id, prompt_token_ids, params, bad_word_ids in message["requests"]
+        AddRequest(request_id, prompt_token_ids, params.of_continuation(index), bad_word_ids)
+        for index, request_id in enumerate(message["request_ids"])
     ]
 
 
