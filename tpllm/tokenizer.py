@@ -78,10 +78,12 @@ class Tokenizer:
             ValueError: a word spells no token.
         """
         sequences: list[list[int]] = []
-        for word in words:
-            bare, spaced = self.encode_batch(
-                [word.lstrip(), f" {word.lstrip()}"], add_special_tokens=False
-            )
+        bare_words = [word.lstrip() for word in words]
+        encoded = self.encode_batch(
+            [*bare_words, *(f" {word}" for word in bare_words)], add_special_tokens=False
+        )
+        num = len(words)
+        for word, bare, spaced in zip(words, encoded[:num], encoded[num:], strict=True):
             if not bare:
                 raise ValueError(f"bad_words holds {word!r}, which spells no token; leave it out")
             sequences.append(bare)

@@ -25,6 +25,7 @@ class Admission:
         self._num_running = num_running
         self._max_queue = max_queue
         self._num_seqs = 0
+        self._num_answers = 0
         self._tasks: set[asyncio.Task[object]] = set()
         self._ended: deque[tuple[float, int]] = deque()  # when, and how many sequences
         self.draining = False
@@ -87,13 +88,22 @@ class Admission:
             self._ended.append((time.monotonic(), num_seqs))
             self._forget_old()
 
+    @contextmanager
+    def answering(self) -> Iterator[None]:
+        """A drain waits for whoever is inside: what has ended is not sent yet."""
+        self._num_answers += 1
+        try:
+            yield
+        finally:
+            self._num_answers -= 1
+
     async def drain(self, timeout_s: float) -> bool:
         """Take nothing new, and wait for what runs; False if it still does after `timeout_s`."""
         self.draining = True
         deadline = time.monotonic() + timeout_s
-        while self._num_seqs and time.monotonic() < deadline:
+        while self._num_answers and time.monotonic() < deadline:
             await asyncio.sleep(0.02)
-        return not self._num_seqs
+        return not self._num_answers
 
     def end_all(self) -> None:
         """End every request that is inside, by cancelling its task."""

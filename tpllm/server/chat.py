@@ -33,8 +33,7 @@ def answer_chat(service: Service, body: ChatCompletionRequest) -> Response:
     """
     service.check_model(body.model)
     params = service.sampling.of_chat(body)
-    chat = _Chat(service, body, params)
-    return respond(chat, bool(body.stream), service.settings.request_timeout_s)
+    return respond(service, _Chat(service, body, params), bool(body.stream))
 
 
 class _Chat:

@@ -25,8 +25,7 @@ def complete(service: Service, body: CompletionRequest) -> Response:
     """
     service.check_model(body.model)
     params = service.sampling.of_completion(body)
-    completion = _Completion(service, body, params)
-    return respond(completion, bool(body.stream), service.settings.request_timeout_s)
+    return respond(service, _Completion(service, body, params), bool(body.stream))
 
 
 class _Completion:
@@ -55,7 +54,7 @@ class _Completion:
         for i, prompt in enumerate(generation.prompts):
             for answer in prompt.answers:
                 if self._only_echo:
-                    _drop(answer)
+                    _drop(answer, generation)
                 choice = await self._choice(i, prompt, answer, answer, is_first=True)
                 if self._body.prompt_logprobs is not None:
                     choice["prompt_logprobs"] = prompt_logprobs(prompt.logprobs or [])
@@ -73,7 +72,7 @@ class _Completion:
                 is_first = answer.index not in begun
                 begun.add(answer.index)
                 if self._only_echo:
-                    _drop(answer)
+                    _drop(answer, generation)
                 shown = answer if self._only_echo else part
                 choice = await self._choice(indices[id(prompt)], prompt, answer, shown, is_first)
                 yield usage.chunk(self._head, choice, generation)
@@ -129,6 +128,7 @@ class _Completion:
         }
 
 
-def _drop(answer: Answer) -> None:
+def _drop(answer: Answer, generation: Generation) -> None:
     """Forget the one token that was drawn for the sake of the prompt's log-probabilities."""
+    generation.num_new_tokens -= len(answer.token_ids)
     answer.text, answer.token_ids, answer.logprobs = "", [], []

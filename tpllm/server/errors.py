@@ -86,6 +86,9 @@ def from_validation(problems: Sequence[Mapping[str, Any]], known: Sequence[str])
     place = [part for part in problem["loc"] if part != "body" and part not in ALTERNATIVES]
     if kind == "string_unicode":
         return APIError(400, "the name of a field is not valid Unicode; mend it")
+    if kind == "value_error":
+        message = message.removeprefix("Value error, ")
+        return APIError(400, message, param=_path(place) or None)
     if not place:
         return APIError(
             400, "the body must be a JSON object, sent with Content-Type: application/json"
@@ -98,8 +101,6 @@ def from_validation(problems: Sequence[Mapping[str, Any]], known: Sequence[str])
         near = get_close_matches(name, known, n=1)
         mend = f"did you mean {near[0]!r}?" if near else "leave it out"
         return APIError(400, f"there is no field {short(name)} here; {mend}", param=param)
-    if kind == "value_error":
-        return APIError(400, message.removeprefix("Value error, "), param=param)
     value = short(problem.get("input"))
     if message.startswith("Input should be "):
         message = f"must be {message.removeprefix('Input should be ')}"

@@ -63,6 +63,9 @@ class Generation:
         self._metrics = metrics
         self._params = params
         self._request_id = request_id
+        self._num_prompt_tokens = sum(map(len, prompts))
+        self._num_cached_tokens = 0
+        self.num_new_tokens = 0
         n = params.n
         self.prompts = [
             PromptState(ids, [Answer(i * n + k) for k in range(n)]) for i, ids in enumerate(prompts)
@@ -74,14 +77,11 @@ class Generation:
 
     def usage(self) -> dict[str, Any]:
         """Tokens so far, in OpenAI's shape."""
-        prompt = sum(len(each.token_ids) for each in self.prompts)
-        completion = sum(len(answer.token_ids) for answer in self.answers)
-        cached = sum(each.num_cached_tokens for each in self.prompts)
         return {
-            "prompt_tokens": prompt,
-            "completion_tokens": completion,
-            "total_tokens": prompt + completion,
-            "prompt_tokens_details": {"cached_tokens": cached},
+            "prompt_tokens": self._num_prompt_tokens,
+            "completion_tokens": self.num_new_tokens,
+            "total_tokens": self._num_prompt_tokens + self.num_new_tokens,
+            "prompt_tokens_details": {"cached_tokens": self._num_cached_tokens},
         }
 
     async def run(self) -> None:
@@ -105,6 +105,7 @@ class Generation:
         async with aclosing(_merged(streams)) as outputs:
             async for i, output in outputs:
                 prompt = self.prompts[i]
+                self._num_cached_tokens += output.num_cached_tokens - prompt.num_cached_tokens
                 prompt.num_cached_tokens = output.num_cached_tokens
                 if prompt.logprobs is None:
                     prompt.logprobs = output.prompt_logprobs
@@ -115,6 +116,7 @@ class Generation:
                     now = time.perf_counter()
                     is_first = not answer.token_ids
                     answer.add(part)
+                    self.num_new_tokens += len(part.token_ids)
                     if part.token_ids:
                         self._metrics.tokens(now - last[answer.index], is_first)
                         last[answer.index] = now

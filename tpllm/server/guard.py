@@ -18,6 +18,7 @@ logger = logging.getLogger("tpllm.server")
 OPEN_PATHS = frozenset({"/", "/health"})  # the page asks for the key itself; probes have none
 GENERATING_PATHS = frozenset({"/v1/completions", "/v1/chat/completions"})
 COUNTED_PATHS = GENERATING_PATHS | {"/v1/models", "/tokenize", "/detokenize"}
+MAX_HELD_BYTES = 256 * 2**20  # of the bodies of all requests that are here
 
 
 class Guard:
@@ -28,6 +29,7 @@ class Guard:
         self._service = service
         key = service.settings.api_key
         self._key_digest = None if key is None else _digest(key.encode())
+        self._held_bytes = 0  # of bodies, whole or not, of requests without a whole answer
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -37,6 +39,19 @@ class Guard:
         state = scope.setdefault("state", {})
         state["outcome"] = None
         status = 0
+        num_bytes = 0  # of the body, so far
+
+        async def receive_limited() -> Message:
+            nonlocal num_bytes
+            message = await receive()
+            num_new = len(message.get("body", b""))
+            num_bytes += num_new
+            self._held_bytes += num_new
+            if num_bytes > self._service.settings.max_body_bytes:
+                raise self._too_large()
+            if num_new:
+                self._check_held_bytes()
+            return message
 
         async def send_counted(message: Message) -> None:
             nonlocal status
@@ -51,11 +66,12 @@ class Guard:
             except APIError as error:
                 await error.response()(scope, receive, send_counted)
             else:
-                await self._app(scope, self._limited(receive), send_counted)
+                await self._app(scope, receive_limited, send_counted)
         except Exception:
             state["outcome"] = "error"
             raise
         finally:
+            self._held_bytes -= num_bytes
             self._tell(scope, status, 1000 * (time.perf_counter() - begin))
 
     def _tell(self, scope: Scope, status: int, ms: float) -> None:
@@ -89,6 +105,7 @@ class Guard:
         length = headers.get("content-length", "")
         if length.isdecimal() and int(length) > self._service.settings.max_body_bytes:
             raise self._too_large()
+        self._check_held_bytes()
         if path in GENERATING_PATHS and scope["method"] == "POST":
             self._service.check_engine()  # and all before the body is read
             self._service.admission.check()
@@ -124,19 +141,20 @@ class Guard:
         same = hmac.compare_digest(_digest(key.strip().encode("latin-1")), self._key_digest)
         return same and scheme.lower() == "bearer"
 
-    def _limited(self, receive: Receive) -> Receive:
-        """`receive`, with the body's limit also where its length was not announced."""
-        num_bytes = 0
+    def _check_held_bytes(self) -> None:
+        """However many clients send however slowly, and never to the end: memory has its limit.
 
-        async def receive_limited() -> Message:
-            nonlocal num_bytes
-            message = await receive()
-            num_bytes += len(message.get("body", b""))
-            if num_bytes > self._service.settings.max_body_bytes:
-                raise self._too_large()
-            return message
-
-        return receive_limited
+        Raises:
+            APIError: 429.
+        """
+        limit = max(MAX_HELD_BYTES, 2 * self._service.settings.max_body_bytes)
+        if self._held_bytes > limit:
+            raise APIError(
+                429,
+                f"the requests that are here hold more than {limit} bytes; try again later",
+                code="queue_full",
+                headers={"Retry-After": "1"},
+            )
 
     def _too_large(self) -> APIError:
         limit = self._service.settings.max_body_bytes

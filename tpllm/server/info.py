@@ -15,8 +15,8 @@ from prometheus_client.utils import floatToGoString
 from starlette.responses import Response
 
 import tpllm
-from tpllm.checks import check_int
-from tpllm.server.errors import APIError, from_value_error, to_json
+from tpllm.checks import MAX_INT32
+from tpllm.server.errors import APIError, to_json
 from tpllm.server.protocol import Conversation, DetokenizeRequest, TokenizeRequest
 from tpllm.server.responses import engine_failed
 from tpllm.server.service import Service
@@ -79,10 +79,12 @@ async def tokenize(service: Service, body: TokenizeRequest) -> Response:
 async def detokenize(service: Service, body: DetokenizeRequest) -> Response:
     """POST /detokenize: vLLM's shape. Raises: APIError 400."""
     service.check_model(body.model)
-    try:
-        ids = [check_int(f"tokens[{i}]", each, minimum=0) for i, each in enumerate(body.tokens)]
-    except ValueError as error:
-        raise from_value_error(error) from None
+    ids = body.tokens
+    if ids and not 0 <= min(ids) <= max(ids) <= MAX_INT32:
+        wrong = min(ids) if min(ids) < 0 else max(ids)
+        raise APIError(
+            400, f"tokens holds {wrong}; ids are at least 0 and at most {MAX_INT32}", param="tokens"
+        )
     return json_response({"prompt": await service.prompts.decode(ids)})
 
 

@@ -15,13 +15,19 @@ T = TypeVar("T")
 # Below this many letters or ids, encoding takes less than a millisecond: a thread costs as much.
 SHORT = 4096
 NUM_THREADS = 4
+PIECE_CHARS = 2**18  # encoding takes half a kilobyte for each, until it is done
 
 
 class Prompts:
-    """The tokenizer behind a few threads, which long texts go through."""
+    """The tokenizer behind a few threads, which long texts go through.
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    Args:
+        max_model_len: most tokens of a prompt; texts of clearly more are not encoded to their end
+    """
+
+    def __init__(self, tokenizer: Tokenizer, max_model_len: int) -> None:
         self._tokenizer = tokenizer
+        self._max_model_len = max_model_len
         self._threads = ThreadPoolExecutor(NUM_THREADS, "tpllm-server-tokenizer")
 
     def close(self) -> None:
@@ -33,17 +39,48 @@ class Prompts:
         """Token ids of texts; ids stay as they are.
 
         Raises:
-            APIError: 400: a text is no valid Unicode.
+            APIError: 400: a text is no valid Unicode, or far too long.
         """
         texts = [prompt for prompt in prompts if isinstance(prompt, str)]
         if not texts:
             return [prompt for prompt in prompts if not isinstance(prompt, str)]
-        encoded = iter(
-            await self._run(
-                sum(map(len, texts)), self._tokenizer.encode_batch, texts, add_special_tokens
-            )
-        )
+        size = sum(map(len, texts)) + SHORT // 64 * len(texts)
+        encoded = iter(await self._run(size, self._encode, texts, add_special_tokens))
         return [next(encoded) if isinstance(prompt, str) else prompt for prompt in prompts]
+
+    def _encode(self, texts: list[str], add_special_tokens: bool) -> list[list[int]]:
+        """As the tokenizer would, but for the memory: some pieces' at a time."""
+        ids: list[list[int]] = []
+        batch: list[str] = []
+        num_chars = 0
+        for text in texts:
+            if len(text) > PIECE_CHARS:
+                self._refuse_far_too_long(text)
+            if num_chars + len(text) > PIECE_CHARS:
+                ids += self._tokenizer.encode_batch(batch, add_special_tokens)
+                batch, num_chars = [], 0
+            batch.append(text)
+            num_chars += len(text)
+        return ids + self._tokenizer.encode_batch(batch, add_special_tokens)
+
+    def _refuse_far_too_long(self, text: str) -> None:
+        """Refuse a text of more than twice as many tokens as a prompt may have.
+
+        They are counted piece by piece: where a piece ends in the middle of a word, that may be one
+        more, but not twice as many.
+        """
+        limit = 2 * self._max_model_len
+        num_tokens = 0
+        for begin in range(0, len(text), PIECE_CHARS):
+            piece = text[begin : begin + PIECE_CHARS]
+            num_tokens += len(self._tokenizer.encode_batch([piece], False)[0])
+            if num_tokens > limit:
+                raise APIError(
+                    400,
+                    f"a text has more than {limit} tokens, twice this model's limit of "
+                    f"{self._max_model_len} (max_model_len); shorten it",
+                    code="context_length_exceeded",
+                )
 
     async def render(self, body: Conversation) -> tuple[str, list[int]]:
         """A conversation as the chat template writes it, and its token ids.
@@ -77,11 +114,10 @@ class Prompts:
                 chat_template_kwargs=options,
             )
             # the template spells out every special token
-            return text, self._tokenizer.encode_batch([text], False)[0]
+            return text, self._encode([text], False)[0]
 
-        size = sum(len(message.get("content") or "") for message in messages)
-        size += sum(len(str(tool)) for tool in tools or ())
-        return await self._run(size, render)
+        texts = (*messages, *(tools or ()), options)
+        return await self._run(sum(len(str(each)) for each in texts), render)
 
     async def decode(self, ids: list[int]) -> str:
         """The text of `ids`, special tokens included."""

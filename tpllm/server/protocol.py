@@ -1,10 +1,11 @@
 """The bodies of requests, as OpenAI and vLLM name their fields. What is not here is refused.
 
 A field that is null counts as left out. Values are checked for their type alone; ranges are
-SamplingParams' affair, so that they are the same in every surface.
+SamplingParams' affair, so that they are the same in every surface. Lists and texts have a longest
+length here, as other clients wait while they are read, and the first mistake in a list is enough.
 """
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import (
     BaseModel,
@@ -14,9 +15,24 @@ from pydantic import (
     Field,
     Tag,
     WithJsonSchema,
+    model_validator,
 )
 
 from tpllm.server.errors import short
+
+T = TypeVar("T")
+
+MAX_FIELDS = 100  # of one object, known or not
+MAX_PROMPTS = 16384
+MAX_MESSAGES = 4096
+MAX_ENTRIES = 1024  # of other lists of objects or texts
+MAX_STOPS = 64
+MAX_TEXT_CHARS = 1024  # of a stop string or a bad word
+MAX_IDS = 2**20
+
+Entries = Annotated[list[T], Field(max_length=MAX_ENTRIES, fail_fast=True)]
+Ids = Annotated[list[int], Field(max_length=MAX_IDS, fail_fast=True)]
+ShortText = Annotated[str, Field(max_length=MAX_TEXT_CHARS)]
 
 
 def _text_or_list(value: object) -> str:
@@ -30,7 +46,11 @@ def _text_or_object(value: object) -> str:
 # Told apart by their kind, so that a mistake is reported for the one that was meant. The tags are
 # known to errors.ALTERNATIVES.
 Text = Annotated[str, Tag("(text)")]
-TextOrTexts = Annotated[Text | Annotated[list[str], Tag("(list)")], Discriminator(_text_or_list)]
+Stops = Annotated[
+    Annotated[ShortText, Tag("(text)")]
+    | Annotated[list[ShortText], Field(max_length=MAX_STOPS, fail_fast=True), Tag("(list)")],
+    Discriminator(_text_or_list),
+]
 TextOrObject = Annotated[
     Text | Annotated[dict[str, Any], Tag("(object)")], Discriminator(_text_or_object)
 ]
@@ -40,6 +60,13 @@ class Body(BaseModel):
     """Strict: "0.7" is no number and true no 1; an unknown field is an error."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _check_size(cls, value: object) -> object:
+        if isinstance(value, dict) and len(value) > MAX_FIELDS:
+            raise ValueError(f"an object of {len(value)} fields is refused; leave them out")
+        return value
 
 
 class StreamOptions(Body):
@@ -55,7 +82,7 @@ class Structured(Body):
     structured_outputs: dict[str, Any] | None = None
     guided_json: TextOrObject | None = None
     guided_regex: str | None = None
-    guided_choice: list[str] | None = None
+    guided_choice: Entries[str] | None = None
     guided_grammar: str | None = None
 
 
@@ -86,16 +113,16 @@ class Generation(Structured, WithoutEffect):
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
     seed: int | None = None
-    stop: TextOrTexts | None = None
-    logit_bias: dict[str, float] | None = None
+    stop: Stops | None = None
+    logit_bias: Annotated[dict[str, float], Field(max_length=MAX_IDS)] | None = None
     max_tokens: int | None = None
     # vLLM's additions
     top_k: int | None = None
     min_p: float | None = None
     repetition_penalty: float | None = None
-    stop_token_ids: list[int] | None = None
-    bad_words: list[str] | None = None
-    allowed_token_ids: list[int] | None = None
+    stop_token_ids: Ids | None = None
+    bad_words: Entries[ShortText] | None = None
+    allowed_token_ids: Ids | None = None
     min_tokens: int | None = None
     ignore_eos: bool | None = None
     skip_special_tokens: bool | None = None
@@ -107,13 +134,14 @@ class Generation(Structured, WithoutEffect):
 def _check_prompt(value: Any) -> list[str | list[int]]:
     """A text, token ids, or a list of either, as a list of prompts."""
     items = value if isinstance(value, list) else [value]
-    if items and all(_is_id(item) for item in items) and isinstance(value, list):
-        return [items]
     if not items:
         raise ValueError("prompt=[] is empty; give a text or token ids")
+    if isinstance(value, list) and _are_ids(items):
+        return [items]
+    if len(items) > MAX_PROMPTS:
+        raise ValueError(f"prompt has {len(items)} entries, and may have {MAX_PROMPTS}")
     for i, item in enumerate(items):
-        is_ids = isinstance(item, list) and all(_is_id(each) for each in item)
-        if not isinstance(item, str) and not is_ids:
+        if not isinstance(item, str) and not (isinstance(item, list) and _are_ids(item)):
             raise ValueError(
                 f"prompt[{i}]={short(item)} must be a text or a list of token ids"
                 if isinstance(value, list)
@@ -122,8 +150,8 @@ def _check_prompt(value: Any) -> list[str | list[int]]:
     return items
 
 
-def _is_id(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+def _are_ids(values: list[object]) -> bool:
+    return set(map(type, values)) <= {int}  # a bool is none; and there may be a million
 
 
 _TEXT = {"type": "string"}
@@ -149,7 +177,7 @@ class TextPart(Body):
 
 
 TextOrParts = Annotated[
-    Text | Annotated[list[TextPart], Tag("(list)")], Discriminator(_text_or_list)
+    Text | Annotated[Entries[TextPart], Tag("(list)")], Discriminator(_text_or_list)
 ]
 
 
@@ -172,12 +200,15 @@ class Message(Body):
     content: TextOrParts | None = None
     name: str | None = None
     reasoning_content: str | None = None
-    tool_calls: list[ToolCall] | None = None
+    tool_calls: Entries[ToolCall] | None = None
     tool_call_id: str | None = None
     refusal: str | None = None
-    annotations: list[Any] | None = None
+    annotations: Entries[Any] | None = None
     audio: None = None
     function_call: None = None
+
+
+Messages = Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
 
 
 class Function(Body):
@@ -195,7 +226,7 @@ class Tool(Body):
 class TemplateOptions(Body):
     """What the chat template is given besides messages."""
 
-    tools: list[Tool] | None = None
+    tools: Entries[Tool] | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
@@ -205,7 +236,7 @@ class TemplateOptions(Body):
 class Conversation(TemplateOptions):
     """What is rendered through the chat template."""
 
-    messages: list[Message] = Field(min_length=1)
+    messages: Messages
 
 
 class ChatCompletionRequest(Generation, Conversation):
@@ -217,7 +248,7 @@ class ChatCompletionRequest(Generation, Conversation):
     tool_choice: TextOrObject | None = None
     parallel_tool_calls: bool | None = None
     include_reasoning: bool | None = None
-    modalities: list[Literal["text"]] | None = None
+    modalities: Entries[Literal["text"]] | None = None
     reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = None
     verbosity: Literal["low", "medium", "high"] | None = None  # without effect
     prediction: dict[str, Any] | None = None  # without effect: it would only save time
@@ -229,7 +260,7 @@ class TokenizeRequest(TemplateOptions):
     model: str | None = None
     prompt: str | None = None
     add_special_tokens: bool | None = None
-    messages: list[Message] | None = Field(None, min_length=1)
+    messages: Messages | None = None
     return_token_strs: bool | None = None
 
 
@@ -237,4 +268,4 @@ class DetokenizeRequest(Body):
     """POST /detokenize."""
 
     model: str | None = None
-    tokens: list[int]
+    tokens: Ids

@@ -2,9 +2,10 @@
 
 import asyncio
 import logging
+from abc import abstractmethod
 from collections.abc import AsyncGenerator, Coroutine
 from contextlib import aclosing
-from typing import Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
@@ -12,6 +13,9 @@ from starlette.types import Receive, Scope, Send
 from tpllm.errors import WorkerError
 from tpllm.server.errors import APIError, from_value_error
 from tpllm.server.json_turns import to_json_in_turns
+
+if TYPE_CHECKING:
+    from tpllm.server.service import Service
 
 logger = logging.getLogger("tpllm.server")
 
@@ -31,9 +35,16 @@ class ClientGone(Exception):
 class LongResponse(Response):
     """Base of answers whose work begins when they are sent, watched until it ends."""
 
-    def __init__(self, timeout_s: float) -> None:
+    def __init__(self, service: "Service") -> None:
         super().__init__()
-        self._timeout_s = timeout_s
+        self._service = service
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        with self._service.admission.answering():
+            await self._answer(scope, receive, send)
+
+    @abstractmethod
+    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None: ...
 
     async def _watched(self, receive: Receive, work: Coroutine[Any, Any, T]) -> T:
         """The result of `work`, which is cancelled and awaited when it cannot be delivered.
@@ -42,11 +53,12 @@ class LongResponse(Response):
             ClientGone: the client hung up.
             APIError: the time is over, the server ends, or whatever `work` raises, put into words.
         """
+        timeout_s = self._service.settings.request_timeout_s
         task = asyncio.ensure_future(work)
         hang_up = asyncio.ensure_future(_hang_up(receive))
         try:
             await asyncio.wait(
-                {task, hang_up}, timeout=self._timeout_s, return_when=asyncio.FIRST_COMPLETED
+                {task, hang_up}, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED
             )
             if task.done():
                 return _result(task)
@@ -54,7 +66,7 @@ class LongResponse(Response):
                 raise ClientGone
             raise APIError(
                 504,
-                f"the request took longer than {self._timeout_s:g} s, this server's limit; "
+                f"the request took longer than {timeout_s:g} s, this server's limit; "
                 "ask for fewer tokens",
                 code="timeout",
             )
@@ -67,11 +79,11 @@ class LongResponse(Response):
 class JSONAnswer(LongResponse):
     """One JSON object, once `work` has it."""
 
-    def __init__(self, work: Coroutine[Any, Any, dict[str, Any]], timeout_s: float) -> None:
-        super().__init__(timeout_s)
+    def __init__(self, service: "Service", work: Coroutine[Any, Any, dict[str, Any]]) -> None:
+        super().__init__(service)
         self._work = work
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             pieces = await self._watched(receive, self._encoded())
         except ClientGone:
@@ -96,13 +108,13 @@ class JSONAnswer(LongResponse):
 class EventStream(LongResponse):
     """Server-sent events, as OpenAI streams them: JSON objects, then [DONE]."""
 
-    def __init__(self, events: AsyncGenerator[dict[str, Any], None], timeout_s: float) -> None:
-        super().__init__(timeout_s)
+    def __init__(self, service: "Service", events: AsyncGenerator[dict[str, Any], None]) -> None:
+        super().__init__(service)
         self._events = events
         self._has_begun = False
         self._last_sent_s = 0.0
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
         comments = asyncio.ensure_future(self._comment(send))
         try:
             await self._watched(receive, self._send_events(send))
@@ -156,11 +168,11 @@ class Answerer(Protocol):
     def stream(self) -> AsyncGenerator[dict[str, Any], None]: ...
 
 
-def respond(answerer: Answerer, streams: bool, timeout_s: float) -> LongResponse:
+def respond(service: "Service", answerer: Answerer, streams: bool) -> LongResponse:
     """The form that the request asks for."""
     if streams:
-        return EventStream(answerer.stream(), timeout_s)
-    return JSONAnswer(answerer.whole(), timeout_s)
+        return EventStream(service, answerer.stream())
+    return JSONAnswer(service, answerer.whole())
 
 
 def in_words(error: BaseException) -> APIError:

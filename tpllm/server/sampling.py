@@ -37,6 +37,11 @@ SAME_NAME = (
 )
 
 
+# Lists that the engine reads for each sequence, and what an entry takes there.
+ENGINE_LISTS = {"stop_token_ids": 1, "logit_bias": 1, "allowed_token_ids": 1, "bad_words": 16}
+MAX_ENGINE_ENTRIES = 2**17  # of a request, over its sequences: some 0.1 s between two steps
+
+
 class Sampling:
     """Makes SamplingParams from requests, within the server's limits.
 
@@ -68,7 +73,8 @@ class Sampling:
         max_tokens = body.max_tokens
         if body.echo and max_tokens == 0:
             max_tokens = 1  # the prompt alone is wanted: the token is thrown away
-        return self._make(body, fields, 16 if max_tokens is None else max_tokens)
+        max_tokens = 16 if max_tokens is None else max_tokens
+        return self._make(body, fields, max_tokens, len(body.prompt))
 
     def of_chat(self, body: ChatCompletionRequest) -> SamplingParams:
         """Raises: APIError 400: a value is out of range, or not supported."""
@@ -112,13 +118,32 @@ class Sampling:
             raise APIError(400, f"{name}={value} must be between 0 and {limit}", param=name)
         return value
 
+    def _check_lists(self, body: Generation, num_prompts: int) -> None:
+        num_seqs = num_prompts * (body.n or 1)
+        entries = {
+            name: size * len(getattr(body, name) or ()) for name, size in ENGINE_LISTS.items()
+        }
+        if num_seqs * sum(entries.values()) > MAX_ENGINE_ENTRIES:
+            longest = max(entries, key=entries.__getitem__)
+            raise APIError(
+                400,
+                f"{longest} has {len(getattr(body, longest))} entries, too many for a request of "
+                f"{num_seqs} sequences, prompts times n; shorten it, or send fewer at a time",
+                param=longest,
+            )
+
     def _make(
-        self, body: Generation, fields: dict[str, Any], max_tokens: int | None
+        self,
+        body: Generation,
+        fields: dict[str, Any],
+        max_tokens: int | None,
+        num_prompts: int = 1,
     ) -> SamplingParams:
         settings = self._settings
         self._num_logprobs("prompt_logprobs", body.prompt_logprobs)
         if body.n is not None and body.n > settings.max_n:
             raise APIError(400, f"n={body.n} must be at most {settings.max_n}", param="n")
+        self._check_lists(body, num_prompts)
         if settings.max_output_tokens is not None:
             if max_tokens is None:
                 max_tokens = settings.max_output_tokens

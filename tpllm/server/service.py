@@ -27,7 +27,7 @@ class Service:
         self.model_names = tuple(settings.served_model_name or (own_name,))
         self.admission = Admission(config.max_num_seqs, settings.max_queue)
         self.metrics = Metrics()
-        self.prompts = Prompts(engine.get_tokenizer())
+        self.prompts = Prompts(engine.get_tokenizer(), config.max_model_len)
         self.sampling = Sampling(settings, config.generation_defaults, config.max_model_len)
 
     @property
