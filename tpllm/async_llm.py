@@ -107,10 +107,10 @@ class AsyncLLM(AbstractAsyncContextManager["AsyncLLM"]):
         elif not isinstance(params, SamplingParams):
             raise ValueError(f"sampling_params={params!r} must be SamplingParams")
         (given,) = as_list([prompt])
-        if isinstance(given, str):
-            stream = self._streams.open(given, await self._encode(given), params, request_id)
-        else:
-            stream = self._streams.open(None, given, params, request_id)
+        text = given if isinstance(given, str) else None
+        ids = await self._encode(given) if isinstance(given, str) else given
+        bad_word_ids = await self._bad_word_ids(params)
+        stream = self._streams.open(text, ids, params, bad_word_ids, request_id)
         try:
             while True:
                 output = await stream.next()
@@ -185,11 +185,20 @@ class AsyncLLM(AbstractAsyncContextManager["AsyncLLM"]):
         await self.close()
 
     async def _encode(self, text: str) -> list[int]:
-        tokenizer = self.get_tokenizer()
-        if len(text) < _LONG_TEXT:
-            return tokenizer.encode_batch([text])[0]
-        loop = asyncio.get_running_loop()
-        return (await loop.run_in_executor(self._encoder, tokenizer.encode_batch, [text]))[0]
+        return (await self._tokenize(self.get_tokenizer().encode_batch, [text]))[0]
+
+    async def _bad_word_ids(self, params: SamplingParams) -> list[list[int]]:
+        """None without a tokenizer: the processor refuses the words then."""
+        if not params.bad_words or self._tokenizer is None:
+            return []
+        return await self._tokenize(self._tokenizer.bad_word_ids, list(params.bad_words))
+
+    async def _tokenize(
+        self, function: Callable[[list[str]], list[list[int]]], texts: list[str]
+    ) -> list[list[int]]:
+        if sum(map(len, texts)) < _LONG_TEXT:
+            return function(texts)
+        return await asyncio.get_running_loop().run_in_executor(self._encoder, function, texts)
 
 
 AsyncLLM.__signature__ = signature()  # type: ignore[attr-defined]
@@ -252,11 +261,16 @@ class _Streams:
     # ---- from an event loop ------------------------------------------------------------------
 
     def open(
-        self, text: str | None, ids: list[int], params: SamplingParams, request_id: str | None
+        self,
+        text: str | None,
+        ids: list[int],
+        params: SamplingParams,
+        bad_word_ids: list[list[int]],
+        request_id: str | None,
     ) -> _Stream:
         with self._lock:
             self._refuse_if_over()
-            request = self._processor.add(text, ids, params, request_id=request_id)
+            request = self._processor.add(text, ids, params, bad_word_ids, request_id=request_id)
             try:
                 self._client.send(messages.add(request.engine_requests))
             except (ValueError, OverflowError) as error:

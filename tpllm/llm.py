@@ -270,6 +270,10 @@ class LLM(AbstractContextManager["LLM"]):
             [next(encoded) if isinstance(prompt, str) else prompt for prompt in prompts],
         )
 
+    def _bad_word_ids(self, params: SamplingParams) -> list[list[int]]:
+        """None without a tokenizer: the processor refuses the words then."""
+        return self._tokenizer.bad_word_ids(params.bad_words) if self._tokenizer else []
+
     @contextmanager
     def _turn(self) -> Iterator[None]:
         """Wait for the calls of other threads; refuse one from inside our own call.
@@ -309,9 +313,11 @@ class LLM(AbstractContextManager["LLM"]):
                 with Interrupts():
                     for i, prompt in enumerate(zip(texts, prompt_ids, params, strict=True)):
                         try:
-                            requests.append(self._processor.add(*prompt, output_kind=output_kind))
+                            words = self._bad_word_ids(prompt[2])
+                            request = self._processor.add(*prompt, words, output_kind=output_kind)
+                            requests.append(request)
                             # the others of one prompt differ in their seeds alone
-                            self._coordinator.check(requests[-1].engine_requests[0])
+                            self._coordinator.check(request.engine_requests[0])
                         except ValueError as error:
                             raise ValueError(f"prompt {i}: {error}") from None
                     for request in requests:

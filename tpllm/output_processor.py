@@ -40,6 +40,7 @@ class OutputProcessor:
         prompt: str | None,
         prompt_token_ids: list[int],
         params: SamplingParams,
+        bad_word_ids: Sequence[list[int]] = (),
         *,
         request_id: str | None = None,
         output_kind: RequestOutputKind | None = None,
@@ -47,6 +48,7 @@ class OutputProcessor:
         """Expect updates for a new request; its `engine_requests` are for the engine.
 
         Args:
+            bad_word_ids: `Tokenizer.bad_word_ids` of those of `params`
             request_id: None for a number that no other request has
             output_kind: instead of that of `params`
 
@@ -66,14 +68,15 @@ class OutputProcessor:
         elif request_id in self._requests:
             raise ValueError(f"request_id={request_id!r} is still running; take another one")
         request = Request(request_id, prompt, prompt_token_ids, params, output_kind, tokenizer)
-        bad_word_ids = tokenizer.bad_word_ids(params.bad_words) if tokenizer else []
         for index in range(params.n):
             engine_id = str(next(self._engine_numbers))
             completion = _Completion(request, index, params, tokenizer)
             self._completions[engine_id] = completion
             request.completions.append(completion)
             request.engine_requests.append(
-                AddRequest(engine_id, prompt_token_ids, params.of_continuation(index), bad_word_ids)
+                AddRequest(
+                    engine_id, prompt_token_ids, params.of_continuation(index), list(bad_word_ids)
+                )
             )
         self._requests[request_id] = request
         return request
