@@ -23,7 +23,9 @@ from tests.scripts import running
 from tpllm import SamplingParams, WorkerError
 from tpllm.async_llm import AsyncLLM
 from tpllm.engine import engine_client
+from tpllm.engine.connection import Connection, Message
 from tpllm.engine.coordinator import MAX_STEPS_IN_FLIGHT
+from tpllm.output_processor import OutputProcessor
 from tpllm.outputs import RequestOutput
 
 SHORT = SamplingParams(max_tokens=4, ignore_eos=True)
@@ -38,9 +40,11 @@ def make_engine(monkeypatch) -> MakeEngine:
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, folders)))
     monkeypatch.setattr(engine_client, "MODULE", "stub_engine")
 
-    def make(acts: dict[str, Any] | None = None, ranks: int = 2) -> AsyncLLM:
+    def make(acts: dict[str, Any] | None = None, ranks: int = 2, **settings: Any) -> AsyncLLM:
         monkeypatch.setenv("TPLLM_TEST_ACTS", json.dumps(acts or {}))
-        return AsyncLLM(device="cpu", tensor_parallel_size=ranks, skip_tokenizer_init=True)
+        return AsyncLLM(
+            device="cpu", tensor_parallel_size=ranks, skip_tokenizer_init=True, **settings
+        )
 
     return make
 
@@ -146,7 +150,10 @@ def test_a_worker_killed_while_it_runs_is_named_to_every_caller(make_engine):
             await asyncio.sleep(0.01)
         kill(engine.worker_pids[1])
         for result in await asyncio.gather(*tasks, return_exceptions=True):
-            assert isinstance(result, WorkerError) and result.rank == 1
+            assert isinstance(result, WorkerError) and result is not engine.dead_error
+            assert vars(result) == vars(engine.dead_error)
+            assert (result.rank, result.cause, result.signal) == (1, "SIGKILL", signal.SIGKILL)
+            assert result.report is not None and result.report.exists()
             assert "worker rank 1 was killed by SIGKILL in step" in str(result)
         assert isinstance(engine.dead_error, WorkerError)
         for call in (outputs_of(engine), engine.stats()):
@@ -154,6 +161,68 @@ def test_a_worker_killed_while_it_runs_is_named_to_every_caller(make_engine):
                 await call
         await engine.abort("0")
         await engine.close()
+
+    run(check())
+
+
+def test_what_came_before_the_error_is_told_before_it(make_engine, monkeypatch):
+    """Also where both come in one piece."""
+    receive = Connection.receive
+
+    def receive_all(connection: Connection, timeout_s: float) -> list[Message]:
+        received = receive(connection, timeout_s)
+        while received and received[-1]["type"] == "updates":
+            received += receive(connection, timeout_s)
+        return received
+
+    async def check() -> None:
+        engine = make_engine(SLOW)
+        await engine.stats()
+        monkeypatch.setattr(Connection, "receive", receive_all)
+        stream = engine.generate([1, 2, 3], ENDLESS)
+        threading.Timer(0.3, kill, [engine.worker_pids[1]]).start()
+        num_tokens = []
+        with pytest.raises(WorkerError, match="worker rank 1 was killed"):
+            async for output in stream:
+                num_tokens.append(len(output.outputs[0].token_ids))
+        assert num_tokens[-1] > num_tokens[0] + 10
+
+    run(check())
+
+
+@pytest.mark.parametrize("busy", [False, True])
+def test_an_engine_s_process_that_is_stopped_is_told_and_ended(make_engine, monkeypatch, busy):
+    monkeypatch.setattr(engine_client, "_ASK_AFTER_S", 0.2)
+
+    async def check() -> None:
+        engine = make_engine(SLOW, step_timeout_s=0.5)
+        stream = engine.generate([1, 2, 3], ENDLESS)
+        await anext(stream)
+        if not busy:
+            await stream.aclose()
+        await asyncio.sleep(0.7)  # asked, and answers
+        assert engine.dead_error is None
+        os.kill(engine.engine_pid, signal.SIGSTOP)
+        await until(lambda: engine.dead_error is not None)
+        with pytest.raises(WorkerError, match="the engine's process is stopped, as by SIGSTOP"):
+            _ = [output async for output in (stream if busy else engine.generate([1]))]
+        await until(lambda: not any(map(is_running, engine.worker_pids)))
+
+    run(check())
+
+
+def test_a_mistake_of_ours_ends_the_engine_and_is_told(make_engine, monkeypatch):
+    def fail(*args: object) -> None:
+        raise RuntimeError("a mistake")
+
+    async def check() -> None:
+        engine = make_engine(SLOW)
+        monkeypatch.setattr(OutputProcessor, "process", fail)
+        with pytest.raises(RuntimeError, match="^a mistake$"):
+            await outputs_of(engine)
+        assert str(engine.dead_error) == "a mistake"
+        with pytest.raises(RuntimeError, match="^a mistake$"):
+            await outputs_of(engine)
 
     run(check())
 
@@ -249,6 +318,7 @@ PROGRAM = """
 import asyncio, os, signal
 from tpllm import AsyncLLM, SamplingParams
 from tpllm.engine import engine_client
+from tpllm.engine.connection import Connection, Message
 engine_client.MODULE = "stub_engine"
 engine = AsyncLLM(device="cpu", tensor_parallel_size=2, skip_tokenizer_init=True)
 

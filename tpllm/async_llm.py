@@ -1,6 +1,7 @@
 """AsyncLLM: an engine for servers. Requests come and go at any time, each its own stream."""
 
 import asyncio
+import copy
 import os
 import threading
 import time
@@ -15,8 +16,8 @@ from tpllm.config import EngineConfig
 from tpllm.engine import messages
 from tpllm.engine.connection import Message
 from tpllm.engine.engine_client import EngineClient
+from tpllm.engine.processes import ClosedError
 from tpllm.engine.stats import EngineStats
-from tpllm.errors import WorkerError
 from tpllm.output_processor import OutputProcessor, Request
 from tpllm.outputs import RequestOutput
 from tpllm.prompts import Prompt, as_list
@@ -226,12 +227,10 @@ class _Stream:
             ValueError: the engine refused the request.
             WorkerError, RuntimeError: nothing more comes.
         """
-        while True:
+        while (output := self._streams.take(self)) is None:
             await self._has_news.wait()
             self._has_news.clear()
-            output = self._streams.take(self)
-            if output is not None:  # else the wake-up came late, for what had been taken
-                return output
+        return output
 
 
 class _Streams:
@@ -281,9 +280,11 @@ class _Streams:
 
     def take(self, stream: _Stream) -> RequestOutput | None:
         with self._lock:
+            if stream.request.has_news:
+                return stream.request.take()
             if stream.error is not None:
                 raise stream.error
-            return stream.request.take() if stream.request.has_news else None
+            return None
 
     def close(self, stream: _Stream) -> None:
         """The caller wants no more of it; aborts the request if it still runs."""
@@ -328,12 +329,12 @@ class _Streams:
                 received = self._client.receive()
                 with self._lock:
                     self._take_in(received)
+        except ClosedError:
+            with self._lock:
+                self._end_all(RuntimeError("this AsyncLLM is closed; make a new one"))
         except BaseException as error:
-            if type(error) is RuntimeError:  # closed by ourselves
-                error = RuntimeError("this AsyncLLM is closed; make a new one")
-            else:
-                self._client.kill()
-                self.dead_error = error
+            self._client.kill()
+            self.dead_error = error
             with self._lock:
                 self._end_all(error)
 
@@ -383,6 +384,4 @@ def _wake_all(streams: list[_Stream]) -> None:
 
 def _again(error: BaseException) -> BaseException:
     """A copy to raise: one exception raised in many tasks would collect their tracebacks."""
-    if isinstance(error, WorkerError):
-        return WorkerError(str(error), rank=error.rank)
-    return type(error)(*error.args)
+    return copy.copy(error)

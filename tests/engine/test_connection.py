@@ -27,7 +27,7 @@ def pair() -> Iterator[Pair]:
 
 def through(pair: Pair, message: Message) -> Message:
     pair[0].send(message)
-    (received,) = pair[1].receive(wait=True)
+    (received,) = pair[1].receive(timeout_s=60)
     return received
 
 
@@ -37,22 +37,22 @@ def test_sending_never_waits_for_a_side_that_does_not_read(pair):
         pair[0].send({"number": number, "text": text})  # far more than a socket holds
     received: list[Message] = []
     while len(received) < 50:
-        received += pair[1].receive(wait=True)
+        received += pair[1].receive(timeout_s=60)
     assert [message["number"] for message in received] == list(range(50))
     assert all(message["text"] == text for message in received)
 
 
 def test_without_waiting_there_may_be_nothing(pair):
-    assert pair[1].receive(wait=False) == []
+    assert pair[1].receive(timeout_s=0) == []
 
 
 def test_what_was_sent_arrives_before_the_end_of_the_other_side(pair):
     pair[0].send({"last": "words"})
     pair[0].flush(timeout_s=60)
     pair[0].close()
-    assert pair[1].receive(wait=True) == [{"last": "words"}]
+    assert pair[1].receive(timeout_s=60) == [{"last": "words"}]
     with pytest.raises(EOFError, match="the other side of the connection is gone"):
-        pair[1].receive(wait=True)
+        pair[1].receive(timeout_s=60)
     pair[1].send({"nobody": "listens"})
 
 

@@ -4,6 +4,7 @@ Each message is one MessagePack map (https://msgpack.org), one after the other w
 of our own, since each tells where it ends; there is no pickle. What the maps hold is in `messages`.
 """
 
+import select
 import socket
 from contextlib import suppress
 from queue import Empty, SimpleQueue
@@ -28,6 +29,8 @@ class Connection:
 
     def __init__(self, opened: socket.socket) -> None:
         self._socket = opened
+        self._poll = select.poll()
+        self._poll.register(opened, select.POLLIN)
         self._unpacker = msgpack.Unpacker(
             strict_map_key=False, max_buffer_size=_MAX_MESSAGE_BYTES
         )  # keys are ints in a logit_bias
@@ -48,17 +51,15 @@ class Connection:
         """
         self._outbox.put(msgpack.packb(message))
 
-    def receive(self, *, wait: bool) -> list[Message]:
-        """The messages that have come; with `wait`, sleeps until there is one.
+    def receive(self, timeout_s: float) -> list[Message]:
+        """The messages that have come; sleeps until there is one, for `timeout_s` at most.
 
         Raises:
             EOFError: the other side is gone, or `close` was called.
         """
-        while True:
+        while self._poll.poll(timeout_s * 1000):
             try:
-                data = self._socket.recv(_READ_BYTES, 0 if wait else socket.MSG_DONTWAIT)
-            except BlockingIOError:
-                return []
+                data = self._socket.recv(_READ_BYTES)
             except OSError:  # reset by a side that was killed, or closed here
                 data = b""
             if not data:
@@ -66,6 +67,7 @@ class Connection:
             self._unpacker.feed(data)
             if messages := list(self._unpacker):
                 return messages
+        return []
 
     def flush(self, timeout_s: float) -> None:
         """Write what is left, and end the sending direction. Nothing can be sent any more."""

@@ -1,12 +1,15 @@
 """The caller's end of an engine that runs in a process of its own."""
 
+import math
 import os
 import socket
 import subprocess
 import sys
+import time
 import weakref
 from collections.abc import Callable
 from contextlib import suppress
+from pathlib import Path
 
 from tpllm.child_process import write_spec
 from tpllm.config import EngineConfig
@@ -24,6 +27,7 @@ from tpllm.errors import WorkerError
 from tpllm.interrupts import Interrupts
 
 MODULE = "tpllm.engine.engine_process"
+_ASK_AFTER_S = 5.0  # of silence
 _GRACE_S = 5.0  # for a process whose connection has ended to end itself
 
 
@@ -40,6 +44,10 @@ class EngineClient:
     def __init__(
         self, config: EngineConfig, *, on_phase: Callable[[int, str], None] | None = None
     ) -> None:
+        self.worker_pids: list[int] = []  # known once it is ready
+        self._config = config
+        self._received: list[Message] = []  # and not handed out yet
+        self._asked_at: float | None = None
         self._processes = ChildProcesses(os.getpid())
         # runs at garbage collection and at the interpreter's exit, whichever comes first
         self._finalizer = weakref.finalize(self, self._processes.release)
@@ -96,23 +104,60 @@ class EngineClient:
         self._connection.send(message)
 
     def receive(self) -> list[Message]:
-        """Sleep until messages come.
+        """Sleep until messages come. An engine that is silent is asked whether it is there.
 
         Raises:
-            RuntimeError: this side has closed the engine.
+            ClosedError: this side has closed the engine.
             ValueError, WorkerError: the engine has failed; nothing of it is left.
         """
         with self._processes.use():
-            try:
-                received = self._connection.receive(wait=True)
-            except EOFError:
-                self._processes.refuse_if_ending()
-                raise self._describe_end() from None
-        last = received[-1]
-        if last["type"] == "error":
-            self._processes.release(_GRACE_S)
-            raise messages.read_error(last)
-        return received
+            while not self._received:
+                try:
+                    self._received = self._receive_or_ask()
+                except EOFError:
+                    self._processes.refuse_if_ending()
+                    raise self._describe_end() from None
+        last = self._received[-1]
+        if last["type"] != "error":
+            received, self._received = self._received, []
+            return received
+        if len(self._received) > 1:  # what came before it is news, too
+            received, self._received = self._received[:-1], [last]
+            return received
+        self._processes.release(_GRACE_S)
+        raise messages.read_error(last)
+
+    def _receive_or_ask(self) -> list[Message]:
+        """What comes before it is time to ask again, but for the answers to that.
+
+        Raises:
+            WorkerError: there has been no answer for too long.
+        """
+        received = self._connection.receive(_ASK_AFTER_S)
+        if received:
+            self._asked_at = None
+        elif self._asked_at is None:
+            self._asked_at = time.monotonic()
+            if self.worker_pids:  # else it starts, and reads nothing yet
+                self.send({"type": "alive"})
+        else:
+            self._refuse_long_silence(time.monotonic() - self._asked_at)
+        return [message for message in received if message["type"] != "alive"]
+
+    def _refuse_long_silence(self, silent_s: float) -> None:
+        # it has deadlines for its workers, and is itself to blame for what exceeds them
+        limit_s = self._config.start_timeout_s + self._config.step_timeout_s
+        if not self.worker_pids:
+            limit_s = math.inf  # loading may take any time, as long as it goes on
+        state = "does not answer"
+        if _is_stopped(self.pid):
+            limit_s, state = self._config.step_timeout_s, "is stopped, as by SIGSTOP"
+        if silent_s > limit_s:
+            self.kill()
+            raise WorkerError(
+                f"the engine's process {state}; it was given {limit_s:g} s, and has been ended",
+                cause="hang",
+            )
 
     def _describe_end(self) -> WorkerError:
         with suppress(subprocess.TimeoutExpired):
@@ -135,3 +180,9 @@ class EngineClient:
     def kill(self) -> None:
         """End the engine at once; its workers notice, and end by themselves."""
         self._processes.release()
+
+
+def _is_stopped(pid: int) -> bool:
+    """Whether a child of ours was stopped by a signal."""
+    stat = Path(f"/proc/{pid}/stat").read_text()
+    return stat.rpartition(")")[2].split()[0] in "Tt"

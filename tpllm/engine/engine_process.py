@@ -59,7 +59,7 @@ def _run(coordinator: Coordinator, compiling: CompilingRequests, connection: Con
         while True:
             if not (coordinator.num_unfinished or coordinator.num_in_flight):
                 coordinator.sleep_until_readable(connection.fileno(), compiling.fileno())
-            for message in connection.receive(wait=False):
+            for message in connection.receive(timeout_s=0):
                 if message["type"] == "shutdown":
                     return
                 _handle(message, coordinator, compiling, connection)
@@ -89,6 +89,8 @@ def _handle(
     elif kind == "abort":
         compiling.abort(message["request_ids"])
         coordinator.abort(message["request_ids"])  # whoever asked for it waits for no news
+    elif kind == "alive":
+        connection.send(message)
     else:
         assert kind == "stats", f"a message of unknown type {kind!r}"
         connection.send(messages.stats(message["number"], coordinator.engine_stats()))

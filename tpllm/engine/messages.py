@@ -5,6 +5,7 @@ To the engine:
                 and what they have in common; of the sampling parameters what is not the default
     abort       request_ids
     stats       number: comes back with the answer
+    alive       asks for the same back, between two steps
     shutdown
 
 From it:
@@ -14,6 +15,7 @@ From it:
                 step
     refused     request_ids, error: those of an `add` could never run, and why
     stats       number, stats: the fields of `EngineStats`
+    alive
     error       error, kind ("setting", "worker" or "value"), details of a `WorkerError`: the engine
                 has failed; the last message
 """

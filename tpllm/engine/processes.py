@@ -22,6 +22,10 @@ from tpllm.interrupts import Interrupts
 Command = tuple[list[str], tuple[int, ...]]  # words, and the descriptors to inherit
 
 
+class ClosedError(RuntimeError):
+    """The engine was closed by its owner."""
+
+
 class Closable(Protocol):
     def close(self) -> None: ...
 
@@ -124,7 +128,8 @@ class ChildProcesses:
         """Keep the descriptors open for the length of a call.
 
         Raises:
-            RuntimeError: nobody may call: the engine is closed, busy, or another process's.
+            ClosedError: the engine is closed.
+            RuntimeError: nobody may call: it is busy, or another process's.
         """
         if os.getpid() != self.owner_pid:
             raise RuntimeError(
@@ -142,7 +147,7 @@ class ChildProcesses:
 
     def refuse_if_ending(self) -> None:
         if self.ending:
-            raise RuntimeError("this engine is closed")
+            raise ClosedError("this engine is closed")
 
     def _close_descriptors(self) -> None:
         if not self._in_use.acquire(blocking=False):
