@@ -21,7 +21,7 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from tpllm.layers.dependent_launch import dependent_launch
-from tpllm.layers.norm import RMSNorm, add_and_norm, rms_norm_reference
+from tpllm.layers.norm import RMSNorm, add_and_norm, rms_norm_reference, row_warps
 from tpllm.parallel.collectives import all_reduce, min_over_ranks
 from tpllm.parallel.group import TPGroup
 from tpllm.parallel.peer_memory import NUM_PLACES, WIDTH_MULTIPLE
@@ -62,8 +62,8 @@ def take(row_ptrs: tl.tensor, mask: tl.tensor) -> tl.tensor:
 @triton.jit
 def _mailbox(
     mailbox_ptrs: tl.tensor,
-    rank: tl.constexpr,
-    sender: tl.constexpr,
+    rank: tl.tensor,
+    sender: tl.tensor,
     place: tl.tensor,
     row: tl.tensor,
     max_rows: tl.tensor,
@@ -104,6 +104,33 @@ def _send_to_all(
 
 
 @triton.jit
+def _look(
+    x: tl.tensor,
+    mask: tl.tensor,
+    cols: tl.tensor,
+    mailbox_ptrs: tl.tensor,
+    place: tl.tensor,
+    row: tl.tensor,
+    max_rows: tl.tensor,
+    E: tl.constexpr,
+    RANK: tl.constexpr,
+    SIZE: tl.constexpr,
+) -> tuple[tl.tensor, tl.tensor]:
+    """The sum of x and of what the mailboxes hold, and how much of it is still empty."""
+    empty = empty_like(x)
+    missing = tl.zeros(x.shape, dtype=tl.int32)
+    total = tl.zeros(x.shape, dtype=tl.float32)
+    for peer in tl.static_range(SIZE):
+        term = x
+        if peer != RANK:
+            box = _mailbox(mailbox_ptrs, RANK, peer, place, row, max_rows, x.dtype, E, SIZE)
+            term = tl.load(box + cols, mask=mask, other=0.0, volatile=True)
+            missing += (term.to(empty.dtype, bitcast=True) == empty).to(tl.int32)
+        total += term.to(tl.float32)
+    return total, tl.max(missing, axis=0)
+
+
+@triton.jit
 def _sum_of_terms(
     x: tl.tensor,
     mask: tl.tensor,
@@ -116,14 +143,19 @@ def _sum_of_terms(
     RANK: tl.constexpr,
     SIZE: tl.constexpr,
 ) -> tl.tensor:
-    """x and what every peer has sent to that row, added in rank order: fp32."""
-    total = tl.zeros(x.shape, dtype=tl.float32)
+    """x and what every peer has sent to that row, added in rank order: fp32.
+
+    All peers' rows are looked for at the same time, as `take` looks for one: each look costs a
+    way to memory and a sum over the program's threads.
+    """
+    empty = empty_like(x)
+    total, num_missing = _look(x, mask, cols, mailbox_ptrs, place, row, max_rows, E, RANK, SIZE)
+    while num_missing != 0:
+        total, num_missing = _look(x, mask, cols, mailbox_ptrs, place, row, max_rows, E, RANK, SIZE)
     for peer in tl.static_range(SIZE):
-        term = x
         if peer != RANK:
             box = _mailbox(mailbox_ptrs, RANK, peer, place, row, max_rows, x.dtype, E, SIZE)
-            term = take(box + cols, mask)
-        total += term.to(tl.float32)
+            tl.store(box + cols, empty.to(x.dtype, bitcast=True), mask=mask)
     return total
 
 
@@ -200,56 +232,63 @@ def _all_reduce_norm_two_shot(
     HAS_RESIDUAL: tl.constexpr,
     RANK: tl.constexpr,
     SIZE: tl.constexpr,
+    ROWS: tl.constexpr,
     PDL: tl.constexpr,
 ) -> None:
-    """One program: groups of SIZE rows, one after the other.
+    """One program: groups of ROWS rows, one after the other; ROWS is 1 or SIZE.
 
-    Of a group each rank adds up one row, and sends it to the others normed. Terms go through the
+    Of SIZE rows each rank adds up one, and sends it to the others normed. Terms go through the
     program's mailbox row, normed rows through the one max_rows / 2 behind it.
     """
     program = tl.program_id(0)
     behind = program + max_rows // 2
     cols = tl.arange(0, BLOCK)
+    mask = cols < E
     dtype = x_ptr.dtype.element_ty
-    weight = tl.load(weight_ptr + cols, mask=cols < E, other=0.0)
+    weight = tl.load(weight_ptr + cols, mask=mask, other=0.0)
     if PDL:
         gdc_wait()
     place, place_behind = tl.load(places_ptr + program), tl.load(places_ptr + behind)
-    first = program * SIZE
+    first = program * ROWS
     while first < num_rows:
-        start = first.to(tl.int64) * E + cols
-        for peer in tl.static_range(SIZE):
-            if peer != RANK:
-                mask = (cols < E) & (first + peer < num_rows)
-                x = tl.load(x_ptr + start + peer * E, mask=mask, other=0.0)
-                box = _mailbox(mailbox_ptrs, peer, RANK, place, program, max_rows, dtype, E, SIZE)
+        for i in tl.static_range(ROWS):
+            row = first + i
+            adder = row % SIZE
+            if (row < num_rows) & (adder != RANK):
+                x = tl.load(x_ptr + row.to(tl.int64) * E + cols, mask=mask, other=0.0)
+                box = _mailbox(mailbox_ptrs, adder, RANK, place, program, max_rows, dtype, E, SIZE)
                 _send(box + cols, x, mask)
-        mask = (cols < E) & (first + RANK < num_rows)
-        ours = start + RANK * E
-        x = tl.load(x_ptr + ours, mask=mask, other=0.0)
-        residual = _load_fp32(residual_ptr + ours, mask, HAS_RESIDUAL)
-        total = _sum_of_terms(x, mask, cols, mailbox_ptrs, place, program, max_rows, E, RANK, SIZE)
-        total, normed = add_and_norm(total, residual, weight, dtype, eps, E)
-        normed = sendable(normed.to(dtype))  # for this rank, too: all have the same bits
-        _send_to_all(
-            normed, mask, cols, mailbox_ptrs, place_behind, behind, max_rows, E, RANK, SIZE
-        )
-        tl.store(residual_ptr + ours, total, mask=mask)
-        tl.store(out_ptr + ours, normed, mask=mask)
-        for peer in tl.static_range(SIZE):
-            if peer != RANK:
-                mask = (cols < E) & (first + peer < num_rows)
+        ours = first if ROWS == 1 else first + RANK
+        if (ours < num_rows) & (ours % SIZE == RANK):
+            offsets = ours.to(tl.int64) * E + cols
+            x = tl.load(x_ptr + offsets, mask=mask, other=0.0)
+            residual = _load_fp32(residual_ptr + offsets, mask, HAS_RESIDUAL)
+            total = _sum_of_terms(
+                x, mask, cols, mailbox_ptrs, place, program, max_rows, E, RANK, SIZE
+            )
+            total, normed = add_and_norm(total, residual, weight, dtype, eps, E)
+            normed = sendable(normed.to(dtype))  # for this rank, too: all have the same bits
+            _send_to_all(
+                normed, mask, cols, mailbox_ptrs, place_behind, behind, max_rows, E, RANK, SIZE
+            )
+            tl.store(residual_ptr + offsets, total, mask=mask)
+            tl.store(out_ptr + offsets, normed, mask=mask)
+        for i in tl.static_range(ROWS):
+            row = first + i
+            adder = row % SIZE
+            if (row < num_rows) & (adder != RANK):
                 box = _mailbox(
-                    mailbox_ptrs, RANK, peer, place_behind, behind, max_rows, dtype, E, SIZE
+                    mailbox_ptrs, RANK, adder, place_behind, behind, max_rows, dtype, E, SIZE
                 )
-                tl.store(out_ptr + start + peer * E, take(box + cols, mask), mask=mask)
+                out_ptrs = out_ptr + row.to(tl.int64) * E + cols
+                tl.store(out_ptrs, take(box + cols, mask), mask=mask)
         # What was taken is empty for all to see before the next rows tell a peer that it may send
         # to the same place again.
         _fence()
         tl.debug_barrier()
         place = (place + 1) % _NUM_PLACES
         place_behind = (place_behind + 1) % _NUM_PLACES
-        first += tl.num_programs(0) * SIZE
+        first += tl.num_programs(0) * ROWS
     tl.store(places_ptr + program, place)
     tl.store(places_ptr + behind, place_behind)
 
@@ -281,11 +320,15 @@ def all_reduce_norm(
     assert x.is_contiguous() and residual.is_contiguous()
     out = torch.empty_like(x)
     block = triton.next_power_of_2(E)
+    sizes = {"E": E, "BLOCK": block, "RANK": tp.rank, "SIZE": tp.size}
     if peers.one_shot_rows >= N:
-        kernel, num_programs, sizes = _all_reduce_norm_one_shot, N, [peers.max_rows]
+        kernel, num_programs, num_rows = _all_reduce_norm_one_shot, N, []
     else:
-        num_programs = min(triton.cdiv(N, tp.size), peers.max_rows // 2)
-        kernel, sizes = _all_reduce_norm_two_shot, [peers.max_rows, N]
+        most = peers.max_rows // 2
+        # a row alone is through sooner; of more than fit at a time several share the ways
+        sizes["ROWS"] = 1 if most >= N else tp.size
+        num_programs = min(triton.cdiv(N, sizes["ROWS"]), most)
+        kernel, num_rows = _all_reduce_norm_two_shot, [N]
     kernel[(num_programs,)](
         x,
         peers.mailbox_ptrs,
@@ -293,14 +336,12 @@ def all_reduce_norm(
         residual,
         weight,
         out,
-        *sizes,
+        peers.max_rows,
+        *num_rows,
         eps,
-        E=E,
-        BLOCK=block,
         HAS_RESIDUAL=has_residual,
-        RANK=tp.rank,
-        SIZE=tp.size,
-        num_warps=min(max(block // 256, 1), 16),
+        num_warps=row_warps(block),
+        **sizes,
         **dependent_launch(x.device),
     )
     return out

@@ -69,6 +69,11 @@ def _rms_norm_kernel(
     tl.store(out_ptr + row * out_stride + cols, normed, mask=mask)
 
 
+def row_warps(block: int) -> int:
+    """Warps for a row: 8 half-precision elements, one 16-byte load, for each thread."""
+    return min(max(block // 256, 1), 16)
+
+
 def rms_norm_triton(
     x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None
 ) -> Tensor:
@@ -95,8 +100,7 @@ def rms_norm_triton(
         E=E,
         BLOCK=block,
         HAS_RESIDUAL=residual is not None,
-        # 8 half-precision elements, one 16-byte load, for each thread.
-        num_warps=min(max(block // 256, 1), 16),
+        num_warps=row_warps(block),
     )
     return out
 

@@ -7,8 +7,8 @@ holds nothing but `EMPTY`, which no row contains. Whoever takes a row leaves `EM
 Each row of a mailbox has two places, used in turn. A rank that runs ahead can so leave a row while
 the one before is still being read, and it cannot get further: to finish that next exchange it needs
 the row that the slower rank sends after it has read and emptied the first place. That holds also
-for two ranks that exchange nothing in the last, incomplete group of a sum in two shots: rank 0
-always has a row of the group, takes a term of everybody and answers everybody.
+for two ranks that exchange nothing in a round of a sum in two shots: whoever adds up a row takes a
+term of everybody and answers everybody.
 
 Source: the flag-free protocol that NVIDIA's TensorRT-LLM calls Lamport-style, after Lamport (1977),
 "Concurrent Reading and Writing", https://doi.org/10.1145/359863.359878

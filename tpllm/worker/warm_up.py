@@ -106,7 +106,7 @@ class Kernels:
         """Sums over the ranks: they know which rank they run on."""
         if not self.has_sums:
             return []
-        return [partial(self.sum, N, residual) for N in (1, 2) for residual in (False, True)]
+        return [partial(self.sum, N, residual) for N in (1, 2, 3) for residual in (False, True)]
 
     def shared(self) -> list[Callable[[], object]]:
         config = self.config
@@ -160,7 +160,7 @@ class Kernels:
         norm(self.new(1, E), self.new(1, E) if has_residual else None)
 
     def sum(self, N: int, has_residual: bool) -> None:
-        """One row in one shot, two rows in two, of mailboxes in which all rows are there."""
+        """One row in one shot, two and three in the two ways of two shots; all rows are there."""
         E, size = self.model.hidden_size, self.tp.size
         rows = self.new(NUM_PLACES, size, 4, E)
         pointers = torch.full((size,), rows.data_ptr(), device=self.device)
