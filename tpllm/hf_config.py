@@ -10,7 +10,7 @@ DTYPES = ("float16", "bfloat16", "float32")
 
 # Far above any model yet, far below what would overflow 32-bit indices or stall on a typing error.
 MAX_SIZES = {
-    "vocab_size": 2**24,
+    "vocab_size": 10**6,  # an id has 20 bits where tokens are put in order
     "hidden_size": 2**20,
     "intermediate_size": 2**22,
     "num_hidden_layers": 2**12,

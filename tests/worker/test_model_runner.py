@@ -4,6 +4,7 @@ bit, and half precision against float32.
 
 from itertools import chain
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -13,11 +14,12 @@ from torch import Tensor
 from tests.reference import shipped_greedy
 from tpllm.channel.step_plan import PlanLimits, StepMasks, StepResult
 from tpllm.checkpoint import resolve_model
+from tpllm.config import EngineConfig
 from tpllm.engine.block_manager import BlockManager
 from tpllm.engine.request import AddRequest, Sequence
 from tpllm.engine.scheduler import Scheduler
 from tpllm.layers.attention import AttentionBatch, KVCache, PrefillBatch, make_backend
-from tpllm.layers.matmul import fast_matmul
+from tpllm.layers.matmul import fast_matmul, plain_matmul
 from tpllm.model_config import ModelConfig
 from tpllm.models.checkpoint_weights import SafetensorsWeights
 from tpllm.models.qwen3 import Qwen3ForCausalLM
@@ -29,6 +31,7 @@ from tpllm.worker.mixed_inputs import part_sizes
 from tpllm.worker.model_runner import ModelRunner
 from tpllm.worker.step_times import StepMarks
 from tpllm.worker.trial_step import largest_step
+from tpllm.worker.worker import Worker
 
 BLOCK_SIZE, NUM_BLOCKS, MAX_SEQS = 256, 40, 20
 
@@ -127,6 +130,30 @@ def test_padded_steps_change_nothing() -> None:
     assert padded_tokens == plain_tokens
     assert len(padded_tokens) == MAX_SEQS
     torch.testing.assert_close(padded_cache, plain_cache, rtol=1e-4, atol=1e-4)
+
+
+def test_decode_steps_of_all_sizes_share_their_inputs() -> None:
+    """Block tables of each size alone would take gigabytes at 4,096 rows of 8,192 blocks."""
+    model, tp, config = shipped_model("cpu", torch.float32)
+    limits = PlanLimits(40, 512, 4, BLOCK_SIZE, config.vocab_size)
+    runner = make_runner(model, tp, limits, static=True)
+    inputs = [runner._inputs_of(size) for size in runner.decode_sizes]
+    assert [len(each.block_tables) for each in inputs] == [1, 2, 4, 8, 16, 24, 32, 40]
+    assert len({each.block_tables.data_ptr() for each in inputs}) == 1
+
+
+def test_the_largest_step_has_positions_of_its_own() -> None:
+    """max_model_len may end inside a block; the trial goes to the block's end."""
+    config = EngineConfig.resolve(device="cpu", max_model_len=300, max_num_seqs=1)
+    limits = PlanLimits.of(config)
+    worker = object.__new__(Worker)
+    worker._config, worker._device, worker._dtype = config, torch.device("cpu"), torch.float32
+    worker._tp, worker._progress = TPGroup.single(worker._device), Mock()
+    model = worker._load_model(make_backend("torch"), plain_matmul)
+    longest = int(largest_step(limits, 0).num_tokens.max())
+    assert longest == limits.max_tokens_per_seq > 300
+    assert isinstance(model, Qwen3ForCausalLM)
+    assert len(model.model.cos_sin) >= longest
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda:0", marks=pytest.mark.gpu)])

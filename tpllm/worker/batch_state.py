@@ -106,6 +106,27 @@ class DecodeInputs:
             sampling=sampling,
         )
 
+    def first(self, rows: Tensor, positions: Tensor) -> "DecodeInputs":
+        """The same buffers for fewer rows, given as to `empty`: steps run one after the other."""
+        S = rows.numel()
+        context_lens = self.context_lens[:S]
+        sampling = SamplingBatch(
+            temperatures=self.sampling.temperatures[:S],
+            seeds=self.sampling.seeds[:S],
+            positions=context_lens,
+            min_positions=self.sampling.min_positions[:S],
+            stop_ids=self.sampling.stop_ids[:S],
+        )
+        return DecodeInputs(
+            rows=rows,
+            positions=positions,
+            input_ids=self.input_ids[:S],
+            slots=self.slots[:S],
+            context_lens=context_lens,
+            block_tables=self.block_tables[:S],
+            sampling=sampling,
+        )
+
 
 def gather_decode_inputs_reference(state: BatchState, inputs: DecodeInputs) -> None:
     """Torch version of `gather_decode_inputs`."""

@@ -79,18 +79,19 @@ def gpu_cache_blocks(
 
 
 def _graph_bytes(shape: CacheShape, runner: ModelRunner, tp: TPGroup) -> int:
-    """Bytes that all graphs will take, from the largest and two more of either kind."""
+    """Bytes that all graphs will take, from the largest of either kind and two more."""
     sizes = runner.graph_sizes
+    largest_two = list(dict.fromkeys([sizes[0], runner.decode_sizes[-1]]))
     more = [*sizes[1:2], sizes[-1]]
     free = [torch.cuda.mem_get_info()[0]]
-    for trial in (sizes[:1], [*sizes[:1], *more]):
+    for trial in (largest_two, [*largest_two, *more]):
         runner.capture_graphs(trial)
         torch.cuda.synchronize()
         free.append(torch.cuda.mem_get_info()[0])
-    largest, all_three = free[0] - free[1], free[0] - free[2]
+    largest, all_of_them = free[0] - free[1], free[0] - free[2]
     runner.use_cache(shape.allocate(1, tp.device))  # drops the graphs
     torch.cuda.empty_cache()
-    each = max(0, all_three - largest) / len(more)
+    each = max(0, all_of_them - largest) / len(more)
     return max(0, largest) + int(each * len(sizes))
 
 

@@ -94,7 +94,7 @@ class ModelRunner:
         self._staging = HostStaging(words, tp.device)
         self.decode_sizes = decode_sizes(limits.max_num_seqs)
         self.mixed_sizes = mixed_sizes(limits.max_num_batched_tokens, limits.max_num_seqs)
-        self._decode_inputs: dict[int, DecodeInputs] = {}
+        self._decode_inputs: dict[int, DecodeInputs] = {}  # by size, views of the largest's
 
     @property
     def graph_sizes(self) -> list[int | MixedSize]:
@@ -185,8 +185,12 @@ class ModelRunner:
         inputs = self._decode_inputs.get(size)
         if inputs is None:
             rows, starts = self._staging.views([size, size])
-            device = self._tp.device
-            inputs = DecodeInputs.empty(rows, starts, self._limits.max_blocks_per_seq, device)
+            largest = self.decode_sizes[-1]
+            if size == largest:
+                max_blocks, device = self._limits.max_blocks_per_seq, self._tp.device
+                inputs = DecodeInputs.empty(rows, starts, max_blocks, device)
+            else:
+                inputs = self._inputs_of(largest).first(rows, starts)
             self._decode_inputs[size] = inputs
         return inputs
 

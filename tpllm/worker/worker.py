@@ -111,7 +111,13 @@ class Worker:
     def _load_model(self, backend: AttentionBackend, matmul: Matmul) -> CausalLM:
         config, model_config = self._config, self._config.model_config
         model: CausalLM = model_class(model_config)(
-            model_config, self._tp, self._dtype, config.max_model_len, backend, matmul
+            model_config,
+            self._tp,
+            self._dtype,
+            # whole blocks: the largest step, run as a trial, is as long as a row's cache
+            PlanLimits.of(config).max_tokens_per_seq,
+            backend,
+            matmul,
         )
         if config.load_format == "dummy":
             model.load(DummyWeights(model_config, self._device, self._dtype))
