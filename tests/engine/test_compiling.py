@@ -32,7 +32,7 @@ def test_what_wakes_the_engine_can_be_taken(monkeypatch) -> None:
         compiling.add([request], StructuredOutputsParams(choice=["a"]))
         assert select.select([compiling.fileno()], [], [], 30)[0]
         # nothing wakes the engine a second time
-        assert compiling.take() == [[request]]
+        assert list(compiling.take()) == [[request]]
     finally:
         compiling._pool.shutdown()
         os.close(compiling.fileno())

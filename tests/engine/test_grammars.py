@@ -204,6 +204,31 @@ def test_what_would_explode_is_refused_in_bounded_time(shipped, what):
     assert time.process_time() - begin < 20
 
 
+def test_a_grammar_that_a_request_has_is_not_compiled_again(shipped, monkeypatch):
+    monkeypatch.setattr(grammars, "_MAX_CACHED", 2)
+    forms = [StructuredOutputsParams(regex=f"ab{i}") for i in range(4)]
+    first, *_ = [shipped.compile(form) for form in forms]
+    assert forms[0] not in shipped._compiled
+    assert shipped.compile(forms[0]) is first
+
+
+def test_a_compiled_grammar_waits_for_its_request_however_many_come_after(shipped, monkeypatch):
+    """Checked between two steps, it would be compiled again there, and hold everyone up."""
+    monkeypatch.setattr(grammars, "_MAX_CACHED", 1)
+    compiling = CompilingRequests(shipped)
+    forms = [StructuredOutputsParams(regex=f"cd{i}") for i in range(3)]
+    for i, form in enumerate(forms):
+        compiling.add([AddRequest(str(i), [1], SamplingParams(structured_outputs=form))], form)
+    compiling._pool.shutdown()
+    monkeypatch.delattr(Grammar, "compile")
+    taken: list[str] = []
+    for (request,) in compiling.take():
+        taken.append(request.request_id)
+        shipped.compile(forms[int(request.request_id)])
+    assert taken == ["0", "1", "2"]
+    os.close(compiling.fileno())
+
+
 def test_requests_wait_for_their_grammars_in_a_thread_and_can_be_aborted_there():
     compiling = CompilingRequests(GRAMMARS)
     forms = [StructuredOutputsParams(regex=regex) for regex in ("a{3}", "(a", "b{3}")]
@@ -211,7 +236,7 @@ def test_requests_wait_for_their_grammars_in_a_thread_and_can_be_aborted_there()
         params = SamplingParams(structured_outputs=form)
         compiling.add([AddRequest(f"{i}{c}", [1], params) for c in "xy"], form)
     compiling.abort(["0x", "2x", "2y", "unknown"])
-    taken = []
+    taken: list[list[AddRequest]] = []
     while compiling._waiting:
         taken += compiling.take()
     assert [[each.request_id for each in requests] for requests in taken] == [["0y"], ["1x", "1y"]]

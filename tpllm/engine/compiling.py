@@ -1,12 +1,12 @@
 """Requests with a grammar, while that is compiled in a thread: no step waits for it."""
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from importlib.util import find_spec
 
-from tpllm.engine.grammars import Grammars
+from tpllm.engine.grammars import Grammar, Grammars
 from tpllm.engine.request import AddRequest
 from tpllm.structured_outputs import StructuredOutputsParams
 
@@ -18,7 +18,7 @@ class CompilingRequests:
         self._grammars = grammars
         self._pool = ThreadPoolExecutor(1, "tpllm-grammars")
         self._done = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-        self._waiting: dict[Future[None], list[AddRequest]] = {}  # in order of arrival
+        self._waiting: dict[Future[Grammar | None], list[AddRequest]] = {}  # in order of arrival
 
     def fileno(self) -> int:
         """Readable when `take` has something to give."""
@@ -37,11 +37,13 @@ class CompilingRequests:
         # and sleep again
         future.add_done_callback(self._wake)
 
-    def _compile(self, form: StructuredOutputsParams) -> None:
-        with suppress(ValueError):  # comes again when the request is checked
-            self._grammars.compile(form)
+    def _compile(self, form: StructuredOutputsParams) -> Grammar | None:
+        try:
+            return self._grammars.compile(form)
+        except ValueError:  # comes again when the request is checked
+            return None
 
-    def _wake(self, future: Future[None]) -> None:
+    def _wake(self, future: Future[Grammar | None]) -> None:
         os.eventfd_write(self._done, 1)
 
     def abort(self, request_ids: Iterable[str]) -> None:
@@ -50,10 +52,10 @@ class CompilingRequests:
         for requests in self._waiting.values():
             requests[:] = [each for each in requests if each.request_id not in ids]
 
-    def take(self) -> list[list[AddRequest]]:
-        """Requests that need not wait any longer."""
+    def take(self) -> Iterator[list[AddRequest]]:
+        """Requests that need not wait any longer: compiled meanwhile, however many came after."""
         with suppress(BlockingIOError):
             os.eventfd_read(self._done)
-        done = [future for future in self._waiting if future.done()]
-        taken = [self._waiting.pop(future) for future in done]
-        return [requests for requests in taken if requests]
+        for future in [each for each in self._waiting if each.done()]:
+            if requests := self._waiting.pop(future):
+                yield requests  # while the future holds their grammar

@@ -12,6 +12,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Collection, Sequence
 from functools import cache
 from typing import TYPE_CHECKING, Any
+from weakref import WeakValueDictionary
 
 import numpy as np
 
@@ -41,6 +42,8 @@ class Grammars:
         self._tokenizer: LLTokenizer | None = None
         # or why it cannot be compiled; the one used last comes last
         self._compiled: OrderedDict[StructuredOutputsParams, Grammar | str] = OrderedDict()
+        # also those that others have displaced there, as long as a request has them
+        self._in_use: WeakValueDictionary[StructuredOutputsParams, Grammar] = WeakValueDictionary()
         self._books = threading.Lock()
 
     @classmethod
@@ -65,9 +68,9 @@ class Grammars:
                 llguidance, or no tokenizer that it reads.
         """
         with self._books:
-            compiled = self._compiled.get(params)
+            compiled = self._compiled.get(params) or self._in_use.get(params)
             if compiled is not None:
-                self._compiled.move_to_end(params)
+                self._keep(params, compiled)
         if compiled is None:
             self.load()
             assert self._tokenizer is not None
@@ -76,12 +79,19 @@ class Grammars:
             except ValueError as error:
                 compiled = f"structured_outputs: {_form(params)} cannot be used: {error}"
             with self._books:
-                self._compiled[params] = compiled
-                if len(self._compiled) > _MAX_CACHED:
-                    self._compiled.popitem(last=False)
+                self._keep(params, compiled)
         if isinstance(compiled, str):
             raise ValueError(compiled)
         return compiled
+
+    def _keep(self, params: StructuredOutputsParams, compiled: "Grammar | str") -> None:
+        """Under the lock."""
+        self._compiled[params] = compiled
+        self._compiled.move_to_end(params)
+        while len(self._compiled) > _MAX_CACHED:
+            self._compiled.popitem(last=False)
+        if isinstance(compiled, Grammar):
+            self._in_use[params] = compiled
 
 
 class Grammar:
