@@ -25,7 +25,7 @@ from tpllm.layers.dependent_launch import dependent_launch
 from tpllm.layers.rotary import QKNormRope
 
 # Joining costs some 0.3 us a part, one after the other. So parts are few, and the more heads there
-# are to fill the GPU anyway, the longer they must be: at least a token for each head of the batch.
+# are to fill the GPU anyway, the longer they must be: at least 2 tokens for each head of the batch.
 _MIN_PART = 128  # tokens
 _MAX_PARTS = 32
 # Eight for each multiprocessor of an H200: 32 contexts of 8k reach 4.3 TB/s so, with two 3.1.
@@ -258,7 +258,7 @@ class PagedDecode:
             block_tables.stride(0),
             block_size,
             max_parts,
-            max(_MIN_PART, S * K),
+            max(_MIN_PART, 2 * S * K),
             scale * 1.4426950408889634,
             *((rope.q_weight, rope.k_weight, rope.cos_sin, rope.eps) if rope else (q, q, q, 0.0)),
             NUM_KV_HEADS=K,
