@@ -10,9 +10,11 @@ import math
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock, Mock
 
 import psutil
 import pytest
@@ -22,9 +24,11 @@ from tests.leaks import is_running, wait_until
 from tests.scripts import running
 from tpllm import SamplingParams, WorkerError
 from tpllm.async_llm import AsyncLLM
+from tpllm.config import EngineConfig
 from tpllm.engine import engine_client
 from tpllm.engine.connection import Connection, Message
 from tpllm.engine.coordinator import MAX_STEPS_IN_FLIGHT
+from tpllm.engine.engine_client import EngineClient
 from tpllm.output_processor import OutputProcessor
 from tpllm.outputs import RequestOutput
 
@@ -99,6 +103,28 @@ def test_a_caller_who_is_slow_holds_nobody_up_and_misses_nothing(make_engine):
             ids = rest[-1].outputs[0].token_ids
             assert ids == list(range(103, 103 + len(ids))) and len(ids) > 900
             assert first.outputs[0].token_ids == ids[: len(first.outputs[0].token_ids)]
+
+    run(check())
+
+
+def test_a_caller_slower_than_a_step_leaves_others_their_turn(make_engine):
+    async def check() -> None:
+        num_turns = 0
+
+        async def others() -> None:
+            nonlocal num_turns
+            while True:
+                await asyncio.sleep(0)
+                num_turns += 1
+
+        async with make_engine(SLOW) as engine:
+            task = asyncio.create_task(others())
+            turns = []
+            async for _ in engine.generate([1, 2, 3], ENDLESS):
+                time.sleep(0.02)  # news come meanwhile
+                turns.append(num_turns)
+            task.cancel()
+            assert len(set(turns)) == len(turns) > 5
 
     run(check())
 
@@ -211,6 +237,30 @@ def test_an_engine_s_process_that_is_stopped_is_told_and_ended(make_engine, monk
     run(check())
 
 
+def test_a_stop_is_measured_from_its_beginning(monkeypatch):
+    """A start may be silent for long: a short stop in the middle is no reason to end it."""
+    monkeypatch.setattr(engine_client, "_ASK_AFTER_S", 1.0)
+    stops = iter(100 * [False] + 3 * [True] + [False] + 4 * [True] + 9 * [False])
+    monkeypatch.setattr(engine_client, "_is_stopped", lambda pid: next(stops))
+    client = object.__new__(EngineClient)
+    client._config = EngineConfig.resolve(device="cpu", step_timeout_s=3, start_timeout_s=5)
+    client._connection, client._processes = Mock(), MagicMock()
+    client._connection.receive.return_value = []
+    client._silent_s = client._stopped_s = 0.0
+    client.worker_pids = []
+    for _ in range(107):
+        assert client._receive_or_ask() == []
+    with pytest.raises(WorkerError, match="is stopped, as by SIGSTOP; it was given 3 s"):
+        client._receive_or_ask()
+    client.worker_pids = [1]
+    client._silent_s = client._stopped_s = 0.0
+    for _ in range(8):
+        assert client._receive_or_ask() == []
+    with pytest.raises(WorkerError, match="does not answer; it was given 8 s"):
+        client._receive_or_ask()
+    client._connection.send.assert_called_once_with({"type": "alive"})
+
+
 def test_a_mistake_of_ours_ends_the_engine_and_is_told(make_engine, monkeypatch):
     def fail(*args: object) -> None:
         raise RuntimeError("a mistake")
@@ -317,6 +367,7 @@ def test_an_engine_that_nobody_holds_is_gone(make_engine, nothing_left):
 PROGRAM = """
 import asyncio, os, signal
 from tpllm import AsyncLLM, SamplingParams
+from tpllm.config import EngineConfig
 from tpllm.engine import engine_client
 from tpllm.engine.connection import Connection, Message
 engine_client.MODULE = "stub_engine"

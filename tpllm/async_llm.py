@@ -227,10 +227,15 @@ class _Stream:
             ValueError: the engine refused the request.
             WorkerError, RuntimeError: nothing more comes.
         """
-        while (output := self._streams.take(self)) is None:
+        while True:
+            # set by the loop alone: who takes longer than a step gives others their turn, too
             await self._has_news.wait()
             self._has_news.clear()
-        return output
+            output = self._streams.take(self)
+            if output is not None:  # else the wake-up came late, for what had been taken
+                if self.error is not None:
+                    self._has_news.set()  # that is next
+                return output
 
 
 class _Streams:
@@ -384,4 +389,7 @@ def _wake_all(streams: list[_Stream]) -> None:
 
 def _again(error: BaseException) -> BaseException:
     """A copy to raise: one exception raised in many tasks would collect their tracebacks."""
-    return copy.copy(error)
+    try:
+        return copy.copy(error)
+    except TypeError:  # its constructor wants something else than it keeps
+        return RuntimeError(f"{type(error).__name__}: {error}")

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,8 @@ class Tokenizer:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        # all prompts of a request have the same
+        self._ids_of_words = lru_cache(maxsize=8)(self._encode_words)
 
     @cached_property
     def _inner(self) -> Any:
@@ -77,6 +79,9 @@ class Tokenizer:
         Raises:
             ValueError: a word spells no token.
         """
+        return self._ids_of_words(tuple(words))
+
+    def _encode_words(self, words: tuple[str, ...]) -> list[list[int]]:
         sequences: list[list[int]] = []
         bare_words = [word.lstrip() for word in words]
         encoded = self.encode_batch(

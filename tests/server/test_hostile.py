@@ -11,8 +11,11 @@ from tests.server.conftest import running_server
 from tests.server.fake_engine import MAX_MODEL_LEN, LetterTokenizer
 from tests.server.test_http import CHAT, HELLO, error_of
 from tpllm.server import guard, prompts
+from tpllm.server.errors import APIError
 
 COMPLETIONS = "/v1/completions"
+CALL = {"type": "function", "function": {"name": "f", "arguments": "{}"}}
+CALLS = {"role": "assistant", "tool_calls": [CALL] * 1000}
 
 
 @pytest.mark.parametrize(
@@ -23,23 +26,22 @@ COMPLETIONS = "/v1/completions"
         (COMPLETIONS, {"bad_words": ["x"] * 1025}, "bad_words=['x', "),
         (COMPLETIONS, {"bad_words": ["x" * 1025]}, "bad_words[0]='xxx"),
         (COMPLETIONS, {"guided_choice": ["x"] * 1025}, "guided_choice=['x', "),
-        (COMPLETIONS, {"stop_token_ids": [1] * (2**20 + 1)}, "stop_token_ids=[1, "),
         (COMPLETIONS, {"stop_token_ids": ["a"] * 10**5}, "stop_token_ids[0]='a' "),
         (COMPLETIONS, {f"field{i}": i for i in range(10**4)}, "an object of 10001 fields"),
         (COMPLETIONS, {"prompt": ["x"] * 16385}, "prompt has 16385 entries"),
         (
             COMPLETIONS,
             {"n": 100, "stop_token_ids": [1] * 2000},
-            "stop_token_ids has 2000 entries, too many for a request of 100 sequences",
+            "stop_token_ids is too long for a request of 100 sequences",
         ),
         (
             COMPLETIONS,
-            {"prompt": ["x"] * 1000, "bad_words": ["x"] * 10},
-            "bad_words has 10 entries, too many for a request of 1000 sequences",
+            {"prompt": ["x"] * 1000, "bad_words": ["words"] * 14},
+            "bad_words is too long for a request of 1000 sequences",
         ),
         (CHAT, {"messages": HELLO["messages"] * 4097}, "messages=[{"),
         (CHAT, {"messages": [{"role": "nobody"}] * 4000}, "messages[0].role='nobody' "),
-        ("/detokenize", {"tokens": [1] * (2**20 + 1)}, "tokens=[1, "),
+        (CHAT, {"messages": [CALLS] * 9}, "messages have more than 8192 parts and calls"),
     ],
 )
 def test_more_than_anyone_needs_is_refused_shortly(
@@ -55,46 +57,59 @@ def test_as_many_as_the_vocabulary_has_may_be_allowed_to_one_sequence(http: http
     assert http.post(COMPLETIONS, json=body).status_code == 200
 
 
-def test_a_text_that_is_far_too_long_is_not_encoded_to_its_end(
+@pytest.mark.parametrize("path", [COMPLETIONS, CHAT, "/tokenize", "/detokenize"])
+def test_a_body_of_very_many_values_is_not_read(http: httpx.Client, path: str) -> None:
+    body = '{"messages": [], "prompt": "x", "metadata": {"a": [' + "[]," * 2**18 + "[]]}}"
+    refused = http.post(path, content=body, headers={"content-type": "application/json"})
+    error = error_of(refused, 413)
+    assert error["code"] == "body_too_large" and "more than 524288 values" in error["message"]
+
+
+@pytest.mark.parametrize("path", [COMPLETIONS, CHAT, "/tokenize"])
+def test_a_text_of_too_many_letters_is_not_encoded(
+    http: httpx.Client, monkeypatch: pytest.MonkeyPatch, path: str
+) -> None:
+    monkeypatch.setattr(prompts, "SHORT", 2**30)  # no thread, which would outlive the test
+    monkeypatch.delattr(LetterTokenizer, "encode_batch")
+    text = "x" * (2 * prompts.PIECE_CHARS)
+    body = {"messages": [{"role": "user", "content": text}]} if path == CHAT else {"prompt": text}
+    error = error_of(http.post(path, json=body), 400)
+    assert error["code"] == "context_length_exceeded"
+    assert f"limit of {MAX_MODEL_LEN} tokens" in error["message"]
+
+
+class Counting(LetterTokenizer):
+    """Notes how many letters are encoded at a time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes: list[int] = []
+
+    def encode_batch(self, texts: list[str], special: bool = True) -> list[list[int]]:
+        self.sizes.append(sum(map(len, texts)))
+        return super().encode_batch(texts, special)
+
+
+def test_a_text_of_too_many_tokens_is_not_encoded_to_its_end(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    seen = 0
-    encode_batch = LetterTokenizer.encode_batch
-
-    def counting(self: LetterTokenizer, texts: list[str], special: bool = True) -> list[list[int]]:
-        nonlocal seen
-        seen += sum(map(len, texts))
-        return encode_batch(self, texts, special)
-
-    monkeypatch.setattr(LetterTokenizer, "encode_batch", counting)
-    text = "x" * (4 * prompts.PIECE_CHARS)
-    chat = {"messages": [{"role": "user", "content": text}]}
-    with running_server() as served, served.http() as http:
-        for path, body in (
-            (COMPLETIONS, {"prompt": text}),
-            ("/tokenize", {"prompt": text}),
-            (CHAT, chat),
-        ):
-            seen = 0
-            error = error_of(http.post(path, json=body), 400)
-            assert error["code"] == "context_length_exceeded"
-            assert f"more than {2 * MAX_MODEL_LEN} tokens" in error["message"]
-            assert seen == prompts.PIECE_CHARS
+    monkeypatch.setattr(prompts, "PIECE_CHARS", 1000)
+    tokenizer = Counting()
+    encoder = prompts.Prompts(tokenizer, 1500)
+    assert encoder._encode(["x" * 1500], True) == [[ord("x")] * 1500]
+    tokenizer.sizes.clear()
+    with pytest.raises(APIError, match="a text of 10000 letters is longer than"):
+        encoder._encode(["x" * 10_000], True)
+    assert tokenizer.sizes == [1000, 1000]
 
 
 def test_many_texts_are_encoded_some_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(prompts, "PIECE_CHARS", 10)
-    sizes: list[int] = []
-
-    class Counting(LetterTokenizer):
-        def encode_batch(self, texts: list[str], special: bool = True) -> list[list[int]]:
-            sizes.append(sum(map(len, texts)))
-            return super().encode_batch(texts, special)
-
+    tokenizer = Counting()
     texts = ["abcdef", "ghi", "jkl", "mnopqrstu", "v", "", "w"]
-    encoded = prompts.Prompts(Counting(), 100)._encode(texts, True)
+    encoded = prompts.Prompts(tokenizer, 100)._encode(texts, True)
     assert encoded == [[ord(letter) for letter in text] for text in texts]
-    assert sum(sizes) == len("".join(texts)) and max(sizes) <= 10 and len(sizes) == 4
+    assert tokenizer.sizes == [9, 3, 10, 1]
 
 
 def test_bodies_that_never_end_hold_no_more_than_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:

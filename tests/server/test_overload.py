@@ -1,10 +1,13 @@
 """A full queue, requests that take too long, an engine that dies, and the quiet end."""
 
 import asyncio
+import json
 import os
 import signal
+import socket
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import TimeoutError as FuturesTimeoutError
 from typing import Any
 
 import httpx
@@ -14,9 +17,10 @@ from openai import APIError, InternalServerError, RateLimitError
 from tests.leaks import wait_until
 from tests.server.conftest import running_server
 from tests.server.fake_engine import FakeEngine
-from tests.server.test_http import CHAT, HELLO, error_of
-from tpllm.server import ServerSettings, serve
+from tests.server.test_http import CHAT, HELLO, error_of, head
+from tpllm.server import ServerSettings, responses, serve
 from tpllm.server.admission import Admission
+from tpllm.server.json_turns import to_json_in_turns
 from tpllm.server.serving import listening_socket
 
 
@@ -149,6 +153,41 @@ def test_a_drain_ends_what_runs_longer_than_its_time() -> None:
             assert error_of(running.result(), 503)["code"] == "shutting_down"
         assert served.exit_code.result(30) == 0
         assert len(served.engine.gone) == 1
+
+
+def test_a_drain_waits_for_an_answer_that_is_being_written(monkeypatch) -> None:
+    written = threading.Event()
+
+    async def slowly(content: object) -> list[bytes]:
+        await asyncio.to_thread(written.wait)
+        return await to_json_in_turns(content)
+
+    monkeypatch.setattr(responses, "to_json_in_turns", slowly)
+    with running_server(drain_timeout_s=60) as served, served.http() as http:
+        with ThreadPoolExecutor(1) as pool:
+            running = pool.submit(http.post, CHAT, json=HELLO)
+            assert wait_until(lambda: len(served.engine.seen) == 1)
+            assert wait_until(lambda: served.engine.num_running == 0)
+            served.call(served.stop.set)
+            assert wait_until(lambda: http.get("/health").status_code == 503)
+            with pytest.raises(FuturesTimeoutError):
+                served.exit_code.result(0.5)
+            written.set()
+            assert running.result().status_code == 200
+        assert served.exit_code.result(30) == 0
+
+
+def test_a_drain_does_not_wait_for_a_client_that_does_not_read() -> None:
+    body = json.dumps({"prompt": "x", "n": 128, "max_tokens": 1900, "logprobs": 5}).encode()
+    with running_server(drain_timeout_s=600, client_timeout_s=600) as served:
+        served.engine.reply, served.engine.letters_per_step = "x" * 1900, 1900
+        with socket.socket() as sock:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            sock.connect(("127.0.0.1", served.port))
+            sock.sendall(head("/v1/completions", len(body)) + body)
+            assert sock.recv(1)  # the answer has begun, and is megabytes long
+            served.call(served.stop.set)
+            assert served.exit_code.result(60) == 0
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

@@ -1,11 +1,9 @@
 """The caller's end of an engine that runs in a process of its own."""
 
-import math
 import os
 import socket
 import subprocess
 import sys
-import time
 import weakref
 from collections.abc import Callable
 from contextlib import suppress
@@ -47,7 +45,8 @@ class EngineClient:
         self.worker_pids: list[int] = []  # known once it is ready
         self._config = config
         self._received: list[Message] = []  # and not handed out yet
-        self._asked_at: float | None = None
+        self._silent_s = 0.0
+        self._stopped_s = 0.0
         self._processes = ChildProcesses(os.getpid())
         # runs at garbage collection and at the interpreter's exit, whichever comes first
         self._finalizer = weakref.finalize(self, self._processes.release)
@@ -130,34 +129,38 @@ class EngineClient:
     def _receive_or_ask(self) -> list[Message]:
         """What comes before it is time to ask again, but for the answers to that.
 
+        Silence is counted in waits, not by the clock: while this process was stopped itself, or the
+        whole machine, nobody could answer.
+
         Raises:
             WorkerError: there has been no answer for too long.
         """
         received = self._connection.receive(_ASK_AFTER_S)
         if received:
-            self._asked_at = None
-        elif self._asked_at is None:
-            self._asked_at = time.monotonic()
-            if self.worker_pids:  # else it starts, and reads nothing yet
-                self.send({"type": "alive"})
-        else:
-            self._refuse_long_silence(time.monotonic() - self._asked_at)
-        return [message for message in received if message["type"] != "alive"]
+            self._silent_s = self._stopped_s = 0.0
+            return [message for message in received if message["type"] != "alive"]
+        if self._silent_s == 0 and self.worker_pids:  # one that starts reads nothing yet
+            self.send({"type": "alive"})
+        self._silent_s += _ASK_AFTER_S
+        self._stopped_s = self._stopped_s + _ASK_AFTER_S if _is_stopped(self.pid) else 0.0
+        self._refuse_long_silence()
+        return []
 
-    def _refuse_long_silence(self, silent_s: float) -> None:
+    def _refuse_long_silence(self) -> None:
         # it has deadlines for its workers, and is itself to blame for what exceeds them
         limit_s = self._config.start_timeout_s + self._config.step_timeout_s
-        if not self.worker_pids:
-            limit_s = math.inf  # loading may take any time, as long as it goes on
-        state = "does not answer"
-        if _is_stopped(self.pid):
+        if self._stopped_s > self._config.step_timeout_s:
             limit_s, state = self._config.step_timeout_s, "is stopped, as by SIGSTOP"
-        if silent_s > limit_s:
-            self.kill()
-            raise WorkerError(
-                f"the engine's process {state}; it was given {limit_s:g} s, and has been ended",
-                cause="hang",
-            )
+        elif self.worker_pids and self._silent_s > limit_s:
+            state = "does not answer"
+        else:  # or it loads, which may take any time
+            return
+        self._processes.refuse_if_ending()
+        self.kill()
+        raise WorkerError(
+            f"the engine's process {state}; it was given {limit_s:g} s, and has been ended",
+            cause="hang",
+        )
 
     def _describe_end(self) -> WorkerError:
         with suppress(subprocess.TimeoutExpired):
@@ -184,5 +187,8 @@ class EngineClient:
 
 def _is_stopped(pid: int) -> bool:
     """Whether a child of ours was stopped by a signal."""
-    stat = Path(f"/proc/{pid}/stat").read_text()
-    return stat.rpartition(")")[2].split()[0] in "Tt"
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:  # somebody has closed the engine meanwhile
+        return False
+    return stat.rpartition(")")[2].split()[0] == "T"

@@ -209,7 +209,7 @@ def _all_reduce_norm_one_shot(
         gdc_launch_dependents()
     residual = _load_fp32(residual_ptr + offsets, mask, HAS_RESIDUAL)
     total = _sum_of_terms(x, mask, cols, mailbox_ptrs, place, row, max_rows, E, RANK, SIZE)
-    # not before all threads have read it: `take` holds a barrier
+    # not before all threads have read it: the sum over them in `_look` holds a barrier
     tl.store(places_ptr + row, (place + 1) % _NUM_PLACES)
     total, normed = add_and_norm(total, residual, weight, dtype, eps, E)
     tl.store(residual_ptr + offsets, total, mask=mask)
@@ -386,7 +386,7 @@ def peer_memory_works(tp: TPGroup) -> bool:
         return False
     generator = torch.Generator(tp.device).manual_seed(tp.rank)
     right = True
-    for num_rows in (peers.one_shot_rows, 1, 3 * peers.max_rows + 1, 3):
+    for num_rows in (peers.one_shot_rows, 1, peers.max_rows // 2, 3 * peers.max_rows + 1, 3):
         partial = torch.empty(num_rows, peers.width, dtype=peers.dtype, device=tp.device)
         partial.normal_(generator=generator)
         partial[:, :8] = -0.0  # what looks like an empty mailbox arrives, too

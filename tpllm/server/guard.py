@@ -18,7 +18,9 @@ logger = logging.getLogger("tpllm.server")
 OPEN_PATHS = frozenset({"/", "/health"})  # the page asks for the key itself; probes have none
 GENERATING_PATHS = frozenset({"/v1/completions", "/v1/chat/completions"})
 COUNTED_PATHS = GENERATING_PATHS | {"/v1/models", "/tokenize", "/detokenize"}
-MAX_HELD_BYTES = 256 * 2**20  # of the bodies of all requests that are here
+MAX_VALUES = 2**19  # of a body: some 0.1 s to read, for which everybody waits
+VALUE_BYTES = 64  # that a value takes in memory, at least
+MAX_HELD_BYTES = 512 * 2**20  # for the bodies of all requests that are here
 
 
 class Guard:
@@ -29,7 +31,7 @@ class Guard:
         self._service = service
         key = service.settings.api_key
         self._key_digest = None if key is None else _digest(key.encode())
-        self._held_bytes = 0  # of bodies, whole or not, of requests without a whole answer
+        self._held_bytes = 0  # for bodies, whole or not, of requests without a whole answer
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -39,17 +41,25 @@ class Guard:
         state = scope.setdefault("state", {})
         state["outcome"] = None
         status = 0
-        num_bytes = 0  # of the body, so far
+        num_bytes = num_values = held = 0  # of the body, so far
 
         async def receive_limited() -> Message:
-            nonlocal num_bytes
+            nonlocal num_bytes, num_values, held
             message = await receive()
-            num_new = len(message.get("body", b""))
-            num_bytes += num_new
-            self._held_bytes += num_new
+            body: bytes = message.get("body", b"")
+            num_bytes += len(body)
+            # each value of JSON comes after one of these; in texts they count in vain, but so
+            # many are no prompt either
+            num_values += body.count(b",") + body.count(b"[") + body.count(b"{")
+            self._held_bytes -= held
+            held = num_bytes + VALUE_BYTES * num_values
+            self._held_bytes += held
             if num_bytes > self._service.settings.max_body_bytes:
                 raise self._too_large()
-            if num_new:
+            if num_values > MAX_VALUES:
+                words = f"the body holds more than {MAX_VALUES} values; send fewer at a time"
+                raise APIError(413, words, code="body_too_large")
+            if body:
                 self._check_held_bytes()
             return message
 
@@ -71,7 +81,7 @@ class Guard:
             state["outcome"] = "error"
             raise
         finally:
-            self._held_bytes -= num_bytes
+            self._held_bytes -= held
             self._tell(scope, status, 1000 * (time.perf_counter() - begin))
 
     def _tell(self, scope: Scope, status: int, ms: float) -> None:

@@ -6,6 +6,8 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
+from pydantic import BaseModel
+
 from tpllm.server.engine import Tokenizer
 from tpllm.server.errors import APIError, from_value_error
 from tpllm.server.protocol import Conversation, Message, ToolCall
@@ -16,6 +18,8 @@ T = TypeVar("T")
 SHORT = 4096
 NUM_THREADS = 4
 PIECE_CHARS = 2**18  # encoding takes half a kilobyte for each, until it is done
+SPLIT_TOKENS = 64  # of a piece, more than where it is not cut out: far more than there can be
+LETTERS_PER_TOKEN = 32  # of a whole text, more than any has that says something
 
 
 class Prompts:
@@ -55,7 +59,7 @@ class Prompts:
         num_chars = 0
         for text in texts:
             if len(text) > PIECE_CHARS:
-                self._refuse_far_too_long(text)
+                self._refuse_too_long(text)
             if num_chars + len(text) > PIECE_CHARS:
                 ids += self._tokenizer.encode_batch(batch, add_special_tokens)
                 batch, num_chars = [], 0
@@ -63,24 +67,28 @@ class Prompts:
             num_chars += len(text)
         return ids + self._tokenizer.encode_batch(batch, add_special_tokens)
 
-    def _refuse_far_too_long(self, text: str) -> None:
-        """Refuse a text of more than twice as many tokens as a prompt may have.
+    def _refuse_too_long(self, text: str) -> None:
+        """Refuse a long text without encoding all of it at once.
 
-        They are counted piece by piece: where a piece ends in the middle of a word, that may be one
-        more, but not twice as many.
+        Its tokens are counted piece by piece. Where a piece ends in the middle of a word, that
+        makes a few more.
         """
-        limit = 2 * self._max_model_len
+        limit = self._max_model_len
         num_tokens = 0
-        for begin in range(0, len(text), PIECE_CHARS):
+        too_long = len(text) > LETTERS_PER_TOKEN * limit
+        for number, begin in enumerate(range(0, len(text), PIECE_CHARS), 1):
+            if too_long:
+                break
             piece = text[begin : begin + PIECE_CHARS]
             num_tokens += len(self._tokenizer.encode_batch([piece], False)[0])
-            if num_tokens > limit:
-                raise APIError(
-                    400,
-                    f"a text has more than {limit} tokens, twice this model's limit of "
-                    f"{self._max_model_len} (max_model_len); shorten it",
-                    code="context_length_exceeded",
-                )
+            too_long = num_tokens > limit + SPLIT_TOKENS * number
+        if too_long:
+            raise APIError(
+                400,
+                f"a text of {len(text)} letters is longer than this model's limit of {limit} "
+                "tokens (max_model_len); shorten it",
+                code="context_length_exceeded",
+            )
 
     async def render(self, body: Conversation) -> tuple[str, list[int]]:
         """A conversation as the chat template writes it, and its token ids.
@@ -88,10 +96,6 @@ class Prompts:
         Raises:
             APIError: 400: the template does not take it.
         """
-        messages = [_plain(i, message) for i, message in enumerate(body.messages)]
-        tools = (
-            None if body.tools is None else [t.model_dump(exclude_unset=True) for t in body.tools]
-        )
         options = dict(body.chat_template_kwargs or {})
         if body.enable_thinking is not None:
             options["enable_thinking"] = body.enable_thinking
@@ -106,9 +110,11 @@ class Prompts:
             )
 
         def render() -> tuple[str, list[int]]:
+            messages = [_plain(i, message) for i, message in enumerate(body.messages)]
+            tools = body.tools
             text = self._tokenizer.render_chat(
                 messages,
-                tools=tools,
+                tools=None if tools is None else [t.model_dump(exclude_unset=True) for t in tools],
                 add_generation_prompt=begins,
                 continue_final_message=goes_on,
                 chat_template_kwargs=options,
@@ -116,8 +122,7 @@ class Prompts:
             # the template spells out every special token
             return text, self._encode([text], False)[0]
 
-        texts = (*messages, *(tools or ()), options)
-        return await self._run(sum(len(str(each)) for each in texts), render)
+        return await self._run(_size(body), render)
 
     async def decode(self, ids: list[int]) -> str:
         """The text of `ids`, special tokens included."""
@@ -135,6 +140,23 @@ class Prompts:
             return await loop.run_in_executor(self._threads, function, *args)
         except ValueError as error:
             raise from_value_error(error) from None
+
+
+def _size(body: Conversation) -> int:
+    """Letters of a conversation, roughly, or where they end to be few."""
+    size = 0
+    rest: list[object] = [body.messages, body.tools, body.chat_template_kwargs]
+    while rest and size < SHORT:
+        value = rest.pop()
+        if isinstance(value, BaseModel):
+            rest += vars(value).values()
+        elif isinstance(value, str):
+            size += len(value)
+        elif isinstance(value, list | dict):
+            size += 8 * len(value)
+            if size < SHORT:
+                rest += value if isinstance(value, list) else value.values()
+    return size
 
 
 def _plain(index: int, message: Message) -> dict[str, Any]:

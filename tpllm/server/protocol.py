@@ -25,13 +25,13 @@ T = TypeVar("T")
 MAX_FIELDS = 100  # of one object, known or not
 MAX_PROMPTS = 16384
 MAX_MESSAGES = 4096
+MAX_PARTS = 8192  # of all messages: themselves, their parts and calls
 MAX_ENTRIES = 1024  # of other lists of objects or texts
 MAX_STOPS = 64
 MAX_TEXT_CHARS = 1024  # of a stop string or a bad word
-MAX_IDS = 2**20
 
 Entries = Annotated[list[T], Field(max_length=MAX_ENTRIES, fail_fast=True)]
-Ids = Annotated[list[int], Field(max_length=MAX_IDS, fail_fast=True)]
+Ids = Annotated[list[int], Field(fail_fast=True)]
 ShortText = Annotated[str, Field(max_length=MAX_TEXT_CHARS)]
 
 
@@ -114,7 +114,7 @@ class Generation(Structured, WithoutEffect):
     frequency_penalty: float | None = None
     seed: int | None = None
     stop: Stops | None = None
-    logit_bias: Annotated[dict[str, float], Field(max_length=MAX_IDS)] | None = None
+    logit_bias: dict[str, float] | None = None
     max_tokens: int | None = None
     # vLLM's additions
     top_k: int | None = None
@@ -208,7 +208,25 @@ class Message(Body):
     function_call: None = None
 
 
-Messages = Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
+def _check_messages(value: Any) -> Any:
+    if isinstance(value, list) and len(value) <= MAX_MESSAGES:
+        lists = [
+            each
+            for message in value
+            if isinstance(message, dict)
+            for each in message.values()
+            if isinstance(each, list)
+        ]
+        if len(value) + sum(map(len, lists)) > MAX_PARTS:
+            raise ValueError(f"messages have more than {MAX_PARTS} parts and calls; send fewer")
+    return value
+
+
+Messages = Annotated[
+    list[Message],
+    Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True),
+    BeforeValidator(_check_messages),
+]
 
 
 class Function(Body):

@@ -37,9 +37,9 @@ SAME_NAME = (
 )
 
 
-# Lists that the engine reads for each sequence, and what an entry takes there.
-ENGINE_LISTS = {"stop_token_ids": 1, "logit_bias": 1, "allowed_token_ids": 1, "bad_words": 16}
-MAX_ENGINE_ENTRIES = 2**17  # of a request, over its sequences: some 0.1 s between two steps
+# Token ids in lists that the engine reads for each sequence, over those of a request: some 0.1 s
+# between two steps. Of a bad word there may be two for each letter.
+MAX_LISTED_IDS = 2**17
 
 
 class Sampling:
@@ -120,15 +120,17 @@ class Sampling:
 
     def _check_lists(self, body: Generation, num_prompts: int) -> None:
         num_seqs = num_prompts * (body.n or 1)
-        entries = {
-            name: size * len(getattr(body, name) or ()) for name, size in ENGINE_LISTS.items()
+        num_ids = {
+            name: len(getattr(body, name) or ())
+            for name in ("stop_token_ids", "logit_bias", "allowed_token_ids")
         }
-        if num_seqs * sum(entries.values()) > MAX_ENGINE_ENTRIES:
-            longest = max(entries, key=entries.__getitem__)
+        num_ids["bad_words"] = 2 * sum(map(len, body.bad_words or ()))
+        if num_seqs * sum(num_ids.values()) > MAX_LISTED_IDS:
+            longest = max(num_ids, key=num_ids.__getitem__)
             raise APIError(
                 400,
-                f"{longest} has {len(getattr(body, longest))} entries, too many for a request of "
-                f"{num_seqs} sequences, prompts times n; shorten it, or send fewer at a time",
+                f"{longest} is too long for a request of {num_seqs} sequences, prompts times n; "
+                "shorten it, or send fewer at a time",
                 param=longest,
             )
 

@@ -169,9 +169,16 @@ class _Serving:
             if self._killed_by is not None:
                 self._server.force_exit = True
             await server
+            await self._abort_connections()
         if self._killed_by is not None:
             return 128 + self._killed_by
         return 0 if self._service.engine.dead_error is None else 1
+
+    async def _abort_connections(self) -> None:
+        """Of clients that take nothing in: uvicorn has closed them, which waits until they do."""
+        for connection in list(self._server.server_state.connections):
+            connection.transport.abort()
+        await asyncio.sleep(0)  # for the sockets to be closed
 
     async def _started(self, server: "asyncio.Future[None]") -> None:
         while not self._server.started:
@@ -200,7 +207,7 @@ class _Serving:
                 # each running request hears of it from the engine
                 deadline = asyncio.get_running_loop().time() + LAST_WORDS_S
                 while (
-                    self._service.admission.num_seqs
+                    self._service.admission.num_requests
                     and asyncio.get_running_loop().time() < deadline
                 ):
                     await asyncio.sleep(0.02)
@@ -214,8 +221,8 @@ class _Serving:
         """Let what runs end, unless a second signal comes."""
         admission, settings = self._service.admission, self._service.settings
         logger.info(
-            "draining: %d sequences have %g s to end; a second signal ends them now",
-            admission.num_seqs,
+            "draining: %d requests have %g s to end; a second signal ends them now",
+            admission.num_requests,
             settings.drain_timeout_s,
         )
         drained = asyncio.ensure_future(admission.drain(settings.drain_timeout_s))
@@ -223,7 +230,7 @@ class _Serving:
             while not drained.done() and self._killed_by is None:
                 await asyncio.wait({drained}, timeout=0.05)
             if self._killed_by is None and not drained.result():
-                logger.warning("%d sequences have not ended in time", admission.num_seqs)
+                logger.warning("%d requests have not ended in time", admission.num_requests)
         finally:
             drained.cancel()
 
