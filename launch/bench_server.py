@@ -139,10 +139,16 @@ def main() -> None:
             "max_model_len": args.input_len + max(args.output_len, args.stream_len),
         }
         result: dict[str, Any] = {"arguments": vars(args), "offline": offline(settings, args)}
+        speed = result["offline"]["output_tokens_per_s"]
+        print(
+            f"{args.streams} requests at once, {args.input_len} tokens in, {args.stream_len} out:"
+        )
+        print(f"  offline {speed:.0f} output tokens/s", end="", flush=True)
         length = ["--input-len", str(args.input_len)]
         with Server(settings, Path(folder) / "log") as server:
             result["streams"] = server.load(args.streams, args.stream_len, *length)
-            result["curve"] = [
+            print(f", server {result['streams']['output_tokens_per_s']:.0f}")
+            result["curve"] = print_curve(
                 server.load(
                     max(4, int(float(rate) * args.seconds)),
                     args.output_len,
@@ -151,12 +157,7 @@ def main() -> None:
                     rate,
                 )
                 for rate in args.rates
-            ]
-    offline_speed = result["offline"]["output_tokens_per_s"]
-    speed = result["streams"]["output_tokens_per_s"]
-    print(f"{args.streams} requests at once, {args.input_len} tokens in, {args.stream_len} out:")
-    print(f"  offline {offline_speed:.0f} output tokens/s, server {speed:.0f}")
-    print_curve([result["streams"], *result["curve"]])
+            )
     print(json.dumps(result))
 
 

@@ -1,6 +1,6 @@
 """Report: a run's records as figures, tables and JSON."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -111,14 +111,15 @@ def print_run(title: str, figures: Mapping[str, Any]) -> None:
         print("  this client was busy almost all the time: these latencies are partly its own")
 
 
-def print_curve(runs: Sequence[Mapping[str, Any]]) -> None:
-    """One row for each run."""
+def print_curve(runs: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One row for each run, as soon as it is there; returns them."""
     heads = ["rate", "streams", "req/s", "out tok/s"]
     heads += [f"{name} {p}" for name in ("ttft", "itl", "e2el") for p in ("p50", "p99")]
-    if "goodput_requests_per_s" in runs[0]:
-        heads.append("good/s")
-    print("\n" + "".join(f"{head:>11}" for head in heads))
+    printed: list[dict[str, Any]] = []
     for run in runs:
+        if not printed:
+            heads += ["good/s"] * ("goodput_requests_per_s" in run)
+            print("\n" + "".join(f"{head:>11}" for head in heads))
         cells = [run["request_rate"], run["max_concurrency"] or "any"]
         cells += [run["requests_per_s"], run["output_tokens_per_s"]]
         for name in ("ttft", "itl", "e2el"):
@@ -126,7 +127,9 @@ def print_curve(runs: Sequence[Mapping[str, Any]]) -> None:
             cells += [values.get("p50", "-"), values.get("p99", "-")]
         if "goodput_requests_per_s" in run:
             cells.append(run["goodput_requests_per_s"])
-        print("".join(f"{_cell(cell):>11}" for cell in cells))
+        print("".join(f"{_cell(cell):>11}" for cell in cells), flush=True)
+        printed.append(run)
+    return printed
 
 
 def _seconds(name: str, records: Sequence[Record]) -> list[float]:
