@@ -26,7 +26,7 @@ the file ([command line](cli.md)).
 TITLES = {
     "Settings": (
         "Engine",
-        "Keywords of `LLM` and `AsyncLLM`; flags of every command with an engine.",
+        "Keywords of `LLM` and `AsyncLLM`; flags of the commands with an engine.",
     ),
     "ServerSettings": ("Server", "Keywords of `tpllm.server`; flags of `tpllm serve`."),
 }
@@ -34,9 +34,9 @@ SAMPLING = """\
 
 ## Sampling
 
-Keywords of `SamplingParams`; flags of `tpllm generate` and `tpllm chat`, which have defaults of
-their own for temperature and max_tokens. A request's own, so neither in the environment nor in a
-file.
+Keywords of `SamplingParams`; flags of `tpllm generate`, most of them of `tpllm chat`, which have
+defaults of their own for temperature and max_tokens. A request's own, so neither in the environment
+nor in a file.
 """
 
 

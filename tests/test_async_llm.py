@@ -151,6 +151,17 @@ def test_what_cannot_run_is_refused_at_the_first_iteration(engine, prompt, param
     run(until_idle(engine))
 
 
+def test_the_limit_is_what_the_cache_holds_where_that_is_less():
+    async def check() -> None:
+        async with AsyncLLM(device="cpu", num_kv_blocks=8, kv_block_size=16) as engine:
+            assert engine.config.max_model_len == 7 * 16
+            assert (await outputs_of(engine, [1] * 111))[-1].finished
+            with pytest.raises(ValueError, match="the prompt has 112 tokens"):
+                await outputs_of(engine, [1] * 112)
+
+    run(check())
+
+
 def test_without_sampling_parameters_the_checkpoint_s_are_taken(engine):
     assert engine.get_default_sampling_params() == SamplingParams(max_tokens=128)
     last = run(outputs_of(engine, PSALM, None))[-1]

@@ -220,7 +220,12 @@ def test_without_sampling_parameters_the_checkpoint_s_are_taken(llm: LLM) -> Non
         (
             "hi",
             SamplingParams(min_tokens=1, stop_token_ids=[3, 4], allowed_token_ids=[4]),
-            "min_tokens=1 holds back every token of allowed_token_ids",
+            r"allowed_token_ids=\[4\] has nothing that can be drawn beside min_tokens=1;",
+        ),
+        (
+            "hi",
+            SamplingParams(allowed_token_ids=[440], bad_words=["will"]),
+            r"allowed_token_ids=\[440\] has nothing that can be drawn beside bad_words;",
         ),
         ("hi", SamplingParams(bad_words=[" "]), "bad_words holds ' ', which spells no token"),
     ],

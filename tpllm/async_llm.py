@@ -9,6 +9,7 @@ import weakref
 from collections.abc import AsyncGenerator, Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractAsyncContextManager, suppress
+from dataclasses import replace
 from itertools import count
 from typing import Self, Unpack
 
@@ -73,6 +74,8 @@ class AsyncLLM(AbstractAsyncContextManager["AsyncLLM"]):
                 client.kill()
             self._encoder.shutdown(wait=False)
             raise
+        # what the cache holds may be less than the model's limit
+        self.config = replace(self.config, max_model_len=client.max_total_tokens)
         self._client = client
         self._streams = _Streams(client, OutputProcessor(self._tokenizer))
         self._streams.start()
@@ -189,7 +192,7 @@ class AsyncLLM(AbstractAsyncContextManager["AsyncLLM"]):
         return (await self._tokenize(self.get_tokenizer().encode_batch, [text]))[0]
 
     async def _bad_word_ids(self, params: SamplingParams) -> list[list[int]]:
-        """None without a tokenizer: the processor refuses the words then."""
+        """An empty list without a tokenizer: the processor refuses the words then."""
         if not params.bad_words or self._tokenizer is None:
             return []
         return await self._tokenize(self._tokenizer.bad_word_ids, list(params.bad_words))

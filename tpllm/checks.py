@@ -79,3 +79,9 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ValueError(f"{path} must hold a JSON object, not a {type(content).__name__}")
     return content
+
+
+def short(value: object) -> str:
+    """A value in a message: never the whole of a long one."""
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."

@@ -73,7 +73,7 @@ def refuse_unknown_settings(owner: str, given: Iterable[str], known: Iterable[st
 
 
 class SettingError(ValueError):
-    """A setting that only the worker could prove wrong, by looking at its device.
+    """A setting that only a look at the host or the device could prove wrong.
 
-    It reaches the caller as this error, without the worker's traceback.
+    From a worker it reaches the caller as this error, without the worker's traceback.
     """

@@ -271,7 +271,7 @@ class LLM(AbstractContextManager["LLM"]):
         )
 
     def _bad_word_ids(self, params: SamplingParams) -> list[list[int]]:
-        """None without a tokenizer: the processor refuses the words then."""
+        """An empty list without a tokenizer: the processor refuses the words then."""
         return self._tokenizer.bad_word_ids(params.bad_words) if self._tokenizer else []
 
     @contextmanager

@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from numbers import Integral
 from typing import Any
 
+from tpllm.checks import short
 from tpllm.sampling_params import SamplingParams
 
 Prompt = str | Sequence[int] | Mapping[str, Any]
@@ -21,7 +22,7 @@ def as_list(prompts: Prompt | Sequence[Prompt]) -> list[str | list[int]]:
         return [_text_or_ids(0, prompts)]
     items = _plain_list(prompts)
     if items is None:
-        raise ValueError(f"prompts={_short(prompts)} must be {_FORMS}, or a list of these")
+        raise ValueError(f"prompts={short(prompts)} must be {_FORMS}, or a list of these")
     if items and isinstance(items[0], Integral):
         return [_text_or_ids(0, items)]
     return [_text_or_ids(i, item) for i, item in enumerate(items)]
@@ -43,7 +44,7 @@ def one_for_each(
         return [params] * num_prompts
     each = _plain_list(params)
     if each is None:
-        raise ValueError(f"sampling_params={_short(params)} must be SamplingParams, or a list")
+        raise ValueError(f"sampling_params={short(params)} must be SamplingParams, or a list")
     if len(each) != num_prompts:
         raise ValueError(
             f"sampling_params is a list of {len(each)} for {num_prompts} prompts; "
@@ -51,7 +52,7 @@ def one_for_each(
         )
     for item in each:
         if not isinstance(item, SamplingParams):
-            raise ValueError(f"sampling_params holds {_short(item)}; give SamplingParams objects")
+            raise ValueError(f"sampling_params holds {short(item)}; give SamplingParams objects")
     return each
 
 
@@ -60,21 +61,21 @@ def _text_or_ids(index: int, prompt: Any) -> str | list[int]:
         if "prompt_token_ids" in prompt:
             prompt = prompt["prompt_token_ids"]
             if isinstance(prompt, str):
-                raise ValueError(f"prompt {index}: prompt_token_ids={_short(prompt)} is a text")
+                raise ValueError(f"prompt {index}: prompt_token_ids={short(prompt)} is a text")
         elif isinstance(prompt.get("prompt"), str):
             prompt = prompt["prompt"]
         else:
-            raise ValueError(f"prompt {index} is {_short(prompt)}; give {_FORMS}")
+            raise ValueError(f"prompt {index} is {short(prompt)}; give {_FORMS}")
     if isinstance(prompt, str):
         return prompt
     ids = _plain_list(prompt)
     if ids is None:
-        raise ValueError(f"prompt {index} is {_short(prompt)}; give {_FORMS}")
+        raise ValueError(f"prompt {index} is {short(prompt)}; give {_FORMS}")
     if set(map(type, ids)) <= {int}:
         return ids  # as most are: to ask each what it is takes 100 ms for 140,000
     for token_id in ids:
         if isinstance(token_id, bool) or not isinstance(token_id, Integral):
-            raise ValueError(f"prompt {index} holds {_short(token_id)}, which is not a token id")
+            raise ValueError(f"prompt {index} holds {short(token_id)}, which is not a token id")
     return [int(token_id) for token_id in ids]
 
 
@@ -86,8 +87,3 @@ def _plain_list(value: Any) -> list[Any] | None:
     if isinstance(value, str | bytes | bytearray) or not isinstance(value, Sequence):
         return None
     return list(value)
-
-
-def _short(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."

@@ -69,7 +69,7 @@ class SamplingParams:
         detokenize: whether to turn token ids into text
         skip_special_tokens: leave special tokens out of the text
         spaces_between_special_tokens: put spaces between special tokens in the text
-        include_stop_str_in_output: leave the `stop` text that ended the request in its output
+        include_stop_str_in_output: keep the `stop` text that ended the request in its output
         output_kind: what each output of a streamed request holds
         structured_outputs: the form that the answer must have, such as a JSON schema; end tokens
             can be drawn only where the form is complete. Where nothing else can follow, one ends

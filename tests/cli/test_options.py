@@ -79,6 +79,10 @@ def test_a_flag_gives_a_value_of_the_type_of_its_field(words, value):
     assert parsed(*words.split()) == {words.split()[0][2:].replace("no-", ""): value}
 
 
+def test_a_text_that_may_be_none_is_none_where_that_is_typed():
+    assert parsed("--tokenizer", "None", settings=Settings) == {"tokenizer": None}
+
+
 def test_what_is_not_given_is_absent():
     assert parsed() == {}
 

@@ -37,6 +37,10 @@ def test_a_flag_goes_before_the_environment_and_that_before_the_file(tmp_path):
     assert collect(Settings, {}, None, {}).values == {}
 
 
+def test_a_variable_of_the_library_is_no_setting():
+    assert collect(Settings, {}, None, {"TPLLM_CRASH_DIR": "/somewhere"}).values == {}
+
+
 def test_the_environment_can_name_the_file_and_a_flag_another(tmp_path):
     path = write(tmp_path, "seed: 5")
     environment = {"TPLLM_CONFIG": str(path)}

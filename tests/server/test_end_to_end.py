@@ -216,7 +216,7 @@ def test_a_client_that_hangs_up_leaves_the_engine_idle(server: Server) -> None:
         assert found is not None
         return float(found[1])
 
-    body = {"messages": QUESTION, "stream": True, "ignore_eos": True, "max_tokens": 3000}
+    body = {"messages": QUESTION, "stream": True, "ignore_eos": True, "max_tokens": 1200}
     with server.http() as http:
         with http.stream("POST", "/v1/chat/completions", json=body) as response:
             lines = response.iter_lines()

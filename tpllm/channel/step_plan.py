@@ -7,8 +7,7 @@ first; their input id is the row's last token, which never left the GPU. Prefill
 their token ids.
 
 A record is a header of int64 words, then flat int32 arrays; it needs nothing but itself to be
-understood, so a relay may carry its bytes to another host. All arrays of a decoded plan are views
-of the received bytes.
+understood. All arrays of a decoded plan are views of the received bytes.
 """
 
 from dataclasses import dataclass

@@ -84,7 +84,7 @@ class Option:
         Raises:
             ValueError: it stands for none; the message says what was expected.
         """
-        if self.can_be_none and text.lower() == "none" and self.kind is not str:
+        if self.can_be_none and text.lower() == "none":
             return None
         if self.kind is dict:
             return dict(_parse_pair(item) for item in text.split(","))

@@ -18,6 +18,7 @@ from tpllm.settings import Settings
 # Whatever command runs, the environment and a file may hold the settings of all of them.
 SETTINGS_CLASSES: tuple[type, ...] = (Settings, ServerSettings)
 CONFIG_VARIABLE = PREFIX + "CONFIG"
+CRASH_DIR_VARIABLE = "TPLLM_CRASH_DIR"  # of the library: see tpllm/engine/crash_report.py
 
 
 @dataclass(frozen=True)
@@ -118,6 +119,6 @@ def _known_names() -> list[str]:
 
 
 def _refuse_unknown_variables(environment: Mapping[str, str]) -> None:
-    ours = [name for name in environment if name.startswith(PREFIX) and name != CONFIG_VARIABLE]
+    ours = [name for name in environment if name.startswith(PREFIX)]
     known = [PREFIX + name.upper() for name in _known_names()]
-    refuse_unknown_settings("the environment", ours, [*known, CONFIG_VARIABLE])
+    refuse_unknown_settings("the environment", ours, [*known, CONFIG_VARIABLE, CRASH_DIR_VARIABLE])

@@ -5,7 +5,7 @@ so it runs inside the caller's process offline and in a process of its own under
 """
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -18,6 +18,7 @@ from tpllm.channel.step_plan import (
     PlanLimits,
     StepResult,
 )
+from tpllm.checks import short
 from tpllm.config import EngineConfig
 from tpllm.engine.block_manager import BlockManager
 from tpllm.engine.grammars import Grammars
@@ -167,17 +168,26 @@ class Coordinator:
                 f"than the {self.max_total_tokens} tokens that a sequence may have; lower it, or "
                 "raise max_model_len and num_kv_blocks"
             )
-        if params.min_tokens > 0 and params.allowed_token_ids is not None:
-            ends = set(params.stop_token_ids)
-            if not params.ignore_eos:
-                ends.update(config.model_config.eos_token_ids)
-            if ends.issuperset(params.allowed_token_ids):
-                raise ValueError(
-                    f"min_tokens={params.min_tokens} holds back every token of allowed_token_ids; "
-                    "allow one that is no end token, or leave min_tokens out"
-                )
+        if params.allowed_token_ids is not None:
+            self._refuse_if_none_is_left(request, params.allowed_token_ids)
         if params.structured_outputs is not None:
             self._grammars.compile(params.structured_outputs)
+
+    def _refuse_if_none_is_left(self, request: AddRequest, allowed: Collection[int]) -> None:
+        """Whether other settings leave an allowed token to begin with."""
+        params = request.sampling_params
+        held_back = {word[0] for word in request.bad_word_ids if len(word) == 1}
+        names = ["bad_words"] if held_back else []
+        if params.min_tokens > 0:
+            names.append(f"min_tokens={params.min_tokens}")
+            held_back.update(params.stop_token_ids)
+            if not params.ignore_eos:
+                held_back.update(self.config.model_config.eos_token_ids)
+        if held_back.issuperset(allowed):
+            raise ValueError(
+                f"allowed_token_ids={short(list(allowed))} has nothing that can be drawn beside "
+                f"{' and '.join(names)}; allow another token, or leave one of these out"
+            )
 
     def add(self, requests: list[AddRequest]) -> None:
         """Queue requests that `check` has let pass; later calls of `step` bring their tokens."""

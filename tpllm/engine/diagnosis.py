@@ -142,6 +142,11 @@ def _await_answers(pids: Sequence[int], fds: Sequence[int]) -> None:
         time.sleep(_POLL_S)
 
 
+def is_stopped(pid: int) -> bool:
+    """Whether a signal has stopped a process; not one that a debugger holds for a moment."""
+    return _stat(pid)[0] == "T"
+
+
 def _state(pid: int) -> str:
     letter, _ = _stat(pid)
     return _ENDED if letter in "ZX" else _STATES.get(letter, f"in state {letter}")

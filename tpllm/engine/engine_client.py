@@ -7,12 +7,12 @@ import sys
 import weakref
 from collections.abc import Callable
 from contextlib import suppress
-from pathlib import Path
 
 from tpllm.child_process import write_spec
 from tpllm.config import EngineConfig
 from tpllm.engine import messages
 from tpllm.engine.connection import Connection, Message
+from tpllm.engine.diagnosis import is_stopped
 from tpllm.engine.launcher import CLOSE_TIMEOUT_S
 from tpllm.engine.processes import (
     ChildProcesses,
@@ -53,18 +53,19 @@ class EngineClient:
         try:
             with Interrupts():  # what has been made, but not yet noted, could not be given back
                 self._start(config)
-            self.worker_pids = self._wait_until_ready(on_phase)
+            ready = self._wait_until_ready(on_phase)
+            self.worker_pids = ready["worker_pids"]
+            self.max_total_tokens: int = ready["max_total_tokens"]
         except BaseException:
             self._processes.release()
             raise
 
-    def _wait_until_ready(self, on_phase: Callable[[int, str], None] | None) -> list[int]:
-        """The workers' process ids, once there are all; `on_phase` hears how they get there."""
+    def _wait_until_ready(self, on_phase: Callable[[int, str], None] | None) -> Message:
+        """The engine's word that it can work; `on_phase` hears how its workers get there."""
         while True:
             for message in self.receive():
                 if message["type"] == "ready":
-                    worker_pids: list[int] = message["worker_pids"]
-                    return worker_pids
+                    return message
                 if on_phase:
                     on_phase(message["rank"], message["phase"])
 
@@ -142,7 +143,7 @@ class EngineClient:
         if self._silent_s == 0 and self.worker_pids:  # one that starts reads nothing yet
             self.send({"type": "alive"})
         self._silent_s += _ASK_AFTER_S
-        self._stopped_s = self._stopped_s + _ASK_AFTER_S if _is_stopped(self.pid) else 0.0
+        self._stopped_s = self._stopped_s + _ASK_AFTER_S if is_stopped(self.pid) else 0.0
         self._refuse_long_silence()
         return []
 
@@ -183,12 +184,3 @@ class EngineClient:
     def kill(self) -> None:
         """End the engine at once; its workers notice, and end by themselves."""
         self._processes.release()
-
-
-def _is_stopped(pid: int) -> bool:
-    """Whether a child of ours was stopped by a signal."""
-    try:
-        stat = Path(f"/proc/{pid}/stat").read_text()
-    except OSError:  # somebody has closed the engine meanwhile
-        return False
-    return stat.rpartition(")")[2].split()[0] == "T"

@@ -55,7 +55,7 @@ def _tell_phase(connection: Connection, rank: int, phase: str) -> None:
 
 def _run(coordinator: Coordinator, compiling: CompilingRequests, connection: Connection) -> None:
     try:
-        connection.send({"type": "ready", "worker_pids": coordinator.worker_pids})
+        connection.send(messages.ready(coordinator.worker_pids, coordinator.max_total_tokens))
         while True:
             if not (coordinator.num_unfinished or coordinator.num_in_flight):
                 coordinator.sleep_until_readable(connection.fileno(), compiling.fileno())

@@ -10,7 +10,7 @@ To the engine:
 
 From it:
     phase       rank, phase: what a worker has begun, until all are ready
-    ready       worker_pids, once the engine can take requests
+    ready       worker_pids, max_total_tokens of a sequence: the engine can take requests
     updates     updates: the fields of a `RequestUpdate` in order, of every request with news of one
                 step
     refused     request_ids, error: those of an `add` could never run, and why
@@ -76,6 +76,10 @@ def _read_params(changed: dict[str, Any]) -> SamplingParams:
     form = changed.pop("structured_outputs", None)
     structured = None if form is None else StructuredOutputsParams(**form)
     return SamplingParams(**changed, structured_outputs=structured)
+
+
+def ready(worker_pids: list[int], max_total_tokens: int) -> Message:
+    return {"type": "ready", "worker_pids": worker_pids, "max_total_tokens": max_total_tokens}
 
 
 def updates(each: list[RequestUpdate]) -> Message:

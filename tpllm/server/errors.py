@@ -9,6 +9,8 @@ from typing import Any
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
+from tpllm.checks import short
+
 # What pydantic puts into the place of a problem besides names of fields: see protocol.py.
 ALTERNATIVES = ("(text)", "(list)", "(object)")
 TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
@@ -107,12 +109,6 @@ def from_validation(problems: Sequence[Mapping[str, Any]], known: Sequence[str])
     else:
         message = f"is refused: {message[0].lower()}{message[1:]}"
     return APIError(400, f"{param}={value} {message}", param=param)
-
-
-def short(value: object) -> str:
-    """A value in a message: never the whole of a long one."""
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."
 
 
 def _path(place: Sequence[object]) -> str:

@@ -9,7 +9,8 @@ from urllib.parse import urlsplit
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from tpllm.server.errors import APIError, short
+from tpllm.checks import short
+from tpllm.server.errors import APIError
 from tpllm.server.service import Service
 from tpllm.server.settings import is_local_host
 

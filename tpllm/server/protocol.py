@@ -18,7 +18,7 @@ from pydantic import (
     model_validator,
 )
 
-from tpllm.server.errors import short
+from tpllm.checks import short
 
 T = TypeVar("T")
 
