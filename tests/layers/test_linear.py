@@ -7,7 +7,6 @@ from torch import Tensor
 
 from tests.ranks import run_ranks
 from tpllm.layers.linear import (
-    ColumnParallelLinear,
     MergedColumnParallelLinear,
     QKVParallelLinear,
     RowParallelLinear,
@@ -53,13 +52,13 @@ def single(rank: int, size: int) -> TPGroup:
 
 def column_then_row_equals_dense(tp: TPGroup) -> None:
     for bias in [False, True]:
-        biases = {"up__bias": (12,), "down__bias": (5,)} if bias else {}
+        biases = {"down__bias": (5,)} if bias else {}
         weights = TensorWeights(up__weight=(12, 7), down__weight=(5, 12), **biases)
-        up = ColumnParallelLinear(7, 12, tp=tp, dtype=DTYPE, bias=bias)
+        up = MergedColumnParallelLinear(7, [12], tp=tp, dtype=DTYPE)
         down = RowParallelLinear(12, 5, tp=tp, dtype=DTYPE, bias=bias)
-        up.load(weights, "up")
+        up.load(weights, ["up"])
         down.load(weights, "down")
-        whole = 12 * 7 + 5 * 12 + bias * 12
+        whole = 12 * 7 + 5 * 12
         assert weights.num_read == whole // tp.size + (bias and tp.rank == 0) * 5
         for num_tokens in [1, 9]:
             x = inputs(num_tokens, 7)
@@ -119,7 +118,7 @@ def test_qkv_layer_holds_whole_heads_and_the_kv_heads_they_use(
 
 def test_sizes_that_do_not_divide_are_refused() -> None:
     with pytest.raises(ValueError, match="3 ranks does not divide out_features=8"):
-        ColumnParallelLinear(4, 8, tp=single(0, 3), dtype=DTYPE)
+        MergedColumnParallelLinear(4, [8], tp=single(0, 3), dtype=DTYPE)
     with pytest.raises(ValueError, match="3 ranks does not divide in_features=8"):
         RowParallelLinear(8, 4, tp=single(0, 3), dtype=DTYPE)
     with pytest.raises(ValueError, match="3 ranks does not divide num_attention_heads=4"):
@@ -131,16 +130,16 @@ def test_sizes_that_do_not_divide_are_refused() -> None:
 
 
 def test_a_tensor_of_another_shape_is_refused_by_name() -> None:
-    layer = ColumnParallelLinear(4, 8, tp=single(0, 1), dtype=DTYPE)
+    layer = MergedColumnParallelLinear(4, [8], tp=single(0, 1), dtype=DTYPE)
     weights = TensorWeights(up__weight=(8, 1))  # copying alone would broadcast it
     with pytest.raises(
         ValueError, match=r"up.weight gives \[8, 1\] where the model needs \[8, 4\]"
     ):
-        layer.load(weights, "up")
+        layer.load(weights, ["up"])
 
 
 def test_loading_converts_to_the_dtype_of_the_layer() -> None:
     weights = TensorWeights(up__weight=(8, 4))
-    layer = ColumnParallelLinear(4, 8, tp=single(0, 1), dtype=torch.bfloat16)
-    layer.load(weights, "up")
+    layer = MergedColumnParallelLinear(4, [8], tp=single(0, 1), dtype=torch.bfloat16)
+    layer.load(weights, ["up"])
     assert torch.equal(layer.weight, weights.tensors["up.weight"].bfloat16())

@@ -57,41 +57,12 @@ class _ColumnParallel(nn.Module):
                 fill(target, weights.read(tensor_name, rows=rows), tensor_name)
 
 
-class ColumnParallelLinear(_ColumnParallel):
-    """Linear layer whose output features are split across the TP group.
-
-    Rank r holds the r-th of `tp.size` equal bands of weight rows and computes that slice of the
-    output from the whole input, so the forward needs no communication. Follow it with
-    `RowParallelLinear`, which takes the slice in and joins the ranks with one all-reduce.
-
-    Shapes:
-        input [N, in_features], equal on every rank
-        output [N, out_features / tp.size], this rank's slice
-        weight [out_features / tp.size, in_features], this rank's shard
-
-    Raises:
-        ValueError: `tp.size` does not divide `out_features`.
-    """
-
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        *,
-        tp: TPGroup,
-        dtype: torch.dtype,
-        bias: bool = False,
-        matmul: Matmul = plain_matmul,
-    ) -> None:
-        rows = shard(out_features, tp, "out_features")
-        super().__init__(in_features, [rows], tp=tp, dtype=dtype, bias=bias, matmul=matmul)
-
-    def load(self, weights: WeightSource, name: str) -> None:
-        self._load_bands(weights, [name])
-
-
 class MergedColumnParallelLinear(_ColumnParallel):
-    """Several column-parallel layers over the same input, computed as one matmul (gate and up).
+    """Column-parallel layers over the same input, computed as one matmul (gate and up).
+
+    Rank r holds the r-th of `tp.size` equal bands of the weight rows of each part and computes that
+    slice of the output from the whole input, so the forward needs no communication. Follow it with
+    `RowParallelLinear`, which takes the slice in and joins the ranks with one all-reduce.
 
     Shapes, with `out_features` the sizes of the parts:
         input [N, in_features], equal on every rank
@@ -109,11 +80,10 @@ class MergedColumnParallelLinear(_ColumnParallel):
         *,
         tp: TPGroup,
         dtype: torch.dtype,
-        bias: bool = False,
         matmul: Matmul = plain_matmul,
     ) -> None:
         bands = [shard(size, tp, "out_features") for size in out_features]
-        super().__init__(in_features, bands, tp=tp, dtype=dtype, bias=bias, matmul=matmul)
+        super().__init__(in_features, bands, tp=tp, dtype=dtype, bias=False, matmul=matmul)
 
     def load(self, weights: WeightSource, names: Sequence[str]) -> None:
         """Read the parts, `names` in the order of `out_features`."""

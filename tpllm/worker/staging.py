@@ -4,6 +4,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+_NUM_BUFFERS = 3  # uploads that can be on their way before the host waits
 _ALIGN = 4  # words: every part starts at 16 bytes, for vectorised loads
 
 
@@ -15,18 +16,17 @@ class HostStaging:
 
     Args:
         num_words: the most int32 words of one upload, alignment included.
-        num_buffers: uploads that can be on their way before the host waits.
     """
 
-    def __init__(self, num_words: int, device: torch.device, num_buffers: int = 3) -> None:
+    def __init__(self, num_words: int, device: torch.device) -> None:
         on_cuda = device.type == "cuda"
         self._device = torch.zeros(num_words, dtype=torch.int32, device=device)
         self._buffers = [
             torch.zeros(num_words, dtype=torch.int32, pin_memory=on_cuda)
-            for _ in range(num_buffers)
+            for _ in range(_NUM_BUFFERS)
         ]
         self._arrays = [buffer.numpy() for buffer in self._buffers]
-        self._done = [torch.cuda.Event() for _ in range(num_buffers)] if on_cuda else []
+        self._done = [torch.cuda.Event() for _ in range(_NUM_BUFFERS)] if on_cuda else []
         self._turn = 0
 
     def upload(self, parts: list[np.ndarray]) -> list[Tensor]:
