@@ -1,4 +1,5 @@
 import json
+import pickle
 import shutil
 from pathlib import Path
 
@@ -56,6 +57,12 @@ def test_bad_words_are_spelled_at_the_beginning_of_a_text_and_after_a_space(toke
     word = "日本"
     assert tokenizer.encode_batch([f" {word}"])[0][1:] == tokenizer.encode_batch([word])[0]
     assert tokenizer.bad_word_ids([word]) == tokenizer.encode_batch([word])
+
+
+def test_a_tokenizer_can_be_sent_to_other_processes(tokenizer):
+    words = ["want", "the"]
+    expected = tokenizer.bad_word_ids(words)
+    assert pickle.loads(pickle.dumps(tokenizer)).bad_word_ids(words) == expected
 
 
 def test_a_bad_word_that_spells_nothing_is_refused(tokenizer):

@@ -110,6 +110,8 @@ class AsyncLLM(AbstractAsyncContextManager["AsyncLLM"]):
             params = self.get_default_sampling_params()
         elif not isinstance(params, SamplingParams):
             raise ValueError(f"sampling_params={params!r} must be SamplingParams")
+        if request_id is not None and not isinstance(request_id, str):
+            raise ValueError(f"request_id={request_id!r} must be a text")
         (given,) = as_list([prompt])
         text = given if isinstance(given, str) else None
         ids = await self._encode(given) if isinstance(given, str) else given

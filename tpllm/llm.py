@@ -192,6 +192,8 @@ class LLM(AbstractContextManager["LLM"]):
             ValueError: a prompt cannot run, or `beam_width` is too large; none has been started.
             WorkerError: a worker failed; the engine is closed.
         """
+        if not isinstance(params, BeamSearchParams):
+            raise ValueError(f"params={params!r} must be BeamSearchParams")
         model_config = self.config.model_config
         ends = () if params.ignore_eos else model_config.eos_token_ids
         step_params = params.step_params(len(ends), model_config.vocab_size)

@@ -58,6 +58,9 @@ def one_for_each(
 
 def _text_or_ids(index: int, prompt: Any) -> str | list[int]:
     if isinstance(prompt, Mapping):
+        for key in prompt:
+            if key not in ("prompt", "prompt_token_ids"):
+                raise ValueError(f"prompt {index} has an unknown {short(key)}; give {_FORMS}")
         if "prompt_token_ids" in prompt:
             prompt = prompt["prompt_token_ids"]
             if isinstance(prompt, str):

@@ -1,7 +1,7 @@
 """Tokenizer: text to token ids and back, in batches; chats through the model's template."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
@@ -28,8 +28,10 @@ class Tokenizer:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        # all prompts of a request have the same
-        self._ids_of_words = lru_cache(maxsize=8)(self._encode_words)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies in other processes."""
+        return {name: value for name, value in vars(self).items() if name != "_ids_of_words"}
 
     @cached_property
     def _inner(self) -> Any:
@@ -80,6 +82,10 @@ class Tokenizer:
             ValueError: a word spells no token.
         """
         return self._ids_of_words(tuple(words))
+
+    @cached_property
+    def _ids_of_words(self) -> Callable[[tuple[str, ...]], list[list[int]]]:
+        return lru_cache(maxsize=8)(self._encode_words)  # all prompts of a request have the same
 
     def _encode_words(self, words: tuple[str, ...]) -> list[list[int]]:
         sequences: list[list[int]] = []
@@ -185,8 +191,6 @@ class Tokenizer:
         Raises:
             ValueError: there is no chat template, or it does not take these messages.
         """
-        from jinja2 import TemplateError
-
         if chat_template is None and not self.has_chat_template:
             raise ValueError(
                 f"the tokenizer of {self.folder.name} has no chat template; use generate(), or "
@@ -208,7 +212,7 @@ class Tokenizer:
                 continue_final_message=continue_final_message,
                 **(chat_template_kwargs or {}),
             )
-        except (TemplateError, TypeError, ValueError, KeyError) as error:
+        except Exception as error:  # a template can do whatever an expression can
             of = "given" if chat_template is not None else f"of {self.folder.name}"
             raise ValueError(
                 f"the chat template {of} does not take these messages: {_first_line(error)}"

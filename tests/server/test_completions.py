@@ -194,6 +194,10 @@ def test_a_stop_string_is_told(client: OpenAI) -> None:
         ({"max_tokens": 0}, "max_tokens=0 must be at least 1"),
         ({"max_tokens": 1999}, "the prompt's 2 tokens and max_tokens=1999 are more than"),
         ({"best_of": 2}, "best_of=2 is not supported beyond n=1"),
+        (
+            {"extra_body": {"prompt_logprobs": 1}, "stream": True},
+            "prompt_logprobs=1 come with a whole answer",
+        ),
         ({"suffix": "end"}, "suffix is not supported"),
         ({"logit_bias": {"x": 1}}, "logit_bias key='x' must be a whole number"),
         ({"prompt": ""}, "prompt 0 has no tokens"),

@@ -1,5 +1,6 @@
 """Models, tokenizer, health, metrics and version."""
 
+import asyncio
 import re
 import threading
 
@@ -11,7 +12,10 @@ from prometheus_client.parser import text_string_to_metric_families
 import tpllm
 from tests.leaks import wait_until
 from tests.server.conftest import Served, running_server
+from tests.server.fake_engine import FakeEngine
 from tests.server.test_http import CHAT, HELLO, error_of
+from tpllm.engine.stats import EngineStats
+from tpllm.server import info
 
 
 def test_the_model_is_listed_under_each_of_its_names() -> None:
@@ -68,6 +72,20 @@ def test_health_tells_of_every_rank(http: httpx.Client) -> None:
         "model": "letters",
         "ranks": [{"rank": i, "pid": 7 + i, "phase": "serving", "alive": True} for i in (0, 1)],
     }
+
+
+def test_an_engine_in_a_long_step_is_busy(
+    http: httpx.Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def late(self: FakeEngine) -> EngineStats:
+        await asyncio.sleep(60)
+        raise AssertionError
+
+    monkeypatch.setattr(info, "STATS_TIMEOUT_S", 0.05)
+    monkeypatch.setattr(FakeEngine, "stats", late)
+    response = http.get("/health")
+    assert response.status_code == 200
+    assert response.json() == {"status": "busy", "model": "letters", "ranks": []}
 
 
 def test_the_version_is_the_packages(http: httpx.Client) -> None:

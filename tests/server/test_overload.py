@@ -15,10 +15,10 @@ import pytest
 from openai import APIError, InternalServerError, RateLimitError
 
 from tests.leaks import wait_until
-from tests.server.conftest import running_server
+from tests.server.conftest import Served, running_server
 from tests.server.fake_engine import FakeEngine
 from tests.server.test_http import CHAT, HELLO, error_of, head
-from tpllm.server import ServerSettings, responses, serve
+from tpllm.server import ServerSettings, responses, serve, serving
 from tpllm.server.admission import Admission
 from tpllm.server.json_turns import to_json_in_turns
 from tpllm.server.serving import listening_socket
@@ -177,17 +177,44 @@ def test_a_drain_waits_for_an_answer_that_is_being_written(monkeypatch) -> None:
         assert served.exit_code.result(30) == 0
 
 
-def test_a_drain_does_not_wait_for_a_client_that_does_not_read() -> None:
-    body = json.dumps({"prompt": "x", "n": 128, "max_tokens": 1900, "logprobs": 5}).encode()
-    with running_server(drain_timeout_s=600, client_timeout_s=600) as served:
-        served.engine.reply, served.engine.letters_per_step = "x" * 1900, 1900
-        with socket.socket() as sock:
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-            sock.connect(("127.0.0.1", served.port))
-            sock.sendall(head("/v1/completions", len(body)) + body)
-            assert sock.recv(1)  # the answer has begun, and is megabytes long
-            served.call(served.stop.set)
-            assert served.exit_code.result(60) == 0
+PATIENT: dict[str, Any] = {"drain_timeout_s": 600, "client_timeout_s": 600}
+
+
+def large_answer(served: Served, *, stream: bool) -> socket.socket:
+    """A connection with the first byte of an answer that is larger than all buffers on its way."""
+    served.engine.reply, served.engine.letters_per_step = "x" * 1900, 1900
+    body = {"prompt": "x", "n": 60, "max_tokens": 1900, "logprobs": 5, "stream": stream}
+    data = json.dumps(body).encode()
+    sock = socket.socket()
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 18)
+    sock.connect(("127.0.0.1", served.port))
+    sock.sendall(head("/v1/completions", len(data)) + data)
+    assert sock.recv(1)
+    return sock
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_drain_does_not_wait_for_a_client_that_does_not_read(
+    stream: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(serving, "STALLED_S", 0.5)
+    with running_server(**PATIENT) as served, large_answer(served, stream=stream):
+        served.call(served.stop.set)
+        assert served.exit_code.result(60) == 0
+    assert "Traceback" not in caplog.text
+
+
+def test_a_drain_waits_for_a_client_that_reads_slowly(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(serving, "LAST_WORDS_S", 0.1)
+    with running_server(**PATIENT) as served, large_answer(served, stream=False) as sock:
+        served.call(served.stop.set)
+        with pytest.raises(FuturesTimeoutError):
+            served.exit_code.result(0.5)
+        answer = b""
+        while part := sock.recv(1 << 16):
+            answer += part
+        assert answer.endswith(b"}}}")
+        assert served.exit_code.result(60) == 0
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

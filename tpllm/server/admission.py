@@ -25,8 +25,8 @@ class Admission:
         self._num_running = num_running
         self._max_queue = max_queue
         self._num_seqs = 0
-        self._tasks: set[asyncio.Task[object]] = set()  # inside of `enter`
-        self._writing: set[asyncio.Task[object]] = set()
+        self.num_answers = 0  # that are being made or sent
+        self._tasks: set[asyncio.Task[object]] = set()
         self._ended: deque[tuple[float, int]] = deque()  # when, and how many sequences
         self.draining = False
 
@@ -89,32 +89,25 @@ class Admission:
             self._forget_old()
 
     @contextmanager
-    def writing(self) -> Iterator[None]:
-        """Make an answer of sequences that have ended; the calling task is a request's still."""
-        task = asyncio.current_task()
-        assert task is not None
-        self._writing.add(task)
+    def answering(self) -> Iterator[None]:
+        """Be counted while inside: from a request's first check to its answer's last byte."""
+        self.num_answers += 1
         try:
             yield
         finally:
-            self._writing.discard(task)
-
-    @property
-    def num_requests(self) -> int:
-        """Requests whose answers are not there yet."""
-        return len(self._tasks | self._writing)
+            self.num_answers -= 1
 
     async def drain(self, timeout_s: float) -> bool:
-        """Take nothing new, and wait for the answers; False if some miss after `timeout_s`."""
+        """Take nothing new, and wait for all answers; False if some miss after `timeout_s`."""
         self.draining = True
         deadline = time.monotonic() + timeout_s
-        while self.num_requests and time.monotonic() < deadline:
+        while self.num_answers and time.monotonic() < deadline:
             await asyncio.sleep(0.02)
-        return not self.num_requests
+        return not self.num_answers
 
     def end_all(self) -> None:
-        """End every request whose answer is not there, by cancelling its task."""
-        for task in self._tasks | self._writing:
+        """End every request that is inside of `enter`, by cancelling its task."""
+        for task in self._tasks:
             task.cancel()
 
     def _retry_after_s(self) -> int:

@@ -31,6 +31,7 @@ class Connection(HttpToolsProtocol):
         super().__init__(*args, **kwargs)
         self._request_timer: TimerHandle | None = None
         self._write_timer: TimerHandle | None = None
+        self._waiting = 0, 0.0  # bytes to be sent, and since when so many
         self._head_bytes = 0
         self._in_head = True
 
@@ -112,6 +113,14 @@ class Connection(HttpToolsProtocol):
     def resume_writing(self) -> None:
         self._stop_write_timer()
         super().resume_writing()
+
+    def abort_if_stalled(self, seconds: float) -> None:
+        """End a connection whose client has taken nothing in for so long; call it repeatedly."""
+        waiting, now = self.transport.get_write_buffer_size(), self.loop.time()
+        if waiting == 0 or waiting != self._waiting[0]:
+            self._waiting = waiting, now
+        elif now - self._waiting[1] > seconds:
+            self.transport.abort()
 
     def _stop_write_timer(self) -> None:
         if self._write_timer is not None:

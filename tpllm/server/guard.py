@@ -1,5 +1,6 @@
 """The door: who has no key, or brings too much, gets no further. Everyone is counted."""
 
+import asyncio
 import hashlib
 import hmac
 import logging
@@ -19,7 +20,8 @@ logger = logging.getLogger("tpllm.server")
 OPEN_PATHS = frozenset({"/", "/health"})  # the page asks for the key itself; probes have none
 GENERATING_PATHS = frozenset({"/v1/completions", "/v1/chat/completions"})
 COUNTED_PATHS = GENERATING_PATHS | {"/v1/models", "/tokenize", "/detokenize"}
-MAX_VALUES = 2**19  # of a body: some 0.1 s to read, for which everybody waits
+MAX_VALUES = 2**18  # of a body: 0.1 to 0.3 s to read, for which everybody waits
+LARGE_BODY = 2**16  # bytes; such are read one by one, with turns for others in between
 VALUE_BYTES = 64  # that a value takes in memory, at least
 MAX_HELD_BYTES = 512 * 2**20  # for the bodies of all requests that are here
 
@@ -32,6 +34,7 @@ class Guard:
         self._service = service
         key = service.settings.api_key
         self._key_digest = None if key is None else _digest(key.encode())
+        self._turn_to_read = asyncio.Lock()
         self._held_bytes = 0  # for bodies, whole or not, of requests without a whole answer
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -62,6 +65,9 @@ class Guard:
                 raise APIError(413, words, code="body_too_large")
             if body:
                 self._check_held_bytes()
+            if num_bytes > LARGE_BODY and not message.get("more_body", False):
+                async with self._turn_to_read:
+                    await asyncio.sleep(0)
             return message
 
         async def send_counted(message: Message) -> None:

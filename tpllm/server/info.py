@@ -22,6 +22,7 @@ from tpllm.server.responses import engine_failed
 from tpllm.server.service import Service
 
 STATS_TIMEOUT_S = 5.0
+WORKING = ("ok", "busy")
 
 
 def json_response(content: object, status: int = 200) -> Response:
@@ -91,7 +92,9 @@ async def detokenize(service: Service, body: DetokenizeRequest) -> Response:
 async def health(service: Service, knows_key: bool) -> Response:
     """GET /health: 200 while the engine can take requests, otherwise 503.
 
-    Who has no key gets no more than that; others are told the state and every rank.
+    One that does not answer soon is in a long step: should that not end, it has failed, by its own
+    deadline or by that of its caller. Who has no key gets no more than the status; others are told
+    the state and every rank.
     """
     status, ranks = "ok", []
     if service.engine.dead_error is not None:
@@ -99,17 +102,17 @@ async def health(service: Service, knows_key: bool) -> Response:
     else:
         stats = await _stats(service)
         if stats is None:
-            status = f"the engine has not answered for {STATS_TIMEOUT_S:g} s"
+            status = "busy"
         else:
             ranks = [dict(rank) for rank in stats.health]
             if not all(rank["alive"] for rank in ranks):
                 status = "a rank has ended"
-    if status == "ok" and service.admission.draining:
+    if status in WORKING and service.admission.draining:
         status = "shutting down"
     content: dict[str, Any] = {"status": status, "model": service.model_name, "ranks": ranks}
     if not knows_key:
-        content = {"status": "ok" if status == "ok" else "unavailable"}
-    return json_response(content, 200 if status == "ok" else 503)
+        content = {"status": "ok" if status in WORKING else "unavailable"}
+    return json_response(content, 200 if status in WORKING else 503)
 
 
 async def metrics(service: Service) -> Response:

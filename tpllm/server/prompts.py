@@ -155,7 +155,8 @@ def _size(body: Conversation) -> int:
         elif isinstance(value, list | dict):
             size += 8 * len(value)
             if size < SHORT:
-                rest += value if isinstance(value, list) else value.values()
+                rest += value
+                rest += value.values() if isinstance(value, dict) else ()
     return size
 
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+from abc import abstractmethod
 from collections.abc import AsyncGenerator, Coroutine
 from contextlib import aclosing
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
@@ -37,6 +38,13 @@ class LongResponse(Response):
     def __init__(self, service: "Service") -> None:
         super().__init__()
         self._service = service
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        with self._service.admission.answering():
+            await self._answer(scope, receive, send)
+
+    @abstractmethod
+    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None: ...
 
     async def _watched(self, receive: Receive, work: Coroutine[Any, Any, T]) -> T:
         """The result of `work`, which is cancelled and awaited when it cannot be delivered.
@@ -75,7 +83,7 @@ class JSONAnswer(LongResponse):
         super().__init__(service)
         self._work = work
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             pieces = await self._watched(receive, self._encoded())
         except ClientGone:
@@ -94,8 +102,7 @@ class JSONAnswer(LongResponse):
             await send({"type": "http.response.body", "body": piece, "more_body": more})
 
     async def _encoded(self) -> list[bytes]:
-        with self._service.admission.writing():
-            return await to_json_in_turns(await self._work)
+        return await to_json_in_turns(await self._work)
 
 
 class EventStream(LongResponse):
@@ -107,7 +114,7 @@ class EventStream(LongResponse):
         self._has_begun = False
         self._last_sent_s = 0.0
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
         comments = asyncio.ensure_future(self._comment(send))
         try:
             await self._watched(receive, self._send_events(send))

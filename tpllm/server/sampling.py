@@ -143,6 +143,13 @@ class Sampling:
     ) -> SamplingParams:
         settings = self._settings
         self._num_logprobs("prompt_logprobs", body.prompt_logprobs)
+        if body.stream and body.prompt_logprobs is not None:
+            raise APIError(
+                400,
+                f"prompt_logprobs={body.prompt_logprobs} come with a whole answer alone; leave "
+                "stream out",
+                param="prompt_logprobs",
+            )
         if body.n is not None and body.n > settings.max_n:
             raise APIError(400, f"n={body.n} must be at most {settings.max_n}", param="n")
         self._check_lists(body, num_prompts)

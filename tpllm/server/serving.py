@@ -24,6 +24,7 @@ logger = logging.getLogger("tpllm.server")
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 ENGINE_CHECK_S = 0.2
 LAST_WORDS_S = 2  # for answers on their way when everything has ended
+STALLED_S = 5.0  # after which a drain does not wait for a client that takes nothing in
 BACKLOG = 4096
 MAX_OPEN_FILES = 65536
 
@@ -61,10 +62,11 @@ def run(
 
 
 async def _serve_and_close(engine: Engine, settings: ServerSettings, sock: socket.socket) -> int:
-    try:
-        return await serve(engine, settings, sock)
-    finally:
-        await engine.close()
+    with _signals(lambda number: None):  # that come when the server has ended change nothing
+        try:
+            return await serve(engine, settings, sock)
+        finally:
+            await engine.close()
 
 
 async def serve(
@@ -96,7 +98,7 @@ async def serve(
         app,
         http=Connection.limit(settings.client_timeout_s),
         ws="none",
-        lifespan="on",
+        lifespan="off",  # what the application holds is closed below, however it ends
         log_config=None,
         log_level="error",
         access_log=False,
@@ -106,7 +108,11 @@ async def serve(
         timeout_keep_alive=KEEP_ALIVE_S,
         timeout_graceful_shutdown=LAST_WORDS_S,
     )
-    return await _Serving(app.state.service, config, stop or asyncio.Event()).run(sock)
+    service: Service = app.state.service
+    try:
+        return await _Serving(service, config, stop or asyncio.Event()).run(sock)
+    finally:
+        service.prompts.close()
 
 
 @contextmanager
@@ -165,20 +171,19 @@ class _Serving:
                 self._service.admission.end_all()
                 await self._service.admission.drain(LAST_WORDS_S)
         finally:
+            if self._service.admission.num_answers:
+                for connection in self._connections():
+                    connection.transport.abort()
             self._server.should_exit = True
             if self._killed_by is not None:
                 self._server.force_exit = True
             await server
-            await self._abort_connections()
         if self._killed_by is not None:
             return 128 + self._killed_by
         return 0 if self._service.engine.dead_error is None else 1
 
-    async def _abort_connections(self) -> None:
-        """Of clients that take nothing in: uvicorn has closed them, which waits until they do."""
-        for connection in list(self._server.server_state.connections):
-            connection.transport.abort()
-        await asyncio.sleep(0)  # for the sockets to be closed
+    def _connections(self) -> list[Connection]:
+        return [c for c in self._server.server_state.connections if isinstance(c, Connection)]
 
     async def _started(self, server: "asyncio.Future[None]") -> None:
         while not self._server.started:
@@ -207,7 +212,7 @@ class _Serving:
                 # each running request hears of it from the engine
                 deadline = asyncio.get_running_loop().time() + LAST_WORDS_S
                 while (
-                    self._service.admission.num_requests
+                    self._service.admission.num_answers
                     and asyncio.get_running_loop().time() < deadline
                 ):
                     await asyncio.sleep(0.02)
@@ -222,15 +227,17 @@ class _Serving:
         admission, settings = self._service.admission, self._service.settings
         logger.info(
             "draining: %d requests have %g s to end; a second signal ends them now",
-            admission.num_requests,
+            admission.num_answers,
             settings.drain_timeout_s,
         )
         drained = asyncio.ensure_future(admission.drain(settings.drain_timeout_s))
         try:
             while not drained.done() and self._killed_by is None:
                 await asyncio.wait({drained}, timeout=0.05)
+                for connection in self._connections():
+                    connection.abort_if_stalled(STALLED_S)
             if self._killed_by is None and not drained.result():
-                logger.warning("%d requests have not ended in time", admission.num_requests)
+                logger.warning("%d requests have not ended in time", admission.num_answers)
         finally:
             drained.cancel()
 
