@@ -173,7 +173,7 @@ def test_an_answer_has_the_form_that_it_must_have(client: OpenAI) -> None:
     arguments = "".join(each.arguments or "" for each in functions)
     assert 0 <= json.loads(arguments)["sum"] <= 99
     for streams in (False, True):
-        with pytest.raises(BadRequestError, match="regex='\\(a' cannot be used"):
+        with pytest.raises(BadRequestError, match="guided_regex: what it asks for cannot be used"):
             client.chat.completions.create(
                 model="tiny",
                 messages=QUESTION,
@@ -208,6 +208,27 @@ def test_what_the_engine_refuses_is_a_bad_request(
             response = http.post("/v1/completions", json={**body, "stream": stream})
             assert response.status_code == 400, response.text
             assert message in response.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_form_that_cannot_be_compiled_is_blamed_on_the_field_that_was_sent(
+    server: Server, stream: bool
+) -> None:
+    wrong = {"type": "strin"}
+    schema = {"type": "json_schema", "json_schema": {"name": "a", "schema": wrong}}
+    tool = {"type": "function", "function": {"name": "f", "parameters": wrong}}
+    fields: dict[str, dict[str, Any]] = {
+        "response_format": {"response_format": schema},
+        "tool_choice": {"tool_choice": "required", "tools": [tool]},
+    }
+    with server.http() as http:
+        for field, sent in fields.items():
+            body = {"messages": QUESTION, "stream": stream, **sent}
+            response = http.post("/v1/chat/completions", json=body)
+            assert response.status_code == 400, response.text
+            error = response.json()["error"]
+            assert error["param"] == field
+            assert error["message"].startswith(f"{field}: ") and "start:" not in error["message"]
 
 
 def test_a_client_that_hangs_up_leaves_the_engine_idle(server: Server) -> None:

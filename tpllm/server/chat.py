@@ -22,6 +22,7 @@ from tpllm.server.logprobs import chat_logprobs, prompt_logprobs
 from tpllm.server.protocol import ChatCompletionRequest
 from tpllm.server.responses import respond
 from tpllm.server.service import Service, new_id
+from tpllm.server.structured import naming_the_field
 from tpllm.server.usage import StreamedUsage
 
 
@@ -53,7 +54,8 @@ class _Chat:
         """The answer, once all of it is there."""
         with self._service.admission.enter(self._params.n):
             generation = await self._begin()
-            await generation.run()
+            with naming_the_field(self._body):
+                await generation.run()
         content = {
             **self._head("chat.completion"),
             "choices": [self._choice(answer) for answer in generation.answers],
@@ -67,7 +69,7 @@ class _Chat:
         """The answer in chunks: each answer's role, what is new of it, and how it ended."""
         usage = StreamedUsage(self._body.stream_options)
         head = self._head("chat.completion.chunk")
-        with self._service.admission.enter(self._params.n):
+        with self._service.admission.enter(self._params.n), naming_the_field(self._body):
             generation = await self._begin()
             deltas = [_Deltas(self._parser(), self._shows_reasoning) for _ in generation.answers]
             async for _, answer, part in generation.parts():

@@ -14,6 +14,7 @@ from tpllm.server.logprobs import Position, completion_logprobs, prompt_logprobs
 from tpllm.server.protocol import CompletionRequest
 from tpllm.server.responses import respond
 from tpllm.server.service import Service, new_id
+from tpllm.server.structured import naming_the_field
 from tpllm.server.usage import StreamedUsage
 
 
@@ -49,7 +50,8 @@ class _Completion:
         """The answer, once all of it is there."""
         with self._service.admission.enter(self._num_seqs):
             generation = await self._begin()
-            await generation.run()
+            with naming_the_field(self._body):
+                await generation.run()
         choices = []
         for i, prompt in enumerate(generation.prompts):
             for answer in prompt.answers:
@@ -64,7 +66,7 @@ class _Completion:
     async def stream(self) -> AsyncGenerator[dict[str, Any], None]:
         """The answer in chunks."""
         usage = StreamedUsage(self._body.stream_options)
-        with self._service.admission.enter(self._num_seqs):
+        with self._service.admission.enter(self._num_seqs), naming_the_field(self._body):
             generation = await self._begin()
             indices = {id(prompt): i for i, prompt in enumerate(generation.prompts)}
             begun: set[int] = set()

@@ -1,7 +1,8 @@
 """Fields that bind an answer to a form, as StructuredOutputsParams."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from tpllm.server.answer_parser import CALL, END_CALL
@@ -26,8 +27,43 @@ def structured_outputs(body: Structured) -> StructuredOutputsParams | None:
 
     Raises:
         APIError: 400: several fields ask for one, or one is wrong. Whether it can be compiled is
-            the engine's affair.
+            the engine's affair: see `naming_the_field`.
     """
+    forms = _forms(body)
+    if not forms:
+        return None
+    field = next(iter(forms))
+    if len(forms) > 1:
+        raise APIError(
+            400, f"{' and '.join(forms)} all say what the answer must be; keep one", param=field
+        )
+    try:
+        return StructuredOutputsParams(**forms[field])
+    except ValueError as error:
+        raise APIError(400, f"{field}: {error}", param=field) from None
+
+
+@contextmanager
+def naming_the_field(body: Structured) -> Iterator[None]:
+    """What the engine finds wrong with the form, as a mistake in the field that the client sent.
+
+    Raises:
+        APIError: 400, instead of the engine's ValueError.
+    """
+    try:
+        yield
+    except ValueError as error:
+        words, refused, reason = str(error).partition(" cannot be used: ")
+        forms = _forms(body)
+        if not refused or not words.startswith("structured_outputs: ") or not forms:
+            raise
+        field = next(iter(forms))
+        what = "a tool's parameters" if field == "tool_choice" else "what it asks for"
+        raise APIError(400, f"{field}: {what} cannot be used: {reason}", param=field) from None
+
+
+def _forms(body: Structured) -> dict[str, dict[str, Any]]:
+    """Keywords of StructuredOutputsParams, by the field that asks for them."""
     forms: dict[str, dict[str, Any]] = {}
     if body.response_format is not None:
         form = _response_format(body.response_format)
@@ -43,17 +79,7 @@ def structured_outputs(body: Structured) -> StructuredOutputsParams | None:
         if tools:
             several = body.parallel_tool_calls is not False and body.tool_choice == "required"
             forms["tool_choice"] = {"grammar": _calls(tools, several)}
-    if not forms:
-        return None
-    field = next(iter(forms))
-    if len(forms) > 1:
-        raise APIError(
-            400, f"{' and '.join(forms)} all say what the answer must be; keep one", param=field
-        )
-    try:
-        return StructuredOutputsParams(**forms[field])
-    except ValueError as error:
-        raise APIError(400, f"{field}: {error}", param=field) from None
+    return forms
 
 
 def _response_format(value: dict[str, Any]) -> dict[str, Any] | None:
