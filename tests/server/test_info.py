@@ -140,6 +140,11 @@ def test_the_openapi_document_describes_the_endpoints(http: httpx.Client) -> Non
     assert {"/v1/completions", CHAT, "/tokenize", "/health", "/metrics"} <= set(document["paths"])
     fields = document["components"]["schemas"]["ChatCompletionRequest"]["properties"]
     assert {"messages", "tools", "top_k", "chat_template_kwargs"} <= set(fields)
+    for path, status in ((CHAT, "400"), (CHAT, "429"), ("/health", "503")):
+        (operation,) = document["paths"][path].values()
+        assert "422" not in operation["responses"]
+        content = operation["responses"][status]["content"]["application/json"]
+        assert content["schema"] == {"$ref": "#/components/schemas/ErrorBody"}
     # the pages that show it would load scripts from elsewhere
     assert http.get("/docs").status_code == http.get("/redoc").status_code == 404
 

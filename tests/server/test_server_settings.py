@@ -75,10 +75,22 @@ def test_what_a_request_leaves_open_is_the_models_advice() -> None:
     assert {params.top_k for params in seen} == {20}
 
 
+def test_the_models_advice_ends_where_the_server_s_limit_is() -> None:
+    def engine() -> FakeEngine:
+        return FakeEngine(defaults={"max_tokens": 50})
+
+    chat = {"messages": [{"role": "user", "content": "hello"}]}
+    with running_server(engine, max_output_tokens=3) as served, served.http() as http:
+        assert http.post("/v1/chat/completions", json=chat).status_code == 200
+        assert served.engine.seen[0][1].max_tokens == 3
+
+
 def test_answers_have_a_longest_length() -> None:
     with running_server(max_output_tokens=3) as served, served.http() as http:
         chat = {"messages": [{"role": "user", "content": "hello"}]}
         assert http.post("/v1/chat/completions", json=chat).status_code == 200
         assert served.engine.seen[0][1].max_tokens == 3
+        assert http.post("/v1/completions", json={"prompt": "x"}).status_code == 200
+        assert served.engine.seen[1][1].max_tokens == 3
         refused = http.post("/v1/chat/completions", json={**chat, "max_tokens": 4})
         assert refused.json()["error"]["message"] == "max_tokens=4 must be at most 3"

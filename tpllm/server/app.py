@@ -2,13 +2,14 @@
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
-from starlette.responses import Response
+from starlette.responses import PlainTextResponse, Response
 
 import tpllm
 from tpllm.server import info
@@ -22,6 +23,7 @@ from tpllm.server.protocol import (
     ChatCompletionRequest,
     CompletionRequest,
     DetokenizeRequest,
+    ErrorBody,
     TokenizeRequest,
 )
 from tpllm.server.responses import unexpected_error
@@ -33,6 +35,24 @@ BODIES: dict[str, type[BaseModel]] = {
     "/v1/chat/completions": ChatCompletionRequest,
     "/tokenize": TokenizeRequest,
     "/detokenize": DetokenizeRequest,
+}
+
+
+# What any endpoint may answer, for the document: see docs/server.md.
+ERRORS: dict[int | str, dict[str, Any]] = {
+    status: {"model": ErrorBody, "description": words}
+    for status, words in {
+        400: "the request is wrong",
+        401: "the API key is missing or wrong",
+        403: "a page of another origin asks",
+        404: "there is no such model or path",
+        405: "the path does not take this method",
+        413: "the body is too large",
+        429: "too much waits already",
+        500: "a mistake of the server",
+        503: "the engine has failed, or the server shuts down",
+        504: "the request took too long",
+    }.items()
 }
 
 
@@ -59,7 +79,9 @@ def build_app(engine: Engine, settings: ServerSettings | None = None) -> FastAPI
         docs_url=None,
         redoc_url=None,
         lifespan=lifespan,
+        responses=ERRORS,
     )
+    _document_our_errors(app)
     app.state.service = service
     _add_endpoints(app, service)
     _add_errors(app)
@@ -72,6 +94,20 @@ def build_app(engine: Engine, settings: ServerSettings | None = None) -> FastAPI
             allow_headers=["authorization", "content-type"],
         )
     return app
+
+
+def _document_our_errors(app: FastAPI) -> None:
+    """Leave out FastAPI's own status for a wrong body, which is 400 here, as OpenAI has it."""
+    make = app.openapi
+
+    def openapi() -> dict[str, Any]:
+        document = make()
+        for operations in document["paths"].values():
+            for operation in operations.values():
+                operation["responses"].pop("422", None)
+        return document
+
+    app.openapi = openapi  # type: ignore[method-assign]
 
 
 def _add_endpoints(app: FastAPI, service: Service) -> None:
@@ -103,7 +139,7 @@ def _add_endpoints(app: FastAPI, service: Service) -> None:
     async def health(request: Request) -> Response:
         return await info.health(service, request.state.knows_key)
 
-    @app.get("/metrics")
+    @app.get("/metrics", response_class=PlainTextResponse)
     async def metrics() -> Response:
         return await info.metrics(service)
 

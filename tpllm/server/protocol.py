@@ -287,3 +287,18 @@ class DetokenizeRequest(Body):
 
     model: str | None = None
     tokens: Ids
+
+
+class ErrorDetail(BaseModel):
+    """OpenAI's shape of an error."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorBody(BaseModel):
+    """What every answer with a status of 400 or more holds."""
+
+    error: ErrorDetail

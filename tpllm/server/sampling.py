@@ -73,20 +73,18 @@ class Sampling:
         max_tokens = body.max_tokens
         if body.echo and max_tokens == 0:
             max_tokens = 1  # the prompt alone is wanted: the token is thrown away
-        max_tokens = 16 if max_tokens is None else max_tokens
-        return self._make(body, fields, max_tokens, len(body.prompt))
+        return self._make(body, fields, max_tokens, 16, len(body.prompt))
 
     def of_chat(self, body: ChatCompletionRequest) -> SamplingParams:
         """Raises: APIError 400: a value is out of range, or not supported."""
         max_tokens = body.max_completion_tokens
         if max_tokens is None:
             max_tokens = body.max_tokens
-        if max_tokens is None:
-            max_tokens = self._defaults.get("max_tokens")
         num_top = self._num_logprobs("top_logprobs", body.top_logprobs)
         if num_top is not None and not body.logprobs:
             raise APIError(400, f"top_logprobs={num_top} needs logprobs=true", param="top_logprobs")
-        return self._make(body, {"logprobs": (num_top or 0) if body.logprobs else None}, max_tokens)
+        fields = {"logprobs": (num_top or 0) if body.logprobs else None}
+        return self._make(body, fields, max_tokens, self._defaults.get("max_tokens"))
 
     def check_length(self, num_prompt_tokens: int, params: SamplingParams, asked: bool) -> None:
         """Whether a prompt, and the answer where its length was asked for, fit the model.
@@ -139,6 +137,7 @@ class Sampling:
         body: Generation,
         fields: dict[str, Any],
         max_tokens: int | None,
+        default_max_tokens: int | None,
         num_prompts: int = 1,
     ) -> SamplingParams:
         settings = self._settings
@@ -153,15 +152,13 @@ class Sampling:
         if body.n is not None and body.n > settings.max_n:
             raise APIError(400, f"n={body.n} must be at most {settings.max_n}", param="n")
         self._check_lists(body, num_prompts)
-        if settings.max_output_tokens is not None:
-            if max_tokens is None:
-                max_tokens = settings.max_output_tokens
-            elif max_tokens > settings.max_output_tokens:
-                raise APIError(
-                    400,
-                    f"max_tokens={max_tokens} must be at most {settings.max_output_tokens}",
-                    param="max_tokens",
-                )
+        limit = settings.max_output_tokens
+        if limit is not None and max_tokens is not None and max_tokens > limit:
+            raise APIError(
+                400, f"max_tokens={max_tokens} must be at most {limit}", param="max_tokens"
+            )
+        if max_tokens is None:
+            max_tokens = min(filter(None, (default_max_tokens, limit)), default=None)
         given = {name: getattr(body, name) for name in SAME_NAME}
         given = {name: value for name, value in given.items() if value is not None}
         fields = {name: value for name, value in fields.items() if value is not None}
