@@ -81,11 +81,26 @@ def test_an_engine_in_a_long_step_is_busy(
         await asyncio.sleep(60)
         raise AssertionError
 
+    monkeypatch.setattr(info, "HEALTH_TIMEOUT_S", 0.05)
     monkeypatch.setattr(info, "STATS_TIMEOUT_S", 0.05)
     monkeypatch.setattr(FakeEngine, "stats", late)
     response = http.get("/health")
     assert response.status_code == 200
     assert response.json() == {"status": "busy", "model": "letters", "ranks": []}
+    assert "tpllm_engine_up 1.0" in http.get("/metrics").text
+
+
+def test_an_engine_that_was_closed_is_down(
+    http: httpx.Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def closed(self: FakeEngine) -> EngineStats:
+        raise RuntimeError("this AsyncLLM is closed; make a new one")
+
+    monkeypatch.setattr(FakeEngine, "stats", closed)
+    response = http.get("/health")
+    assert response.status_code == 503
+    assert response.json()["status"].endswith("this AsyncLLM is closed; make a new one")
+    assert "tpllm_engine_up 0.0" in http.get("/metrics").text
 
 
 def test_the_version_is_the_packages(http: httpx.Client) -> None:

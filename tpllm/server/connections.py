@@ -1,5 +1,8 @@
 """Connections that do not wait forever: for a request's end, or for a client to read."""
 
+import fcntl
+import sys
+import termios
 from asyncio import BaseTransport, TimerHandle
 from typing import Any
 
@@ -116,11 +119,20 @@ class Connection(HttpToolsProtocol):
 
     def abort_if_stalled(self, seconds: float) -> None:
         """End a connection whose client has taken nothing in for so long; call it repeatedly."""
-        waiting, now = self.transport.get_write_buffer_size(), self.loop.time()
+        waiting, now = self.num_waiting_bytes(), self.loop.time()
         if waiting == 0 or waiting != self._waiting[0]:
             self._waiting = waiting, now
         elif now - self._waiting[1] > seconds:
             self.transport.abort()
+
+    def num_waiting_bytes(self) -> int:
+        """Bytes that the client has not taken in, the kernel's included, while there are ours."""
+        ours = self.transport.get_write_buffer_size()
+        sock = self.transport.get_extra_info("socket")
+        if not ours or sock.fileno() < 0:
+            return ours
+        kernels = fcntl.ioctl(sock.fileno(), termios.TIOCOUTQ, bytes(4))
+        return ours + int.from_bytes(kernels, sys.byteorder)
 
     def _stop_write_timer(self) -> None:
         if self._write_timer is not None:

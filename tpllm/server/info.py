@@ -22,6 +22,7 @@ from tpllm.server.responses import engine_failed
 from tpllm.server.service import Service
 
 STATS_TIMEOUT_S = 5.0
+HEALTH_TIMEOUT_S = 0.5  # probes do not wait for longer than a second
 WORKING = ("ok", "busy")
 
 
@@ -100,10 +101,13 @@ async def health(service: Service, knows_key: bool) -> Response:
     if service.engine.dead_error is not None:
         status = engine_failed(service.engine.dead_error).message
     else:
-        stats = await _stats(service)
-        if stats is None:
-            status = "busy"
+        try:
+            stats = await _stats(service, HEALTH_TIMEOUT_S)
+        except RuntimeError as error:  # closed, or failed at this moment
+            status, stats = engine_failed(error).message, None
         else:
+            status = "ok" if stats else "busy"
+        if stats is not None:
             ranks = [dict(rank) for rank in stats.health]
             if not all(rank["alive"] for rank in ranks):
                 status = "a rank has ended"
@@ -117,29 +121,37 @@ async def health(service: Service, knows_key: bool) -> Response:
 
 async def metrics(service: Service) -> Response:
     """GET /metrics. Without the engine's own figures once it has failed."""
-    families = list(_families(service, await _stats(service)))
+    is_up, stats = service.engine.dead_error is None, None
+    if is_up:
+        try:
+            stats = await _stats(service, STATS_TIMEOUT_S)
+        except RuntimeError:
+            is_up = False
+    families = list(_families(service, is_up, stats))
     return Response(service.metrics.text(families), media_type=CONTENT_TYPE_LATEST)
 
 
-async def _stats(service: Service) -> Any | None:
-    """The engine's figures; None if it has failed, or does not answer."""
-    if service.engine.dead_error is not None:
-        return None
+async def _stats(service: Service, timeout_s: float) -> Any | None:
+    """The engine's figures; None where it does not answer in time, as in a long step.
+
+    Raises:
+        RuntimeError: it is closed, or has failed.
+    """
     try:
-        async with asyncio.timeout(STATS_TIMEOUT_S):
+        async with asyncio.timeout(timeout_s):
             return await service.engine.stats()
-    except (TimeoutError, RuntimeError):
+    except TimeoutError:
         return None
 
 
-def _families(service: Service, stats: Any | None) -> Iterable[Metric]:
+def _families(service: Service, is_up: bool, stats: Any | None) -> Iterable[Metric]:
     def gauge(name: str, words: str, value: float) -> Metric:
         return GaugeMetricFamily(f"tpllm_{name}", words, value=value)
 
     def counter(name: str, words: str, value: float) -> Metric:
         return CounterMetricFamily(f"tpllm_{name}", words, value=value)
 
-    yield gauge("engine_up", "1 while the engine runs, 0 once it has failed", stats is not None)
+    yield gauge("engine_up", "1 while the engine runs, 0 once it has failed", is_up)
     yield gauge(
         "server_sequences",
         "Sequences in the server, running or waiting",

@@ -171,16 +171,21 @@ class _Serving:
                 self._service.admission.end_all()
                 await self._service.admission.drain(LAST_WORDS_S)
         finally:
-            if self._service.admission.num_answers:
-                for connection in self._connections():
-                    connection.transport.abort()
+            if self._is_at_work():
+                await self._abort_connections()
             self._server.should_exit = True
             if self._killed_by is not None:
                 self._server.force_exit = True
             await server
+            await self._abort_connections()  # that others have opened meanwhile
         if self._killed_by is not None:
             return 128 + self._killed_by
         return 0 if self._service.engine.dead_error is None else 1
+
+    async def _abort_connections(self) -> None:
+        for connection in self._connections():
+            connection.transport.abort()
+        await asyncio.sleep(0)  # for the sockets to be closed
 
     def _connections(self) -> list[Connection]:
         return [c for c in self._server.server_state.connections if isinstance(c, Connection)]
@@ -223,23 +228,28 @@ class _Serving:
                 continue
 
     async def _drain(self) -> None:
-        """Let what runs end, unless a second signal comes."""
+        """Take nothing new and let what runs end, unless a second signal comes."""
         admission, settings = self._service.admission, self._service.settings
         logger.info(
             "draining: %d requests have %g s to end; a second signal ends them now",
             admission.num_answers,
             settings.drain_timeout_s,
         )
-        drained = asyncio.ensure_future(admission.drain(settings.drain_timeout_s))
-        try:
-            while not drained.done() and self._killed_by is None:
-                await asyncio.wait({drained}, timeout=0.05)
-                for connection in self._connections():
-                    connection.abort_if_stalled(STALLED_S)
-            if self._killed_by is None and not drained.result():
+        admission.draining = True
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + settings.drain_timeout_s
+        while self._is_at_work() and self._killed_by is None:
+            if loop.time() >= deadline:
                 logger.warning("%d requests have not ended in time", admission.num_answers)
-        finally:
-            drained.cancel()
+                break
+            await asyncio.sleep(0.05)
+            for connection in self._connections():
+                connection.abort_if_stalled(STALLED_S)
+
+    def _is_at_work(self) -> bool:
+        """Whether answers are made, or wait for their clients to take them in."""
+        waiting = any(each.num_waiting_bytes() for each in self._connections())
+        return waiting or self._service.admission.num_answers > 0
 
     def _on_signal(self, number: int) -> None:
         self._num_signals += 1
