@@ -25,7 +25,7 @@ from tests.scripts import running
 from tpllm import SamplingParams, WorkerError
 from tpllm.async_llm import AsyncLLM
 from tpllm.config import EngineConfig
-from tpllm.engine import engine_client
+from tpllm.engine import engine_client, messages
 from tpllm.engine.connection import Connection, Message
 from tpllm.engine.coordinator import MAX_STEPS_IN_FLIGHT
 from tpllm.engine.engine_client import EngineClient
@@ -194,11 +194,15 @@ def test_a_worker_killed_while_it_runs_is_named_to_every_caller(make_engine):
 def test_what_came_before_the_error_is_told_before_it(make_engine, monkeypatch):
     """Also where both come in one piece."""
     receive = Connection.receive
+    told: list[int] = []
 
     def receive_all(connection: Connection, timeout_s: float) -> list[Message]:
         received = receive(connection, timeout_s)
         while received and received[-1]["type"] == "updates":
             received += receive(connection, timeout_s)
+        for message in received[:-1]:
+            for update in messages.read_updates(message):
+                told.extend(update.new_token_ids)
         return received
 
     async def check() -> None:
@@ -207,11 +211,11 @@ def test_what_came_before_the_error_is_told_before_it(make_engine, monkeypatch):
         monkeypatch.setattr(Connection, "receive", receive_all)
         stream = engine.generate([1, 2, 3], ENDLESS)
         threading.Timer(0.3, kill, [engine.worker_pids[1]]).start()
-        num_tokens = []
+        token_ids: list[int] = []
         with pytest.raises(WorkerError, match="worker rank 1 was killed"):
             async for output in stream:
-                num_tokens.append(len(output.outputs[0].token_ids))
-        assert num_tokens[-1] > num_tokens[0] + 10
+                token_ids = output.outputs[0].token_ids
+        assert told and token_ids[-len(told) :] == told
 
     run(check())
 

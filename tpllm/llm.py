@@ -284,11 +284,13 @@ class LLM(AbstractContextManager["LLM"]):
             RuntimeError: a signal handler calls while `generate` runs in the same thread.
         """
         me = threading.get_ident()
-        if self._lock_owner == me:
+        # Ctrl-C may come before any line, also that of a `finally`: the lock is let go of all the
+        # same, and the name of its last owner then means nothing.
+        if self._lock_owner == me and self._lock.locked():
             raise RuntimeError("this LLM is in the middle of a call, by this very thread")
         with self._lock:
-            self._lock_owner = me
             try:
+                self._lock_owner = me
                 yield
             finally:
                 self._lock_owner = None
