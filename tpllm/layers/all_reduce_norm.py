@@ -47,16 +47,28 @@ def sendable(row: tl.tensor) -> tl.tensor:
 
 
 @triton.jit
+def _is_missing(row: tl.tensor) -> tl.tensor:
+    """1 for each value of a mailbox's row that is not there yet: int32."""
+    empty = empty_like(row)
+    return (row.to(empty.dtype, bitcast=True) == empty).to(tl.int32)
+
+
+@triton.jit
+def _make_empty(row_ptrs: tl.tensor, row: tl.tensor, mask: tl.tensor) -> None:
+    """Make room for the next row like this one."""
+    tl.store(row_ptrs, empty_like(row).to(row.dtype, bitcast=True), mask=mask)
+
+
+@triton.jit
 def take(row_ptrs: tl.tensor, mask: tl.tensor) -> tl.tensor:
     """Wait for a row in this rank's mailbox, empty its place and return it.
 
     Each value tells by itself whether it has come, so the order of arrival does not matter.
     """
     row = tl.load(row_ptrs, mask=mask, other=0.0, volatile=True)
-    empty = empty_like(row)
-    while tl.max((row.to(empty.dtype, bitcast=True) == empty).to(tl.int32), axis=0) != 0:
+    while tl.max(_is_missing(row), axis=0) != 0:
         row = tl.load(row_ptrs, mask=mask, other=0.0, volatile=True)
-    tl.store(row_ptrs, empty.to(row.dtype, bitcast=True), mask=mask)
+    _make_empty(row_ptrs, row, mask)
     return row
 
 
@@ -118,7 +130,6 @@ def _look(
     SIZE: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor]:
     """The sum of x and of what the mailboxes hold, and how much of it is still empty."""
-    empty = empty_like(x)
     missing = tl.zeros(x.shape, dtype=tl.int32)
     total = tl.zeros(x.shape, dtype=tl.float32)
     for peer in tl.static_range(SIZE):
@@ -126,7 +137,7 @@ def _look(
         if peer != RANK:
             box = _mailbox(mailbox_ptrs, RANK, peer, place, row, max_rows, x.dtype, E, SIZE)
             term = tl.load(box + cols, mask=mask, other=0.0, volatile=True)
-            missing += (term.to(empty.dtype, bitcast=True) == empty).to(tl.int32)
+            missing += _is_missing(term)
         total += term.to(tl.float32)
     return total, tl.max(missing, axis=0)
 
@@ -149,14 +160,13 @@ def _sum_of_terms(
     All peers' rows are looked for at the same time, as `take` looks for one: each look costs a
     way to memory and a sum over the program's threads.
     """
-    empty = empty_like(x)
     total, num_missing = _look(x, mask, cols, mailbox_ptrs, place, row, max_rows, E, RANK, SIZE)
     while num_missing != 0:
         total, num_missing = _look(x, mask, cols, mailbox_ptrs, place, row, max_rows, E, RANK, SIZE)
     for peer in tl.static_range(SIZE):
         if peer != RANK:
             box = _mailbox(mailbox_ptrs, RANK, peer, place, row, max_rows, x.dtype, E, SIZE)
-            tl.store(box + cols, empty.to(x.dtype, bitcast=True), mask=mask)
+            _make_empty(box + cols, x, mask)
     return total
 
 
