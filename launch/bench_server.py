@@ -22,6 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -148,7 +149,7 @@ def main() -> None:
         with Server(settings, Path(folder) / "log") as server:
             result["streams"] = server.load(args.streams, args.stream_len, *length)
             print(f", server {result['streams']['output_tokens_per_s']:.0f}")
-            result["curve"] = print_curve(
+            curve = (
                 server.load(
                     max(4, int(float(rate) * args.seconds)),
                     args.output_len,
@@ -158,6 +159,7 @@ def main() -> None:
                 )
                 for rate in args.rates
             )
+            _, *result["curve"] = print_curve(chain([result["streams"]], curve))
     print(json.dumps(result))
 
 

@@ -6,7 +6,7 @@ and raises ValueError. A bool is never taken for a number, and numpy's numbers a
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
@@ -79,6 +79,11 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ValueError(f"{path} must hold a JSON object, not a {type(content).__name__}")
     return content
+
+
+def are_ints(values: Iterable[object]) -> bool:
+    """Whether all are Python's own ints: to ask each takes 100 ms for 140,000."""
+    return set(map(type, values)) <= {int}  # a bool's type is another
 
 
 def short(value: object) -> str:

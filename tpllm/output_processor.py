@@ -68,15 +68,14 @@ class OutputProcessor:
         elif request_id in self._requests:
             raise ValueError(f"request_id={request_id!r} is still running; take another one")
         request = Request(request_id, prompt, prompt_token_ids, params, output_kind, tokenizer)
+        words = list(bad_word_ids)
         for index in range(params.n):
             engine_id = str(next(self._engine_numbers))
             completion = _Completion(request, index, params, tokenizer)
             self._completions[engine_id] = completion
             request.completions.append(completion)
             request.engine_requests.append(
-                AddRequest(
-                    engine_id, prompt_token_ids, params.of_continuation(index), list(bad_word_ids)
-                )
+                AddRequest(engine_id, prompt_token_ids, params.of_continuation(index), words)
             )
         self._requests[request_id] = request
         return request

@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 
 from tpllm.cli.options import PREFIX, options_of
+from tpllm.engine import crash_report
 from tpllm.errors import refuse_unknown_settings
 from tpllm.server import ServerSettings
 from tpllm.settings import Settings
@@ -18,7 +19,6 @@ from tpllm.settings import Settings
 # Whatever command runs, the environment and a file may hold the settings of all of them.
 SETTINGS_CLASSES: tuple[type, ...] = (Settings, ServerSettings)
 CONFIG_VARIABLE = PREFIX + "CONFIG"
-CRASH_DIR_VARIABLE = "TPLLM_CRASH_DIR"  # of the library: see tpllm/engine/crash_report.py
 
 
 @dataclass(frozen=True)
@@ -121,4 +121,6 @@ def _known_names() -> list[str]:
 def _refuse_unknown_variables(environment: Mapping[str, str]) -> None:
     ours = [name for name in environment if name.startswith(PREFIX)]
     known = [PREFIX + name.upper() for name in _known_names()]
-    refuse_unknown_settings("the environment", ours, [*known, CONFIG_VARIABLE, CRASH_DIR_VARIABLE])
+    refuse_unknown_settings(
+        "the environment", ours, [*known, CONFIG_VARIABLE, crash_report.FOLDER_VARIABLE]
+    )

@@ -20,6 +20,7 @@ from tpllm import __version__
 from tpllm.devices import visible_gpus
 from tpllm.engine.diagnosis import RankState
 
+FOLDER_VARIABLE = "TPLLM_CRASH_DIR"
 NUM_KEPT = 20
 _PACKAGES = ("torch", "triton", "flash-attn", "transformers", "numpy")
 _TOLD_VARIABLES = ("CUDA_", "GLOO_", "NCCL_", "TORCH_NCCL_", "OMP_NUM_THREADS", "TMPDIR")
@@ -30,7 +31,7 @@ def report_folder() -> Path | None:
 
     None where TPLLM_CRASH_DIR is set and empty: no reports are wanted.
     """
-    wanted = os.environ.get("TPLLM_CRASH_DIR")
+    wanted = os.environ.get(FOLDER_VARIABLE)
     if wanted is not None:
         return Path(wanted) if wanted else None
     state = os.environ.get("XDG_STATE_HOME") or os.path.expanduser("~/.local/state")

@@ -97,13 +97,11 @@ class Admission:
         finally:
             self.num_answers -= 1
 
-    async def drain(self, timeout_s: float) -> bool:
-        """Take nothing new, and wait for all answers; False if some miss after `timeout_s`."""
-        self.draining = True
+    async def wait_for_answers(self, timeout_s: float) -> None:
+        """Return once all answers have been sent, or after `timeout_s`."""
         deadline = time.monotonic() + timeout_s
         while self.num_answers and time.monotonic() < deadline:
             await asyncio.sleep(0.02)
-        return not self.num_answers
 
     def end_all(self) -> None:
         """End every request that is inside of `enter`, by cancelling its task."""

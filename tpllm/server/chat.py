@@ -52,10 +52,9 @@ class _Chat:
 
     async def whole(self) -> dict[str, Any]:
         """The answer, once all of it is there."""
-        with self._service.admission.enter(self._params.n):
+        with self._service.admission.enter(self._params.n), naming_the_field(self._body):
             generation = await self._begin()
-            with naming_the_field(self._body):
-                await generation.run()
+            await generation.run()
         content = {
             **self._head("chat.completion"),
             "choices": [self._choice(answer) for answer in generation.answers],

@@ -48,10 +48,9 @@ class _Completion:
 
     async def whole(self) -> dict[str, Any]:
         """The answer, once all of it is there."""
-        with self._service.admission.enter(self._num_seqs):
+        with self._service.admission.enter(self._num_seqs), naming_the_field(self._body):
             generation = await self._begin()
-            with naming_the_field(self._body):
-                await generation.run()
+            await generation.run()
         choices = []
         for i, prompt in enumerate(generation.prompts):
             for answer in prompt.answers:

@@ -45,19 +45,18 @@ class Guard:
         state = scope.setdefault("state", {})
         state["outcome"] = None
         status = 0
-        num_bytes = num_values = held = 0  # of the body, so far
+        num_bytes = num_values = 0  # of the body, so far
 
         async def receive_limited() -> Message:
-            nonlocal num_bytes, num_values, held
+            nonlocal num_bytes, num_values
             message = await receive()
             body: bytes = message.get("body", b"")
-            num_bytes += len(body)
             # each value of JSON comes after one of these; in texts they count in vain, but so
             # many are no prompt either
-            num_values += body.count(b",") + body.count(b"[") + body.count(b"{")
-            self._held_bytes -= held
-            held = num_bytes + VALUE_BYTES * num_values
-            self._held_bytes += held
+            num_new = body.count(b",") + body.count(b"[") + body.count(b"{")
+            num_bytes += len(body)
+            num_values += num_new
+            self._held_bytes += len(body) + VALUE_BYTES * num_new
             if num_bytes > self._service.settings.max_body_bytes:
                 raise self._too_large()
             if num_values > MAX_VALUES:
@@ -88,7 +87,7 @@ class Guard:
             state["outcome"] = "error"
             raise
         finally:
-            self._held_bytes -= held
+            self._held_bytes -= num_bytes + VALUE_BYTES * num_values
             self._tell(scope, status, 1000 * (time.perf_counter() - begin))
 
     def _tell(self, scope: Scope, status: int, ms: float) -> None:

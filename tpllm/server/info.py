@@ -97,20 +97,16 @@ async def health(service: Service, knows_key: bool) -> Response:
     deadline or by that of its caller. Who has no key gets no more than the status; others are told
     the state and every rank.
     """
+    error, stats = await _ask(service, HEALTH_TIMEOUT_S)
     status, ranks = "ok", []
-    if service.engine.dead_error is not None:
-        status = engine_failed(service.engine.dead_error).message
+    if error is not None:
+        status = engine_failed(error).message
+    elif stats is None:
+        status = "busy"
     else:
-        try:
-            stats = await _stats(service, HEALTH_TIMEOUT_S)
-        except RuntimeError as error:  # closed, or failed at this moment
-            status, stats = engine_failed(error).message, None
-        else:
-            status = "ok" if stats else "busy"
-        if stats is not None:
-            ranks = [dict(rank) for rank in stats.health]
-            if not all(rank["alive"] for rank in ranks):
-                status = "a rank has ended"
+        ranks = [dict(rank) for rank in stats.health]
+        if not all(rank["alive"] for rank in ranks):
+            status = "a rank has ended"
     if status in WORKING and service.admission.draining:
         status = "shutting down"
     content: dict[str, Any] = {"status": status, "model": service.model_name, "ranks": ranks}
@@ -121,27 +117,23 @@ async def health(service: Service, knows_key: bool) -> Response:
 
 async def metrics(service: Service) -> Response:
     """GET /metrics. Without the engine's own figures once it has failed."""
-    is_up, stats = service.engine.dead_error is None, None
-    if is_up:
-        try:
-            stats = await _stats(service, STATS_TIMEOUT_S)
-        except RuntimeError:
-            is_up = False
-    families = list(_families(service, is_up, stats))
+    error, stats = await _ask(service, STATS_TIMEOUT_S)
+    families = list(_families(service, error is None, stats))
     return Response(service.metrics.text(families), media_type=CONTENT_TYPE_LATEST)
 
 
-async def _stats(service: Service, timeout_s: float) -> Any | None:
-    """The engine's figures; None where it does not answer in time, as in a long step.
-
-    Raises:
-        RuntimeError: it is closed, or has failed.
-    """
-    try:
-        async with asyncio.timeout(timeout_s):
-            return await service.engine.stats()
-    except TimeoutError:
-        return None
+async def _ask(service: Service, timeout_s: float) -> tuple[BaseException | None, Any | None]:
+    """Why the engine is down, or None; and its figures, unless it does not answer in time."""
+    error = service.engine.dead_error
+    if error is None:
+        try:
+            async with asyncio.timeout(timeout_s):
+                return None, await service.engine.stats()
+        except TimeoutError:  # a long step
+            pass
+        except RuntimeError as raised:  # it is closed, or has failed at this moment
+            error = raised
+    return error, None
 
 
 def _families(service: Service, is_up: bool, stats: Any | None) -> Iterable[Metric]:

@@ -18,7 +18,7 @@ from pydantic import (
     model_validator,
 )
 
-from tpllm.checks import short
+from tpllm.checks import are_ints, short
 
 T = TypeVar("T")
 
@@ -136,22 +136,18 @@ def _check_prompt(value: Any) -> list[str | list[int]]:
     items = value if isinstance(value, list) else [value]
     if not items:
         raise ValueError("prompt=[] is empty; give a text or token ids")
-    if isinstance(value, list) and _are_ids(items):
+    if isinstance(value, list) and are_ints(items):
         return [items]
     if len(items) > MAX_PROMPTS:
         raise ValueError(f"prompt has {len(items)} entries, and may have {MAX_PROMPTS}")
     for i, item in enumerate(items):
-        if not isinstance(item, str) and not (isinstance(item, list) and _are_ids(item)):
+        if not isinstance(item, str) and not (isinstance(item, list) and are_ints(item)):
             raise ValueError(
                 f"prompt[{i}]={short(item)} must be a text or a list of token ids"
                 if isinstance(value, list)
                 else f"prompt={short(item)} must be a text, a list of token ids, or a list of these"
             )
     return items
-
-
-def _are_ids(values: list[object]) -> bool:
-    return set(map(type, values)) <= {int}  # a bool is none; and there may be a million
 
 
 _TEXT = {"type": "string"}

@@ -169,7 +169,7 @@ class _Serving:
                     await self._drain()
                 self._service.admission.draining = True
                 self._service.admission.end_all()
-                await self._service.admission.drain(LAST_WORDS_S)
+                await self._service.admission.wait_for_answers(LAST_WORDS_S)
         finally:
             if self._is_at_work():
                 await self._abort_connections()
@@ -215,12 +215,7 @@ class _Serving:
             if error is not None:
                 logger.error("the engine has failed: %s", error)
                 # each running request hears of it from the engine
-                deadline = asyncio.get_running_loop().time() + LAST_WORDS_S
-                while (
-                    self._service.admission.num_answers
-                    and asyncio.get_running_loop().time() < deadline
-                ):
-                    await asyncio.sleep(0.02)
+                await self._service.admission.wait_for_answers(LAST_WORDS_S)
                 return
             try:
                 await asyncio.wait_for(self._stop.wait(), ENGINE_CHECK_S)
