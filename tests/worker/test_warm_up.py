@@ -19,7 +19,7 @@ def test_every_kernel_can_be_launched_alone(monkeypatch, rank: int, world_size: 
     config = EngineConfig.resolve(device="cpu", skip_tokenizer_init=True, max_model_len=64)
     config = replace(config, attention_backend="triton")  # in the interpreter
     kernels = Kernels(config, rank, world_size, torch.device("cpu"))
-    assert len(kernels.of_this_rank()) == (6 if world_size > 1 else 0)
+    assert len(kernels.of_this_rank()) == (3 if world_size > 1 else 0)
     for launch in kernels.of_this_rank() + kernels.shared():
         launch()
 

@@ -178,16 +178,7 @@ def _fence() -> None:
     )
 
 
-@triton.jit
-def _load_fp32(row_ptrs: tl.tensor, mask: tl.tensor, HAS_ROW: tl.constexpr) -> tl.tensor:
-    """The row, or zeros where there is none."""
-    row = tl.zeros(row_ptrs.shape, dtype=tl.float32)
-    if HAS_ROW:
-        row = tl.load(row_ptrs, mask=mask, other=0.0).to(tl.float32)
-    return row
-
-
-@triton.jit(do_not_specialize=["max_rows"])
+@triton.jit(do_not_specialize=["max_rows", "has_residual"])
 def _all_reduce_norm_one_shot(
     x_ptr: tl.tensor,  # [N, E]
     mailbox_ptrs: tl.tensor,
@@ -197,9 +188,9 @@ def _all_reduce_norm_one_shot(
     out_ptr: tl.tensor,  # [N, E]
     max_rows: tl.tensor,
     eps: tl.tensor,
+    has_residual: tl.tensor,
     E: tl.constexpr,
     BLOCK: tl.constexpr,
-    HAS_RESIDUAL: tl.constexpr,
     RANK: tl.constexpr,
     SIZE: tl.constexpr,
     PDL: tl.constexpr,
@@ -218,16 +209,16 @@ def _all_reduce_norm_one_shot(
     _send_to_all(x, mask, cols, mailbox_ptrs, place, row, max_rows, E, RANK, SIZE)
     if PDL:
         gdc_launch_dependents()
-    residual = _load_fp32(residual_ptr + offsets, mask, HAS_RESIDUAL)
+    residual = tl.load(residual_ptr + offsets, mask=mask & (has_residual != 0), other=0.0)
     total = _sum_of_terms(x, mask, cols, mailbox_ptrs, place, row, max_rows, E, RANK, SIZE)
     # not before all threads have read it: the sum over them in `_look` holds a barrier
     tl.store(places_ptr + row, (place + 1) % _NUM_PLACES)
-    total, normed = add_and_norm(total, residual, weight, dtype, eps, E)
+    total, normed = add_and_norm(total, residual.to(tl.float32), weight, dtype, eps, E)
     tl.store(residual_ptr + offsets, total, mask=mask)
     tl.store(out_ptr + offsets, normed, mask=mask)
 
 
-@triton.jit(do_not_specialize=["max_rows", "num_rows"])
+@triton.jit(do_not_specialize=["max_rows", "num_rows", "has_residual"])
 def _all_reduce_norm_two_shot(
     x_ptr: tl.tensor,  # [N, E]
     mailbox_ptrs: tl.tensor,
@@ -238,9 +229,9 @@ def _all_reduce_norm_two_shot(
     max_rows: tl.tensor,
     num_rows: tl.tensor,
     eps: tl.tensor,
+    has_residual: tl.tensor,
     E: tl.constexpr,
     BLOCK: tl.constexpr,
-    HAS_RESIDUAL: tl.constexpr,
     RANK: tl.constexpr,
     SIZE: tl.constexpr,
     ROWS: tl.constexpr,
@@ -273,11 +264,11 @@ def _all_reduce_norm_two_shot(
         if (ours < num_rows) & (ours % SIZE == RANK):
             offsets = ours.to(tl.int64) * E + cols
             x = tl.load(x_ptr + offsets, mask=mask, other=0.0)
-            residual = _load_fp32(residual_ptr + offsets, mask, HAS_RESIDUAL)
+            residual = tl.load(residual_ptr + offsets, mask=mask & (has_residual != 0), other=0.0)
             total = _sum_of_terms(
                 x, mask, cols, mailbox_ptrs, place, program, max_rows, E, RANK, SIZE
             )
-            total, normed = add_and_norm(total, residual, weight, dtype, eps, E)
+            total, normed = add_and_norm(total, residual.to(tl.float32), weight, dtype, eps, E)
             normed = sendable(normed.to(dtype))  # for this rank, too: all have the same bits
             _send_to_all(
                 normed, mask, cols, mailbox_ptrs, place_behind, behind, max_rows, E, RANK, SIZE
@@ -351,7 +342,7 @@ def all_reduce_norm(
         peers.max_rows,
         *num_rows,
         eps,
-        HAS_RESIDUAL=has_residual,
+        int(has_residual),
         num_warps=num_warps,
         # At least two programs of any width fit on a multiprocessor. With one, rows beyond the
         # 132nd waited for the ends of others: 185 rows of 8B on four GPUs 18.3 us, 128 rows 11.9.

@@ -106,7 +106,7 @@ class Kernels:
         """Sums over the ranks: they know which rank they run on."""
         if not self.has_sums:
             return []
-        return [partial(self.sum, N, residual) for N in (1, 2, 3) for residual in (False, True)]
+        return [partial(self.sum, N) for N in (1, 2, 3)]
 
     def shared(self) -> list[Callable[[], object]]:
         config = self.config
@@ -159,7 +159,7 @@ class Kernels:
         norm = RMSNorm(E, 1e-6, dtype=self.dtype, device=self.device)
         norm(self.new(1, E), self.new(1, E) if has_residual else None)
 
-    def sum(self, N: int, has_residual: bool) -> None:
+    def sum(self, N: int) -> None:
         """One row in one shot, two and three in the two ways of two shots; all rows are there."""
         E, size = self.model.hidden_size, self.tp.size
         rows = self.new(NUM_PLACES, size, 4, E)
@@ -168,7 +168,7 @@ class Kernels:
         peers = Mailboxes(pointers.data_ptr(), places, 4, 1, E, self.dtype)
         x, residual = self.new(N, E), self.new(N, E)
         tp = replace(self.tp, peers=peers)
-        all_reduce_norm(x, residual, self.norm_weight(), 1e-6, tp, has_residual=has_residual)
+        all_reduce_norm(x, residual, self.norm_weight(), 1e-6, tp, has_residual=True)
 
     def swiglu(self) -> None:
         silu_and_mul(self.new(2, 2 * self.model.intermediate_size // self.tp.size))
