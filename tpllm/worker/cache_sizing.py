@@ -83,12 +83,15 @@ def _graph_bytes(shape: CacheShape, runner: ModelRunner, tp: TPGroup) -> int:
     sizes = runner.graph_sizes
     largest_two = list(dict.fromkeys([sizes[0], runner.decode_sizes[-1]]))
     more = [*sizes[1:2], sizes[-1]]
-    free = [torch.cuda.mem_get_info()[0]]
-    for trial in (largest_two, [*largest_two, *more]):
-        runner.capture_graphs(trial)
+    free: list[int] = []
+
+    def count_free() -> None:
         torch.cuda.synchronize()
         free.append(torch.cuda.mem_get_info()[0])
-    largest, all_of_them = free[0] - free[1], free[0] - free[2]
+
+    count_free()
+    runner.capture_graphs([*largest_two, *more], count_free)
+    largest, all_of_them = free[0] - free[len(largest_two)], free[0] - free[-1]
     runner.use_cache(shape.allocate(1, tp.device))  # drops the graphs
     torch.cuda.empty_cache()
     each = max(0, all_of_them - largest) / len(more)

@@ -108,7 +108,9 @@ class ModelRunner:
         self._kv_caches = kv_caches
 
     @torch.inference_mode()
-    def capture_graphs(self, sizes: Sequence[int | MixedSize]) -> None:
+    def capture_graphs(
+        self, sizes: Sequence[int | MixedSize], after_each: Callable[[], None] = lambda: None
+    ) -> None:
         """Capture steps of these sizes, in this order, for the present cache."""
         self._drop_graphs()  # their memory first
         pool = GraphPool()
@@ -118,6 +120,7 @@ class ModelRunner:
                 self._mixed_graphs[size] = pool.capture(partial(self._padded_mixed, size))
             else:
                 self._decode_graphs[size] = pool.capture(partial(self._decode, size))
+            after_each()
 
     def _drop_graphs(self) -> None:
         self._decode_graphs, self._mixed_graphs = {}, {}
