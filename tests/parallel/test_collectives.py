@@ -5,6 +5,7 @@ import torch
 
 from tests.ranks import run_ranks
 from tpllm.parallel.collectives import (
+    _made_by_all,
     all_gather,
     all_reduce,
     all_to_all,
@@ -61,3 +62,18 @@ def fails_on_last_rank(tp: TPGroup) -> None:
 def test_run_ranks_raises_the_error_of_any_rank() -> None:
     with pytest.raises(AssertionError, match=r"rank 1 raised\n(.*\n)*ZeroDivisionError: only here"):
         run_ranks(fails_on_last_rank, 2)
+
+
+def what_one_rank_cannot_make_nobody_has(tp: TPGroup) -> None:
+    def make() -> str:
+        if tp.rank == tp.size - 1:
+            raise RuntimeError("no memory left")
+        return "made"
+
+    assert _made_by_all(tp, make, "tests go on") is None
+    assert _made_by_all(tp, lambda: "made", "tests go on") == "made"
+
+
+def test_what_one_rank_cannot_make_nobody_has() -> None:
+    """Before anybody waits for that rank in what comes next."""
+    run_ranks(what_one_rank_cannot_make_nobody_has, 3)

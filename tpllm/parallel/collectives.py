@@ -7,20 +7,24 @@ for every rank on the host and belong to start-up.
 """
 
 import sys
+from collections.abc import Callable
 from dataclasses import replace
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from tpllm.parallel.group import TPGroup
-from tpllm.parallel.peer_memory import WIDTH_MULTIPLE, PeerMemory
+from tpllm.parallel.peer_memory import WIDTH_MULTIPLE, PeerMemory, empty_mailboxes
 
 # Room for the rows of a sender, in bytes: enough programs of a sum at the same time to fill a link.
 _MAILBOX_BYTES = 4 << 20
 # Largest sum, in bytes, of which every rank sends all to all others. On two ranks that is no more
 # than they would send in two shots; on four, two shots are faster from some 256 KiB on.
 _ONE_SHOT_BYTES = 256 << 10
+
+Made = TypeVar("Made")
 
 # torch 2.13 renamed the gather into one tensor and warns of the old name.
 _all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -83,9 +87,24 @@ def with_peer_memory(tp: TPGroup, width: int, dtype: torch.dtype) -> TPGroup:
     row_bytes = width * dtype.itemsize
     max_rows = max(2, _MAILBOX_BYTES // row_bytes)
     one_shot_rows = max_rows if tp.size == 2 else max(1, _ONE_SHOT_BYTES // row_bytes)
-    peers = None
+    mailboxes = _made_by_all(
+        tp, lambda: empty_mailboxes(tp.size, max_rows, width, dtype, tp.device), "NCCL serves"
+    )
+    if mailboxes is None:
+        return tp
+    group = tp.process_group
+    peers = _made_by_all(tp, lambda: PeerMemory(group, mailboxes, one_shot_rows), "NCCL serves")
+    return replace(tp, peers=peers)
+
+
+def _made_by_all(tp: TPGroup, make: Callable[[], Made], instead: str) -> Made | None:
+    """What `make` returns, or None on every rank where it raises RuntimeError or OSError on one.
+
+    What waits for the peers must not begin where a rank may already have failed.
+    """
+    made = None
     try:
-        peers = PeerMemory(tp.process_group, max_rows, one_shot_rows, width, dtype, tp.device)
-    except RuntimeError as error:  # a container that forbids to share descriptors, for one
-        print(f"tpllm: no peer memory on rank {tp.rank}, NCCL serves: {error}", file=sys.stderr)
-    return replace(tp, peers=peers) if min_over_ranks(int(peers is not None), tp) else tp
+        made = make()
+    except (RuntimeError, OSError) as error:  # a container that forbids to share descriptors
+        print(f"tpllm: no peer memory on rank {tp.rank}, {instead}: {error}", file=sys.stderr)
+    return made if min_over_ranks(int(made is not None), tp) else None

@@ -45,32 +45,34 @@ class Mailboxes:
     dtype: torch.dtype
 
 
+def empty_mailboxes(
+    size: int, max_rows: int, width: int, dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    """Memory for a rank's mailboxes, which its peers can map: [NUM_PLACES, size, max_rows, width].
+
+    Raises:
+        RuntimeError: there is no such memory, or not enough.
+    """
+    shape = (NUM_PLACES, size, max_rows, width)
+    return symmetric_memory.empty(*shape, dtype=dtype, device=device).fill_(EMPTY)
+
+
 class PeerMemory(Mailboxes):
     """Mailboxes in the memory of the GPUs of a group.
 
-    Every rank makes them, with the same arguments, at the same time.
+    Every rank makes them, with the same arguments and empty mailboxes of its own, at the same time.
 
     Raises:
         RuntimeError: the GPUs cannot reach each other's memory.
     """
 
-    def __init__(
-        self,
-        group: dist.ProcessGroup,
-        max_rows: int,
-        one_shot_rows: int,
-        width: int,
-        dtype: torch.dtype,
-        device: torch.device,
-    ) -> None:
-        self._mailboxes = symmetric_memory.empty(
-            NUM_PLACES * group.size() * max_rows * width, dtype=dtype, device=device
-        )
-        self._mailboxes.fill_(EMPTY)
-        places = torch.zeros(max_rows, dtype=torch.int32, device=device)
-        # the handle owns the mappings of the peers' memory
-        self._handle = symmetric_memory.rendezvous(self._mailboxes, group)
+    def __init__(self, group: dist.ProcessGroup, mailboxes: Tensor, one_shot_rows: int) -> None:
+        max_rows, width = mailboxes.shape[2:]
+        places = torch.zeros(max_rows, dtype=torch.int32, device=mailboxes.device)
+        # the handle owns the mappings of the peers' memory, and keeps ours
+        self._handle = symmetric_memory.rendezvous(mailboxes, group)
+        self._mailboxes = mailboxes
         ptrs: int = self._handle.buffer_ptrs_dev
-        super().__init__(ptrs, places, max_rows, one_shot_rows, width, dtype)
+        super().__init__(ptrs, places, max_rows, one_shot_rows, width, mailboxes.dtype)
         torch.cuda.synchronize()
         dist.barrier(group)  # nobody sends before all mailboxes are empty
