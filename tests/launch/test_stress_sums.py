@@ -14,6 +14,7 @@ from launch import stress_sums
 from launch.stress_sums import receive, stress
 from tpllm.layers.all_reduce_norm import AllReduceRMSNorm
 from tpllm.parallel.group import TPGroup
+from tpllm.parallel.lanes import Lane
 
 CPU = TPGroup.single(torch.device("cpu"))
 
@@ -39,8 +40,10 @@ def test_one_wrong_value_of_a_normed_row_or_of_a_sum_is_found(monkeypatch, index
     class Wrong(AllReduceRMSNorm):
         num_calls = 0
 
-        def forward(self, x: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
-            results = super().forward(x, residual)
+        def forward(
+            self, x: Tensor, residual: Tensor | None = None, lane: Lane | None = None
+        ) -> tuple[Tensor, Tensor]:
+            results = super().forward(x, residual, lane)
             Wrong.num_calls += 1
             if Wrong.num_calls == 40:
                 results[index][-1, -1] += error

@@ -5,7 +5,7 @@ saved beside them. Our model loads the folder in each rank and runs the same tok
 paged cache, in steps that mix whole prompts, decode rows and prompt chunks.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.lanes import GlooLane, with_gloo_lanes
 from tests.mailboxes import with_shared_mailboxes
 from tests.ranks import run_ranks
 from tpllm.layers.attention import AttentionBatch, KVCache, PrefillBatch, make_backend
@@ -21,8 +22,10 @@ from tpllm.model_config import ModelConfig
 from tpllm.models.checkpoint_weights import DummyWeights, SafetensorsWeights
 from tpllm.models.qwen3 import Qwen3ForCausalLM
 from tpllm.models.registry import model_class
+from tpllm.models.step_part import StepPart
 from tpllm.parallel.collectives import all_gather
 from tpllm.parallel.group import TPGroup
+from tpllm.parallel.lanes import Lane
 
 BLOCK_SIZE = 4
 MAX_POSITIONS = 32
@@ -62,6 +65,22 @@ STEPS = [
     [Chunk(1, 9, 10), Chunk(0, 9, 13)],
     [Chunk(1, 10, 11), Chunk(0, 13, 14)],
 ]
+
+
+def make_part(sequences: list[Tensor], chunks: list[Chunk], lane: Lane | None = None) -> StepPart:
+    input_ids = torch.cat([sequences[c.sequence][c.start : c.stop] for c in chunks])
+    positions = torch.cat([torch.arange(c.start, c.stop, dtype=torch.int32) for c in chunks])
+    return StepPart(input_ids, positions, make_batch(chunks), lane)
+
+
+def cut_in_two(chunks: list[Chunk]) -> tuple[list[Chunk], list[Chunk]]:
+    """A step's halves, by a cut through its last chunk, if that is no decode row."""
+    *others, last = chunks
+    if last.stop - last.start == 1:
+        return others, [last]
+    middle = (last.start + last.stop + 1) // 2
+    first, second = replace(last, stop=middle), replace(last, start=middle)
+    return [*others, first], [second]
 
 
 def make_batch(chunks: list[Chunk]) -> AttentionBatch:
@@ -120,9 +139,11 @@ def run_steps(model: Qwen3ForCausalLM, sequences: list[Tensor], tp: TPGroup) -> 
     ]
     logits: list[list[Tensor]] = [[] for _ in sequences]
     for chunks in STEPS:
-        input_ids = torch.cat([sequences[c.sequence][c.start : c.stop] for c in chunks])
-        positions = torch.cat([torch.arange(c.start, c.stop, dtype=torch.int32) for c in chunks])
-        hidden = model(input_ids, positions, make_batch(chunks), kv_caches)
+        parts = [make_part(sequences, chunks)]
+        if tp.lanes:
+            halves = zip(cut_in_two(chunks), tp.lanes, strict=True)
+            parts = [make_part(sequences, half, lane) for half, lane in halves]
+        hidden = model(parts, kv_caches)
         local_logits = model.compute_logits(hidden)
         rows = torch.cat([*all_gather(local_logits, tp)], dim=-1)
         parts = rows.split([c.stop - c.start for c in chunks])
@@ -150,6 +171,17 @@ def logits_equal_transformers_through_mailboxes(tp: TPGroup, folder: Path) -> No
     hidden_size = ModelConfig.from_folder(folder).hidden_size
     tp = with_shared_mailboxes(tp, max_rows=4, one_shot_rows=2, E=hidden_size)
     logits_equal_transformers(tp, [folder])
+
+
+def logits_equal_transformers_in_lanes(tp: TPGroup, folder: Path) -> None:
+    """Every step in two halves, of which the second mostly has the first as context."""
+    torch.set_num_threads(1)
+    hidden_size = ModelConfig.from_folder(folder).hidden_size
+    tp = with_gloo_lanes(tp, sum(LENGTHS), hidden_size)
+    logits_equal_transformers(tp, [folder])
+    for lane in tp.lanes:
+        assert isinstance(lane, GlooLane)
+        assert lane.num_rows > 0
 
 
 @pytest.fixture(scope="module")
@@ -201,6 +233,11 @@ def test_logits_equal_transformers(world_size: int, checkpoints: dict[str, Path]
 @pytest.mark.skipif(torch.cuda.is_available(), reason="its kernels would run on CPU memory")
 def test_logits_equal_transformers_through_mailboxes(checkpoints: dict[str, Path]) -> None:
     run_ranks(logits_equal_transformers_through_mailboxes, 2, checkpoints["untied"])
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="its kernels would run on CPU memory")
+def test_logits_equal_transformers_in_lanes(checkpoints: dict[str, Path]) -> None:
+    run_ranks(logits_equal_transformers_in_lanes, 2, checkpoints["untied"])
 
 
 def test_three_kv_heads_on_three_ranks(checkpoints: dict[str, Path]) -> None:

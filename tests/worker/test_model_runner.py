@@ -2,15 +2,18 @@
 bit, and half precision against float32.
 """
 
+from dataclasses import replace
 from itertools import chain
 from typing import Any
-from unittest.mock import Mock
+from unittest.mock import Mock, patch
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
+from tests.marks import FOUR_GPUS
+from tests.ranks import run_ranks
 from tests.reference import shipped_greedy
 from tpllm.channel.step_plan import PlanLimits, StepMasks, StepResult
 from tpllm.checkpoint import resolve_model
@@ -23,8 +26,11 @@ from tpllm.layers.matmul import fast_matmul, plain_matmul
 from tpllm.model_config import ModelConfig
 from tpllm.models.checkpoint_weights import SafetensorsWeights
 from tpllm.models.qwen3 import Qwen3ForCausalLM
+from tpllm.models.step_part import StepPart
+from tpllm.parallel.collectives import with_lanes, with_peer_memory
 from tpllm.parallel.group import TPGroup
 from tpllm.sampling_params import SamplingParams
+from tpllm.worker import halving, model_runner
 from tpllm.worker.cuda_graphs import MixedSize
 from tpllm.worker.kv_cache import CacheShape
 from tpllm.worker.mixed_inputs import part_sizes
@@ -34,6 +40,10 @@ from tpllm.worker.trial_step import largest_step
 from tpllm.worker.worker import Worker
 
 BLOCK_SIZE, NUM_BLOCKS, MAX_SEQS = 256, 40, 20
+HALVED: dict[str, Any] = {
+    "max_step_tokens": 48,
+    "static": False,
+}  # small steps, several of them halved
 
 OPTIONS: list[dict[str, Any]] = [
     {},
@@ -50,10 +60,12 @@ def backend_of(device: str, dtype: torch.dtype) -> str:
     return "flash-attn" if dtype == torch.bfloat16 else "triton"
 
 
-def shipped_model(device: str, dtype: torch.dtype) -> tuple[Qwen3ForCausalLM, TPGroup, ModelConfig]:
+def shipped_model(
+    device: str, dtype: torch.dtype, tp: TPGroup | None = None
+) -> tuple[Qwen3ForCausalLM, TPGroup, ModelConfig]:
     folder = resolve_model(None)
     config = ModelConfig.from_folder(folder)
-    tp = TPGroup.single(torch.device(device))
+    tp = tp or TPGroup.single(torch.device(device))
     backend = make_backend(backend_of(device, dtype))
     matmul = fast_matmul(dtype, tp.device)
     model = Qwen3ForCausalLM(config, tp, dtype, 1024, backend, matmul)
@@ -77,7 +89,12 @@ def no_masks(step: int) -> StepMasks:
 
 
 def make_runner(
-    model: Qwen3ForCausalLM, tp: TPGroup, limits: PlanLimits, *, static: bool
+    model: Qwen3ForCausalLM,
+    tp: TPGroup,
+    limits: PlanLimits,
+    *,
+    static: bool,
+    halved_from: int | None = None,
 ) -> ModelRunner:
     """One that pads its steps, as for graphs, where `static`."""
     return ModelRunner(
@@ -87,26 +104,36 @@ def make_runner(
         limits.vocab_size,
         static_decode=static,
         static_mixed=static,
+        halved_from=halved_from,
         receive_masks=no_masks,
     )
 
 
 def run_all(
-    device: str, dtype: torch.dtype, *, static: bool = True, capture: bool = False
+    device: str,
+    dtype: torch.dtype,
+    tp: TPGroup | None = None,
+    *,
+    static: bool = True,
+    capture: bool = False,
+    halved_from: int | None = None,
+    max_step_tokens: int = 512,
+    prompts_alone: bool = False,
 ) -> tuple[dict[str, list[int]], Tensor]:
     """Tokens of every request, and the cache as they left it, without the reserved block."""
-    model, tp, config = shipped_model(device, dtype)
-    limits = PlanLimits(MAX_SEQS, 512, 4, BLOCK_SIZE, config.vocab_size)
-    runner = make_runner(model, tp, limits, static=static)
+    model, tp, config = shipped_model(device, dtype, tp)
+    limits = PlanLimits(MAX_SEQS, max_step_tokens, 4, BLOCK_SIZE, config.vocab_size)
+    runner = make_runner(model, tp, limits, static=static, halved_from=halved_from)
     caches = allocate_cache(model, NUM_BLOCKS, tp)
     runner.use_cache(caches)
     if capture:
         runner.capture_graphs(runner.graph_sizes)
     scheduler = Scheduler(BlockManager(NUM_BLOCKS, BLOCK_SIZE), limits)
     for i, reference in enumerate(shipped_greedy()[:MAX_SEQS]):
-        params = SamplingParams(
-            temperature=i % 2, max_tokens=5 + i, ignore_eos=True, **OPTIONS[i % len(OPTIONS)]
-        )
+        options = {"max_tokens": 5 + i, **OPTIONS[i % len(OPTIONS)]}
+        if prompts_alone:
+            options = {"max_tokens": 1}
+        params = SamplingParams(temperature=i % 2, ignore_eos=True, **options)
         request = AddRequest(str(i), reference.prompt_ids, params)
         scheduler.add(Sequence(request, seed=i, eos_token_ids=(), max_total_tokens=1024))
     tokens: dict[str, list[int]] = {}
@@ -130,6 +157,48 @@ def test_padded_steps_change_nothing() -> None:
     assert padded_tokens == plain_tokens
     assert len(padded_tokens) == MAX_SEQS
     torch.testing.assert_close(padded_cache, plain_cache, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="its kernels would run on CPU memory")
+def test_halved_steps_change_nothing() -> None:
+    whole_tokens, whole_cache = run_all("cpu", torch.float32, **HALVED)
+    with count_halvings() as count:
+        tokens, cache = run_all("cpu", torch.float32, halved_from=24, **HALVED)
+    assert count.call_count > 2
+    assert tokens == whole_tokens
+    torch.testing.assert_close(cache, whole_cache, rtol=1e-4, atol=1e-4)
+
+
+def count_halvings() -> Any:
+    return patch.object(model_runner, "halves", side_effect=halving.halves)
+
+
+def halved_steps_change_nothing(tp: TPGroup, dtype: torch.dtype) -> None:
+    """In lanes. In bfloat16, where products of other sizes round elsewhere, of prompts alone."""
+    hidden_size = ModelConfig.from_folder(resolve_model(None)).hidden_size
+    tp = with_peer_memory(tp, hidden_size, dtype)
+    tp = with_lanes(tp, HALVED["max_step_tokens"] // 2, hidden_size, dtype)
+    assert tp.lanes
+    device, exact = str(tp.device), dtype == torch.float32
+    settings = {**HALVED, "prompts_alone": not exact}
+    whole_tokens, whole_cache = run_all(device, dtype, replace(tp, lanes=()), **settings)
+    with count_halvings() as count:
+        tokens, cache = run_all(device, dtype, tp, halved_from=24, **settings)
+    assert count.call_count > 2
+    if exact:
+        assert tokens == whole_tokens
+        torch.testing.assert_close(cache, whole_cache, rtol=1e-3, atol=1e-3)
+    else:
+        error = (cache.float() - whole_cache.float()).norm() / whole_cache.float().norm()
+        print(f"keys and values in bfloat16 differ by {error:.4f} of their norm")
+        assert error < 0.02
+
+
+@pytest.mark.multi_gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("world_size", [2, pytest.param(4, marks=FOUR_GPUS)])
+def test_halved_steps_change_nothing_in_lanes(world_size: int, dtype: torch.dtype) -> None:
+    run_ranks(halved_steps_change_nothing, world_size, dtype, device="cuda")
 
 
 def test_decode_steps_of_all_sizes_share_their_inputs() -> None:
@@ -164,10 +233,10 @@ def test_the_largest_step_leaves_no_options_behind(device: str) -> None:
     runner = make_runner(model, tp, limits, static=False)
     runner.use_cache(allocate_cache(model, 1, tp))
     plan = largest_step(limits, runner.state.padding_row)
-    assert (plan.rows.size, plan.token_ids.size) == (3, 39)
+    assert (plan.rows.size, plan.token_ids.size) == (3, 40)
     output = runner.run(plan, StepMarks(tp.device))
     assert output.tokens.tolist() == [0] * 3  # the only id that it allows
-    assert sorted(each.words.shape for each in output.logprobs) == [(3, 43), (39, 43)]
+    assert sorted(each.words.shape for each in output.logprobs) == [(3, 43), (40, 43)]
     runner.run_largest_step(StepMarks(tp.device))
     assert not len(runner._options)
 
@@ -220,7 +289,7 @@ def test_half_precision_is_as_exact_as_transformers() -> None:
         prefill = PrefillBatch(bounds, bounds, N, N, table, has_context=False)
         attention = AttentionBatch(BLOCK_SIZE + positions, 0, positions[:0], table[:0], prefill)
         caches = allocate_cache(model, 3, tp)
-        hidden = model(batch[0].int(), positions, attention, caches)
+        hidden = model([StepPart(batch[0].int(), positions, attention)], caches)
         ours = model.compute_logits(hidden)
     our_error = (ours.float() - exact).pow(2).mean().sqrt().item()
     their_error = (theirs.float() - exact).pow(2).mean().sqrt().item()

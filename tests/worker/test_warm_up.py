@@ -17,9 +17,12 @@ from tpllm.worker.warm_up import Kernels, KernelWarmUp
 def test_every_kernel_can_be_launched_alone(monkeypatch, rank: int, world_size: int) -> None:
     monkeypatch.setattr(all_reduce_norm, "_fence", no_fence)
     config = EngineConfig.resolve(device="cpu", skip_tokenizer_init=True, max_model_len=64)
-    config = replace(config, attention_backend="triton")  # in the interpreter
+    # in the interpreter, with steps that are large enough for two halves
+    config = replace(
+        config, attention_backend="triton", max_num_batched_tokens=2**20, max_num_seqs=2**14
+    )
     kernels = Kernels(config, rank, world_size, torch.device("cpu"))
-    assert len(kernels.of_this_rank()) == (3 if world_size > 1 else 0)
+    assert len(kernels.of_this_rank()) == (4 if world_size > 1 else 0)
     for launch in kernels.of_this_rank() + kernels.shared():
         launch()
 

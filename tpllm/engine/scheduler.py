@@ -209,8 +209,8 @@ class Scheduler:
         self.stats.num_prefill_chunks += num_tokens < num_left
         step.budget -= num_tokens
         step.prefill.append((seq, num_tokens))
-        # Registered before it is computed: whoever shares these blocks runs in this step or later,
-        # and a step stores the keys and values of all its rows before any row attends.
+        # Registered before it is computed: whoever shares these blocks comes later, in this step or
+        # after it, and a row attends when the keys and values of all rows before it are stored.
         self._register_blocks(seq, seq.num_computed_tokens + num_tokens)
 
     def take_masks(self) -> StepMasks | None:

@@ -22,9 +22,11 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from tpllm.layers.dependent_launch import dependent_launch
+from tpllm.layers.lane_sum import lane_sum_norm
 from tpllm.layers.norm import RMSNorm, add_and_norm, rms_norm_reference, row_warps
 from tpllm.parallel.collectives import all_reduce, min_over_ranks
 from tpllm.parallel.group import TPGroup
+from tpllm.parallel.lanes import Lane
 from tpllm.parallel.peer_memory import NUM_PLACES, WIDTH_MULTIPLE
 
 _NUM_PLACES = tl.constexpr(NUM_PLACES)
@@ -361,15 +363,20 @@ class AllReduceRMSNorm(RMSNorm):
 
     Shapes:
         x [N, E], this rank's partial sum; the normed sum [N, E], equal on every rank; the residual
-        [N, E], for the next norm of the same N tokens and for nobody else: see `kept_rows`
+        [N, E], for the next norm of the same N tokens and for nobody else: see `kept_rows`, and,
+        for a half of a step in its lane, `lane_sum_norm`
     """
 
     def __init__(self, hidden_size: int, eps: float, *, tp: TPGroup, dtype: torch.dtype) -> None:
         super().__init__(hidden_size, eps, dtype=dtype, device=tp.device)
         self.tp = tp
 
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, x: Tensor, residual: Tensor | None = None, lane: Lane | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Return (normed, residual), the residual now holding the sum that was normalised."""
+        if lane is not None:
+            return lane_sum_norm(x, residual, self.weight, self.eps, self.tp, lane)
         if self.tp.peers is None:
             return super().forward(all_reduce(x, self.tp), residual)
         has_residual = residual is not None

@@ -1,8 +1,9 @@
 """Causal attention over a paged KV cache, behind one small interface with several backends.
 
 N tokens, P prefill sequences, S decode sequences, B blocks per sequence, H query heads, K key/value
-heads, D head_dim. A step's tokens are ordered: first one for each decode sequence, then the prefill
-chunks one after the other. Keys and values of all of them are in the cache before attention runs.
+heads, D head_dim. The tokens of a step, or of one of its halves, are ordered: first one for each
+decode sequence, then the prefill chunks one after the other. Keys and values of all of them, and of
+the half before, are in the cache before attention runs.
 
 Caches are [num_blocks, block_size, K, D]. A block table lists a sequence's blocks in order; token t
 of the sequence lies in block `table[t // block_size]`. What a table holds beyond its sequence's

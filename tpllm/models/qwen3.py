@@ -4,19 +4,22 @@ Shape letters: N tokens, S sequences, H query heads, K key/value heads, D head_d
 I intermediate_size, V vocab_size. H, K and I are this rank's share inside a block; hidden states
 [N, E] are whole and equal on every rank.
 
-The N tokens are those of all sequences in a step, one after the other, without padding; `batch`
-says which token belongs to which sequence. The residual stream travels beside the hidden states, so
-that each norm adds and normalises in one pass over memory. Embedding, attention and MLP return this
-rank's term of a sum over the ranks; the norm that follows adds the terms up.
+The N tokens are those of all sequences in a step, or in one of its halves, one after the other,
+without padding; `part` says which token belongs to which sequence. The residual stream travels
+beside the hidden states, so that each norm adds and normalises in one pass over memory. Embedding,
+attention and MLP return this rank's term of a sum over the ranks; the norm that follows adds the
+terms up.
 
 Source: Qwen3 Technical Report (2025), https://arxiv.org/abs/2505.09388
 """
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
 from tpllm.layers.all_reduce_norm import AllReduceRMSNorm
-from tpllm.layers.attention import Attention, AttentionBackend, AttentionBatch, KVCache
+from tpllm.layers.attention import Attention, AttentionBackend, KVCache
 from tpllm.layers.embedding import ParallelLMHead, VocabParallelEmbedding
 from tpllm.layers.linear import (
     MergedColumnParallelLinear,
@@ -29,7 +32,11 @@ from tpllm.layers.norm_linear import norm_linear
 from tpllm.layers.rotary import QKNormRope, rotary_cos_sin
 from tpllm.layers.weights import WeightSource, empty_parameter, fill
 from tpllm.model_config import ModelConfig
+from tpllm.models.step_part import StepPart
 from tpllm.parallel.group import TPGroup
+
+# of each part of a step: what its last block has yielded [N, E], and the residual stream
+States = list[tuple[Tensor, Tensor | None]]
 
 
 class Qwen3Attention(nn.Module):
@@ -76,14 +83,14 @@ class Qwen3Attention(nn.Module):
         self,
         x: Tensor,
         residual: Tensor | None,
-        positions: Tensor,
+        part: StepPart,
         cos_sin: Tensor,
-        batch: AttentionBatch,
         kv_cache: KVCache,
     ) -> tuple[Tensor, Tensor]:
-        qkv, residual = norm_linear(self.norm, self.qkv_proj, x, residual)  # [N, (H + 2K) * D]
-        rope = QKNormRope(self.q_norm, self.k_norm, self.eps, positions, cos_sin)
-        x = self.attention(qkv, *kv_cache, batch, rope)  # [N, H * D]
+        # [N, (H + 2K) * D]
+        qkv, residual = norm_linear(self.norm, self.qkv_proj, x, residual, part.lane)
+        rope = QKNormRope(self.q_norm, self.k_norm, self.eps, part.positions, cos_sin)
+        x = self.attention(qkv, *kv_cache, part.batch, rope)  # [N, H * D]
         return self.o_proj.partial(x), residual  # [N, E]
 
     def load(self, weights: WeightSource, name: str) -> None:
@@ -108,8 +115,10 @@ class Qwen3MLP(nn.Module):
             config.intermediate_size, config.hidden_size, tp=tp, dtype=dtype, matmul=matmul
         )
 
-    def forward(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
-        x, residual = norm_linear(self.norm, self.gate_up_proj, x, residual, swiglu=True)  # [N, I]
+    def forward(self, x: Tensor, residual: Tensor, part: StepPart) -> tuple[Tensor, Tensor]:
+        x, residual = norm_linear(
+            self.norm, self.gate_up_proj, x, residual, part.lane, swiglu=True
+        )  # [N, I]
         return self.down_proj.partial(x), residual  # [N, E]
 
     def load(self, weights: WeightSource, name: str) -> None:
@@ -133,17 +142,17 @@ class Qwen3DecoderLayer(nn.Module):
         self.mlp = Qwen3MLP(config, tp, dtype, matmul)
 
     def forward(
-        self,
-        x: Tensor,
-        residual: Tensor | None,
-        positions: Tensor,
-        cos_sin: Tensor,
-        batch: AttentionBatch,
-        kv_cache: KVCache,
-    ) -> tuple[Tensor, Tensor]:
-        x, residual = self.self_attn(x, residual, positions, cos_sin, batch, kv_cache)
-        x, residual = self.mlp(x, residual)
-        return x, residual
+        self, states: States, parts: Sequence[StepPart], cos_sin: Tensor, kv_cache: KVCache
+    ) -> States:
+        """Each block for all parts in turn: one computes while another's sum is on its way."""
+        attended, yielded = [], []
+        for (x, residual), part in zip(states, parts, strict=True):
+            with part.computing():
+                attended.append(self.self_attn(x, residual, part, cos_sin, kv_cache))
+        for (x, residual), part in zip(attended, parts, strict=True):
+            with part.computing():
+                yielded.append(self.mlp(x, residual, part))
+        return yielded
 
     def load(self, weights: WeightSource, name: str) -> None:
         self.self_attn.norm.load(weights, f"{name}.input_layernorm")
@@ -175,18 +184,17 @@ class Qwen3Model(nn.Module):
         self.norm = _norm(config, tp, dtype)
         self.cos_sin = rotary_cos_sin(config.head_dim, max_positions, config.rope_theta, tp.device)
 
-    def forward(
-        self,
-        input_ids: Tensor,
-        positions: Tensor,
-        batch: AttentionBatch,
-        kv_caches: list[KVCache],
-    ) -> Tensor:
-        x, residual = self.embed_tokens.partial(input_ids), None  # [N, E]
+    def forward(self, parts: Sequence[StepPart], kv_caches: list[KVCache]) -> list[Tensor]:
+        states: States = []
+        for part in parts:
+            with part.computing():
+                states.append((self.embed_tokens.partial(part.input_ids), None))
         for layer, kv_cache in zip(self.layers, kv_caches, strict=True):
-            x, residual = layer(x, residual, positions, self.cos_sin, batch, kv_cache)
-        hidden: Tensor = self.norm(x, residual)[0]
-        return hidden
+            states = layer(states, parts, self.cos_sin, kv_cache)
+        return [
+            self.norm(x, residual, part.lane)[0]
+            for (x, residual), part in zip(states, parts, strict=True)
+        ]
 
     def load(self, weights: WeightSource, name: str) -> None:
         self.embed_tokens.load(weights, f"{name}.embed_tokens")
@@ -234,25 +242,18 @@ class Qwen3ForCausalLM(nn.Module):
         self.local_num_kv_heads = kv_heads.stop - kv_heads.start
         self.head_dim = config.head_dim
 
-    def forward(
-        self,
-        input_ids: Tensor,
-        positions: Tensor,
-        batch: AttentionBatch,
-        kv_caches: list[KVCache],
-    ) -> Tensor:
+    def forward(self, parts: Sequence[StepPart], kv_caches: list[KVCache]) -> Tensor:
         """Run the N tokens of a step through the model and write their keys and values.
 
         Args:
-            input_ids: [N] int32
-            positions: [N] int32, each token's index in its sequence
+            parts: of the step, each attending to itself and to those before it
             kv_caches: one pair a layer, each [num_blocks, block_size, local_num_kv_heads, head_dim]
 
         Returns:
             Hidden states [N, E] after the final norm, equal on every rank.
         """
-        hidden: Tensor = self.model(input_ids, positions, batch, kv_caches)
-        return hidden
+        hidden: list[Tensor] = self.model(parts, kv_caches)
+        return hidden[0] if len(hidden) == 1 else torch.cat(hidden)
 
     def compute_logits(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:
         """Score this rank's vocabulary: hidden [S, E], the rows to sample from, to [S, Vl].

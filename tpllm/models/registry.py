@@ -1,14 +1,16 @@
 """What a worker needs of a model, and the way from a checkpoint's architecture to its class."""
 
+from collections.abc import Sequence
 from importlib import import_module
 from typing import Any, Protocol
 
 from torch import Tensor
 
-from tpllm.layers.attention import AttentionBatch, KVCache
+from tpllm.layers.attention import KVCache
 from tpllm.layers.embedding import ParallelLMHead
 from tpllm.layers.weights import WeightSource
 from tpllm.model_config import ARCHITECTURES, ModelConfig
+from tpllm.models.step_part import StepPart
 
 
 class CausalLM(Protocol):
@@ -19,13 +21,7 @@ class CausalLM(Protocol):
     head_dim: int
     lm_head: ParallelLMHead
 
-    def __call__(
-        self,
-        input_ids: Tensor,
-        positions: Tensor,
-        batch: AttentionBatch,
-        kv_caches: list[KVCache],
-    ) -> Tensor: ...
+    def __call__(self, parts: Sequence[StepPart], kv_caches: list[KVCache]) -> Tensor: ...
 
     def compute_logits(self, hidden: Tensor, out: Tensor | None = None) -> Tensor: ...
 

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from tpllm.parallel.group import TPGroup
+from tpllm.parallel.lanes import LaneMemory, copy_lanes
 from tpllm.parallel.peer_memory import WIDTH_MULTIPLE, PeerMemory, empty_mailboxes
 
 # Room for the rows of a sender, in bytes: enough programs of a sum at the same time to fill a link.
@@ -95,6 +96,22 @@ def with_peer_memory(tp: TPGroup, width: int, dtype: torch.dtype) -> TPGroup:
     group = tp.process_group
     peers = _made_by_all(tp, lambda: PeerMemory(group, mailboxes, one_shot_rows), "NCCL serves")
     return replace(tp, peers=peers)
+
+
+def with_lanes(tp: TPGroup, max_rows: int, width: int, dtype: torch.dtype) -> TPGroup:
+    """The same group with `lanes`, for sums of up to `max_rows` rows in each.
+
+    Every rank of a group with peer memory calls this together, and all get the same answer.
+    """
+    group, instead = tp.process_group, "no step is halved"
+    assert group is not None
+    assert tp.peers is not None
+    memory = _made_by_all(
+        tp, lambda: LaneMemory(tp.size, max_rows, width, dtype, tp.device), instead
+    )
+    if memory is None:
+        return tp
+    return replace(tp, lanes=_made_by_all(tp, lambda: copy_lanes(group, memory), instead) or ())
 
 
 def _made_by_all(tp: TPGroup, make: Callable[[], Made], instead: str) -> Made | None:

@@ -7,6 +7,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
+from tpllm.parallel.lanes import Lane
 from tpllm.parallel.peer_memory import Mailboxes
 
 
@@ -24,6 +25,7 @@ class TPGroup:
         process_group: the torch.distributed group, or None where `size` is 1
         peers: mailboxes in memory that all ranks can write, for sums; None where NCCL or
             Gloo does everything
+        lanes: in which the halves of a large step run beside each other; none where they do not
     """
 
     rank: int
@@ -31,6 +33,7 @@ class TPGroup:
     device: torch.device
     process_group: dist.ProcessGroup | None
     peers: Mailboxes | None = None
+    lanes: tuple[Lane, ...] = ()
 
     @staticmethod
     def single(device: torch.device) -> "TPGroup":

@@ -1,6 +1,7 @@
 """Runs step plans on this rank's shard of the model: batch state, forward, sampling."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -11,6 +12,7 @@ from tpllm.channel.step_plan import ENTERING_WORDS, PlanLimits, StepMasks, StepP
 from tpllm.layers.attention import AttentionBatch, KVCache, PrefillBatch
 from tpllm.layers.sampler import SamplingBatch
 from tpllm.models.registry import CausalLM
+from tpllm.models.step_part import StepPart
 from tpllm.parallel.group import TPGroup
 from tpllm.worker.batch_state import BatchState, DecodeInputs, gather_decode_inputs
 from tpllm.worker.cuda_graphs import (
@@ -23,6 +25,7 @@ from tpllm.worker.cuda_graphs import (
     padded_mixed_size,
     padded_size,
 )
+from tpllm.worker.halving import halves
 from tpllm.worker.mixed_inputs import (
     LAST_TOKEN,
     MixedInputs,
@@ -45,13 +48,15 @@ class ModelRunner:
 
     A step of decode rows alone, and the forward of a mixed step of few tokens, are padded to one
     of a few sizes and read fixed buffers only, so that a CUDA graph can replay them. Every other
-    step runs eagerly with its true sizes.
+    step runs eagerly with its true sizes, in two halves if it is large, so that one computes while
+    the other's sums are on their way over the ranks.
 
     Args:
         model: this rank's shard, weights loaded.
         static_decode: run decode steps padded, from fixed buffers (on a GPU, with an attention
             backend that can be captured).
         static_mixed: likewise small mixed steps.
+        halved_from: run the forward of larger mixed steps in two halves, from so many tokens on.
         receive_masks: waits for the masks of a step whose forward has been launched.
     """
 
@@ -64,6 +69,7 @@ class ModelRunner:
         *,
         static_decode: bool,
         static_mixed: bool,
+        halved_from: int | None = None,
         receive_masks: Callable[[int], StepMasks],
     ) -> None:
         self._model = model
@@ -71,6 +77,7 @@ class ModelRunner:
         self._limits = limits
         self._static_decode = static_decode
         self._static_mixed = static_mixed
+        self._halved_from = halved_from
         self._kv_caches: list[KVCache] = []
         self._decode_graphs: dict[int, CapturedStep] = {}
         self._mixed_graphs: dict[MixedSize, CapturedStep] = {}
@@ -179,7 +186,8 @@ class ModelRunner:
             block_tables=inputs.block_tables,
             prefill=None,
         )
-        hidden = self._model(inputs.input_ids, inputs.positions, batch, self._kv_caches)
+        part = StepPart(inputs.input_ids, inputs.positions, batch)
+        hidden = self._model([part], self._kv_caches)
         mark_sampling()
         logits = self._model.compute_logits(hidden, out=self._decode_logits[:size])
         return self._draw(logits, inputs.rows, inputs.sampling)
@@ -215,17 +223,19 @@ class ModelRunner:
         ends = plan.starts + plan.num_tokens  # [S] context lengths after this step
         cu_seqlens = np.cumsum(plan.num_tokens)
         sampling_rows = np.flatnonzero(plan.samples)
-        host_inputs, size = mixed_inputs(plan), None
+        num_tokens, plans, size = int(cu_seqlens[-1]), [plan], None
         if self._static_mixed:
-            num_tokens = host_inputs.positions.size
             size = padded_mixed_size(self.mixed_sizes, num_tokens, plan.num_decode, num_chunks)
+        if size is None and self._halved_from is not None and num_tokens >= self._halved_from:
+            plans = [*halves(plan)]
+        host_inputs = [mixed_inputs(each) for each in plans]
         if size is not None:
-            host_inputs = padded(host_inputs, size, self.state.padding_row)
-        parts = host_inputs.parts()
+            host_inputs = [padded(host_inputs[0], size, self.state.padding_row)]
+        arrays = [array for inputs in host_inputs for array in inputs.parts()]
         marks.begin()
         views = self._staging.upload(
             [
-                *parts,
+                *arrays,
                 plan.entering,
                 plan.block_updates,
                 cu_seqlens[sampling_rows] - 1,
@@ -233,16 +243,10 @@ class ModelRunner:
                 ends[sampling_rows],
             ]
         )
-        entering, updates, last_indices, sample_rows, sample_positions = views[len(parts) :]
+        entering, updates, last_indices, sample_rows, sample_positions = views[len(arrays) :]
         self.state.apply(entering, updates)
         if size is None:
-            chunks = slice(plan.num_decode, None)
-            hidden = self._mixed(
-                MixedInputs(*views[: len(parts)]),
-                max_seqlen_q=int(plan.num_tokens[chunks].max(initial=0)),
-                max_seqlen_k=int(ends[chunks].max(initial=0)),
-                has_context=bool(plan.starts[chunks].any()),
-            )
+            hidden = self._eagerly_mixed(plans, views[: len(arrays)])
         elif graph := self._mixed_graphs.get(size):
             graph.graph.replay()
             hidden = graph.result
@@ -262,23 +266,43 @@ class ModelRunner:
         output.logprobs += prompt_logprobs
         return output
 
+    def _eagerly_mixed(self, plans: Sequence[StepPlan], arrays: Sequence[Tensor]) -> Tensor:
+        """Hidden states [N, E] of a step's tokens, in one piece or in the halves' lanes.
+
+        arrays: the inputs of all plans, one behind the other
+        """
+        lanes = self._tp.lanes if len(plans) > 1 and self._tp.lanes else [None] * len(plans)
+        num_arrays = len(arrays) // len(plans)
+        parts = []
+        for i, (plan, lane) in enumerate(zip(plans, lanes, strict=True)):
+            chunks = slice(plan.num_decode, None)
+            part = self._mixed_part(
+                MixedInputs(*arrays[i * num_arrays : (i + 1) * num_arrays]),
+                max_seqlen_q=int(plan.num_tokens[chunks].max(initial=0)),
+                max_seqlen_k=int((plan.starts + plan.num_tokens)[chunks].max(initial=0)),
+                has_context=bool(plan.starts[chunks].any()),
+            )
+            parts.append(replace(part, lane=lane))
+        return self._model(parts, self._kv_caches)
+
     def _padded_mixed(self, size: MixedSize) -> Tensor:
         """Hidden states of a step as staged, padded to `size`: reads fixed buffers only."""
         inputs = MixedInputs(*self._staging.views(part_sizes(size)))
         longest = self._limits.max_blocks_per_seq * self._limits.block_size
-        return self._mixed(
+        part = self._mixed_part(
             inputs, max_seqlen_q=size.num_tokens, max_seqlen_k=longest, has_context=True
         )
+        return self._model([part], self._kv_caches)
 
-    def _mixed(
+    def _mixed_part(
         self,
         inputs: MixedInputs[Tensor],
         *,
         max_seqlen_q: int,
         max_seqlen_k: int,
         has_context: bool,
-    ) -> Tensor:
-        """Hidden states [N, E] of a step's tokens; see `PrefillBatch` for the arguments."""
+    ) -> StepPart:
+        """What the model computes of these tokens; see `PrefillBatch` for the arguments."""
         state = self.state
         num_decode = inputs.context_lens.numel()
         prefill = None
@@ -300,7 +324,7 @@ class ModelRunner:
         )
         last_tokens = state.last_tokens[inputs.token_rows]
         input_ids = torch.where(inputs.token_ids == LAST_TOKEN, last_tokens, inputs.token_ids)
-        return self._model(input_ids, inputs.positions, batch, self._kv_caches)
+        return StepPart(input_ids, inputs.positions, batch)
 
     def _prompt_logprobs(
         self, plan: StepPlan, hidden: Tensor, first_tokens: np.ndarray
@@ -336,10 +360,16 @@ class ModelRunner:
     # ---- start-up and measurement ------------------------------------------------------------
 
     def run_largest_step(self, marks: StepMarks) -> None:
-        """Run the step that takes the most memory, on the reserved block and row alone."""
-        plan = largest_step(self._limits, self.state.padding_row)
-        self.run(plan, marks)
-        self._options.enter(plan.entering[:, 0], plan.row_options[:0])
+        """Run the steps that take the most memory, on the reserved block and row alone."""
+        sizes = {self._limits.max_num_batched_tokens}
+        if self._halved_from is not None and self._halved_from > max(sizes) // 2:
+            sizes.add(self._halved_from - 1)  # in one piece it takes more than a half
+        for size in sorted(sizes):
+            num_seqs = min(self._limits.max_num_seqs, size)
+            limits = replace(self._limits, max_num_batched_tokens=size, max_num_seqs=num_seqs)
+            plan = largest_step(limits, self.state.padding_row)
+            self.run(plan, marks)
+            self._options.enter(plan.entering[:, 0], plan.row_options[:0])
 
     @torch.inference_mode()
     def time_sampling(self, repeats: int = 20) -> float:

@@ -22,7 +22,8 @@ _COSTLIEST = RowOptions(
 def largest_step(limits: PlanLimits, row: int) -> StepPlan:
     """A step of as many tokens and as many drawing rows as there may be, all of them `row`."""
     S = limits.max_num_seqs
-    chunk = min(max(1, limits.max_num_batched_tokens // S), limits.max_tokens_per_seq)
+    num_tokens = min(limits.max_num_batched_tokens, S * limits.max_tokens_per_seq)
+    chunk, rest = divmod(num_tokens, S)
     entering = np.zeros((1, ENTERING_WORDS), dtype=np.int32)
     entering[0, 0] = row
     most = min(MAX_LOGPROBS, limits.vocab_size)
@@ -32,10 +33,10 @@ def largest_step(limits: PlanLimits, row: int) -> StepPlan:
         num_decode=0,
         rows=np.full(S, row, dtype=np.int32),
         starts=np.zeros(S, dtype=np.int32),
-        num_tokens=np.full(S, chunk, dtype=np.int32),
+        num_tokens=chunk + (np.arange(S, dtype=np.int32) < rest).astype(np.int32),
         samples=np.ones(S, dtype=np.int32),
         entering=entering,
         block_updates=np.empty((0, 2), dtype=np.int32),
-        token_ids=np.zeros(S * chunk, dtype=np.int32),
+        token_ids=np.zeros(num_tokens, dtype=np.int32),
         row_options=costliest.record(row, []),
     )

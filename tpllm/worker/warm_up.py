@@ -27,6 +27,7 @@ from tpllm.layers.all_reduce_norm import all_reduce_norm
 from tpllm.layers.attention import BACKENDS, Attention, AttentionBatch, make_backend
 from tpllm.layers.cuts import Truncation, find_cuts, likeliest
 from tpllm.layers.gemv import Around, gemv
+from tpllm.layers.lane_sum import add_up_and_norm
 from tpllm.layers.linear import kv_head_shard
 from tpllm.layers.norm import RMSNorm
 from tpllm.layers.paged_decode import PROGRAMS_WANTED
@@ -37,6 +38,7 @@ from tpllm.layers.truncation import drop_below
 from tpllm.parallel.group import TPGroup
 from tpllm.parallel.peer_memory import NUM_PLACES, WIDTH_MULTIPLE, Mailboxes
 from tpllm.worker.batch_state import BatchState, DecodeInputs, gather_decode_inputs
+from tpllm.worker.halving import halved_from
 
 _MAX_THREADS = 4
 # Compiling is half Python. Whoever waits for the interpreter shall have it soon: the main thread
@@ -106,7 +108,10 @@ class Kernels:
         """Sums over the ranks: they know which rank they run on."""
         if not self.has_sums:
             return []
-        return [partial(self.sum, N) for N in (1, 2, 3)]
+        sums: list[Callable[[], object]] = [partial(self.sum, N) for N in (1, 2, 3)]
+        if halved_from(self.config, self.dtype):
+            sums.append(self.lane_sum)
+        return sums
 
     def shared(self) -> list[Callable[[], object]]:
         config = self.config
@@ -169,6 +174,11 @@ class Kernels:
         x, residual = self.new(N, E), self.new(N, E)
         tp = replace(self.tp, peers=peers)
         all_reduce_norm(x, residual, self.norm_weight(), 1e-6, tp, has_residual=True)
+
+    def lane_sum(self) -> None:
+        x, out = (self.new(1, self.model.hidden_size) for _ in range(2))
+        terms = self.new(self.tp.size, 1, self.model.hidden_size)
+        add_up_and_norm(x, terms, None, self.norm_weight(), out, 1e-6, self.tp)
 
     def swiglu(self) -> None:
         silu_and_mul(self.new(2, 2 * self.model.intermediate_size // self.tp.size))

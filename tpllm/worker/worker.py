@@ -14,14 +14,17 @@ from tpllm.channel.step_plan import CONTROL, MASKS, PlanLimits, StepMasks, StepP
 from tpllm.config import EngineConfig
 from tpllm.layers.all_reduce_norm import peer_memory_works
 from tpllm.layers.attention import AttentionBackend, make_backend
+from tpllm.layers.lane_sum import lanes_work
 from tpllm.layers.matmul import Matmul, fast_matmul, plain_matmul
 from tpllm.layers.weights import WeightSource
 from tpllm.models.checkpoint_weights import DummyWeights, SafetensorsWeights
 from tpllm.models.registry import CausalLM, model_class
-from tpllm.parallel.collectives import barrier, with_peer_memory
+from tpllm.parallel.collectives import barrier, with_lanes, with_peer_memory
 from tpllm.parallel.group import TPGroup
+from tpllm.parallel.lanes import NUM_LANES
 from tpllm.worker.cache_sizing import cpu_cache_blocks, gpu_cache_blocks
 from tpllm.worker.finite_weights import refuse_unnatural_weights
+from tpllm.worker.halving import halved_from
 from tpllm.worker.kernel_profile import KernelProfile
 from tpllm.worker.kv_cache import CacheShape
 from tpllm.worker.memory import explained_out_of_memory
@@ -65,12 +68,12 @@ class Worker:
         # The coordinator notices a hang first, and can say where every rank is.
         timeout_s = 2 * max(config.start_timeout_s, config.step_timeout_s)
         self._tp = TPGroup.connect(rank, world_size, device, store, timeout_s)
+        backend = make_backend(config.attention_backend)
         if not config.disable_custom_all_reduce:
-            self._tp = _with_peer_memory(self._tp, config.model_config.hidden_size, self._dtype)
+            self._tp = _with_peer_memory(self._tp, config, backend, self._dtype)
 
         replies.phase("loading weights")
         begin = time.perf_counter()
-        backend = make_backend(config.attention_backend)
         matmul = plain_matmul
         if not config.disable_custom_matmul:
             matmul = fast_matmul(self._dtype, device)
@@ -80,6 +83,7 @@ class Worker:
             "attention": backend.name,
             "matmul": matmul.name,
             "all_reduce": "peer memory" if self._tp.peers else "NCCL" if on_gpu else "Gloo",
+            "halved_from": halved_from(config, self._dtype) if self._tp.lanes else None,
             "load_s": round(time.perf_counter() - begin, 2),
             "torch": torch.__version__,
             "gpu": torch.cuda.get_device_name(device) if on_gpu else None,
@@ -95,6 +99,7 @@ class Worker:
             config.model_config.vocab_size,
             static_decode=static_decode,
             static_mixed=static_decode and backend.prefill_capturable,
+            halved_from=info["halved_from"],
             receive_masks=self._receive_masks,
         )
         with explained_out_of_memory(device, "while it made room for the KV cache"):
@@ -228,10 +233,23 @@ class _Beating:
         return self._weights.read(name, rows, cols)
 
 
-def _with_peer_memory(tp: TPGroup, hidden_size: int, dtype: torch.dtype) -> TPGroup:
-    """The group with peer memory where that is there and right; NCCL does everything otherwise."""
-    with_peers = with_peer_memory(tp, hidden_size, dtype)
-    return with_peers if peer_memory_works(with_peers) else tp
+def _with_peer_memory(
+    tp: TPGroup, config: EngineConfig, backend: AttentionBackend, dtype: torch.dtype
+) -> TPGroup:
+    """The group with peer memory where that is there and right; NCCL does everything otherwise.
+
+    Likewise with lanes, where a step may be so large that its halves run beside each other.
+    """
+    width = config.model_config.hidden_size
+    with_peers = with_peer_memory(tp, width, dtype)
+    if not peer_memory_works(with_peers):
+        return tp
+    tp = with_peers
+    # torch's prefill reads lengths on the host, so that the halves would follow each other
+    if not backend.prefill_capturable or not halved_from(config, dtype):
+        return tp
+    laned = with_lanes(tp, -(-config.max_num_batched_tokens // NUM_LANES), width, dtype)
+    return laned if laned.lanes and lanes_work(laned, width, dtype) else tp
 
 
 def _take_device(config: EngineConfig, rank: int, world_size: int) -> torch.device:

@@ -1,0 +1,56 @@
+"""Lanes for CPU processes: the exchanges over Gloo, everything in the order it is launched in."""
+
+from contextlib import nullcontext
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from tpllm.parallel.collectives import all_gather, all_to_all
+from tpllm.parallel.group import TPGroup
+from tpllm.parallel.lanes import NUM_LANES, share_of
+
+
+class GlooLane:
+    """Counts the rows that have gone through it, and keeps its sums where the next ones go."""
+
+    def __init__(self, tp: TPGroup, max_rows: int, width: int) -> None:
+        self._tp = tp
+        self._sums = torch.full((max_rows, width), torch.nan)
+        self.num_rows = 0
+
+    def computing(self) -> nullcontext[None]:
+        return nullcontext()
+
+    def exchanging(self) -> nullcontext[None]:
+        return nullcontext()
+
+    def share(self, num_rows: int) -> slice:
+        return share_of(num_rows, self._tp.rank, self._tp.size)
+
+    def exchange_terms(self, x: Tensor) -> Tensor:
+        self.num_rows += len(x)
+        most = -(-len(x) // self._tp.size)
+        terms = x.new_full((self._tp.size, most, x.shape[1]), torch.nan)
+        for peer, theirs in enumerate(terms):
+            term = x[share_of(len(x), peer, self._tp.size)]
+            theirs[: len(term)] = term
+        found = all_to_all(terms, self._tp)
+        found[self._tp.rank] = torch.nan  # our own is not to be taken from here
+        return found
+
+    def sums(self, num_rows: int) -> Tensor:
+        return self._sums[:num_rows]
+
+    def exchange_sums(self, num_rows: int) -> None:
+        most = -(-num_rows // self._tp.size)
+        ours = self._sums.new_full((most, self._sums.shape[1]), torch.nan)
+        share = self._sums[self.share(num_rows)]
+        ours[: len(share)] = share
+        for peer, theirs in enumerate(all_gather(ours, self._tp)):
+            rows = share_of(num_rows, peer, self._tp.size)
+            self._sums[rows] = theirs[: rows.stop - rows.start]
+
+
+def with_gloo_lanes(tp: TPGroup, max_rows: int, width: int) -> TPGroup:
+    return replace(tp, lanes=tuple(GlooLane(tp, max_rows, width) for _ in range(NUM_LANES)))

@@ -1,0 +1,116 @@
+"""Sums in lanes: the kernel's arithmetic here, over Gloo; the exchange on several GPUs."""
+
+from dataclasses import dataclass, field
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.lanes import with_gloo_lanes
+from tests.marks import FOUR_GPUS
+from tests.ranks import run_ranks
+from tpllm.layers.all_reduce_norm import AllReduceRMSNorm
+from tpllm.layers.lane_sum import lane_sum_norm, lanes_work
+from tpllm.layers.norm import rms_norm_reference
+from tpllm.parallel.collectives import all_reduce, with_lanes, with_peer_memory
+from tpllm.parallel.group import TPGroup
+from tpllm.parallel.lanes import Lane
+
+
+def sums_are_those_of_gloo(tp: TPGroup) -> None:
+    """Also of fewer rows than there are ranks, and of shares that differ."""
+    torch.set_num_threads(1)
+    E, eps = 40, 1e-6
+    tp = with_gloo_lanes(tp, 19, E)
+    values = torch.Generator().manual_seed(tp.rank)
+    same = torch.Generator().manual_seed(9)
+    weight = torch.rand(E, generator=same)
+    for N in (1, 3, 2, 19, 8):
+        x = torch.randn(N, E, generator=values)
+        stream = torch.randn(N, E, generator=same) if N % 2 else None
+        expected = all_reduce(x.clone(), tp) + (0.0 if stream is None else stream)
+        lane = tp.lanes[N % 2]
+        ours = lane.share(N)
+        residual = None if stream is None else stream[ours].clone()
+        normed, total = lane_sum_norm(x, residual, weight, eps, tp, lane)
+        torch.testing.assert_close(total, expected[ours])
+        torch.testing.assert_close(normed, rms_norm_reference(expected, weight, eps))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="its kernels would run on CPU memory")
+@pytest.mark.parametrize("world_size", [2, 3, 4])
+def test_sums_in_lanes_are_those_of_gloo(world_size: int) -> None:
+    run_ranks(sums_are_those_of_gloo, world_size)
+
+
+@dataclass
+class Work:
+    """A chain of sums in a lane."""
+
+    lane: Lane
+    terms: Tensor  # [chain, N, E]
+    term: Tensor | None = None  # the next one to be summed
+    stream: Tensor | None = None  # the residual stream
+    residuals: list[Tensor] = field(default_factory=list)
+    found: list[Tensor] = field(default_factory=list)
+
+
+def sums_survive_many_calls(tp: TPGroup, E: int, num_calls: int) -> None:
+    """Chains of sums of random sizes in both lanes, beside products, with ranks that are late.
+
+    A chain's sums are checked against NCCL's when it is over: inside of it nothing but the lanes'
+    own exchanges keeps the ranks together.
+    """
+    max_rows, chain = 999, 5
+    tp = with_peer_memory(tp, E, torch.bfloat16)
+    tp = with_lanes(tp, max_rows, E, torch.bfloat16)
+    assert tp.lanes
+    assert lanes_work(tp, E, torch.bfloat16)
+    norm = AllReduceRMSNorm(E, 1e-6, tp=tp, dtype=torch.bfloat16)
+    norm.weight.fill_(1.5)
+    sizes = torch.Generator().manual_seed(0)
+    values = torch.Generator(tp.device).manual_seed(tp.rank)
+    wrong = torch.zeros((), dtype=torch.int64, device=tp.device)
+    factor = torch.ones(E, E, dtype=torch.bfloat16, device=tp.device)
+    for call in range(0, num_calls, chain * len(tp.lanes)):
+        works = []
+        for lane in tp.lanes:
+            N = int(torch.randint(1, max_rows + 1, (), generator=sizes))
+            terms = torch.empty(chain, N, E, dtype=torch.bfloat16, device=tp.device)
+            works.append(Work(lane, terms.normal_(generator=values)))
+        for i in range(chain + 1):
+            for work in works:
+                if i > 0:  # the sum of what was launched in the round before
+                    assert work.term is not None
+                    normed, work.stream = norm(work.term, work.stream, work.lane)
+                    work.found.append(normed.clone())
+                    work.residuals.append(work.stream.clone())
+                if i < chain:
+                    with work.lane.computing():
+                        if (call + i + tp.rank) % 4 == 0:
+                            torch.cuda._sleep(200_000)
+                        work.term = work.terms[i] + 0 * torch.mm(work.terms[i], factor)
+        for work in works:
+            terms, residuals, found = work.terms, work.residuals, work.found
+            ours = work.lane.share(terms.shape[1])
+            before = torch.zeros_like(residuals[0], dtype=torch.float32)
+            for i in range(chain):
+                stream = all_reduce(terms[i].float(), tp)[ours] + before
+                # in fp32 the order of two or more terms can still move one rounding to bfloat16
+                off = (residuals[i].float() - stream).abs() > 0.01 * stream.abs() + 1e-3
+                wrong += off.sum()
+                before = residuals[i].float()
+                plain = rms_norm_reference(before, norm.weight.float(), 1e-6)
+                off = (found[i][ours].float() - plain).abs() > 0.02 * plain.abs() + 1e-2
+                wrong += off.sum()
+                # all ranks have the same rows, in every bit
+                bits = found[i].view(torch.int16).long().sum(1)
+                wrong += (all_reduce(bits.clone(), tp) != tp.size * bits).sum()
+    assert int(wrong) == 0
+
+
+@pytest.mark.multi_gpu
+@pytest.mark.parametrize("E", [1024, 5120])
+@pytest.mark.parametrize("world_size", [2, pytest.param(4, marks=FOUR_GPUS)])
+def test_sums_in_lanes_survive_many_calls(world_size: int, E: int) -> None:
+    run_ranks(sums_survive_many_calls, world_size, E, 2000, device="cuda")

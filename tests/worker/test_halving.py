@@ -1,0 +1,48 @@
+"""Where a step is cut in two."""
+
+from dataclasses import replace
+
+import numpy as np
+
+from tests.worker.test_mixed_inputs import PLAN, int32
+from tpllm.worker.halving import halves
+from tpllm.worker.mixed_inputs import LAST_TOKEN, MixedInputs, mixed_inputs
+
+
+def halves_of(num_tokens: np.ndarray) -> tuple[MixedInputs, MixedInputs]:
+    plan = replace(PLAN, num_tokens=num_tokens, token_ids=np.arange(int(num_tokens[2:].sum())))
+    first, second = halves(plan)
+    return mixed_inputs(first), mixed_inputs(second)
+
+
+def test_a_chunk_in_the_middle_is_cut_in_two() -> None:
+    first, second = halves_of(int32(1, 1, 2, 7))
+    assert first.token_rows.tolist() == [4, 0, 1, 1, 2]
+    assert first.positions.tolist() == [9, 5, 0, 1, 8]
+    assert first.token_ids.tolist() == [LAST_TOKEN, LAST_TOKEN, 0, 1, 2]
+    assert (first.context_lens.tolist(), first.chunk_rows.tolist()) == ([10, 6], [1, 2])
+    assert (first.cu_seqlens_q.tolist(), first.cu_seqlens_k.tolist()) == ([2, 4, 5], [0, 2, 11])
+    assert second.token_rows.tolist() == [2] * 6
+    assert second.positions.tolist() == [9, 10, 11, 12, 13, 14]
+    assert second.token_ids.tolist() == [3, 4, 5, 6, 7, 8]
+    assert (second.context_lens.tolist(), second.chunk_rows.tolist()) == ([], [2])
+    assert (second.cu_seqlens_q.tolist(), second.cu_seqlens_k.tolist()) == ([0, 6], [0, 15])
+
+
+def test_halves_between_chunks_cut_none() -> None:
+    first, second = halves_of(int32(1, 1, 2, 4))
+    assert (first.token_rows.tolist(), second.token_rows.tolist()) == ([4, 0, 1, 1], [2] * 4)
+    assert first.cu_seqlens_q.tolist() == [2, 4]
+    assert second.positions.tolist() == [8, 9, 10, 11]
+    first, second = halves_of(int32(1, 1, 1, 1))
+    assert (first.token_rows.tolist(), second.token_rows.tolist()) == ([4, 0], [1, 2])
+    assert first.chunk_rows.tolist() == []
+
+
+def test_decode_rows_may_be_in_both_halves() -> None:
+    plan = replace(PLAN, num_decode=3, num_tokens=int32(1, 1, 1, 1), token_ids=int32(40))
+    first, second = map(mixed_inputs, halves(plan))
+    assert (first.context_lens.tolist(), second.context_lens.tolist()) == ([10, 6], [1])
+    assert (first.chunk_rows.tolist(), second.chunk_rows.tolist()) == ([], [2])
+    assert second.token_ids.tolist() == [LAST_TOKEN, 40]
+    assert second.cu_seqlens_q.tolist() == [1, 2]
