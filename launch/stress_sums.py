@@ -4,7 +4,8 @@ Calls of the kernel that adds up all ranks' terms, adds the residual and norms
 (tpllm/layers/all_reduce_norm.py), with random numbers of rows, random terms that are never the same
 twice, and ranks that are late at random. They come in chains: inside of one nothing but the
 kernel's own exchange keeps the ranks together, apart from a gather here and there. Half of the
-chains are launched as they are, half replayed from CUDA graphs.
+chains are replayed from CUDA graphs, the others launched as they are, a third of these by turns in
+the two lanes of large steps (tpllm/layers/lane_sum.py).
 
 After a chain each of its sums is compared with NCCL's in float32, plus the residual, and each
 normed row with the plain norm of that sum. The kernel adds in float32 and rounds once, so a sum
@@ -39,9 +40,17 @@ import torch
 from torch import Tensor
 
 from tpllm.layers.all_reduce_norm import AllReduceRMSNorm, kept_rows, peer_memory_works
+from tpllm.layers.lane_sum import lanes_work
 from tpllm.layers.norm import rms_norm_reference
-from tpllm.parallel.collectives import all_gather, all_reduce, min_over_ranks, with_peer_memory
+from tpllm.parallel.collectives import (
+    all_gather,
+    all_reduce,
+    min_over_ranks,
+    with_lanes,
+    with_peer_memory,
+)
 from tpllm.parallel.group import TPGroup
+from tpllm.parallel.lanes import NUM_LANES
 
 WIDTHS = (1024, 4096, 5120)  # hidden sizes of Qwen3 0.6B, 8B and 32B
 EPS = 1e-6
@@ -50,6 +59,7 @@ MAX_CHAIN = 8  # calls
 GRAPHS_PER_WIDTH = 4
 READ_EVERY = 1000  # calls
 LATE_SHARE, GATHER_SHARE = 0.1, 0.1  # of the calls
+LANES_SHARE = 1 / 3  # of the chains that are launched as they are
 MAX_SLEEP_CYCLES = 400_000  # 0.2 ms; a sum of one row takes 0.01 ms
 END_S = 20.0  # for a rank that is done to end
 LARGEST = 64.0  # no partial sum of normal terms comes near
@@ -102,6 +112,8 @@ class Errors:
         self.checksum = torch.zeros((), dtype=torch.int64, device=device)
 
     def compare(self, actual: Tensor, expected: Tensor, relative: float, absolute: float) -> None:
+        if not len(actual):  # of few rows a rank may keep none
+            return
         expected = expected.float()
         bound = expected.abs() * relative + absolute
         error = (actual.float() - expected).abs()
@@ -125,6 +137,10 @@ class Sums:
         # up to half of the sums of many rows take two shots, in several rounds of the mailboxes
         limit = 2 * self.tp.peers.max_rows if self.tp.peers else MAX_ROWS_WITHOUT_PEERS
         self.max_rows = min(limit, max_rows or limit)
+        if tp.device.type == "cuda":
+            self.tp = with_lanes(self.tp, self.max_rows, width, self.dtype)
+            assert self.tp.lanes, "streams of these GPUs do not wait for each other"
+            assert lanes_work(self.tp, width, self.dtype), "sums in lanes are wrong at the start"
         self.width = width
         self._errors = errors
         self._norm = AllReduceRMSNorm(width, EPS, tp=self.tp, dtype=self.dtype)
@@ -141,14 +157,40 @@ class Sums:
         residuals = [self._residual(call) for call in chain]
         results = []
         for call, term, residual in zip(chain, terms, residuals, strict=True):
-            if call.late == self.tp.rank:
-                _sleep(call.sleep, self.tp.device)
-            if call.gathers:
-                all_gather(self._something, self.tp)
+            self._precede(call)
             stream = None if residual is None else residual.clone()
             results.append(self._norm(term.clone(), stream))  # NCCL would sum in place
         for term, residual, (normed, total) in zip(terms, residuals, results, strict=True):
-            self._check(term, residual, normed, total)
+            kept = kept_rows(len(term), self.tp)
+            self._check(term, residual, normed, total[kept], kept)
+
+    @torch.inference_mode()
+    def run_in_lanes(self, chain: list[Call]) -> None:
+        """The same by turns in the lanes: what precedes a sum runs beside the one before it."""
+        terms = [self._term(call) for call in chain]
+        residuals = [self._residual(call) for call in chain]
+        streams: list[Tensor | None] = []
+        results: list[tuple[Tensor, Tensor]] = []
+        for i in range(len(chain) + 1):
+            if i < len(chain):
+                lane, residual = self.tp.lanes[i % NUM_LANES], residuals[i]
+                with lane.computing():
+                    self._precede(chain[i])
+                    ours = lane.share(chain[i].num_rows)
+                    streams.append(None if residual is None else residual[ours].clone())
+            if i > 0:
+                lane = self.tp.lanes[(i - 1) % NUM_LANES]
+                normed, total = self._norm(terms[i - 1], streams[i - 1], lane)
+                results.append((normed.clone(), total))  # the lane's next sum goes there, too
+        for i, (term, residual) in enumerate(zip(terms, residuals, strict=True)):
+            kept = self.tp.lanes[i % NUM_LANES].share(len(term))
+            self._check(term, residual, *results[i], kept)
+
+    def _precede(self, call: Call) -> None:
+        if call.late == self.tp.rank:
+            _sleep(call.sleep, self.tp.device)
+        if call.gathers:
+            all_gather(self._something, self.tp)
 
     def _term(self, call: Call) -> Tensor:
         term = torch.empty(call.num_rows, self.width, dtype=self.dtype, device=self.tp.device)
@@ -160,16 +202,18 @@ class Sums:
         first = call.first_residual
         return None if first is None else self._residuals[first : first + call.num_rows]
 
-    def _check(self, term: Tensor, residual: Tensor | None, normed: Tensor, total: Tensor) -> None:
+    def _check(
+        self, term: Tensor, residual: Tensor | None, normed: Tensor, total: Tensor, kept: slice
+    ) -> None:
+        """normed [N, E], and `total`, the sum of the rows that this rank keeps."""
         expected = all_reduce(term.float(), self.tp)
         if residual is not None:
             expected += residual.float()
         half_unit = torch.finfo(self.dtype).eps / 2
         # in float32 the order of additions plays a part, by as many roundings of partial sums
         order = (self.tp.size + 1) * LARGEST * torch.finfo(torch.float32).eps
-        kept = kept_rows(len(term), self.tp)
-        self._errors.compare(total[kept], expected[kept], half_unit, order)
-        plain = rms_norm_reference(total[kept], self._norm.weight, EPS)
+        self._errors.compare(total, expected[kept], half_unit, order)
+        plain = rms_norm_reference(total, self._norm.weight, EPS)
         self._errors.compare(normed[kept], plain, 4 * half_unit, 1e-6)
         self._errors.add_bits(normed)
 
@@ -195,8 +239,8 @@ def stress(
 ) -> Iterator[dict[str, Any]]:
     """At least so many calls, and what is known after every 1,000 and at the end.
 
-    The figures: calls, those of them replayed from graphs, wrong values and the worst error of this
-    rank, and whether all ranks have the same bits and nothing wrong.
+    The figures: calls, those of them replayed from graphs and in lanes, wrong values and the worst
+    error of this rank, and whether all ranks have the same bits and nothing wrong.
     """
     errors = Errors(tp.device)
     numbers = random.Random(seed)  # the same on all ranks
@@ -207,7 +251,7 @@ def stress(
         for each in sums * GRAPHS_PER_WIDTH:
             chain = draw_chain(numbers, tp.size, each.max_rows)
             graphs.append((each.graph_of(chain), len(chain)))
-    num_done = num_replayed = num_read = 0
+    num_done = num_replayed = num_in_lanes = num_read = 0
     while num_done < num_calls:
         if graphs and num_replayed * 2 <= num_done:
             graph, length = numbers.choice(graphs)
@@ -220,21 +264,24 @@ def stress(
         else:
             each = numbers.choice(sums)
             chain = draw_chain(numbers, tp.size, each.max_rows)
-            each.run(chain)
             length = len(chain)
+            if each.tp.lanes and numbers.random() < LANES_SHARE:
+                each.run_in_lanes(chain)
+                num_in_lanes += length
+            else:
+                each.run(chain)
         num_done += length
         if num_done - num_read >= READ_EVERY or num_done >= num_calls:
             num_read = num_done
-            yield _figures(errors, tp, num_done, num_replayed)
+            counts = {"calls": num_done, "replayed": num_replayed, "in_lanes": num_in_lanes}
+            yield counts | _figures(errors, tp)
 
 
-def _figures(errors: Errors, tp: TPGroup, num_done: int, num_replayed: int) -> dict[str, Any]:
+def _figures(errors: Errors, tp: TPGroup) -> dict[str, Any]:
     wrong = int(errors.wrong)
     checksums = all_gather(errors.checksum, tp)
     is_right = wrong == 0 and bool((checksums == checksums[0]).all())
     return {
-        "calls": num_done,
-        "replayed": num_replayed,
         "wrong": wrong,
         "worst": round(float(errors.worst), 4),
         "right": bool(min_over_ranks(int(is_right), tp)),

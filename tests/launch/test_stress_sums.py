@@ -2,6 +2,7 @@
 
 import json
 import multiprocessing
+import random
 import sys
 import time
 from typing import Any
@@ -11,8 +12,11 @@ import torch
 from torch import Tensor
 
 from launch import stress_sums
-from launch.stress_sums import receive, stress
+from launch.stress_sums import Errors, Sums, draw_chain, receive, stress
+from tests.lanes import with_gloo_lanes
+from tests.ranks import run_ranks
 from tpllm.layers.all_reduce_norm import AllReduceRMSNorm
+from tpllm.parallel.collectives import all_gather
 from tpllm.parallel.group import TPGroup
 from tpllm.parallel.lanes import Lane
 
@@ -55,6 +59,28 @@ def test_one_wrong_value_of_a_normed_row_or_of_a_sum_is_found(monkeypatch, index
     right = [each["right"] for each in rounds]
     assert right[0] and not right[-1] and rounds[-1]["wrong"] > 0
     assert not rounds[-1]["worst"] <= 1
+
+
+def sums_in_lanes_are_tried(tp: TPGroup) -> None:
+    """Right ones pass; of wrong ones the wrong values are found, on the rank that has them."""
+    width, max_rows = stress_sums.WIDTHS[0], 6
+    errors = Errors(tp.device)
+    sums = Sums(tp, width, errors, max_rows)
+    sums.tp = sums._norm.tp = with_gloo_lanes(sums.tp, max_rows, width)
+    numbers = random.Random(0)
+    chains = [draw_chain(numbers, tp.size, max_rows) for _ in range(3)]
+    for chain in chains:
+        sums.run_in_lanes(chain)
+    assert int(errors.wrong) == 0 < float(errors.worst)
+    assert len({int(each) for each in all_gather(errors.checksum, tp)}) == 1
+    sums._norm.eps = 0.1  # not what it is held against
+    sums.run_in_lanes(chains[0])
+    assert int(errors.wrong) > 0
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="its kernels would run on CPU memory")
+def test_sums_in_lanes_are_tried() -> None:
+    run_ranks(sums_in_lanes_are_tried, 2)
 
 
 def test_a_rank_that_is_silent_or_gone_is_told_from_one_that_answers() -> None:
