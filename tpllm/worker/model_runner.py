@@ -41,6 +41,7 @@ from tpllm.worker.token_sampler import Drawing, LogprobWords, StepOutput, TokenS
 from tpllm.worker.trial_step import largest_step
 
 Mark = Callable[[], None]
+Forward = Callable[[Sequence[Tensor]], Tensor]
 
 
 class ModelRunner:
@@ -219,23 +220,14 @@ class ModelRunner:
     # ---- everything else ---------------------------------------------------------------------
 
     def _run_mixed(self, plan: StepPlan, marks: StepMarks) -> StepOutput:
-        num_chunks = plan.rows.size - plan.num_decode
         ends = plan.starts + plan.num_tokens  # [S] context lengths after this step
         cu_seqlens = np.cumsum(plan.num_tokens)
         sampling_rows = np.flatnonzero(plan.samples)
-        num_tokens, plans, size = int(cu_seqlens[-1]), [plan], None
-        if self._static_mixed:
-            size = padded_mixed_size(self.mixed_sizes, num_tokens, plan.num_decode, num_chunks)
-        if size is None and self._halved_from is not None and num_tokens >= self._halved_from:
-            plans = [*halves(plan)]
-        host_inputs = [mixed_inputs(each) for each in plans]
-        if size is not None:
-            host_inputs = [padded(host_inputs[0], size, self.state.padding_row)]
-        arrays = [array for inputs in host_inputs for array in inputs.parts()]
+        forward, inputs = self._mixed_forward(plan)
         marks.begin()
         views = self._staging.upload(
             [
-                *arrays,
+                *inputs,
                 plan.entering,
                 plan.block_updates,
                 cu_seqlens[sampling_rows] - 1,
@@ -243,15 +235,9 @@ class ModelRunner:
                 ends[sampling_rows],
             ]
         )
-        entering, updates, last_indices, sample_rows, sample_positions = views[len(arrays) :]
+        entering, updates, last_indices, sample_rows, sample_positions = views[len(inputs) :]
         self.state.apply(entering, updates)
-        if size is None:
-            hidden = self._eagerly_mixed(plans, views[: len(arrays)])
-        elif graph := self._mixed_graphs.get(size):
-            graph.graph.replay()
-            hidden = graph.result
-        else:
-            hidden = self._padded_mixed(size)
+        hidden = forward(views[: len(inputs)])
         marks.sample()
         prompt_logprobs = self._prompt_logprobs(plan, hidden, cu_seqlens - plan.num_tokens)
         if sampling_rows.size == 0:  # all rows end inside their prompts
@@ -266,18 +252,36 @@ class ModelRunner:
         output.logprobs += prompt_logprobs
         return output
 
-    def _eagerly_mixed(self, plans: Sequence[StepPlan], arrays: Sequence[Tensor]) -> Tensor:
-        """Hidden states [N, E] of a step's tokens, in one piece or in the halves' lanes.
+    def _mixed_forward(self, plan: StepPlan) -> tuple[Forward, list[np.ndarray]]:
+        """What yields a step's hidden states [N, E], given its inputs as staged; and the inputs."""
+        num_tokens, num_chunks = int(plan.num_tokens.sum()), plan.rows.size - plan.num_decode
+        size = None
+        if self._static_mixed:
+            size = padded_mixed_size(self.mixed_sizes, num_tokens, plan.num_decode, num_chunks)
+        if size is not None:
+            inputs = padded(mixed_inputs(plan), size, self.state.padding_row)
+            return partial(self._replay_mixed, size), inputs.parts()
+        is_halved = self._halved_from is not None and num_tokens >= self._halved_from
+        plans = halves(plan) if is_halved else (plan,)
+        arrays = [array for each in plans for array in mixed_inputs(each).parts()]
+        return partial(self._eagerly_mixed, plans), arrays
 
-        arrays: the inputs of all plans, one behind the other
-        """
+    def _replay_mixed(self, size: MixedSize, _: Sequence[Tensor]) -> Tensor:
+        graph = self._mixed_graphs.get(size)
+        if graph is None:
+            return self._padded_mixed(size)
+        graph.graph.replay()
+        return graph.result
+
+    def _eagerly_mixed(self, plans: Sequence[StepPlan], inputs: Sequence[Tensor]) -> Tensor:
+        """In one piece, or in the halves' lanes; the inputs of all plans one behind the other."""
         lanes = self._tp.lanes if len(plans) > 1 and self._tp.lanes else [None] * len(plans)
-        num_arrays = len(arrays) // len(plans)
+        num_each = len(inputs) // len(plans)
         parts = []
         for i, (plan, lane) in enumerate(zip(plans, lanes, strict=True)):
             chunks = slice(plan.num_decode, None)
             part = self._mixed_part(
-                MixedInputs(*arrays[i * num_arrays : (i + 1) * num_arrays]),
+                MixedInputs(*inputs[i * num_each : (i + 1) * num_each]),
                 max_seqlen_q=int(plan.num_tokens[chunks].max(initial=0)),
                 max_seqlen_k=int((plan.starts + plan.num_tokens)[chunks].max(initial=0)),
                 has_context=bool(plan.starts[chunks].any()),
