@@ -39,9 +39,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tpllm.layers.all_reduce_norm import AllReduceRMSNorm, kept_rows, peer_memory_works
-from tpllm.layers.lane_sum import lanes_work
+from tpllm.layers.all_reduce_norm import AllReduceRMSNorm, kept_rows
 from tpllm.layers.norm import rms_norm_reference
+from tpllm.layers.sum_trials import lanes_work, peer_memory_works
 from tpllm.parallel.collectives import (
     all_gather,
     all_reduce,
@@ -138,9 +138,9 @@ class Sums:
         limit = 2 * self.tp.peers.max_rows if self.tp.peers else MAX_ROWS_WITHOUT_PEERS
         self.max_rows = min(limit, max_rows or limit)
         if tp.device.type == "cuda":
-            self.tp = with_lanes(self.tp, self.max_rows, width, self.dtype)
+            self.tp = with_lanes(self.tp, self.max_rows)
             assert self.tp.lanes, "streams of these GPUs do not wait for each other"
-            assert lanes_work(self.tp, width, self.dtype), "sums in lanes are wrong at the start"
+            assert lanes_work(self.tp), "sums in lanes are wrong at the start"
         self.width = width
         self._errors = errors
         self._norm = AllReduceRMSNorm(width, EPS, tp=self.tp, dtype=self.dtype)

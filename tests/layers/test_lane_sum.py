@@ -10,8 +10,9 @@ from tests.lanes import with_gloo_lanes
 from tests.marks import FOUR_GPUS
 from tests.ranks import run_ranks
 from tpllm.layers.all_reduce_norm import AllReduceRMSNorm
-from tpllm.layers.lane_sum import lane_sum_norm, lanes_work
+from tpllm.layers.lane_sum import lane_sum_norm
 from tpllm.layers.norm import rms_norm_reference
+from tpllm.layers.sum_trials import lanes_work
 from tpllm.parallel.collectives import all_reduce, with_lanes, with_peer_memory
 from tpllm.parallel.group import TPGroup
 from tpllm.parallel.lanes import Lane
@@ -63,9 +64,9 @@ def sums_survive_many_calls(tp: TPGroup, E: int, num_calls: int) -> None:
     """
     max_rows, chain = 999, 5
     tp = with_peer_memory(tp, E, torch.bfloat16)
-    tp = with_lanes(tp, max_rows, E, torch.bfloat16)
+    tp = with_lanes(tp, max_rows)
     assert tp.lanes
-    assert lanes_work(tp, E, torch.bfloat16)
+    assert lanes_work(tp)
     norm = AllReduceRMSNorm(E, 1e-6, tp=tp, dtype=torch.bfloat16)
     norm.weight.fill_(1.5)
     sizes = torch.Generator().manual_seed(0)

@@ -40,10 +40,8 @@ from tpllm.worker.trial_step import largest_step
 from tpllm.worker.worker import Worker
 
 BLOCK_SIZE, NUM_BLOCKS, MAX_SEQS = 256, 40, 20
-HALVED: dict[str, Any] = {
-    "max_step_tokens": 48,
-    "static": False,
-}  # small steps, several of them halved
+# small steps, several of which are halved
+HALVED: dict[str, Any] = {"max_step_tokens": 48, "static": False}
 
 OPTIONS: list[dict[str, Any]] = [
     {},
@@ -177,7 +175,7 @@ def halved_steps_change_nothing(tp: TPGroup, dtype: torch.dtype) -> None:
     """In lanes. In bfloat16, where products of other sizes round elsewhere, of prompts alone."""
     hidden_size = ModelConfig.from_folder(resolve_model(None)).hidden_size
     tp = with_peer_memory(tp, hidden_size, dtype)
-    tp = with_lanes(tp, HALVED["max_step_tokens"] // 2, hidden_size, dtype)
+    tp = with_lanes(tp, HALVED["max_step_tokens"] // 2)
     assert tp.lanes
     device, exact = str(tp.device), dtype == torch.float32
     settings = {**HALVED, "prompts_alone": not exact}

@@ -23,8 +23,8 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from tpllm.layers.dependent_launch import dependent_launch
 from tpllm.layers.lane_sum import lane_sum_norm
-from tpllm.layers.norm import RMSNorm, add_and_norm, rms_norm_reference, row_warps
-from tpllm.parallel.collectives import all_reduce, min_over_ranks
+from tpllm.layers.norm import RMSNorm, add_and_norm, row_warps
+from tpllm.parallel.collectives import all_reduce
 from tpllm.parallel.group import TPGroup
 from tpllm.parallel.lanes import Lane
 from tpllm.parallel.peer_memory import NUM_PLACES, WIDTH_MULTIPLE
@@ -386,22 +386,3 @@ class AllReduceRMSNorm(RMSNorm):
             x, residual, self.weight, self.eps, self.tp, has_residual=has_residual
         )
         return normed, residual
-
-
-def peer_memory_works(tp: TPGroup) -> bool:
-    """Whether sums over peer memory are those of NCCL: asked once, at start, by all ranks."""
-    peers = tp.peers
-    if peers is None:
-        return False
-    generator = torch.Generator(tp.device).manual_seed(tp.rank)
-    right = True
-    for num_rows in (peers.one_shot_rows, 1, peers.max_rows // 2, 3 * peers.max_rows + 1, 3):
-        partial = torch.empty(num_rows, peers.width, dtype=peers.dtype, device=tp.device)
-        partial.normal_(generator=generator)
-        partial[:, :8] = -0.0  # what looks like an empty mailbox arrives, too
-        weight = torch.ones_like(partial[0])
-        expected = rms_norm_reference(all_reduce(partial.clone(), tp), weight, 1e-6)
-        residual = torch.empty_like(partial)
-        normed = all_reduce_norm(partial, residual, weight, 1e-6, tp, has_residual=False)
-        right &= torch.allclose(normed, expected, rtol=0.02, atol=0.02)
-    return bool(min_over_ranks(int(right), tp))

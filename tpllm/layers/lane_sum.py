@@ -13,8 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tpllm.layers.norm import add_and_norm, rms_norm_reference, row_warps
-from tpllm.parallel.collectives import all_reduce, min_over_ranks
+from tpllm.layers.norm import add_and_norm, row_warps
 from tpllm.parallel.group import TPGroup
 from tpllm.parallel.lanes import Lane
 
@@ -112,20 +111,3 @@ def add_up_and_norm(
             num_warps=row_warps(block),
         )
     return residual
-
-
-def lanes_work(tp: TPGroup, width: int, dtype: torch.dtype) -> bool:
-    """Whether sums in the lanes are those of NCCL: asked once, at start, by all ranks."""
-    generator = torch.Generator(tp.device).manual_seed(tp.rank)
-    weight = torch.ones(width, dtype=dtype, device=tp.device)
-    right = True
-    for num_rows in (1, 2 * tp.size + 1, 3):
-        for lane in tp.lanes:
-            partial = torch.empty(num_rows, width, dtype=dtype, device=tp.device)
-            partial.normal_(generator=generator)
-            expected = rms_norm_reference(all_reduce(partial.clone(), tp), weight, 1e-6)
-            with lane.computing():
-                term = partial + 0.0
-            normed, _ = lane_sum_norm(term, None, weight, 1e-6, tp, lane)
-            right &= torch.allclose(normed, expected, rtol=0.02, atol=0.02)
-    return bool(min_over_ranks(int(right), tp))

@@ -98,16 +98,16 @@ def with_peer_memory(tp: TPGroup, width: int, dtype: torch.dtype) -> TPGroup:
     return replace(tp, peers=peers)
 
 
-def with_lanes(tp: TPGroup, max_rows: int, width: int, dtype: torch.dtype) -> TPGroup:
-    """The same group with `lanes`, for sums of up to `max_rows` rows in each.
+def with_lanes(tp: TPGroup, max_rows: int) -> TPGroup:
+    """The same group with `lanes`, for sums of up to `max_rows` of the mailboxes' rows in each.
 
     Every rank of a group with peer memory calls this together, and all get the same answer.
     """
-    group, instead = tp.process_group, "no step is halved"
+    group, peers, instead = tp.process_group, tp.peers, "no step is halved"
     assert group is not None
-    assert tp.peers is not None
+    assert peers is not None
     memory = _made_by_all(
-        tp, lambda: LaneMemory(tp.size, max_rows, width, dtype, tp.device), instead
+        tp, lambda: LaneMemory(tp.size, max_rows, peers.width, peers.dtype, tp.device), instead
     )
     if memory is None:
         return tp

@@ -12,10 +12,9 @@ from tpllm.channel.progress import Progress
 from tpllm.channel.ring import RingReader
 from tpllm.channel.step_plan import CONTROL, MASKS, PlanLimits, StepMasks, StepPlan
 from tpllm.config import EngineConfig
-from tpllm.layers.all_reduce_norm import peer_memory_works
 from tpllm.layers.attention import AttentionBackend, make_backend
-from tpllm.layers.lane_sum import lanes_work
 from tpllm.layers.matmul import Matmul, fast_matmul, plain_matmul
+from tpllm.layers.sum_trials import lanes_work, peer_memory_works
 from tpllm.layers.weights import WeightSource
 from tpllm.models.checkpoint_weights import DummyWeights, SafetensorsWeights
 from tpllm.models.registry import CausalLM, model_class
@@ -248,8 +247,8 @@ def _with_peer_memory(
     # torch's prefill reads lengths on the host, so that the halves would follow each other
     if not backend.prefill_capturable or not halved_from(config, dtype):
         return tp
-    laned = with_lanes(tp, -(-config.max_num_batched_tokens // NUM_LANES), width, dtype)
-    return laned if laned.lanes and lanes_work(laned, width, dtype) else tp
+    laned = with_lanes(tp, -(-config.max_num_batched_tokens // NUM_LANES))
+    return laned if lanes_work(laned) else tp
 
 
 def _take_device(config: EngineConfig, rank: int, world_size: int) -> torch.device:

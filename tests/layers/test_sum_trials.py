@@ -1,0 +1,37 @@
+"""The trials at start, where the mailboxes and lanes are those of CPU processes."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.lanes import GlooLane, with_gloo_lanes
+from tests.mailboxes import with_shared_mailboxes
+from tests.ranks import run_ranks
+from tpllm.layers.sum_trials import lanes_work, peer_memory_works
+from tpllm.parallel.group import TPGroup
+
+
+class WrongLane(GlooLane):
+    """Gives one rank the others' terms with another sign."""
+
+    def exchange_terms(self, x: Tensor) -> Tensor:
+        terms = super().exchange_terms(x)
+        return -terms if self._tp.rank == 1 else terms
+
+
+def trials_tell_right_sums_from_wrong_ones(tp: TPGroup) -> None:
+    torch.set_num_threads(1)
+    assert not peer_memory_works(tp)  # there is none
+    tp = with_shared_mailboxes(tp, max_rows=4, one_shot_rows=2, E=40)
+    assert tp.peers is not None
+    assert peer_memory_works(tp)
+    assert lanes_work(with_gloo_lanes(tp, 9, 40))
+    lanes = (GlooLane(tp, 9, 40), WrongLane(tp, 9, 40))
+    assert not lanes_work(replace(tp, lanes=lanes))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="its kernels would run on CPU memory")
+def test_trials_tell_right_sums_from_wrong_ones() -> None:
+    run_ranks(trials_tell_right_sums_from_wrong_ones, 2)
