@@ -10,6 +10,7 @@ import torch
 from tests.mailboxes import no_fence
 from tpllm.config import EngineConfig
 from tpllm.layers import all_reduce_norm
+from tpllm.layers.attention import SplitDecodeBackend
 from tpllm.worker.warm_up import Kernels, KernelWarmUp
 
 
@@ -17,7 +18,8 @@ from tpllm.worker.warm_up import Kernels, KernelWarmUp
 def test_every_kernel_can_be_launched_alone(monkeypatch, rank: int, world_size: int) -> None:
     monkeypatch.setattr(all_reduce_norm, "_fence", no_fence)
     config = EngineConfig.resolve(device="cpu", skip_tokenizer_init=True, max_model_len=64)
-    # in the interpreter, with steps that are large enough for two halves
+    # in the interpreter, with steps that are large enough for two halves, and a prefill for them
+    monkeypatch.setattr(SplitDecodeBackend, "prefill_capturable", True)
     config = replace(
         config, attention_backend="triton", max_num_batched_tokens=2**20, max_num_seqs=2**14
     )

@@ -33,16 +33,9 @@ import torch.distributed._symmetric_memory as symmetric_memory
 from torch import Tensor
 
 NUM_LANES = 2
-# Two halves pay where the GPU is busy for longer than the host, which launches twice as much.
-_HALVED_BYTES = 64 << 20  # of a step's hidden states
 _TERMS, _SUMS = 0, 1  # the exchanges of a round
 _FLAG_BYTES = 4
 _WAIT, _WRITE = 1, 2  # CUstreamBatchMemOpType, for values of 32 bits
-
-
-def min_halved_tokens(width: int, dtype: torch.dtype) -> int:
-    """Tokens from which on a step runs in two halves; `width` is the hidden size."""
-    return -(-_HALVED_BYTES // (width * dtype.itemsize))
 
 
 class Lane(Protocol):

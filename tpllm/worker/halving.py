@@ -7,12 +7,17 @@ import torch
 
 from tpllm.channel.step_plan import StepPlan
 from tpllm.config import EngineConfig
-from tpllm.parallel.lanes import min_halved_tokens
+from tpllm.layers.attention import BACKENDS
+
+# Two halves pay where the GPU is busy for longer than the host, which launches twice as much.
+_HALVED_BYTES = 64 << 20  # of a step's hidden states
 
 
 def halved_from(config: EngineConfig, dtype: torch.dtype) -> int | None:
-    """Tokens from which on a step runs in two halves; None if no step has so many."""
-    num_tokens = min_halved_tokens(config.model_config.hidden_size, dtype)
+    """Tokens from which on a step runs in two halves, if the GPUs can; None if no step does."""
+    if not BACKENDS[config.attention_backend].prefill_capturable:
+        return None  # lengths are read on the host, so that the halves would follow each other
+    num_tokens = -(-_HALVED_BYTES // (config.model_config.hidden_size * dtype.itemsize))
     most = min(config.max_num_batched_tokens, config.max_num_seqs * config.max_model_len)
     return num_tokens if num_tokens <= most else None
 

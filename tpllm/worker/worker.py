@@ -67,12 +67,12 @@ class Worker:
         # The coordinator notices a hang first, and can say where every rank is.
         timeout_s = 2 * max(config.start_timeout_s, config.step_timeout_s)
         self._tp = TPGroup.connect(rank, world_size, device, store, timeout_s)
-        backend = make_backend(config.attention_backend)
         if not config.disable_custom_all_reduce:
-            self._tp = _with_peer_memory(self._tp, config, backend, self._dtype)
+            self._tp = _with_peer_memory(self._tp, config, self._dtype)
 
         replies.phase("loading weights")
         begin = time.perf_counter()
+        backend = make_backend(config.attention_backend)
         matmul = plain_matmul
         if not config.disable_custom_matmul:
             matmul = fast_matmul(self._dtype, device)
@@ -232,23 +232,18 @@ class _Beating:
         return self._weights.read(name, rows, cols)
 
 
-def _with_peer_memory(
-    tp: TPGroup, config: EngineConfig, backend: AttentionBackend, dtype: torch.dtype
-) -> TPGroup:
+def _with_peer_memory(tp: TPGroup, config: EngineConfig, dtype: torch.dtype) -> TPGroup:
     """The group with peer memory where that is there and right; NCCL does everything otherwise.
 
     Likewise with lanes, where a step may be so large that its halves run beside each other.
     """
-    width = config.model_config.hidden_size
-    with_peers = with_peer_memory(tp, width, dtype)
+    with_peers = with_peer_memory(tp, config.model_config.hidden_size, dtype)
     if not peer_memory_works(with_peers):
         return tp
-    tp = with_peers
-    # torch's prefill reads lengths on the host, so that the halves would follow each other
-    if not backend.prefill_capturable or not halved_from(config, dtype):
-        return tp
-    laned = with_lanes(tp, -(-config.max_num_batched_tokens // NUM_LANES))
-    return laned if lanes_work(laned) else tp
+    if not halved_from(config, dtype):
+        return with_peers
+    laned = with_lanes(with_peers, -(-config.max_num_batched_tokens // NUM_LANES))
+    return laned if lanes_work(laned) else with_peers
 
 
 def _take_device(config: EngineConfig, rank: int, world_size: int) -> torch.device:
