@@ -35,6 +35,10 @@ if not torch.cuda.is_available():
 
     interpreter._patch_lang_tensor = _patch_with_index
 
+    from tests.gpu_instructions import interpret_gpu_instructions
+
+    interpret_gpu_instructions()
+
 
 # The files that take longest come first, so that test processes side by side end together. The very
 # first forks hundreds of processes, which costs the less the less its own has imported.

@@ -7,18 +7,11 @@ from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
-import triton
-import triton.language as tl
 
-from tpllm.layers import all_reduce_norm
+from tests.gpu_instructions import interpret_gpu_instructions
 from tpllm.parallel.collectives import barrier
 from tpllm.parallel.group import TPGroup
 from tpllm.parallel.peer_memory import EMPTY, NUM_PLACES, Mailboxes
-
-
-@triton.jit
-def no_fence() -> None:
-    tl.debug_barrier()
 
 
 @dataclass
@@ -28,8 +21,7 @@ class SharedMailboxes(Mailboxes):
 
 def with_shared_mailboxes(tp: TPGroup, max_rows: int, one_shot_rows: int, E: int) -> TPGroup:
     """The group with mailboxes in a file that all ranks have mapped, for rows of E float32."""
-    # an instruction of the GPU; between processes here a peer comes far too late to need it
-    all_reduce_norm._fence = no_fence
+    interpret_gpu_instructions()
     shape = (tp.size, NUM_PLACES, tp.size, max_rows, E)
     path = [tempfile.mkdtemp() if tp.rank == 0 else None]
     dist.broadcast_object_list(path, 0, group=tp.process_group)

@@ -237,7 +237,6 @@ def _all_reduce_norm_two_shot(
     RANK: tl.constexpr,
     SIZE: tl.constexpr,
     ROWS: tl.constexpr,
-    PDL: tl.constexpr,
 ) -> None:
     """One program: groups of ROWS rows, one after the other; ROWS is 1 or SIZE.
 
@@ -250,8 +249,6 @@ def _all_reduce_norm_two_shot(
     mask = cols < E
     dtype = x_ptr.dtype.element_ty
     weight = tl.load(weight_ptr + cols, mask=mask, other=0.0)
-    if PDL:
-        gdc_wait()
     place, place_behind = tl.load(places_ptr + program), tl.load(places_ptr + behind)
     first = program * ROWS
     while first < num_rows:
@@ -326,8 +323,10 @@ def all_reduce_norm(
     block = triton.next_power_of_2(E)
     num_warps = row_warps(block)
     sizes = {"E": E, "BLOCK": block, "RANK": tp.rank, "SIZE": tp.size}
+    launch: dict[str, bool] = {}
     if peers.one_shot_rows >= N:
         kernel, num_programs, num_rows = _all_reduce_norm_one_shot, N, []
+        launch = dependent_launch(x.device, N)
     else:
         most = peers.max_rows // 2
         # a row alone is through sooner; of more than fit at a time several share the ways
@@ -350,7 +349,7 @@ def all_reduce_norm(
         # 132nd waited for the ends of others: 185 rows of 8B on four GPUs 18.3 us, 128 rows 11.9.
         maxnreg=min(255, 1024 // num_warps),
         **sizes,
-        **dependent_launch(x.device),
+        **launch,
     )
     return out
 

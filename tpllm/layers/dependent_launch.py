@@ -8,6 +8,9 @@ writes, and waits with `gdc_wait` until its predecessor has written everything; 
 - Nothing that a kernel of the same step writes is read, and nothing is written, before `gdc_wait`.
 - Every such kernel calls `gdc_wait`, so that the end of one is the end of all before it.
 
+It pays in a step of one row, all of whose kernels are ours. Behind a product of cuBLAS, which lets
+nothing come before its end, an early launch takes 0.45 us longer than another.
+
 Source: CUDA C++ Programming Guide, "Programmatic Dependent Launch and Synchronization".
 """
 
@@ -16,12 +19,17 @@ from functools import cache
 import torch
 
 
-@cache
-def dependent_launch(device: torch.device) -> dict[str, bool]:
-    """Keywords of such a launch: `PDL` for the kernel, `launch_pdl` for Triton, on GPUs that can.
+def dependent_launch(device: torch.device, num_rows: int) -> dict[str, bool]:
+    """Keywords of such a launch, for a step of one row: `PDL` for us, `launch_pdl` for Triton.
 
-    Before compute capability 9.0, and in Triton's interpreter, kernels follow each other as ever.
+    With more rows, before compute capability 9.0, and in Triton's interpreter, kernels follow each
+    other as ever.
     """
-    if device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0):
+    if num_rows == 1 and _is_able(device):
         return {"PDL": True, "launch_pdl": True}
     return {"PDL": False}
+
+
+@cache
+def _is_able(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)

@@ -150,7 +150,7 @@ def gemv_triton(x: Tensor, weight: Tensor, around: Around = NOTHING) -> tuple[Te
         BLOCK_N=block_n,
         BLOCK_K=_BLOCK_K,
         num_warps=4,
-        **dependent_launch(x.device),
+        **dependent_launch(x.device, 1),
     )
     return y, total
 

@@ -85,6 +85,18 @@ def noise_bits(
 
 
 @triton.jit
+def fast_log(x: tl.tensor) -> tl.tensor:
+    """The natural logarithm by the GPU's own instruction: 2 operations where exact ones are 20.
+
+    Off by 2e-7, or relatively as much where the logarithm is larger than 1.
+    """
+    log2 = tl.inline_asm_elementwise(
+        "lg2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
+    )
+    return log2 * 0.6931471805599453
+
+
+@triton.jit
 def gumbel_from_bits(bits: tl.tensor) -> tl.tensor:
     """Standard Gumbel noise, -log(E) with E = -log(1 - u) exponential, from uniform 32-bit words.
 
@@ -96,5 +108,5 @@ def gumbel_from_bits(bits: tl.tensor) -> tl.tensor:
     # 1 - u rounds a small u away. There the series of -log(1 - u) takes over: it leaves out
     # u**6 / 6, relatively 1.6e-7 at most.
     series = u * (1.0 + u * (1.0 / 2 + u * (1.0 / 3 + u * (1.0 / 4 + u * (1.0 / 5)))))
-    exponential = tl.where(u < 1.0 / 16, series, -tl.log(1.0 - u))
-    return -tl.log(exponential)
+    exponential = tl.where(u < 1.0 / 16, series, -fast_log(1.0 - u))
+    return -fast_log(exponential)

@@ -269,7 +269,6 @@ class PagedDecode:
             ALIGNED=block_size % shape["BLOCK_N"] == 0,
             ROPE=rope is not None,
             **shape,
-            # early programs of a large batch crowd where a multiprocessor is free first: 2 % slower
-            **(dependent_launch(q.device) if rope else {"PDL": False}),
+            **(dependent_launch(q.device, S) if rope else {"PDL": False}),
         )
         return out

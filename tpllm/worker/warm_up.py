@@ -108,7 +108,10 @@ class Kernels:
         """Sums over the ranks: they know which rank they run on."""
         if not self.has_sums:
             return []
-        sums: list[Callable[[], object]] = [partial(self.sum, N) for N in (1, 2, 3)]
+        sums: list[Callable[[], object]] = [
+            partial(self.sum, N, one_shot_rows)
+            for N, one_shot_rows in ((1, 2), (2, 2), (2, 1), (3, 1))
+        ]
         if halved_from(self.config, self.dtype):
             sums.append(self.lane_sum)
         return sums
@@ -118,8 +121,8 @@ class Kernels:
         calls: list[Callable[[], object]] = []
         if config.attention_backend != "torch":
             with_rope = BACKENDS[config.attention_backend].max_rope_rows
-            # rotation inside, rotation before, and the shape for many programs
-            sizes = (1, with_rope + 1, PROGRAMS_WANTED // self.num_kv_heads + 1)
+            # rotation inside, launched early or not, rotation before, the shape for many programs
+            sizes = (1, 2, with_rope + 1, PROGRAMS_WANTED // self.num_kv_heads + 1)
             calls += [partial(self.attend, S) for S in sizes]
         if not config.disable_custom_matmul:
             arounds = [Around(), Around(swiglu=True)]
@@ -164,13 +167,16 @@ class Kernels:
         norm = RMSNorm(E, 1e-6, dtype=self.dtype, device=self.device)
         norm(self.new(1, E), self.new(1, E) if has_residual else None)
 
-    def sum(self, N: int) -> None:
-        """One row in one shot, two and three in the two ways of two shots; all rows are there."""
+    def sum(self, N: int, one_shot_rows: int) -> None:
+        """In one shot one row is launched early; in two shots two and three rows go two ways.
+
+        All rows are there.
+        """
         E, size = self.model.hidden_size, self.tp.size
         rows = self.new(NUM_PLACES, size, 4, E)
         pointers = torch.full((size,), rows.data_ptr(), device=self.device)
         places = self.new(4, dtype=torch.int32)
-        peers = Mailboxes(pointers.data_ptr(), places, 4, 1, E, self.dtype)
+        peers = Mailboxes(pointers.data_ptr(), places, 4, one_shot_rows, E, self.dtype)
         x, residual = self.new(N, E), self.new(N, E)
         tp = replace(self.tp, peers=peers)
         all_reduce_norm(x, residual, self.norm_weight(), 1e-6, tp, has_residual=True)

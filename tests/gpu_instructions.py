@@ -1,0 +1,23 @@
+"""What stands in Triton's interpreter for instructions of the GPU."""
+
+import triton
+import triton.language as tl
+
+from tpllm.layers import all_reduce_norm, gumbel
+
+
+@triton.jit
+def no_fence() -> None:
+    """Between processes of a CPU a peer comes far too late to need one."""
+    tl.debug_barrier()
+
+
+@triton.jit
+def exact_log(x: tl.tensor) -> tl.tensor:
+    return tl.log(x)
+
+
+def interpret_gpu_instructions() -> None:
+    """In this process, from now on."""
+    all_reduce_norm._fence = no_fence
+    gumbel.fast_log = exact_log
