@@ -15,6 +15,7 @@ import torch
 from flash_attn import flash_attn_with_kvcache
 from probe import graph_us
 
+from tpllm.layers.decode_parts import DecodeSplit
 from tpllm.layers.paged_decode import PagedDecode
 
 PAGE, HEAD_DIM = 256, 128
@@ -36,12 +37,13 @@ def measure(S: int, context: int, num_heads: int, num_kv_heads: int, max_len: in
     q = torch.randn(S, num_heads, HEAD_DIM, dtype=torch.bfloat16, device="cuda")
     lengths = contexts.cuda()
     split = PagedDecode()
+    plan = torch.from_numpy(DecodeSplit(num_kv_heads).plan(contexts.numpy())).cuda()
     scale = HEAD_DIM**-0.5
     kernels: dict[str, Callable] = {
         "flash-attn 2": lambda k, v: flash_attn_with_kvcache(
             q.unsqueeze(1), k, v, cache_seqlens=lengths, block_table=tables, causal=True
         ),
-        "split": lambda k, v: split(q, k, v, lengths, tables, scale),
+        "split": lambda k, v: split(q, k, v, tables, plan, scale),
     }
     row: dict = {"batch": S, "context": context}
     for name, kernel in kernels.items():

@@ -4,8 +4,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from tpllm.layers import paged_decode
+from tests.layers.decode_plans import plan_of
+from tpllm.layers import decode_parts
 from tpllm.layers.attention import AttentionBatch, TorchAttentionBackend
+from tpllm.layers.decode_parts import DecodeSplit
 from tpllm.layers.paged_decode import PagedDecode
 from tpllm.layers.rotary import QKNormRope, qk_norm_rope_store_reference, rotary_cos_sin
 
@@ -26,24 +28,34 @@ def make_case(
             caches[:, page, token % block_size] = torch.randn(2, K, D, generator=generator)
     nothing = torch.empty(0, dtype=torch.int32)
     lengths = torch.tensor(contexts, dtype=torch.int32)
-    batch = AttentionBatch(nothing, S, lengths.to(device), pages.to(device), None)
+    plan = plan_of(contexts, K).to(device)
+    batch = AttentionBatch(nothing, S, lengths.to(device), pages.to(device), plan, None)
     q, caches = q.to(device, dtype), caches.to(device, dtype)
     return q, caches[0], caches[1], batch
 
 
-# The last: what large batches get, programs of another shape that take whole contexts.
-@pytest.mark.parametrize("parts, wanted", [(1, 1056), (3, 1056), (64, 1056), (1, 0)])
+@pytest.fixture(params=["whole contexts", "some in parts", "many parts", "small programs"])
+def division(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """How contexts are divided; parts are as short as can be."""
+    monkeypatch.setattr(decode_parts, "_MIN_PART", decode_parts.GRAIN)
+    match request.param:
+        case "whole contexts":
+            monkeypatch.setattr(decode_parts, "_MAX_PARTS", 1)
+        case "some in parts":
+            monkeypatch.setattr(decode_parts, "_LARGE", 14)
+        case "small programs":
+            monkeypatch.setattr(DecodeSplit, "has_large_programs", lambda split, num_seqs: False)
+
+
+@pytest.mark.usefixtures("division")
 @pytest.mark.parametrize(
     "contexts, K, G, D, block_size",
     [([1], 1, 1, 16, 4), ([130, 1, 64, 65, 200], 2, 3, 32, 16), ([300, 7], 1, 8, 48, 256)],
 )
 def test_matches_plain_torch(
-    contexts, K, G, D, block_size, parts, wanted, device_and_dtype, assert_as_accurate, monkeypatch
+    contexts, K, G, D, block_size, device_and_dtype, assert_as_accurate
 ) -> None:
     device, dtype = device_and_dtype
-    monkeypatch.setattr(paged_decode, "PROGRAMS_WANTED", wanted)
-    monkeypatch.setattr(paged_decode, "_MAX_PARTS", parts)
-    monkeypatch.setattr(paged_decode, "_MIN_PART", 64)
     q, k_cache, v_cache, batch = make_case(contexts, K, G, D, block_size, device, dtype)
     plain = TorchAttentionBackend().decode(q, k_cache, v_cache, batch, 0.3)
     exact = TorchAttentionBackend().decode(
@@ -51,36 +63,32 @@ def test_matches_plain_torch(
     )
     decode = PagedDecode()
     for _ in range(2):  # the second time on used scratch memory
-        ours = decode(q, k_cache, v_cache, batch.context_lens, batch.block_tables, 0.3)
+        ours = decode(q, k_cache, v_cache, batch.block_tables, batch.decode_plan, 0.3)
         assert_as_accurate(ours, plain, exact)
 
 
-def test_the_number_of_parts_follows_the_context(device, monkeypatch) -> None:
-    """One program for a head of a short context, however many the grid has."""
-    monkeypatch.setattr(paged_decode, "_MIN_PART", 64)
+def test_a_context_in_one_part_needs_no_scratch(device) -> None:
     q, k_cache, v_cache, batch = make_case([64, 640], 1, 2, 16, 16, device, torch.float32)
     decode = PagedDecode()
-    decode(q, k_cache, v_cache, batch.context_lens, batch.block_tables, 1.0)
+    decode(q, k_cache, v_cache, batch.block_tables, batch.decode_plan, 1.0)
     assert decode._scratch is not None
-    counters, parts = decode._scratch
+    counters, scratch = decode._scratch
     assert int(counters.abs().sum()) == 0  # left as they were found
-    parts.fill_(torch.nan)
-    decode(q[:1], k_cache, v_cache, batch.context_lens[:1], batch.block_tables[:1], 1.0)
-    assert bool(parts.isnan().all())
+    scratch.fill_(torch.nan)
+    decode(q[:1], k_cache, v_cache, batch.block_tables[:1], plan_of([64], 1).to(device), 1.0)
+    assert bool(scratch.isnan().all())
 
 
-@pytest.mark.parametrize("parts", [1, 3])
+@pytest.mark.usefixtures("division")
 @pytest.mark.parametrize(
     "contexts, K, G, D, block_size",
     [([1], 1, 1, 16, 4), ([130, 1, 64, 65, 200], 2, 3, 32, 16), ([300, 7], 1, 8, 48, 256)],
 )
 def test_norms_rotates_and_stores_on_the_way(
-    contexts, K, G, D, block_size, parts, device_and_dtype, assert_as_accurate, monkeypatch
+    contexts, K, G, D, block_size, device_and_dtype, assert_as_accurate
 ) -> None:
     """The same as the store's kernel first and attention after it."""
     device, dtype = device_and_dtype
-    monkeypatch.setattr(paged_decode, "_MAX_PARTS", parts)
-    monkeypatch.setattr(paged_decode, "_MIN_PART", 64)
     _, k_cache, v_cache, batch = make_case(contexts, K, G, D, block_size, device, dtype)
     generator = torch.Generator().manual_seed(1)
     S, H = len(contexts), K * G
@@ -104,7 +112,7 @@ def test_norms_rotates_and_stores_on_the_way(
     exact, exact_keys, _ = apart(torch.float64)
     rope = QKNormRope(q_weight, k_weight, 1e-6, positions, cos_sin)
     q = qkv.view(S, -1, D)[:, :H]
-    ours = PagedDecode()(q, k_cache, v_cache, batch.context_lens, batch.block_tables, 0.3, rope)
+    ours = PagedDecode()(q, k_cache, v_cache, batch.block_tables, batch.decode_plan, 0.3, rope)
     assert_as_accurate(ours, plain, exact)
     at_slots = [cache.view(-1, K, D)[slots] for cache in (k_cache, plain_keys, exact_keys)]
     assert_as_accurate(*at_slots)

@@ -17,6 +17,7 @@ from tests.lanes import GlooLane, with_gloo_lanes
 from tests.mailboxes import with_shared_mailboxes
 from tests.ranks import run_ranks
 from tpllm.layers.attention import AttentionBatch, KVCache, PrefillBatch, make_backend
+from tpllm.layers.decode_parts import PART_WORDS
 from tpllm.layers.matmul import plain_matmul
 from tpllm.model_config import ModelConfig
 from tpllm.models.checkpoint_weights import DummyWeights, SafetensorsWeights
@@ -96,6 +97,7 @@ def make_batch(chunks: list[Chunk]) -> AttentionBatch:
         num_decode=len(decode),
         context_lens=int32([chunk.stop for chunk in decode]),
         block_tables=block_tables(decode),
+        decode_plan=int32([]).view(0, PART_WORDS),  # plain torch needs none
         prefill=make_prefill(prefill, len(decode)) if prefill else None,
     )
 

@@ -71,7 +71,7 @@ def test_gather_matches_its_reference(max_blocks: int, device: str) -> None:
     positions = torch.tensor([last, 0, 0, 0, last // 2], dtype=torch.int32, device=device)
 
     def gathered(gather) -> list[torch.Tensor]:
-        inputs = DecodeInputs.empty(rows, positions, max_blocks, torch.device(device))
+        inputs = DecodeInputs.empty(rows, positions, rows[:0], max_blocks, torch.device(device))
         gather(state, inputs)
         sampling = inputs.sampling
         return [

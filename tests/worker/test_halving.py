@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from tests.worker.test_mixed_inputs import PLAN, int32
+from tests.worker.test_mixed_inputs import PLAN, SPLIT, int32
 from tpllm.worker.halving import halves
 from tpllm.worker.mixed_inputs import LAST_TOKEN, MixedInputs, mixed_inputs
 
@@ -12,7 +12,7 @@ from tpllm.worker.mixed_inputs import LAST_TOKEN, MixedInputs, mixed_inputs
 def halves_of(num_tokens: np.ndarray) -> tuple[MixedInputs, MixedInputs]:
     plan = replace(PLAN, num_tokens=num_tokens, token_ids=np.arange(int(num_tokens[2:].sum())))
     first, second = halves(plan)
-    return mixed_inputs(first), mixed_inputs(second)
+    return mixed_inputs(first, SPLIT), mixed_inputs(second, SPLIT)
 
 
 def test_a_chunk_in_the_middle_is_cut_in_two() -> None:
@@ -41,7 +41,7 @@ def test_halves_between_chunks_cut_none() -> None:
 
 def test_decode_rows_may_be_in_both_halves() -> None:
     plan = replace(PLAN, num_decode=3, num_tokens=int32(1, 1, 1, 1), token_ids=int32(40))
-    first, second = map(mixed_inputs, halves(plan))
+    first, second = (mixed_inputs(half, SPLIT) for half in halves(plan))
     assert (first.context_lens.tolist(), second.context_lens.tolist()) == ([10, 6], [1])
     assert (first.chunk_rows.tolist(), second.chunk_rows.tolist()) == ([], [2])
     assert second.token_ids.tolist() == [LAST_TOKEN, 40]

@@ -3,6 +3,7 @@
 import numpy as np
 
 from tpllm.channel.step_plan import StepPlan
+from tpllm.layers.decode_parts import PART_WORDS, DecodeSplit
 from tpllm.worker.cuda_graphs import MAX_CHUNKS, MixedSize
 from tpllm.worker.mixed_inputs import (
     LAST_TOKEN,
@@ -18,6 +19,7 @@ def int32(*values: int) -> np.ndarray:
     return np.array(values, dtype=np.int32)
 
 
+SPLIT = DecodeSplit(num_kv_heads=8)
 # rows 4 and 0 decode; rows 1 and 2 compute two tokens each, row 2 after eight others
 PLAN = StepPlan(
     step=0,
@@ -43,11 +45,12 @@ def test_chunks_are_flattened_to_tokens() -> None:
 
 
 def test_inputs_are_those_of_the_plan() -> None:
-    inputs = mixed_inputs(PLAN)
+    inputs = mixed_inputs(PLAN, SPLIT)
     assert inputs.token_rows.tolist() == [4, 0, 1, 1, 2, 2]
     assert inputs.positions.tolist() == [9, 5, 0, 1, 8, 9]
     assert inputs.token_ids.tolist() == [LAST_TOKEN, LAST_TOKEN, 30, 31, 40, 41]
     assert inputs.context_lens.tolist() == [10, 6]
+    assert inputs.decode_plan.tolist() == SPLIT.plan(int32(10, 6)).reshape(-1).tolist()
     assert inputs.chunk_rows.tolist() == [1, 2]
     assert inputs.cu_seqlens_q.tolist() == [2, 4, 6]
     assert inputs.cu_seqlens_k.tolist() == [0, 2, 12]
@@ -56,12 +59,14 @@ def test_inputs_are_those_of_the_plan() -> None:
 
 def test_padding_sees_nothing_and_is_of_the_padding_row() -> None:
     size = MixedSize(8, 3)
-    inputs = padded(mixed_inputs(PLAN), size, padding_row=7)
-    assert [part.size for part in inputs.parts()] == part_sizes(size)
+    inputs = padded(mixed_inputs(PLAN, SPLIT), size, 7, SPLIT)
+    assert [part.size for part in inputs.parts()] == part_sizes(size, SPLIT)
     assert inputs.token_rows.tolist() == [4, 0, 1, 1, 2, 2, 7, 7]
     assert inputs.positions.tolist() == [9, 5, 0, 1, 8, 9, 0, 0]
     assert inputs.token_ids.tolist() == [LAST_TOKEN, LAST_TOKEN, 30, 31, 40, 41, 0, 0]
     assert inputs.context_lens.tolist() == [10, 6, 0]
+    parts = inputs.decode_plan.reshape(-1, PART_WORDS)
+    assert np.array_equal(parts, SPLIT.plan(int32(10, 6, 0)))
     assert inputs.chunk_rows.tolist() == [1, 2] + [7] * (MAX_CHUNKS - 2)
     assert inputs.cu_seqlens_q.tolist() == [2, 4, 6] + [6] * (MAX_CHUNKS - 2)
     assert inputs.cu_seqlens_k.tolist() == [0, 2, 12] + [12] * (MAX_CHUNKS - 2)
@@ -69,8 +74,8 @@ def test_padding_sees_nothing_and_is_of_the_padding_row() -> None:
 
 
 def test_without_inputs_all_is_padding() -> None:
-    inputs = padded(no_inputs(), MixedSize(4, 2), padding_row=7)
+    inputs = padded(no_inputs(), MixedSize(4, 2), 7, SPLIT)
     assert inputs.token_rows.tolist() == [7] * 4
-    for part in (inputs.positions, inputs.token_ids, inputs.context_lens):
+    for part in (inputs.positions, inputs.token_ids, inputs.context_lens, inputs.decode_plan):
         assert not part.any()
     assert not inputs.cu_seqlens_q.any() and not inputs.cu_seqlens_k.any()

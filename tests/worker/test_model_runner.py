@@ -22,6 +22,7 @@ from tpllm.engine.block_manager import BlockManager
 from tpllm.engine.request import AddRequest, Sequence
 from tpllm.engine.scheduler import Scheduler
 from tpllm.layers.attention import AttentionBatch, KVCache, PrefillBatch, make_backend
+from tpllm.layers.decode_parts import PART_WORDS, DecodeSplit
 from tpllm.layers.matmul import fast_matmul, plain_matmul
 from tpllm.model_config import ModelConfig
 from tpllm.models.checkpoint_weights import SafetensorsWeights
@@ -243,15 +244,18 @@ def test_graphs_are_captured_on_padding_whatever_the_step_before_has_staged() ->
     model, tp, config = shipped_model("cpu", torch.float32)
     limits = PlanLimits(20, 64, 4, BLOCK_SIZE, config.vocab_size)
     runner = make_runner(model, tp, limits, static=True)
+    split = DecodeSplit(model.local_num_kv_heads)
     for size in runner.graph_sizes:
         runner._staging.upload([np.full(512, 99_999, dtype=np.int32)])
         runner._stage_padding(size)
         if isinstance(size, MixedSize):
-            rows, *rest = runner._staging.views(part_sizes(size))
-            assert {row for part in (rows, rest.pop(3)) for row in part.tolist()} == {20}
+            rows, *rest = runner._staging.views(part_sizes(size, split))
+            assert {row for part in (rows, rest.pop(4)) for row in part.tolist()} == {20}
         else:
-            rows, *rest = runner._staging.views([size, size])
+            of_one_token = split.plan(np.ones(size, dtype=np.int32)).reshape(-1)
+            rows, *rest = runner._staging.views([size, size, of_one_token.size])
             assert set(rows.tolist()) == {20}
+            assert rest.pop().tolist() == of_one_token.tolist()
         assert not any(part.any() for part in rest)
 
 
@@ -285,7 +289,10 @@ def test_half_precision_is_as_exact_as_transformers() -> None:
         bounds = torch.tensor([0, N], dtype=torch.int32, device=tp.device)
         table = torch.tensor([[1, 2]], dtype=torch.int32, device=tp.device)
         prefill = PrefillBatch(bounds, bounds, N, N, table, has_context=False)
-        attention = AttentionBatch(BLOCK_SIZE + positions, 0, positions[:0], table[:0], prefill)
+        nothing = positions[:0]
+        attention = AttentionBatch(
+            BLOCK_SIZE + positions, 0, nothing, table[:0], nothing.view(0, PART_WORDS), prefill
+        )
         caches = allocate_cache(model, 3, tp)
         hidden = model([StepPart(batch[0].int(), positions, attention)], caches)
         ours = model.compute_logits(hidden)

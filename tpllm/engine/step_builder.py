@@ -1,7 +1,5 @@
 """Collects what the scheduler decides for a step, as much as a record takes, and makes its plan."""
 
-from operator import attrgetter
-
 import numpy as np
 
 from tpllm.channel.row_options import record_words
@@ -9,7 +7,6 @@ from tpllm.channel.step_plan import ENTERING_WORDS, MAX_MASKED_STOP_IDS, PlanLim
 from tpllm.engine.request import Sequence
 
 _NO_WORDS = np.empty(0, dtype=np.int32)
-_context_length = attrgetter("num_computed_tokens")
 
 
 class StepBuilder:
@@ -53,8 +50,6 @@ class StepBuilder:
 
     def seal(self, number: int) -> tuple[StepPlan, list[Sequence]]:
         """The plan of step `number`, and its sequences, each of which is moved one step on."""
-        # Longest context first: a GPU starts work in this order, and ends on small pieces.
-        self.decode.sort(key=_context_length, reverse=True)
         seqs = self.decode + [seq for seq, _ in self.prefill]
         lengths = [1] * len(self.decode) + [num_tokens for _, num_tokens in self.prefill]
         starts = [seq.num_computed_tokens for seq in seqs]

@@ -1,19 +1,21 @@
 """Decode attention over a paged cache, split along the context: any batch, dtype and page size.
 
-S sequences, H query heads, K key/value heads, G = H / K, D head_dim, B blocks per sequence.
+S sequences, H query heads, K key/value heads, G = H / K, D head_dim, B blocks per sequence, P parts
+of contexts.
 
-One program takes one key/value head of one sequence and a part of its context. How many parts a
-context is cut into is decided by its true length when the kernel runs: a CUDA graph may be captured
-for the longest one, and short contexts still pay for few parts. The last program of a head to
-finish joins the parts (sums weighed by the exponentials of their maxima), so there is no second
-kernel.
+One program takes one key/value head of one sequence and a part of its context, as the step's plan
+has it (`decode_parts`): a CUDA graph is captured with a plan of so many parts, and replayed with
+others. The last program of a head to finish joins the parts (sums weighed by the exponentials of
+their maxima), so there is no second kernel.
 
 Source: split-KV decoding, Dao et al. (2023), https://crfm.stanford.edu/2023/10/12/flashdecoding.html
 
 Roofline: keys and values are read once, 2 * context * K * D elements a sequence, at memory speed;
-at batch 1 a launch and two dependent reads, some 6 us, are all there is. On an H200 185 contexts of
-some 850 tokens are read at 4.25 TB/s, where a copy reaches 4.3; one of 300 takes 7 us.
+at batch 1 a launch and three dependent reads, some 6 us, are all there is. On an H200 185 contexts
+of some 860 tokens are read at 4.3 TB/s, 64 of 1,350 at 4.1, where a copy reaches 4.2 to 4.3.
 """
+
+from functools import cache
 
 import torch
 import triton
@@ -21,21 +23,20 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from tpllm.layers import decode_parts
+from tpllm.layers.decode_parts import SCRATCH_PLACES, DecodeSplit
 from tpllm.layers.dependent_launch import dependent_launch
 from tpllm.layers.rotary import QKNormRope
 
-# Joining costs some 0.3 us a part, one after the other. So parts are few, and the more heads there
-# are to fill the GPU anyway, the longer they must be: at least 2 tokens for each head of the batch.
-_MIN_PART = 128  # tokens
-_MAX_PARTS = 32
-# Eight for each multiprocessor of an H200: 32 contexts of 8k reach 4.3 TB/s so, with two 3.1.
-PROGRAMS_WANTED = 1056
-# Keys a program reads at a time, such reads in flight, and warps. Small programs, of which more fit
-# on a multiprocessor, end evenly where there are many (185 contexts of 850: 154 us, with large ones
-# 157); where there are few they do not fill a last round (96 contexts of 1,350: 126 us, with small
-# ones over 131).
-_FEW_PROGRAMS = {"BLOCK_N": 64, "num_stages": 3, "num_warps": 4}
-_MANY_PROGRAMS = {"BLOCK_N": 32, "num_stages": 4, "num_warps": 2}
+_PART_WORDS = tl.constexpr(decode_parts.PART_WORDS)
+_SEQ, _CONTEXT_LEN = tl.constexpr(decode_parts.SEQ), tl.constexpr(decode_parts.CONTEXT_LEN)
+_BEGIN, _END = tl.constexpr(decode_parts.BEGIN), tl.constexpr(decode_parts.END)
+_INDEX, _COUNT = tl.constexpr(decode_parts.INDEX), tl.constexpr(decode_parts.COUNT)
+_SCRATCH = tl.constexpr(decode_parts.SCRATCH)
+# Keys that a program reads at a time, and its warps: see `DecodeSplit.has_large_programs`.
+_LARGE = {"BLOCK_N": 64, "num_warps": 4}
+_SMALL = {"BLOCK_N": 32, "num_warps": 2}
+_MOST_STAGES = 3  # two tiles on their way; of three on their way programs would be fewer
 
 
 @triton.jit
@@ -62,21 +63,24 @@ def _norm_and_turn(
     return x * scale * weight[None, :] * cos[None, :] + pair * scale * pair_weight[None, :] * sin
 
 
-@triton.jit(do_not_specialize=["max_parts", "max_blocks", "min_part"])
+@triton.jit
+def _kept(ptr: tl.tensor) -> tl.tensor:
+    return tl.load(ptr, eviction_policy="evict_last")
+
+
+@triton.jit(do_not_specialize=["max_blocks"])
 def _paged_decode_kernel(
     q_ptr: tl.tensor,  # [S, H, D]
     k_cache_ptr: tl.tensor,  # [num_blocks, block_size, K, D]
     v_cache_ptr: tl.tensor,
     block_tables_ptr: tl.tensor,  # [S, B]
-    context_lens_ptr: tl.tensor,  # [S]
+    plan_ptr: tl.tensor,  # [P, PART_WORDS]
     out_ptr: tl.tensor,  # [S, H, D]
-    parts_ptr: tl.tensor,  # [S, K, max_parts, G, D + 2] fp32: sum of values, maximum, normaliser
-    counters_ptr: tl.tensor,  # [S, K] int32, zero before and after
+    scratch_ptr: tl.tensor,  # [places, K, G, D + 2] fp32: sum of values, maximum, normaliser
+    counters_ptr: tl.tensor,  # [places, K] int32, zero before and after
     q_stride: tl.tensor,
     max_blocks: tl.tensor,
     block_size: tl.tensor,
-    max_parts: tl.tensor,
-    min_part: tl.tensor,  # tokens
     scale: tl.tensor,  # softmax scale times log2(e)
     q_norm_ptr: tl.tensor,  # [D]; this and the next three only if ROPE
     k_norm_ptr: tl.tensor,  # [D]
@@ -92,13 +96,15 @@ def _paged_decode_kernel(
     ROPE: tl.constexpr,
     PDL: tl.constexpr,
 ) -> None:
-    part, kv_head, seq = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    # Lengths and tables are from before the step's first layer: they may be read before the wait.
-    context_len = tl.load(context_lens_ptr + seq)
-    part_len = tl.maximum(tl.cdiv(context_len, max_parts), min_part)
-    part_len = tl.cdiv(part_len, BLOCK_N) * BLOCK_N
-    num_parts = tl.cdiv(context_len, part_len)
-    if part >= num_parts:
+    kv_head = tl.program_id(0)
+    # The plan and the tables are from before the step's first layer: they may be read at once. Keys
+    # and values shall leave them in the L2, for the next layer.
+    part_ptr = plan_ptr + tl.program_id(1) * _PART_WORDS
+    begin, end = _kept(part_ptr + _BEGIN), _kept(part_ptr + _END)
+    seq, context_len = _kept(part_ptr + _SEQ), _kept(part_ptr + _CONTEXT_LEN)
+    index, count = _kept(part_ptr + _INDEX), _kept(part_ptr + _COUNT)
+    place = _kept(part_ptr + _SCRATCH)
+    if begin == end:
         return
 
     heads = tl.arange(0, G_PADDED)  # [G]
@@ -107,6 +113,7 @@ def _paged_decode_kernel(
     qkv_ptr = q_ptr + seq.to(tl.int64) * q_stride  # keys and values follow where ROPE
     head_ptrs = qkv_ptr + (kv_head * G + heads)[:, None] * D  # [G, 1]
     table_ptr = block_tables_ptr + seq.to(tl.int64) * max_blocks
+    page = _kept(table_ptr + begin // block_size)
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
@@ -115,7 +122,7 @@ def _paged_decode_kernel(
         turn_ptr = cos_sin_ptr + newest.to(tl.int64) * D
         q = _norm_and_turn(head_ptrs, q_norm_ptr, turn_ptr, dims, head_mask, eps, D)
         q = q.to(q_ptr.dtype.element_ty)
-        if part == num_parts - 1:  # the newest token is in this program's part
+        if end == context_len:  # the newest token is in this program's part
             block = tl.load(table_ptr + newest // block_size).to(tl.int64)
             slot = block * block_size + newest % block_size
             first_row = (heads == 0)[:, None] & (dims < D)[None, :]  # of a tile as high as q's
@@ -133,14 +140,14 @@ def _paged_decode_kernel(
     maximum = tl.full([G_PADDED], -float("inf"), dtype=tl.float32)
     normaliser = tl.zeros([G_PADDED], dtype=tl.float32)
     total = tl.zeros([G_PADDED, D_PADDED], dtype=tl.float32)
-    begin = part * part_len
-    end = tl.minimum(begin + part_len, context_len)
     for token in tl.range(begin, end, BLOCK_N):
         tokens = token + tl.arange(0, BLOCK_N)  # [N]
         seen = tokens < end
         if ALIGNED:
-            block = tl.load(table_ptr + token // block_size).to(tl.int64)
-            slots = block * block_size + token % block_size + tl.arange(0, BLOCK_N)
+            slots = page.to(tl.int64) * block_size + token % block_size + tl.arange(0, BLOCK_N)
+            # One tile ahead. Looked up with its tile, a page had to be there before keys and values
+            # were asked for, and one tile alone was on its way.
+            page = _kept(table_ptr + tl.minimum(token + BLOCK_N, end - 1) // block_size)
         else:
             blocks = tl.load(table_ptr + tokens // block_size, mask=seen, other=0).to(tl.int64)
             slots = blocks * block_size + tokens % block_size
@@ -160,27 +167,28 @@ def _paged_decode_kernel(
 
     out_ptrs = out_ptr + ((seq.to(tl.int64) * NUM_KV_HEADS + kv_head) * G + heads)[:, None] * D
     out_ptrs += dims
-    if num_parts == 1:
+    if count == 1:
         tl.store(out_ptrs, total / normaliser[:, None], mask=head_mask)
         return
 
-    head = seq.to(tl.int64) * NUM_KV_HEADS + kv_head
     rows = heads * (D + 2)  # [G]
-    parts_ptr += head * max_parts * (G * (D + 2))
-    mine_ptr = parts_ptr + part * (G * (D + 2))
+    first_ptr = scratch_ptr + (place * NUM_KV_HEADS + kv_head) * (G * (D + 2))
+    part_stride = NUM_KV_HEADS * G * (D + 2)
+    mine_ptr = first_ptr + index * part_stride
     tl.store(mine_ptr + rows[:, None] + dims, total, mask=head_mask)
     tl.store(mine_ptr + rows + D, maximum, mask=heads < G)
     tl.store(mine_ptr + rows + D + 1, normaliser, mask=heads < G)
     tl.debug_barrier()  # every thread's part is written before the count says so
-    if tl.atomic_add(counters_ptr + head, 1, sem="acq_rel") < num_parts - 1:
+    counter_ptr = counters_ptr + place * NUM_KV_HEADS + kv_head
+    if tl.atomic_add(counter_ptr, 1, sem="acq_rel") < count - 1:
         return
     tl.debug_barrier()
-    tl.store(counters_ptr + head, 0)
+    tl.store(counter_ptr, 0)
     maximum = tl.full([G_PADDED], -float("inf"), dtype=tl.float32)
     normaliser = tl.zeros([G_PADDED], dtype=tl.float32)
     total = tl.zeros([G_PADDED, D_PADDED], dtype=tl.float32)
-    for other in tl.range(0, num_parts):  # in order, whoever came last: the same bits every time
-        theirs_ptr = parts_ptr + other * (G * (D + 2))
+    for other in tl.range(0, count):  # in order, whoever came last: the same bits every time
+        theirs_ptr = first_ptr + other * part_stride
         part_maximum = tl.load(
             theirs_ptr + rows + D, mask=heads < G, other=0.0, cache_modifier=".cg"
         )
@@ -209,8 +217,8 @@ class PagedDecode:
         q: Tensor,
         k_cache: Tensor,
         v_cache: Tensor,
-        context_lens: Tensor,
         block_tables: Tensor,
+        plan: Tensor,
         scale: float,
         rope: QKNormRope | None = None,
         out: Tensor | None = None,
@@ -218,57 +226,63 @@ class PagedDecode:
         """Attend with one query per sequence.
 
         Shapes: q [S, H, D], heads and their elements contiguous; caches
-        [num_blocks, block_size, K, D] contiguous; context_lens [S] int32; block_tables [S, B]
-        int32. The result is [S, H, D]; or `out`, contiguous and of S rows or more, of which those
-        with a context are written.
+        [num_blocks, block_size, K, D] contiguous; block_tables [S, B] int32; plan [P, PART_WORDS]
+        int32, `DecodeSplit(K).plan` of the context lengths. The result is [S, H, D]; or `out`,
+        contiguous and of S rows or more, of which those with a context are written.
 
         With `rope` the rows of q go on with the raw keys and values of the newest token: queries
-        and keys are normed and rotated here, at position `context_lens - 1`, and keys and values
-        stored in the cache.
+        and keys are normed and rotated here, at the last position of the context, and keys and
+        values stored in the cache.
         """
         S, H, D = q.shape
         block_size, K = k_cache.shape[1:3]
         assert rope is None or q.stride(0) == (H + 2 * K) * D
         G = H // K
-        longest = block_tables.shape[1] * block_size
-        max_parts = max(1, min(_MAX_PARTS, PROGRAMS_WANTED // (S * K), longest // _MIN_PART))
-        shape = _MANY_PROGRAMS if S * K > PROGRAMS_WANTED else _FEW_PROGRAMS
         if out is None:
             out = torch.empty(S, H, D, dtype=q.dtype, device=q.device)
         assert out.is_contiguous()
         if self._scratch is None:
-            # Only contexts in several parts need it, and of parts there are never more than these.
             # Made once: a CUDA graph goes on using what it was captured with.
-            words = PROGRAMS_WANTED * G * (D + 2)
             self._scratch = (
-                torch.zeros(PROGRAMS_WANTED, dtype=torch.int32, device=q.device),
-                torch.empty(words, dtype=torch.float32, device=q.device),
+                torch.zeros(SCRATCH_PLACES, dtype=torch.int32, device=q.device),
+                torch.empty(SCRATCH_PLACES * G * (D + 2), dtype=torch.float32, device=q.device),
             )
-        counters, parts = self._scratch
-        _paged_decode_kernel[(max_parts, K, S)](
+        counters, scratch = self._scratch
+        shape = _LARGE if DecodeSplit(K).has_large_programs(S) else _SMALL
+        D_padded = max(16, triton.next_power_of_2(D))
+        tile_bytes = 2 * shape["BLOCK_N"] * D_padded * k_cache.element_size()
+        _paged_decode_kernel[(K, plan.shape[0])](
             q,
             k_cache,
             v_cache,
             block_tables,
-            context_lens,
+            plan,
             out,
-            parts,
+            scratch,
             counters,
             q.stride(0),
             block_tables.stride(0),
             block_size,
-            max_parts,
-            max(_MIN_PART, 2 * S * K),
             scale * 1.4426950408889634,
             *((rope.q_weight, rope.k_weight, rope.cos_sin, rope.eps) if rope else (q, q, q, 0.0)),
             NUM_KV_HEADS=K,
             G=G,
             G_PADDED=max(16, triton.next_power_of_2(G)),
             D=D,
-            D_PADDED=max(16, triton.next_power_of_2(D)),
+            D_PADDED=D_padded,
             ALIGNED=block_size % shape["BLOCK_N"] == 0,
             ROPE=rope is not None,
+            num_stages=min(_MOST_STAGES, 1 + _tile_memory(q.device) // tile_bytes),
             **shape,
             **(dependent_launch(q.device, S) if rope else {"PDL": False}),
         )
         return out
+
+
+@cache
+def _tile_memory(device: torch.device) -> int:
+    """Bytes of shared memory that a program's tiles may take."""
+    if device.type != "cuda":
+        return 0
+    utils = triton.runtime.driver.active.utils
+    return int(utils.get_device_properties(device.index)["max_shared_mem"]) - (16 << 10)

@@ -76,6 +76,7 @@ class DecodeInputs:
 
     rows: Tensor  # [S] int32
     positions: Tensor  # [S] int32, of the token that goes in
+    plan: Tensor  # [P, PART_WORDS] int32, of their attention: see `DecodeSplit`
     input_ids: Tensor  # [S] int32
     slots: Tensor  # [S] int32
     context_lens: Tensor  # [S] int32, the token that goes in included
@@ -84,9 +85,9 @@ class DecodeInputs:
 
     @classmethod
     def empty(
-        cls, rows: Tensor, positions: Tensor, max_blocks: int, device: torch.device
+        cls, rows: Tensor, positions: Tensor, plan: Tensor, max_blocks: int, device: torch.device
     ) -> "DecodeInputs":
-        """Buffers for the rows and positions given, which are views of the staging buffer."""
+        """Buffers for the rows, positions and plan given, which are views of what was staged."""
         S = rows.numel()
         context_lens = _zeros(S, device=device)
         sampling = SamplingBatch(
@@ -99,6 +100,7 @@ class DecodeInputs:
         return cls(
             rows=rows,
             positions=positions,
+            plan=plan,
             input_ids=_zeros(S, device=device),
             slots=_zeros(S, device=device),
             context_lens=context_lens,
@@ -106,7 +108,7 @@ class DecodeInputs:
             sampling=sampling,
         )
 
-    def first(self, rows: Tensor, positions: Tensor) -> "DecodeInputs":
+    def first(self, rows: Tensor, positions: Tensor, plan: Tensor) -> "DecodeInputs":
         """The same buffers for fewer rows, given as to `empty`: steps run one after the other."""
         S = rows.numel()
         context_lens = self.context_lens[:S]
@@ -120,6 +122,7 @@ class DecodeInputs:
         return DecodeInputs(
             rows=rows,
             positions=positions,
+            plan=plan,
             input_ids=self.input_ids[:S],
             slots=self.slots[:S],
             context_lens=context_lens,

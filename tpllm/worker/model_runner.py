@@ -10,6 +10,7 @@ from torch import Tensor
 
 from tpllm.channel.step_plan import ENTERING_WORDS, PlanLimits, StepMasks, StepPlan
 from tpllm.layers.attention import AttentionBatch, KVCache, PrefillBatch
+from tpllm.layers.decode_parts import PART_WORDS, DecodeSplit
 from tpllm.layers.sampler import SamplingBatch
 from tpllm.models.registry import CausalLM
 from tpllm.models.step_part import StepPart
@@ -79,6 +80,7 @@ class ModelRunner:
         self._static_decode = static_decode
         self._static_mixed = static_mixed
         self._halved_from = halved_from
+        self._split = DecodeSplit(model.local_num_kv_heads)
         self._kv_caches: list[KVCache] = []
         self._decode_graphs: dict[int, CapturedStep] = {}
         self._mixed_graphs: dict[MixedSize, CapturedStep] = {}
@@ -99,6 +101,7 @@ class ModelRunner:
         words = 3 * limits.max_num_batched_tokens + 8 * (limits.max_num_seqs + 1)
         words += ENTERING_WORDS * limits.max_num_seqs + 2 * limits.max_block_updates
         words += 3 * MAX_CHUNKS + 64
+        words += PART_WORDS * 2 * self._split.num_parts(limits.max_num_seqs)
         self._staging = HostStaging(words, tp.device)
         self.decode_sizes = decode_sizes(limits.max_num_seqs)
         self.mixed_sizes = mixed_sizes(limits.max_num_batched_tokens, limits.max_num_seqs)
@@ -136,11 +139,12 @@ class ModelRunner:
     def _stage_padding(self, size: int | MixedSize) -> None:
         """Stage a step of padding alone: what is left of earlier steps may point anywhere."""
         if isinstance(size, MixedSize):
-            inputs = padded(no_inputs(), size, self.state.padding_row)
+            inputs = padded(no_inputs(), size, self.state.padding_row, self._split)
             self._staging.upload(inputs.parts())
         else:
             rows = np.full(size, self.state.padding_row, dtype=np.int32)
-            self._staging.upload([rows, np.zeros_like(rows)])
+            starts = np.zeros_like(rows)
+            self._staging.upload([rows, starts, self._split.plan(starts + 1)])
 
     @torch.inference_mode()
     def run(self, plan: StepPlan, marks: StepMarks) -> StepOutput:
@@ -164,8 +168,9 @@ class ModelRunner:
         rows[:S] = plan.rows
         starts = np.zeros(size, dtype=np.int32)
         starts[:S] = plan.starts
+        attention = self._split.plan(starts + 1)
         marks.begin()
-        *_, updates = self._staging.upload([rows, starts, plan.block_updates])
+        *_, updates = self._staging.upload([rows, starts, attention, plan.block_updates])
         self.state.apply(updates[:0], updates)
         if graph := self._decode_graphs.get(size):
             graph.graph.replay()
@@ -185,6 +190,7 @@ class ModelRunner:
             num_decode=size,
             context_lens=inputs.context_lens,
             block_tables=inputs.block_tables,
+            decode_plan=inputs.plan,
             prefill=None,
         )
         part = StepPart(inputs.input_ids, inputs.positions, batch)
@@ -196,13 +202,15 @@ class ModelRunner:
     def _inputs_of(self, size: int) -> DecodeInputs:
         inputs = self._decode_inputs.get(size)
         if inputs is None:
-            rows, starts = self._staging.views([size, size])
+            plan_words = self._split.num_parts(size) * PART_WORDS
+            rows, starts, plan = self._staging.views([size, size, plan_words])
+            plan = plan.view(-1, PART_WORDS)
             largest = self.decode_sizes[-1]
             if size == largest:
                 max_blocks, device = self._limits.max_blocks_per_seq, self._tp.device
-                inputs = DecodeInputs.empty(rows, starts, max_blocks, device)
+                inputs = DecodeInputs.empty(rows, starts, plan, max_blocks, device)
             else:
-                inputs = self._inputs_of(largest).first(rows, starts)
+                inputs = self._inputs_of(largest).first(rows, starts, plan)
             self._decode_inputs[size] = inputs
         return inputs
 
@@ -259,11 +267,12 @@ class ModelRunner:
         if self._static_mixed:
             size = padded_mixed_size(self.mixed_sizes, num_tokens, plan.num_decode, num_chunks)
         if size is not None:
-            inputs = padded(mixed_inputs(plan), size, self.state.padding_row)
+            inputs = mixed_inputs(plan, self._split)
+            inputs = padded(inputs, size, self.state.padding_row, self._split)
             return partial(self._replay_mixed, size), inputs.parts()
         is_halved = self._halved_from is not None and num_tokens >= self._halved_from
         plans = halves(plan) if is_halved else (plan,)
-        arrays = [array for each in plans for array in mixed_inputs(each).parts()]
+        arrays = [array for each in plans for array in mixed_inputs(each, self._split).parts()]
         return partial(self._eagerly_mixed, plans), arrays
 
     def _replay_mixed(self, size: MixedSize, _: Sequence[Tensor]) -> Tensor:
@@ -291,7 +300,7 @@ class ModelRunner:
 
     def _padded_mixed(self, size: MixedSize) -> Tensor:
         """Hidden states of a step as staged, padded to `size`: reads fixed buffers only."""
-        inputs = MixedInputs(*self._staging.views(part_sizes(size)))
+        inputs = MixedInputs(*self._staging.views(part_sizes(size, self._split)))
         longest = self._limits.max_blocks_per_seq * self._limits.block_size
         part = self._mixed_part(
             inputs, max_seqlen_q=size.num_tokens, max_seqlen_k=longest, has_context=True
@@ -324,6 +333,7 @@ class ModelRunner:
             num_decode=num_decode,
             context_lens=inputs.context_lens,
             block_tables=state.block_tables[inputs.token_rows[:num_decode]],
+            decode_plan=inputs.decode_plan.view(-1, PART_WORDS),
             prefill=prefill,
         )
         last_tokens = state.last_tokens[inputs.token_rows]

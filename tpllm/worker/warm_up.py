@@ -14,6 +14,7 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
+from itertools import count
 from typing import Any
 
 import torch
@@ -26,11 +27,11 @@ from tpllm.layers.activation import silu_and_mul
 from tpllm.layers.all_reduce_norm import all_reduce_norm
 from tpllm.layers.attention import BACKENDS, Attention, AttentionBatch, make_backend
 from tpllm.layers.cuts import Truncation, find_cuts, likeliest
+from tpllm.layers.decode_parts import PART_WORDS, DecodeSplit
 from tpllm.layers.gemv import Around, gemv
 from tpllm.layers.lane_sum import add_up_and_norm
 from tpllm.layers.linear import kv_head_shard
 from tpllm.layers.norm import RMSNorm
-from tpllm.layers.paged_decode import PROGRAMS_WANTED
 from tpllm.layers.rotary import QKNormRope
 from tpllm.layers.sampler import SamplingBatch, best_candidate, sample
 from tpllm.layers.token_order import keys_of, rank_and_mass, scores_of
@@ -122,7 +123,9 @@ class Kernels:
         if config.attention_backend != "torch":
             with_rope = BACKENDS[config.attention_backend].max_rope_rows
             # rotation inside, launched early or not, rotation before, the shape for many programs
-            sizes = (1, 2, with_rope + 1, PROGRAMS_WANTED // self.num_kv_heads + 1)
+            sizes = [1, 2, with_rope + 1]
+            split = DecodeSplit(self.num_kv_heads)
+            sizes.append(next(S for S in count(1) if not split.has_large_programs(S)))
             calls += [partial(self.attend, S) for S in sizes]
         if not config.disable_custom_matmul:
             arounds = [Around(), Around(swiglu=True)]
@@ -153,7 +156,8 @@ class Kernels:
         caches = [self.new(1, self.config.kv_block_size, K, D) for _ in range(2)]
         tables = self.new(S, self.config.max_blocks_per_seq, dtype=torch.int32)
         nothing = self.new(S, dtype=torch.int32)
-        batch = AttentionBatch(nothing, S, nothing, tables, None)
+        plan = self.new(DecodeSplit(K).num_parts(S), PART_WORDS, dtype=torch.int32)
+        batch = AttentionBatch(nothing, S, nothing, tables, plan, None)
         cos_sin = self.new(1, D, dtype=torch.float32)
         rope = QKNormRope(self.new(D), self.new(D), 1e-6, nothing, cos_sin)
         attention(self.new(S, (H + 2 * K) * D), *caches, batch, rope)
@@ -236,5 +240,6 @@ class Kernels:
         max_blocks = self.config.max_blocks_per_seq
         state = BatchState(1, max_blocks, self.config.kv_block_size, self.device)
         rows = self.new(1, dtype=torch.int32)
-        inputs = DecodeInputs.empty(rows, rows.clone(), max_blocks, self.device)
+        plan = self.new(0, PART_WORDS, dtype=torch.int32)
+        inputs = DecodeInputs.empty(rows, rows.clone(), plan, max_blocks, self.device)
         gather_decode_inputs(state, inputs)

@@ -1,0 +1,98 @@
+"""Contexts in parts: all of them, no more parts than there is room for, and nobody waits long."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tpllm.layers.decode_parts import (
+    BEGIN,
+    CONTEXT_LEN,
+    COUNT,
+    END,
+    GRAIN,
+    INDEX,
+    PART_WORDS,
+    SCRATCH,
+    SCRATCH_PLACES,
+    SEQ,
+    DecodeSplit,
+)
+
+CONTEXTS = st.lists(st.integers(0, 200) | st.integers(0, 40_000), max_size=300)
+KV_HEADS = st.sampled_from([1, 2, 3, 4, 8, 16, 64, 300])
+
+
+def used_parts(context_lens: list[int], num_kv_heads: int) -> np.ndarray:
+    """The parts of a plan; what comes after them is nothing."""
+    split = DecodeSplit(num_kv_heads)
+    plan = split.plan(np.array(context_lens, dtype=np.int32))
+    assert plan.shape == (split.num_parts(len(context_lens)), PART_WORDS)
+    assert plan.dtype == np.int32
+    used = plan[:, END] > plan[:, BEGIN]
+    num_used = int(used.sum())
+    assert used[:num_used].all()
+    assert not plan[num_used:].any()
+    return plan[:num_used]
+
+
+@given(CONTEXTS, KV_HEADS)
+def test_every_token_is_in_one_part(context_lens: list[int], num_kv_heads: int) -> None:
+    parts = used_parts(context_lens, num_kv_heads)
+    lengths = parts[:, END] - parts[:, BEGIN]
+    assert (np.diff(lengths) <= 0).all()  # the longest begins first
+    assert not (parts[:, BEGIN] % GRAIN).any()
+    for seq, context_len in enumerate(context_lens):
+        ours = parts[parts[:, SEQ] == seq]
+        ours = ours[np.argsort(ours[:, INDEX])]
+        assert ours[:, INDEX].tolist() == list(range(len(ours)))
+        assert (ours[:, COUNT] == len(ours)).all()
+        assert (ours[:, CONTEXT_LEN] == context_len).all()
+        bounds = [0, *ours[:, END].tolist()]
+        assert ours[:, BEGIN].tolist() == bounds[:-1]
+        assert bounds[-1] == context_len
+        assert len(set(ours[:, SCRATCH].tolist())) <= 1  # it is where its first part is
+
+
+@given(CONTEXTS, KV_HEADS)
+def test_parts_to_be_joined_have_places_of_their_own(
+    context_lens: list[int], num_kv_heads: int
+) -> None:
+    parts = used_parts(context_lens, num_kv_heads)
+    joined = parts[parts[:, COUNT] > 1]
+    places = joined[:, SCRATCH] + joined[:, INDEX]
+    assert sorted(places.tolist()) == list(range(len(joined)))
+    assert len(joined) * num_kv_heads <= SCRATCH_PLACES
+
+
+@given(st.integers(1, 2000), KV_HEADS)
+def test_a_plan_of_more_sequences_is_no_smaller(num_seqs: int, num_kv_heads: int) -> None:
+    split = DecodeSplit(num_kv_heads)
+    assert split.num_parts(0) == 0
+    assert split.num_parts(num_seqs - 1) <= split.num_parts(num_seqs)
+
+
+@pytest.mark.parametrize(
+    "context_lens, num_kv_heads, lengths",
+    [
+        ([300], 8, [128, 128, 44]),  # a part costs a join: none is shorter
+        ([2048], 8, [128] * 16),
+        ([32_768], 8, [1024] * 32),
+        # as many parts as run at a time, and whole contexts where there are enough
+        ([1000] * 16, 8, [384, 384, 232] * 16),
+        ([1000] * 40, 8, [1000] * 40),
+    ],
+)
+def test_few_contexts_fill_the_gpu(
+    context_lens: list[int], num_kv_heads: int, lengths: list[int]
+) -> None:
+    parts = used_parts(context_lens, num_kv_heads)
+    assert sorted((parts[:, END] - parts[:, BEGIN]).tolist()) == sorted(lengths)
+
+
+def test_a_long_context_among_many_does_not_keep_them_waiting() -> None:
+    """Of its tokens no program has more than the multiprocessors' average, as a whole."""
+    context_lens = [32_768] + [860] * 184
+    parts = used_parts(context_lens, 8)
+    longest = int((parts[:, END] - parts[:, BEGIN]).max())
+    assert longest < sum(context_lens) * 8 / 660
