@@ -16,6 +16,7 @@ from tpllm.layers.decode_parts import (
     SCRATCH,
     SCRATCH_PLACES,
     SEQ,
+    DecodePlans,
     DecodeSplit,
 )
 
@@ -26,8 +27,11 @@ KV_HEADS = st.sampled_from([1, 2, 3, 4, 8, 16, 64, 300])
 def used_parts(context_lens: list[int], num_kv_heads: int) -> np.ndarray:
     """The parts of a plan; what comes after them is nothing."""
     split = DecodeSplit(num_kv_heads)
-    plan = split.plan(np.array(context_lens, dtype=np.int32))
-    assert plan.shape == (split.num_parts(len(context_lens)), PART_WORDS)
+    return used_of(split, split.plan(np.array(context_lens, dtype=np.int32)), len(context_lens))
+
+
+def used_of(split: DecodeSplit, plan: np.ndarray, num_seqs: int) -> np.ndarray:
+    assert plan.shape == (split.num_parts(num_seqs), PART_WORDS)
     assert plan.dtype == np.int32
     used = plan[:, END] > plan[:, BEGIN]
     num_used = int(used.sum())
@@ -36,11 +40,7 @@ def used_parts(context_lens: list[int], num_kv_heads: int) -> np.ndarray:
     return plan[:num_used]
 
 
-@given(CONTEXTS, KV_HEADS)
-def test_every_token_is_in_one_part(context_lens: list[int], num_kv_heads: int) -> None:
-    parts = used_parts(context_lens, num_kv_heads)
-    lengths = parts[:, END] - parts[:, BEGIN]
-    assert (np.diff(lengths) <= 0).all()  # the longest begins first
+def assert_every_token_is_in_one_part(parts: np.ndarray, context_lens: list[int]) -> None:
     assert not (parts[:, BEGIN] % GRAIN).any()
     for seq, context_len in enumerate(context_lens):
         ours = parts[parts[:, SEQ] == seq]
@@ -52,6 +52,14 @@ def test_every_token_is_in_one_part(context_lens: list[int], num_kv_heads: int) 
         assert ours[:, BEGIN].tolist() == bounds[:-1]
         assert bounds[-1] == context_len
         assert len(set(ours[:, SCRATCH].tolist())) <= 1  # it is where its first part is
+
+
+@given(CONTEXTS, KV_HEADS)
+def test_every_token_is_in_one_part(context_lens: list[int], num_kv_heads: int) -> None:
+    parts = used_parts(context_lens, num_kv_heads)
+    lengths = parts[:, END] - parts[:, BEGIN]
+    assert (np.diff(lengths) <= 0).all()  # the longest begins first
+    assert_every_token_is_in_one_part(parts, context_lens)
 
 
 @given(CONTEXTS, KV_HEADS)
@@ -96,3 +104,43 @@ def test_a_long_context_among_many_does_not_keep_them_waiting() -> None:
     parts = used_parts(context_lens, 8)
     longest = int((parts[:, END] - parts[:, BEGIN]).max())
     assert longest < sum(context_lens) * 8 / 660
+
+
+@given(
+    st.lists(st.integers(1, 3000), min_size=1, max_size=40),
+    st.lists(st.integers(0, 2**40), max_size=20),
+    KV_HEADS,
+)
+def test_plans_go_on_from_step_to_step(
+    context_lens: list[int], steps: list[int], num_kv_heads: int
+) -> None:
+    """Each sequence grows by a token, or by none, as padding does; or there are fewer of them."""
+    split = DecodeSplit(num_kv_heads)
+    plans = DecodePlans(split)
+    lens = np.array(context_lens, dtype=np.int32)
+    for step in steps:
+        parts = used_of(split, plans.next(lens), lens.size)
+        assert_every_token_is_in_one_part(parts, lens.tolist())
+        joined = parts[parts[:, COUNT] > 1]
+        assert len(joined) * num_kv_heads <= SCRATCH_PLACES
+        lens = lens + (step >> np.arange(lens.size) & 1).astype(np.int32)
+        if step % 7 == 0 and lens.size > 1:
+            lens = lens[:-1]
+
+
+def test_a_division_is_made_anew_after_a_while() -> None:
+    plans = DecodePlans(DecodeSplit(8))
+    longest = []
+    for length in range(128, 128 + 3 * GRAIN):
+        plan = plans.next(np.array([length], dtype=np.int32))
+        longest.append(int((plan[:, END] - plan[:, BEGIN]).max()))
+    assert max(longest) == 128 + GRAIN  # of one part, that of the beginning
+    assert longest[GRAIN : GRAIN + 2] == [128 + GRAIN, 128]
+
+
+def test_other_sequences_are_divided_anew() -> None:
+    split = DecodeSplit(8)
+    plans = DecodePlans(split)
+    for lens in ([500, 700], [501, 702], [500, 702], [501, 703, 4]):
+        context_lens = np.array(lens, dtype=np.int32)
+        assert np.array_equal(plans.next(context_lens), split.plan(context_lens))

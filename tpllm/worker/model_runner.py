@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tpllm.channel.step_plan import ENTERING_WORDS, PlanLimits, StepMasks, StepPlan
 from tpllm.layers.attention import AttentionBatch, KVCache, PrefillBatch
-from tpllm.layers.decode_parts import PART_WORDS, DecodeSplit
+from tpllm.layers.decode_parts import PART_WORDS, DecodePlans, DecodeSplit
 from tpllm.layers.sampler import SamplingBatch
 from tpllm.models.registry import CausalLM
 from tpllm.models.step_part import StepPart
@@ -81,6 +81,7 @@ class ModelRunner:
         self._static_mixed = static_mixed
         self._halved_from = halved_from
         self._split = DecodeSplit(model.local_num_kv_heads)
+        self._decode_plans = DecodePlans(self._split)
         self._kv_caches: list[KVCache] = []
         self._decode_graphs: dict[int, CapturedStep] = {}
         self._mixed_graphs: dict[MixedSize, CapturedStep] = {}
@@ -168,15 +169,19 @@ class ModelRunner:
         rows[:S] = plan.rows
         starts = np.zeros(size, dtype=np.int32)
         starts[:S] = plan.starts
-        attention = self._split.plan(starts + 1)
+        attention = self._decode_plans.next(starts + 1)
         marks.begin()
-        *_, updates = self._staging.upload([rows, starts, attention, plan.block_updates])
-        self.state.apply(updates[:0], updates)
+        *_, where = self._staging.send([rows, starts, attention, plan.block_updates])
+        if plan.block_updates.size:
+            updates = self._staging.device[slice(*where)]
+            self.state.apply(updates[:0], updates)
         if graph := self._decode_graphs.get(size):
             graph.graph.replay()
             tokens = graph.result
         else:
             tokens = self._decode(size, marks.sample)
+        if not len(self._options):
+            return StepOutput(tokens[:S])
         inputs = self._inputs_of(size)
         drawing = Drawing(plan.step, np.arange(S), plan.rows, plan.starts + 1, inputs.sampling)
         return self._finish(self._decode_logits[:S], tokens[:S], inputs.rows[:S], drawing)

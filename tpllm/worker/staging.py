@@ -16,11 +16,14 @@ class HostStaging:
 
     Args:
         num_words: the most int32 words of one upload, alignment included.
+
+    Attributes:
+        device: the buffer there, [num_words] int32
     """
 
     def __init__(self, num_words: int, device: torch.device) -> None:
         on_cuda = device.type == "cuda"
-        self._device = torch.zeros(num_words, dtype=torch.int32, device=device)
+        self.device = torch.zeros(num_words, dtype=torch.int32, device=device)
         self._buffers = [
             torch.zeros(num_words, dtype=torch.int32, pin_memory=on_cuda)
             for _ in range(_NUM_BUFFERS)
@@ -31,6 +34,10 @@ class HostStaging:
 
     def upload(self, parts: list[np.ndarray]) -> list[Tensor]:
         """Copy `parts` to the device; returns them as flat views of the fixed buffer there."""
+        return [self.device[begin:end] for begin, end in self.send(parts)]
+
+    def send(self, parts: list[np.ndarray]) -> list[tuple[int, int]]:
+        """Copy `parts` to the device; returns where each begins and ends in `device`."""
         turn = self._turn
         self._turn = (turn + 1) % len(self._buffers)
         if self._done:
@@ -41,16 +48,16 @@ class HostStaging:
             array[offset:end] = part.reshape(-1)
             bounds.append((offset, end))
             offset = aligned(end)
-        self._device[:offset].copy_(self._buffers[turn][:offset], non_blocking=True)
+        self.device[:offset].copy_(self._buffers[turn][:offset], non_blocking=True)
         if self._done:
             self._done[turn].record()
-        return [self._device[begin:end] for begin, end in bounds]
+        return bounds
 
     def views(self, sizes: list[int]) -> list[Tensor]:
         """Where an upload puts parts of these sizes if they come first, as a graph captures it."""
         views, offset = [], 0
         for size in sizes:
-            views.append(self._device[offset : offset + size])
+            views.append(self.device[offset : offset + size])
             offset = aligned(offset + size)
         return views
 
