@@ -138,6 +138,8 @@ def draw(panels: list[Panel], path: Path) -> None:
 
 
 def _draw_panel(axes: Any, panel: Panel, color_of: dict[str, str]) -> None:
+    from matplotlib.ticker import LogFormatter, LogLocator
+
     for curve in panel.curves:
         color = color_of[curve.label]
         axes.plot(curve.x, curve.ms, color=color, marker="o", markersize=4, label=curve.label)
@@ -147,8 +149,10 @@ def _draw_panel(axes: Any, panel: Panel, color_of: dict[str, str]) -> None:
         axes.plot([], [], color=GREY, linestyle="--", linewidth=1, label="what the hardware allows")
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
+    axes.xaxis.set_major_locator(LogLocator(base=4))  # every power of two would not fit
     axes.xaxis.set_major_formatter("{x:,.0f}")
     axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter(LogFormatter())
     axes.set_title(panel.title)
     axes.set_xlabel(panel.x_label)
     axes.grid(color=GREY, alpha=0.3)
