@@ -5,6 +5,8 @@ and values (launch/probe.py measures what a copy reaches). Replayed from a CUDA 
 different caches as hold more than the L2 does; head_dim 128, bf16, pages of 256 tokens.
 
     python launch/bench_attention.py
+    python launch/bench_attention.py --batches 185 --range 400 1324 --heads 16 4
+    python launch/bench_attention.py --batches 184 --contexts 860 --spread 0 --long 32768
 """
 
 import argparse
@@ -14,38 +16,52 @@ from collections.abc import Callable
 import torch
 from flash_attn import flash_attn_with_kvcache
 from probe import graph_us
+from torch import Tensor
 
 from tpllm.layers.decode_parts import DecodeSplit
 from tpllm.layers.paged_decode import PagedDecode
+from tpllm.layers.rotary import QKNormRope
 
 PAGE, HEAD_DIM = 256, 128
 
 
-def measure(S: int, context: int, num_heads: int, num_kv_heads: int, max_len: int) -> dict:
-    """Microseconds and TB/s of each kernel at a batch of S contexts between 3/4 and 5/4 of one."""
+def drawn(S: int, low: float, high: float) -> Tensor:
+    """S contexts, evenly from a range: [S] int32."""
     torch.manual_seed(0)
-    contexts = (context * (0.75 + 0.5 * torch.rand(S))).int().clamp(max=max_len)
-    contexts = contexts.sort(descending=True).values
-    pages_each = -(-int(contexts.max()) // PAGE)
+    return (low + (high - low) * torch.rand(S)).int()
+
+
+def measure(contexts: Tensor, num_heads: int, num_kv_heads: int, width: int, rope: bool) -> dict:
+    """Microseconds and TB/s of each kernel at contexts [S], with block tables for `width` tokens.
+
+    With `rope` our kernel norms, rotates and stores the newest token, too; flash-attn cannot.
+    """
+    S, pages_each = len(contexts), -(-int(contexts.max()) // PAGE)
     num_bytes = int(contexts.sum()) * 2 * num_kv_heads * HEAD_DIM * 2
-    num_caches = max(1, min(16, (256 << 20) // num_bytes))
+    num_caches = max(2, min(16, (1 << 30) // num_bytes))
     shape = (num_caches, 2, S * pages_each, PAGE, num_kv_heads, HEAD_DIM)
     caches = torch.empty(shape, dtype=torch.bfloat16, device="cuda").normal_()
-    tables = torch.zeros(S, max_len // PAGE, dtype=torch.int32, device="cuda")
+    tables = torch.zeros(S, -(-width // PAGE), dtype=torch.int32, device="cuda")
     pages = torch.randperm(S * pages_each).int().view(S, pages_each)
     tables[:, :pages_each] = pages.cuda()
-    q = torch.randn(S, num_heads, HEAD_DIM, dtype=torch.bfloat16, device="cuda")
+    heads = num_heads + 2 * num_kv_heads
+    q = torch.randn(S, heads, HEAD_DIM, dtype=torch.bfloat16, device="cuda")[:, :num_heads]
     lengths = contexts.cuda()
-    split = PagedDecode()
     plan = torch.from_numpy(DecodeSplit(num_kv_heads).plan(contexts.numpy())).cuda()
-    scale = HEAD_DIM**-0.5
+    split, scale = PagedDecode(), HEAD_DIM**-0.5
+    turning = None
+    if rope:
+        weight = torch.ones(HEAD_DIM, dtype=torch.bfloat16, device="cuda")
+        cos_sin = torch.ones(int(contexts.max()), HEAD_DIM, device="cuda")
+        turning = QKNormRope(weight, weight, 1e-6, lengths - 1, cos_sin)
     kernels: dict[str, Callable] = {
-        "flash-attn 2": lambda k, v: flash_attn_with_kvcache(
-            q.unsqueeze(1), k, v, cache_seqlens=lengths, block_table=tables, causal=True
-        ),
-        "split": lambda k, v: split(q, k, v, tables, plan, scale),
+        "split": lambda k, v: split(q, k, v, tables, plan, scale, turning)
     }
-    row: dict = {"batch": S, "context": context}
+    if not rope:
+        kernels["flash-attn 2"] = lambda k, v: flash_attn_with_kvcache(
+            q.unsqueeze(1), k, v, cache_seqlens=lengths, block_table=tables, causal=True
+        )
+    row: dict = {"batch": S, "context": round(float(contexts.float().mean()))}
     for name, kernel in kernels.items():
         us = graph_us(lambda kernel=kernel: [kernel(k, v) for k, v in caches]) / num_caches
         row[name] = {"us": round(us, 1), "TB_per_s": round(num_bytes / us / 1e6, 2)}
@@ -56,21 +72,31 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 4, 16, 32, 64, 128, 256])
     parser.add_argument("--contexts", type=int, nargs="+", default=[300, 1024, 8192, 32768])
+    parser.add_argument("--spread", type=float, default=0.25, help="by so much they differ from it")
+    parser.add_argument("--range", type=int, nargs=2, metavar=("LOW", "HIGH"), help="of contexts")
+    parser.add_argument("--long", type=int, metavar="N", help="one more, of N tokens")
     parser.add_argument("--heads", type=int, nargs=2, default=(32, 8), metavar=("H", "K"))
     parser.add_argument("--max-len", type=int, default=40960, help="width of the block tables")
+    parser.add_argument("--rope", action="store_true", help="norms, rotation and store, too")
     args = parser.parse_args()
+    ranges = [((1 - args.spread) * each, (1 + args.spread) * each) for each in args.contexts]
     rows = []
-    for context in args.contexts:
+    for low, high in [args.range] if args.range else ranges:
         for S in args.batches:
-            if S * context > 1 << 21:  # beyond what one GPU's cache holds
+            if S * high > 5 << 19:  # beyond what one GPU's cache holds
                 continue
-            row = measure(S, context, *args.heads, args.max_len)
+            contexts = drawn(S, low, high).clamp(max=args.max_len)
+            if args.long:
+                contexts = torch.cat([contexts, torch.tensor([args.long], dtype=torch.int32)])
+            row = measure(contexts, *args.heads, args.max_len, args.rope)
             rows.append(row)
             cells = (
-                f"{name} {row[name]['us']:8.1f} us {row[name]['TB_per_s']:5.2f} TB/s"
-                for name in ("flash-attn 2", "split")
+                f"{name} {figures['us']:8.1f} us {figures['TB_per_s']:5.2f} TB/s"
+                for name, figures in row.items()
+                if isinstance(figures, dict)
             )
-            print(f"context {context:6} batch {S:4}   " + "   ".join(cells), flush=True)
+            text = f"batch {row['batch']:4}   context {row['context']:6}   "
+            print(text + "   ".join(cells), flush=True)
     print(json.dumps({"arguments": vars(args), "gpu": torch.cuda.get_device_name(), "rows": rows}))
 
 

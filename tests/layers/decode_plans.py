@@ -4,9 +4,34 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tpllm.layers.decode_parts import DecodeSplit
+from tpllm.layers.decode_parts import (
+    BEGIN,
+    CONTEXT_LEN,
+    COUNT,
+    END,
+    GRAIN,
+    INDEX,
+    SCRATCH,
+    SEQ,
+    DecodeSplit,
+)
 
 
 def plan_of(context_lens: list[int], num_kv_heads: int) -> Tensor:
     """On the CPU: [P, PART_WORDS] int32."""
     return torch.from_numpy(DecodeSplit(num_kv_heads).plan(np.array(context_lens, dtype=np.int32)))
+
+
+def assert_every_token_is_in_one_part(parts: np.ndarray, context_lens: list[int]) -> None:
+    """Of the parts of a plan that have tokens."""
+    assert not (parts[:, BEGIN] % GRAIN).any()
+    for seq, context_len in enumerate(context_lens):
+        ours = parts[parts[:, SEQ] == seq]
+        ours = ours[np.argsort(ours[:, INDEX])]
+        assert ours[:, INDEX].tolist() == list(range(len(ours)))
+        assert (ours[:, COUNT] == len(ours)).all()
+        assert (ours[:, CONTEXT_LEN] == context_len).all()
+        bounds = [0, *ours[:, END].tolist()]
+        assert ours[:, BEGIN].tolist() == bounds[:-1]
+        assert bounds[-1] == context_len
+        assert len(set(ours[:, SCRATCH].tolist())) <= 1  # it is where its first part is

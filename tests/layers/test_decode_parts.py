@@ -2,12 +2,12 @@
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
+from tests.layers.decode_plans import assert_every_token_is_in_one_part
 from tpllm.layers.decode_parts import (
     BEGIN,
-    CONTEXT_LEN,
     COUNT,
     END,
     GRAIN,
@@ -15,7 +15,6 @@ from tpllm.layers.decode_parts import (
     PART_WORDS,
     SCRATCH,
     SCRATCH_PLACES,
-    SEQ,
     DecodePlans,
     DecodeSplit,
 )
@@ -40,20 +39,6 @@ def used_of(split: DecodeSplit, plan: np.ndarray, num_seqs: int) -> np.ndarray:
     return plan[:num_used]
 
 
-def assert_every_token_is_in_one_part(parts: np.ndarray, context_lens: list[int]) -> None:
-    assert not (parts[:, BEGIN] % GRAIN).any()
-    for seq, context_len in enumerate(context_lens):
-        ours = parts[parts[:, SEQ] == seq]
-        ours = ours[np.argsort(ours[:, INDEX])]
-        assert ours[:, INDEX].tolist() == list(range(len(ours)))
-        assert (ours[:, COUNT] == len(ours)).all()
-        assert (ours[:, CONTEXT_LEN] == context_len).all()
-        bounds = [0, *ours[:, END].tolist()]
-        assert ours[:, BEGIN].tolist() == bounds[:-1]
-        assert bounds[-1] == context_len
-        assert len(set(ours[:, SCRATCH].tolist())) <= 1  # it is where its first part is
-
-
 @given(CONTEXTS, KV_HEADS)
 def test_every_token_is_in_one_part(context_lens: list[int], num_kv_heads: int) -> None:
     parts = used_parts(context_lens, num_kv_heads)
@@ -63,6 +48,7 @@ def test_every_token_is_in_one_part(context_lens: list[int], num_kv_heads: int) 
 
 
 @given(CONTEXTS, KV_HEADS)
+@example([40_000], 36)  # takes all places
 def test_parts_to_be_joined_have_places_of_their_own(
     context_lens: list[int], num_kv_heads: int
 ) -> None:
@@ -99,7 +85,7 @@ def test_few_contexts_fill_the_gpu(
 
 
 def test_a_long_context_among_many_does_not_keep_them_waiting() -> None:
-    """Of its tokens no program has more than the multiprocessors' average, as a whole."""
+    """No part is longer than all tokens divided by the programs that run at a time."""
     context_lens = [32_768] + [860] * 184
     parts = used_parts(context_lens, 8)
     longest = int((parts[:, END] - parts[:, BEGIN]).max())

@@ -1,5 +1,6 @@
 """Split decode attention against plain torch, over scattered pages and uneven contexts."""
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -7,7 +8,7 @@ from torch import Tensor
 from tests.layers.decode_plans import plan_of
 from tpllm.layers import decode_parts
 from tpllm.layers.attention import AttentionBatch, TorchAttentionBackend
-from tpllm.layers.decode_parts import DecodeSplit
+from tpllm.layers.decode_parts import DecodePlans, DecodeSplit
 from tpllm.layers.paged_decode import PagedDecode
 from tpllm.layers.rotary import QKNormRope, qk_norm_rope_store_reference, rotary_cos_sin
 
@@ -20,6 +21,9 @@ def make_case(
     S = len(contexts)
     width = -(-max(contexts) // block_size) + 2  # wider than any sequence needs
     pages = torch.randperm(S * width, generator=generator).int().view(S, width)
+    tables = pages.clone()
+    for row, context in enumerate(contexts):
+        tables[row, -(-context // block_size) :] = -1
     q = torch.randn(S, K * G, D, generator=generator)
     caches = torch.full((2, S * width, block_size, K, D), torch.nan)
     for row, context in enumerate(contexts):
@@ -29,7 +33,7 @@ def make_case(
     nothing = torch.empty(0, dtype=torch.int32)
     lengths = torch.tensor(contexts, dtype=torch.int32)
     plan = plan_of(contexts, K).to(device)
-    batch = AttentionBatch(nothing, S, lengths.to(device), pages.to(device), plan, None)
+    batch = AttentionBatch(nothing, S, lengths.to(device), tables.to(device), plan, None)
     q, caches = q.to(device, dtype), caches.to(device, dtype)
     return q, caches[0], caches[1], batch
 
@@ -42,7 +46,7 @@ def division(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
         case "whole contexts":
             monkeypatch.setattr(decode_parts, "_MAX_PARTS", 1)
         case "some in parts":
-            monkeypatch.setattr(decode_parts, "_LARGE", 14)
+            monkeypatch.setattr(decode_parts, "_LARGE_PROGRAMS", 14)
         case "small programs":
             monkeypatch.setattr(DecodeSplit, "has_large_programs", lambda split, num_seqs: False)
 
@@ -50,7 +54,13 @@ def division(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
 @pytest.mark.usefixtures("division")
 @pytest.mark.parametrize(
     "contexts, K, G, D, block_size",
-    [([1], 1, 1, 16, 4), ([130, 1, 64, 65, 200], 2, 3, 32, 16), ([300, 7], 1, 8, 48, 256)],
+    [
+        ([1], 1, 1, 16, 4),
+        ([130, 1, 64, 65, 200], 2, 3, 32, 16),
+        ([300, 7], 1, 8, 48, 256),
+        ([129, 260, 64], 1, 2, 16, 64),  # each tile has a page of its own
+        ([97, 32, 33], 2, 1, 16, 32),
+    ],
 )
 def test_matches_plain_torch(
     contexts, K, G, D, block_size, device_and_dtype, assert_as_accurate
@@ -117,3 +127,24 @@ def test_norms_rotates_and_stores_on_the_way(
     at_slots = [cache.view(-1, K, D)[slots] for cache in (k_cache, plain_keys, exact_keys)]
     assert_as_accurate(*at_slots)
     assert torch.equal(v_cache.view(-1, K, D)[slots], plain_values.view(-1, K, D)[slots])
+
+
+def test_a_plan_that_goes_on_reads_the_new_tokens(
+    device_and_dtype, assert_as_accurate, monkeypatch
+) -> None:
+    """Also where the last part of a context has grown by another page."""
+    device, dtype = device_and_dtype
+    monkeypatch.setattr(decode_parts, "_MIN_PART", decode_parts.GRAIN)
+    contexts = [130, 65, 200]
+    q, k_cache, v_cache, batch = make_case(contexts, 2, 3, 32, 16, device, dtype)
+    plans = DecodePlans(DecodeSplit(2))
+    for missing in range(20, 0, -1):
+        plans.next(np.array(contexts) - missing)
+    plan = torch.from_numpy(plans.next(np.array(contexts))).to(device)
+    assert not torch.equal(plan, batch.decode_plan)
+    ours = PagedDecode()(q, k_cache, v_cache, batch.block_tables, plan, 0.3)
+    plain = TorchAttentionBackend().decode(q, k_cache, v_cache, batch, 0.3)
+    exact = TorchAttentionBackend().decode(
+        q.double(), k_cache.double(), v_cache.double(), batch, 0.3
+    )
+    assert_as_accurate(ours, plain, exact)

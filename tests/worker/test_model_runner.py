@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.layers.decode_plans import assert_every_token_is_in_one_part
 from tests.marks import FOUR_GPUS
 from tests.ranks import run_ranks
 from tests.reference import shipped_greedy
@@ -22,7 +23,7 @@ from tpllm.engine.block_manager import BlockManager
 from tpllm.engine.request import AddRequest, Sequence
 from tpllm.engine.scheduler import Scheduler
 from tpllm.layers.attention import AttentionBatch, KVCache, PrefillBatch, make_backend
-from tpllm.layers.decode_parts import PART_WORDS, DecodeSplit
+from tpllm.layers.decode_parts import BEGIN, END, PART_WORDS, DecodeSplit
 from tpllm.layers.matmul import fast_matmul, plain_matmul
 from tpllm.model_config import ModelConfig
 from tpllm.models.checkpoint_weights import SafetensorsWeights
@@ -145,6 +146,27 @@ def run_all(
         for update in scheduler.finish(StepResult(plan.step, plan.samples, drawn, logprobs)):
             tokens.setdefault(update.request_id, []).extend(update.new_token_ids)
     return tokens, torch.stack([torch.stack(layer) for layer in caches])[:, :, 1:]
+
+
+@pytest.mark.parametrize("settings", [{}, {"halved_from": 24, **HALVED}], ids=["static", "halved"])
+def test_attention_is_planned_for_the_contexts_it_gets(monkeypatch, settings) -> None:
+    """Plain torch needs no plan, so what the kernel would read is looked at on the way."""
+    forward = Qwen3ForCausalLM.forward
+    num_rows = []
+
+    def checked(model: Qwen3ForCausalLM, parts: list[StepPart], caches: list[KVCache]) -> Tensor:
+        for batch in (part.batch for part in parts):
+            plan = batch.decode_plan.numpy()
+            used = plan[plan[:, END] > plan[:, BEGIN]]
+            assert_every_token_is_in_one_part(used, batch.context_lens.tolist())
+            num_parts = DecodeSplit(model.local_num_kv_heads).num_parts(batch.num_decode)
+            assert len(plan) == num_parts
+            num_rows.append(batch.num_decode)
+        return forward(model, parts, caches)
+
+    monkeypatch.setattr(Qwen3ForCausalLM, "forward", checked)
+    run_all("cpu", torch.float32, **settings)
+    assert max(num_rows) > 1
 
 
 def test_padded_steps_change_nothing() -> None:

@@ -63,7 +63,7 @@ class AttentionBatch:
         context_lens: [S] int32, tokens each of them may see, itself included; 0 where a row is
             padding, and its token none of a decode row
         block_tables: [S, B] int32
-        decode_plan: [P, PART_WORDS] int32, these contexts in parts: `DecodeSplit.plan`
+        decode_plan: [parts, PART_WORDS] int32, how these contexts are divided: `DecodeSplit.plan`
         prefill: the remaining tokens, or None if there are none
     """
 

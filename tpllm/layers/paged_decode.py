@@ -34,9 +34,11 @@ _BEGIN, _END = tl.constexpr(decode_parts.BEGIN), tl.constexpr(decode_parts.END)
 _INDEX, _COUNT = tl.constexpr(decode_parts.INDEX), tl.constexpr(decode_parts.COUNT)
 _SCRATCH = tl.constexpr(decode_parts.SCRATCH)
 # Keys that a program reads at a time, and its warps: see `DecodeSplit.has_large_programs`.
-_LARGE = {"BLOCK_N": 64, "num_warps": 4}
-_SMALL = {"BLOCK_N": 32, "num_warps": 2}
-_MOST_STAGES = 3  # two tiles on their way; of three on their way programs would be fewer
+_LARGE_SHAPE = {"BLOCK_N": 64, "num_warps": 4}
+_SMALL_SHAPE = {"BLOCK_N": 32, "num_warps": 2}
+# Two tiles are on their way, where pages are no smaller than a tile; with three, fewer programs
+# would find room.
+_MOST_STAGES = 3
 
 
 @triton.jit
@@ -97,14 +99,14 @@ def _paged_decode_kernel(
     PDL: tl.constexpr,
 ) -> None:
     kv_head = tl.program_id(0)
-    # The plan and the tables are from before the step's first layer: they may be read at once. Keys
-    # and values shall leave them in the L2, for the next layer.
+    # The plan and the tables are from before the step's first layer, two kernels back at least, and
+    # may be read at once. Keys and values shall leave them in the L2, for the next layer.
     part_ptr = plan_ptr + tl.program_id(1) * _PART_WORDS
     begin, end = _kept(part_ptr + _BEGIN), _kept(part_ptr + _END)
     seq, context_len = _kept(part_ptr + _SEQ), _kept(part_ptr + _CONTEXT_LEN)
     index, count = _kept(part_ptr + _INDEX), _kept(part_ptr + _COUNT)
     place = _kept(part_ptr + _SCRATCH)
-    if begin == end:
+    if begin == end:  # no part; another program waits for what comes before this kernel
         return
 
     heads = tl.arange(0, G_PADDED)  # [G]
@@ -227,7 +229,7 @@ class PagedDecode:
 
         Shapes: q [S, H, D], heads and their elements contiguous; caches
         [num_blocks, block_size, K, D] contiguous; block_tables [S, B] int32; plan [P, PART_WORDS]
-        int32, `DecodeSplit(K).plan` of the context lengths. The result is [S, H, D]; or `out`,
+        int32, of the context lengths, by `DecodeSplit(K)`. The result is [S, H, D]; or `out`,
         contiguous and of S rows or more, of which those with a context are written.
 
         With `rope` the rows of q go on with the raw keys and values of the newest token: queries
@@ -248,9 +250,10 @@ class PagedDecode:
                 torch.empty(SCRATCH_PLACES * G * (D + 2), dtype=torch.float32, device=q.device),
             )
         counters, scratch = self._scratch
-        shape = _LARGE if DecodeSplit(K).has_large_programs(S) else _SMALL
         D_padded = max(16, triton.next_power_of_2(D))
-        tile_bytes = 2 * shape["BLOCK_N"] * D_padded * k_cache.element_size()
+        token_bytes, memory = 2 * D_padded * k_cache.element_size(), _tile_memory(q.device)
+        fits = _LARGE_SHAPE["BLOCK_N"] * token_bytes <= memory
+        shape = _LARGE_SHAPE if DecodeSplit(K).has_large_programs(S) and fits else _SMALL_SHAPE
         _paged_decode_kernel[(K, plan.shape[0])](
             q,
             k_cache,
@@ -272,7 +275,7 @@ class PagedDecode:
             D_PADDED=D_padded,
             ALIGNED=block_size % shape["BLOCK_N"] == 0,
             ROPE=rope is not None,
-            num_stages=min(_MOST_STAGES, 1 + _tile_memory(q.device) // tile_bytes),
+            num_stages=min(_MOST_STAGES, 1 + memory // (shape["BLOCK_N"] * token_bytes)),
             **shape,
             **(dependent_launch(q.device, S) if rope else {"PDL": False}),
         )
@@ -283,6 +286,6 @@ class PagedDecode:
 def _tile_memory(device: torch.device) -> int:
     """Bytes of shared memory that a program's tiles may take."""
     if device.type != "cuda":
-        return 0
+        return 1 << 20
     utils = triton.runtime.driver.active.utils
     return int(utils.get_device_properties(device.index)["max_shared_mem"]) - (16 << 10)

@@ -76,7 +76,7 @@ class DecodeInputs:
 
     rows: Tensor  # [S] int32
     positions: Tensor  # [S] int32, of the token that goes in
-    plan: Tensor  # [P, PART_WORDS] int32, of their attention: see `DecodeSplit`
+    decode_plan: Tensor  # [parts, PART_WORDS] int32, of their attention: see `DecodeSplit`
     input_ids: Tensor  # [S] int32
     slots: Tensor  # [S] int32
     context_lens: Tensor  # [S] int32, the token that goes in included
@@ -85,7 +85,12 @@ class DecodeInputs:
 
     @classmethod
     def empty(
-        cls, rows: Tensor, positions: Tensor, plan: Tensor, max_blocks: int, device: torch.device
+        cls,
+        rows: Tensor,
+        positions: Tensor,
+        decode_plan: Tensor,
+        max_blocks: int,
+        device: torch.device,
     ) -> "DecodeInputs":
         """Buffers for the rows, positions and plan given, which are views of what was staged."""
         S = rows.numel()
@@ -100,7 +105,7 @@ class DecodeInputs:
         return cls(
             rows=rows,
             positions=positions,
-            plan=plan,
+            decode_plan=decode_plan,
             input_ids=_zeros(S, device=device),
             slots=_zeros(S, device=device),
             context_lens=context_lens,
@@ -108,7 +113,7 @@ class DecodeInputs:
             sampling=sampling,
         )
 
-    def first(self, rows: Tensor, positions: Tensor, plan: Tensor) -> "DecodeInputs":
+    def first(self, rows: Tensor, positions: Tensor, decode_plan: Tensor) -> "DecodeInputs":
         """The same buffers for fewer rows, given as to `empty`: steps run one after the other."""
         S = rows.numel()
         context_lens = self.context_lens[:S]
@@ -122,7 +127,7 @@ class DecodeInputs:
         return DecodeInputs(
             rows=rows,
             positions=positions,
-            plan=plan,
+            decode_plan=decode_plan,
             input_ids=self.input_ids[:S],
             slots=self.slots[:S],
             context_lens=context_lens,

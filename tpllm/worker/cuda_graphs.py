@@ -17,7 +17,7 @@ from torch import Tensor
 # Prompt chunks in the graph of a mixed step; what a step has fewer costs attention next to nothing.
 MAX_CHUNKS = 16
 _MIXED_TOKENS = (64, 128, 192, 256, 384, 512, 640, 768, 1024)
-# Attention of the decode rows is cut up for as many as there may be, so not for too many.
+# The shape of attention's programs is that for as many decode rows as there may be.
 _MIXED_DECODE_ROWS = (16, 64)
 
 

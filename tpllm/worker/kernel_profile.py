@@ -7,14 +7,15 @@ import torch
 from torch._C._autograd import DeviceType
 
 _NAME_LENGTH = 72
-_COPY = "Memcpy"  # how the names of copies begin
+# A step is what runs from the kernel that gathers its inputs to the copy of its tokens.
+_FIRST, _BEHIND = "_gather_decode_inputs", "Memcpy DtoH"
 
 
 class KernelProfile:
     """Traces `num_steps` decode steps after `skip` others, and sums them up by kernel.
 
     Tracing slows the host, so the steps traced are not those to be timed, and what passes between
-    two of them, beside the copies from and to the host, is left out.
+    the end of one and the beginning of the next is no gap.
     """
 
     def __init__(self, skip: int, num_steps: int) -> None:
@@ -51,15 +52,11 @@ class KernelProfile:
             if event.device_type() == DeviceType.CUDA
         )
         totals: dict[str, list[float]] = defaultdict(lambda: [0, 0.0])
-        busy, gaps, end, last = 0.0, 0.0, kernels[0][0], _COPY
-        for start, duration, name in kernels:
+        for _, duration, name in kernels:
             total = totals[name[:_NAME_LENGTH]]
             total[0] += 1
             total[1] += duration
-            busy += max(0, start + duration - max(start, end))
-            if not name.startswith(_COPY) and not last.startswith(_COPY):
-                gaps += max(0, start - end)
-            end, last = max(end, start + duration), name
+        busy, gaps = busy_and_gaps(kernels)
         steps = self._num_steps
         by_kernel = sorted(totals.items(), key=lambda item: -item[1][1])
         return {
@@ -76,3 +73,20 @@ class KernelProfile:
                 for name, (calls, ns) in by_kernel[:20]
             ],
         }
+
+
+def busy_and_gaps(kernels: list[tuple[int, int, str]]) -> tuple[int, int]:
+    """The time in which kernels run, and in which none does inside a step.
+
+    Args:
+        kernels: start, duration and name, in order of their start
+    """
+    busy, gaps, end = 0, 0, 0
+    in_step = False
+    for start, duration, name in kernels:
+        busy += max(0, start + duration - max(start, end))
+        if in_step and not name.startswith(_BEHIND):
+            gaps += max(0, start - end)
+        in_step = name.startswith(_FIRST) or (in_step and not name.startswith(_BEHIND))
+        end = max(end, start + duration)
+    return busy, gaps

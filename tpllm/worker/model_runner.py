@@ -169,9 +169,11 @@ class ModelRunner:
         rows[:S] = plan.rows
         starts = np.zeros(size, dtype=np.int32)
         starts[:S] = plan.starts
-        attention = self._decode_plans.next(starts + 1)
+        decode_plan = self._decode_plans.next(starts + 1)
         marks.begin()
-        *_, where = self._staging.send([rows, starts, attention, plan.block_updates])
+        # Most steps bring no updates and ask for nothing beyond a token. They skip what would make
+        # views: at batch 1 the host has little more time than the GPU.
+        *_, where = self._staging.send([rows, starts, decode_plan, plan.block_updates])
         if plan.block_updates.size:
             updates = self._staging.device[slice(*where)]
             self.state.apply(updates[:0], updates)
@@ -195,7 +197,7 @@ class ModelRunner:
             num_decode=size,
             context_lens=inputs.context_lens,
             block_tables=inputs.block_tables,
-            decode_plan=inputs.plan,
+            decode_plan=inputs.decode_plan,
             prefill=None,
         )
         part = StepPart(inputs.input_ids, inputs.positions, batch)
@@ -208,14 +210,14 @@ class ModelRunner:
         inputs = self._decode_inputs.get(size)
         if inputs is None:
             plan_words = self._split.num_parts(size) * PART_WORDS
-            rows, starts, plan = self._staging.views([size, size, plan_words])
-            plan = plan.view(-1, PART_WORDS)
+            rows, starts, words = self._staging.views([size, size, plan_words])
+            decode_plan = words.view(-1, PART_WORDS)
             largest = self.decode_sizes[-1]
             if size == largest:
                 max_blocks, device = self._limits.max_blocks_per_seq, self._tp.device
-                inputs = DecodeInputs.empty(rows, starts, plan, max_blocks, device)
+                inputs = DecodeInputs.empty(rows, starts, decode_plan, max_blocks, device)
             else:
-                inputs = self._inputs_of(largest).first(rows, starts, plan)
+                inputs = self._inputs_of(largest).first(rows, starts, decode_plan)
             self._decode_inputs[size] = inputs
         return inputs
 

@@ -111,7 +111,12 @@ class Kernels:
             return []
         sums: list[Callable[[], object]] = [
             partial(self.sum, N, one_shot_rows)
-            for N, one_shot_rows in ((1, 2), (2, 2), (2, 1), (3, 1))
+            for N, one_shot_rows in (
+                (1, 2),  # in one shot, launched early
+                (2, 2),  # in one shot
+                (2, 1),  # in two shots, a program for each row
+                (3, 1),  # in two shots, groups of rows for each program
+            )
         ]
         if halved_from(self.config, self.dtype):
             sums.append(self.lane_sum)
@@ -172,10 +177,7 @@ class Kernels:
         norm(self.new(1, E), self.new(1, E) if has_residual else None)
 
     def sum(self, N: int, one_shot_rows: int) -> None:
-        """In one shot one row is launched early; in two shots two and three rows go two ways.
-
-        All rows are there.
-        """
+        """Of N rows, in one shot up to `one_shot_rows`; what peers would send is there."""
         E, size = self.model.hidden_size, self.tp.size
         rows = self.new(NUM_PLACES, size, 4, E)
         pointers = torch.full((size,), rows.data_ptr(), device=self.device)
