@@ -38,6 +38,15 @@ def make_case(
     return q, caches[0], caches[1], batch
 
 
+def plain_and_exact(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, batch: AttentionBatch
+) -> tuple[Tensor, Tensor]:
+    """Plain torch's answer in their dtype, and in float64."""
+    decode = TorchAttentionBackend().decode
+    exact = decode(q.double(), k_cache.double(), v_cache.double(), batch, 0.3)
+    return decode(q, k_cache, v_cache, batch, 0.3), exact
+
+
 @pytest.fixture(params=["whole contexts", "some in parts", "many parts", "small programs"])
 def division(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """How contexts are divided; parts are as short as can be."""
@@ -67,10 +76,7 @@ def test_matches_plain_torch(
 ) -> None:
     device, dtype = device_and_dtype
     q, k_cache, v_cache, batch = make_case(contexts, K, G, D, block_size, device, dtype)
-    plain = TorchAttentionBackend().decode(q, k_cache, v_cache, batch, 0.3)
-    exact = TorchAttentionBackend().decode(
-        q.double(), k_cache.double(), v_cache.double(), batch, 0.3
-    )
+    plain, exact = plain_and_exact(q, k_cache, v_cache, batch)
     decode = PagedDecode()
     for _ in range(2):  # the second time on used scratch memory
         ours = decode(q, k_cache, v_cache, batch.block_tables, batch.decode_plan, 0.3)
@@ -143,8 +149,4 @@ def test_a_plan_that_goes_on_reads_the_new_tokens(
     plan = torch.from_numpy(plans.next(np.array(contexts))).to(device)
     assert not torch.equal(plan, batch.decode_plan)
     ours = PagedDecode()(q, k_cache, v_cache, batch.block_tables, plan, 0.3)
-    plain = TorchAttentionBackend().decode(q, k_cache, v_cache, batch, 0.3)
-    exact = TorchAttentionBackend().decode(
-        q.double(), k_cache.double(), v_cache.double(), batch, 0.3
-    )
-    assert_as_accurate(ours, plain, exact)
+    assert_as_accurate(ours, *plain_and_exact(q, k_cache, v_cache, batch))

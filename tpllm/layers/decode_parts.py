@@ -119,8 +119,7 @@ class DecodePlans:
         self._split = split
         self._lens: np.ndarray = np.empty(0, dtype=np.int32)
         self._plan = split.plan(self._lens)
-        self._seqs: np.ndarray = np.empty(0, dtype=np.int32)  # of each part
-        self._lasts: np.ndarray = np.empty(0, dtype=np.int32)  # the last part of each sequence
+        self._parts = self._plan  # those that are none of its zeros
         self._age = 0
 
     def next(self, context_lens: np.ndarray) -> np.ndarray:
@@ -133,16 +132,16 @@ class DecodePlans:
             [P, PART_WORDS] int32, which the next call changes.
         """
         if self._goes_on(context_lens):
-            grown = (context_lens - self._lens)[self._seqs]
-            self._plan[: grown.size, CONTEXT_LEN] += grown
-            self._plan[self._lasts, END] += grown[self._lasts]
+            parts = self._parts
+            grown = (context_lens - self._lens)[parts[:, SEQ]]
+            is_last = parts[:, END] == parts[:, CONTEXT_LEN]
+            parts[:, CONTEXT_LEN] += grown
+            parts[:, END] += grown * is_last
             self._age += 1
         else:
             assert context_lens.all()
-            plan = self._plan = self._split.plan(context_lens)
-            used = plan[: np.count_nonzero(plan[:, END])]
-            self._seqs = used[:, SEQ].copy()
-            self._lasts = np.flatnonzero(used[:, END] == used[:, CONTEXT_LEN])
+            self._plan = self._split.plan(context_lens)
+            self._parts = self._plan[: np.count_nonzero(self._plan[:, END])]
             self._age = 0
         self._lens = context_lens.copy()
         return self._plan

@@ -175,7 +175,7 @@ class ModelRunner:
         # views: at batch 1 the host has little more time than the GPU.
         *_, where = self._staging.send([rows, starts, decode_plan, plan.block_updates])
         if plan.block_updates.size:
-            updates = self._staging.device[slice(*where)]
+            updates = self._staging.buffer[where]
             self.state.apply(updates[:0], updates)
         if graph := self._decode_graphs.get(size):
             graph.graph.replay()
@@ -227,9 +227,10 @@ class ModelRunner:
         return tokens
 
     def _finish(self, logits: Tensor, tokens: Tensor, rows: Tensor, drawing: Drawing) -> StepOutput:
+        if not len(self._options):
+            return StepOutput(tokens)
         output = self._sampler.finish(logits, tokens, drawing)
-        if len(self._options):
-            self.state.last_tokens[rows] = output.tokens  # some were drawn again
+        self.state.last_tokens[rows] = output.tokens  # some were drawn again
         return output
 
     # ---- everything else ---------------------------------------------------------------------

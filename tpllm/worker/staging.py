@@ -18,12 +18,12 @@ class HostStaging:
         num_words: the most int32 words of one upload, alignment included.
 
     Attributes:
-        device: the buffer there, [num_words] int32
+        buffer: on the device, [num_words] int32
     """
 
     def __init__(self, num_words: int, device: torch.device) -> None:
         on_cuda = device.type == "cuda"
-        self.device = torch.zeros(num_words, dtype=torch.int32, device=device)
+        self.buffer = torch.zeros(num_words, dtype=torch.int32, device=device)
         self._buffers = [
             torch.zeros(num_words, dtype=torch.int32, pin_memory=on_cuda)
             for _ in range(_NUM_BUFFERS)
@@ -34,30 +34,30 @@ class HostStaging:
 
     def upload(self, parts: list[np.ndarray]) -> list[Tensor]:
         """Copy `parts` to the device; returns them as flat views of the fixed buffer there."""
-        return [self.device[begin:end] for begin, end in self.send(parts)]
+        return [self.buffer[where] for where in self.send(parts)]
 
-    def send(self, parts: list[np.ndarray]) -> list[tuple[int, int]]:
-        """Copy `parts` to the device; returns where each begins and ends in `device`."""
+    def send(self, parts: list[np.ndarray]) -> list[slice]:
+        """Copy `parts` to the device; returns where each is in `buffer`."""
         turn = self._turn
         self._turn = (turn + 1) % len(self._buffers)
         if self._done:
             self._done[turn].synchronize()
-        array, offset, bounds = self._arrays[turn], 0, []
+        array, offset, places = self._arrays[turn], 0, []
         for part in parts:
-            end = offset + part.size
-            array[offset:end] = part.reshape(-1)
-            bounds.append((offset, end))
-            offset = aligned(end)
-        self.device[:offset].copy_(self._buffers[turn][:offset], non_blocking=True)
+            where = slice(offset, offset + part.size)
+            array[where] = part.reshape(-1)
+            places.append(where)
+            offset = aligned(where.stop)
+        self.buffer[:offset].copy_(self._buffers[turn][:offset], non_blocking=True)
         if self._done:
             self._done[turn].record()
-        return bounds
+        return places
 
     def views(self, sizes: list[int]) -> list[Tensor]:
         """Where an upload puts parts of these sizes if they come first, as a graph captures it."""
         views, offset = [], 0
         for size in sizes:
-            views.append(self.device[offset : offset + size])
+            views.append(self.buffer[offset : offset + size])
             offset = aligned(offset + size)
         return views
 

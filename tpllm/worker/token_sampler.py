@@ -125,8 +125,6 @@ class TokenSampler:
             tokens: [S], what `draw` drew from them
         """
         output = StepOutput(tokens)
-        if not len(self._options):
-            return output
         asking = [
             (i, options)
             for i, row in enumerate(drawing.rows.tolist())

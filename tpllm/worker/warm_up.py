@@ -100,6 +100,7 @@ class Kernels:
         self.num_heads = model.num_attention_heads // world_size
         kv_heads = kv_head_shard(model.num_key_value_heads, self.tp)
         self.num_kv_heads = kv_heads.stop - kv_heads.start
+        self.split = DecodeSplit(self.num_kv_heads)
         self.has_sums = world_size > 1 and not config.disable_custom_all_reduce
         self.has_sums &= model.hidden_size % WIDTH_MULTIPLE == 0
         self.local_vocab_size = -(-model.vocab_size // world_size)
@@ -129,8 +130,7 @@ class Kernels:
             with_rope = BACKENDS[config.attention_backend].max_rope_rows
             # rotation inside, launched early or not, rotation before, the shape for many programs
             sizes = [1, 2, with_rope + 1]
-            split = DecodeSplit(self.num_kv_heads)
-            sizes.append(next(S for S in count(1) if not split.has_large_programs(S)))
+            sizes.append(next(S for S in count(1) if not self.split.has_large_programs(S)))
             calls += [partial(self.attend, S) for S in sizes]
         if not config.disable_custom_matmul:
             arounds = [Around(), Around(swiglu=True)]
@@ -161,7 +161,7 @@ class Kernels:
         caches = [self.new(1, self.config.kv_block_size, K, D) for _ in range(2)]
         tables = self.new(S, self.config.max_blocks_per_seq, dtype=torch.int32)
         nothing = self.new(S, dtype=torch.int32)
-        plan = self.new(DecodeSplit(K).num_parts(S), PART_WORDS, dtype=torch.int32)
+        plan = self.new(self.split.num_parts(S), PART_WORDS, dtype=torch.int32)
         batch = AttentionBatch(nothing, S, nothing, tables, plan, None)
         cos_sin = self.new(1, D, dtype=torch.float32)
         rope = QKNormRope(self.new(D), self.new(D), 1e-6, nothing, cos_sin)
