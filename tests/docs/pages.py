@@ -1,4 +1,4 @@
-"""The code blocks of README.md and docs/*.md.
+"""The code blocks of README.md, CONTRIBUTING.md and docs/*.md.
 
 A comment on the line before a block, `<!-- needs: two GPUs -->`, says what a machine must have on
 which it runs: the tests leave such a block out. Blocks of other kinds than python and bash are for
@@ -11,7 +11,7 @@ from pathlib import Path
 
 from tests.scripts import ROOT
 
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 _BLOCK = re.compile(
     r"^(?:<!-- needs: (?P<needs>[^\n]+) -->\n)?^```(?P<kind>\w+)\n(?P<code>.*?)^```$", re.M | re.S
