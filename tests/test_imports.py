@@ -1,17 +1,14 @@
 """Who imports whom, read from the source; and what `import tpllm` loads, seen from outside."""
 
-import ast
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 import tpllm
-
-PACKAGE = Path(tpllm.__file__).parent
+from tests.structure import PACKAGE, imports_of
 
 # Plain data and checks, which any part may use except those that must run on their own.
 PLAIN = {
@@ -39,20 +36,6 @@ MAY_USE_TORCH = {"parallel", "layers", "models", "worker"}
 
 def files_of(part: str) -> list[Path]:
     return sorted((PACKAGE / part).rglob("*.py"))
-
-
-def imported_modules(tree: ast.AST, top_level_only: bool = False) -> Iterator[str]:
-    """Full names of what a module imports; `from a import b` gives a.b, b being a module or not."""
-    for node in tree.body if top_level_only and isinstance(tree, ast.Module) else ast.walk(tree):
-        if isinstance(node, ast.Import):
-            yield from (name.name for name in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, "imports are absolute"
-            yield from (f"{node.module}.{name.name}" for name in node.names)
-
-
-def imports_of(file: Path, top_level_only: bool = False) -> set[str]:
-    return set(imported_modules(ast.parse(file.read_text()), top_level_only))
 
 
 @pytest.mark.parametrize("part", MAY_IMPORT)
