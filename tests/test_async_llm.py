@@ -138,7 +138,7 @@ def test_a_stream_that_nobody_reads_on_is_aborted(engine, ending):
     "prompt, params, message",
     [
         ([], GREEDY, "^the prompt is empty"),
-        ([4096], GREEDY, "^token id 4096 is outside the vocabulary"),
+        ([4096], GREEDY, "^the prompt holds token id 4096, outside the vocabulary"),
         ([1] * 5000, GREEDY, "has 5000 tokens, which leaves no room"),
         (None, GREEDY, "give a text, a list of token ids"),
         ("hi", "greedy", "sampling_params='greedy' must be SamplingParams"),

@@ -209,8 +209,8 @@ def test_without_sampling_parameters_the_checkpoint_s_are_taken(llm: LLM) -> Non
     "prompt, params, message",
     [
         ("", SHORT, "prompt 1: the prompt is empty"),
-        ([4096], SHORT, "prompt 1: token id 4096 is outside the vocabulary of 4096"),
-        ([-1], SHORT, "prompt 1: token id -1 is outside"),
+        ([4096], SHORT, "prompt 1: the prompt holds token id 4096, outside the vocabulary of 4096"),
+        ([-1], SHORT, "prompt 1: the prompt holds token id -1, outside"),
         ([1] * 4096, SHORT, "has 4096 tokens, which leaves no room .* max_model_len=4096"),
         ([1] * 700, SHORT, "has 700 tokens, more than the whole cache .*39 blocks of 16"),
         ("hi", SamplingParams(stop_token_ids=[5000]), "stop_token_ids holds 5000"),

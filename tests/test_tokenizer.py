@@ -96,9 +96,9 @@ def test_a_lone_surrogate_is_refused(tokenizer):
         ("hi", "messages='hi' must be a list"),
         ({"role": "user", "content": "hi"}, "must be a list"),
         (["hi"], r"messages\[0\]='hi' must be"),
-        ([{"role": "user"}], r"messages\[0\]=.* has neither content nor tool_calls"),
-        ([{"content": "hi"}], r"messages\[0\]=.* must be"),
-        ([{"role": "user", "content": 5}], "chat template of tiny-qwen3 does not take these"),
+        ([{"role": "user"}], r"messages\[0\].content is missing"),
+        ([{"content": "hi"}], r"messages\[0\].role is missing"),
+        ([{"role": "user", "content": 5}], r"messages\[0\].content=5 must be a text"),
     ],
 )
 def test_wrong_messages_are_refused(tokenizer, messages, message):

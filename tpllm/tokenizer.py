@@ -6,6 +6,7 @@ from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
+from tpllm.conversation import plain_messages, plain_tools, with_object_arguments
 from tpllm.detokenizer import (
     ByteDetokenizer,
     Detokenizer,
@@ -181,7 +182,8 @@ class Tokenizer:
         """A conversation as the prompt for its next answer, in the words of the chat template.
 
         Args:
-            messages: `{"role": "user", "content": "..."}` and so on, oldest first
+            messages: `{"role": "user", "content": "..."}` and so on, oldest first, in any form
+                that OpenAI's clients keep them in: see `tpllm.conversation`
             add_generation_prompt: end with what opens an answer
             continue_final_message: leave the last message open, for the model to go on with it
             chat_template: a Jinja template to use instead of the tokenizer's
@@ -189,7 +191,8 @@ class Tokenizer:
             chat_template_kwargs: what else this template reads, such as `enable_thinking`
 
         Raises:
-            ValueError: there is no chat template, or it does not take these messages.
+            ValueError: there is no chat template, a message is wrong, or the template does not
+                take them.
         """
         if chat_template is None and not self.has_chat_template:
             raise ValueError(
@@ -201,19 +204,35 @@ class Tokenizer:
                 "continue_final_message=True leaves the last message open, and "
                 "add_generation_prompt=True opens another one; set one of them to False"
             )
-        _check_messages(messages)
+        plain = plain_messages(messages)
+        options = {
+            "tools": plain_tools(tools),
+            "chat_template": chat_template,
+            "add_generation_prompt": add_generation_prompt,
+            "continue_final_message": continue_final_message,
+        }
+        try:
+            return self._render(plain, options, chat_template_kwargs or {})
+        except ValueError:
+            # some templates go through the arguments of calls, and take no text for them
+            with_objects = with_object_arguments(plain)
+            if with_objects is None:
+                raise
+            return self._render(with_objects, options, chat_template_kwargs or {})
+
+    def _render(
+        self,
+        messages: list[dict[str, Any]],
+        options: Mapping[str, Any],
+        kwargs: Mapping[str, Any],
+    ) -> str:
         try:
             text: str = self._inner.apply_chat_template(
-                [_with_plain_content(message) for message in messages],
-                tools=None if tools is None else list(tools),
-                chat_template=chat_template,
-                tokenize=False,
-                add_generation_prompt=add_generation_prompt,
-                continue_final_message=continue_final_message,
-                **(chat_template_kwargs or {}),
+                messages, tokenize=False, **options, **kwargs
             )
         except Exception as error:  # a template can do whatever an expression can
-            of = "given" if chat_template is not None else f"of {self.folder.name}"
+            is_given = options["chat_template"] is not None
+            of = "given" if is_given else f"of {self.folder.name}"
             raise ValueError(
                 f"the chat template {of} does not take these messages: {_first_line(error)}"
             ) from error
@@ -243,34 +262,6 @@ def _is_unicode(text: str) -> bool:
     except UnicodeEncodeError:
         return False
     return True
-
-
-def _check_messages(messages: object) -> None:
-    """A mistake here would otherwise surface as a riddle from inside the template."""
-    if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
-        raise ValueError(f"messages={messages!r} must be a list of at least one message")
-    for i, message in enumerate(messages):
-        if not isinstance(message, Mapping) or "role" not in message:
-            raise ValueError(f'messages[{i}]={message!r} must be {{"role": ..., "content": ...}}')
-        if "content" not in message and "tool_calls" not in message:
-            raise ValueError(f"messages[{i}]={message!r} has neither content nor tool_calls")
-
-
-def _with_plain_content(message: Mapping[str, Any]) -> dict[str, Any]:
-    """A message with its content as one text, also where OpenAI's clients send a list of parts.
-
-    Raises:
-        ValueError: a part is no text.
-    """
-    content = message.get("content")
-    if content is None:
-        content = ""  # what only calls tools says nothing
-    elif isinstance(content, Sequence) and not isinstance(content, str):
-        for part in content:
-            if not isinstance(part, Mapping) or not isinstance(part.get("text"), str):
-                raise ValueError(f"a part of a message's content is {part!r}, and not a text")
-        content = "\n".join(part["text"] for part in content)
-    return {**message, "content": content}
 
 
 def _first_line(error: Exception) -> str:

@@ -13,6 +13,7 @@ from typing import Any
 
 import tpllm
 from tpllm import SamplingParams, WorkerError
+from tpllm.conversation import plain_messages, plain_tools
 from tpllm.engine.stats import EngineStats
 from tpllm.outputs import CompletionOutput, Logprob, RequestOutput
 
@@ -40,10 +41,12 @@ class LetterTokenizer:
         return self.decode([token_id])
 
     def render_chat(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> str:
-        if any(message["content"] == "refuse" for message in messages):
+        plain = plain_messages(messages)
+        if any(message["content"] == "refuse" for message in plain):
             raise ValueError("the chat template of letters does not take these messages: no")
-        self.rendered.append({"messages": list(messages), **options})
-        lines = [f"<{message['role']}>{message['content']}\n" for message in messages]
+        tools = plain_tools(options.pop("tools", None))
+        self.rendered.append({"messages": plain, "tools": tools, **options})
+        lines = [f"<{message['role']}>{message['content']}\n" for message in plain]
         return "".join(lines) + self.template_end
 
 

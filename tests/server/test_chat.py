@@ -226,7 +226,7 @@ def test_max_completion_tokens_goes_before_max_tokens(client: OpenAI, served: Se
     "fields, message, param",
     [
         ({"top_logprobs": 2}, "top_logprobs=2 needs logprobs=true", "top_logprobs"),
-        ({"messages": []}, "messages=[] is refused: list should have at least 1", "messages"),
+        ({"messages": []}, "messages=[] has too few entries; give at least 1", "messages"),
         (
             {"messages": [{"role": "user"}]},
             "messages[0].content is missing",
@@ -234,7 +234,8 @@ def test_max_completion_tokens_goes_before_max_tokens(client: OpenAI, served: Se
         ),
         (
             {"messages": [{"role": "boss", "content": "x"}]},
-            "messages[0].role='boss' must be 'system', 'developer', 'user', 'assistant' or 'tool'",
+            "messages[0].role='boss' must be 'system', 'developer', 'user', 'assistant', 'tool' or "
+            "'function'",
             "messages[0].role",
         ),
         (
@@ -244,7 +245,7 @@ def test_max_completion_tokens_goes_before_max_tokens(client: OpenAI, served: Se
         ),
         (
             {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
-            "messages[0].content[0].type='image_url' must be 'text'",
+            "messages[0].content[0].type='image_url' cannot be read by this model; send text",
             "messages[0].content[0].type",
         ),
         ({"response_format": {"type": "xml"}}, "response_format of type 'xml'", "response_format"),
@@ -276,11 +277,11 @@ def test_max_completion_tokens_goes_before_max_tokens(client: OpenAI, served: Se
             None,
         ),
         ({"extra_body": {"top_kk": 3}}, "there is no field 'top_kk' here; did you mean", "top_kk"),
-        ({"extra_body": {"temperature": "hot"}}, "temperature='hot' must be a valid number", None),
-        ({"extra_body": {"stop": 5}}, "stop=5 must be a valid string", "stop"),
-        ({"extra_body": {"stop": ["a", 5]}}, "stop[1]=5 must be a valid string", "stop[1]"),
-        ({"extra_body": {"n": True}}, "n=True must be a valid integer", "n"),
-        ({"extra_body": {"max_tokens": 2.5}}, "max_tokens=2.5 must be a valid integer", None),
+        ({"extra_body": {"temperature": "hot"}}, "temperature='hot' must be a number", None),
+        ({"extra_body": {"stop": 5}}, "stop=5 must be a text or a list of texts", "stop"),
+        ({"extra_body": {"stop": ["a", 5]}}, "stop[1]=5 must be a text", "stop[1]"),
+        ({"extra_body": {"n": True}}, "n=True must be a whole number", "n"),
+        ({"extra_body": {"max_tokens": 2.5}}, "max_tokens=2.5 must be a whole number", None),
     ],
 )
 def test_what_cannot_run_is_refused(

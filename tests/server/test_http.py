@@ -53,11 +53,11 @@ def read_all(sock: socket.socket) -> bytes:
         (b"[]", "the body must be a JSON object"),
         (b"\xff\xfe\x00", "the body cannot be read as JSON"),
         (b"[" * 100_000, "the body cannot be read as JSON"),
-        (b'{"messages": 5}', "messages=5 must be a valid list"),
+        (b'{"messages": 5}', "messages=5 must be a list"),
         (b"{}", "messages is missing"),
         (
             b'{"messages": [{"role": "user", "content": "\\ud800"}]}',
-            "prompt 0 holds a lone surrogate",
+            "messages[0].content holds a lone surrogate",
         ),
         (b'{"messages": [], "\\ud800": 1}', "the name of a field is not valid Unicode"),
         (

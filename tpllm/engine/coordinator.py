@@ -156,8 +156,8 @@ class Coordinator:
         for token_id in (min(prompt), max(prompt)):
             if not 0 <= token_id < vocab_size:
                 raise ValueError(
-                    f"token id {token_id} is outside the vocabulary of {vocab_size} tokens; "
-                    "was the text encoded with another model's tokenizer?"
+                    f"the prompt holds token id {token_id}, outside the vocabulary of {vocab_size} "
+                    "tokens; was the text encoded with another model's tokenizer?"
                 )
         # the model's end tokens are part of a row's lists, too
         max_words = self.limits.max_list_words - len(config.model_config.eos_token_ids)
@@ -340,6 +340,6 @@ def _check_against_vocabulary(request: AddRequest, vocab_size: int, max_words: i
     num_words = sum(map(len, lists.values())) + len(lists["logit_bias"]) + len(request.bad_word_ids)
     if num_words > max_words:
         raise ValueError(
-            f"{', '.join(lists)} take {num_words} words together, and a step carries {max_words}; "
-            "give fewer"
+            f"{max(lists, key=lambda name: len(lists[name]))} and the other lists of ids take "
+            f"{num_words} words together, and a step carries {max_words}; give fewer"
         )

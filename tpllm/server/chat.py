@@ -17,6 +17,7 @@ from tpllm.server.answer_parser import (
     Reasoning,
     Thinking,
 )
+from tpllm.server.errors import APIError
 from tpllm.server.generation import Answer, Generation
 from tpllm.server.logprobs import chat_logprobs, prompt_logprobs
 from tpllm.server.protocol import ChatCompletionRequest
@@ -81,9 +82,9 @@ class _Chat:
         service = self._service
         service.check_engine()
         text, ids = await service.prompts.render(self._conversation())
-        body = self._body
-        asked = body.max_tokens is not None or body.max_completion_tokens is not None
-        service.sampling.check_length(len(ids), self._params, asked)
+        if not ids:
+            raise APIError(400, "messages give an empty prompt; say something", param="messages")
+        service.sampling.check_length(self._body, [ids], self._params)
         if service.settings.parse_reasoning and self._params.structured_outputs is None:
             self._thinking = Thinking.after(text)
         return service.generation([ids], self._params, self._id)

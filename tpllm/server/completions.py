@@ -85,9 +85,7 @@ class _Completion:
         service.check_engine()
         special = body.add_special_tokens is not False
         ids = await service.prompts.encode(body.prompt, special)
-        for each in ids:
-            asked = body.max_tokens is not None and not self._only_echo
-            service.sampling.check_length(len(each), self._params, asked)
+        service.sampling.check_length(body, ids, self._params)
         if body.echo:
             for prompt, each in zip(body.prompt, ids, strict=True):
                 is_text = isinstance(prompt, str)

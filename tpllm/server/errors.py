@@ -10,9 +10,40 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
 from tpllm.checks import short
+from tpllm.server.protocol import (
+    LIST,
+    OBJECT,
+    TEXT_OR_LIST,
+    TEXT_OR_OBJECT,
+    ChatCompletionRequest,
+    CompletionRequest,
+    DetokenizeRequest,
+    TokenizeRequest,
+)
 
 # What pydantic puts into the place of a problem besides names of fields: see protocol.py.
-ALTERNATIVES = ("(text)", "(list)", "(object)")
+ALTERNATIVES = (TEXT_OR_LIST, LIST, TEXT_OR_OBJECT, OBJECT)
+# Pydantic's problems with a value, by kind, in our words.
+WORDS = {
+    "bool_type": "must be true or false",
+    "dict_type": "must be an object",
+    "float_type": "must be a number",
+    "int_type": "must be a whole number",
+    "list_type": "must be a list",
+    "literal_error": "must be {expected}",
+    "model_attributes_type": "must be an object",
+    "model_type": "must be an object",
+    "string_too_long": "is too long; at most {max_length} letters are taken",
+    "string_type": "must be a text",
+    "too_long": "has too many entries; at most {max_length} are taken",
+    "too_short": "has too few entries; give at least {min_length}",
+}
+# What a refusal may begin with to be about that field.
+FIELDS = frozenset(
+    name
+    for body in (ChatCompletionRequest, CompletionRequest, TokenizeRequest, DetokenizeRequest)
+    for name in body.model_fields
+)
 TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
 
 
@@ -67,53 +98,83 @@ def to_json(content: object) -> str:
     return _ENCODER.encode(content)
 
 
-def from_value_error(error: ValueError) -> APIError:
-    """A refusal by the engine or SamplingParams, which begins with the setting to blame."""
+def context_exceeded(limit: int, what: str, param: str) -> APIError:
+    """A request beyond the model's context, in the words and with the code that clients look for.
+
+    LiteLLM and pydantic-ai look for the beginning, LangChain for the code or for "prompt is too
+    long". They shorten the history then, or take another model.
+
+    Args:
+        limit: tokens of a prompt and its answer
+        what: what is too long, and the mend
+    """
+    return APIError(
+        400,
+        f"This model's maximum context length is {limit} tokens. However, {what}.",
+        param=param,
+        code="context_length_exceeded",
+    )
+
+
+def from_value_error(error: ValueError, renamed: Mapping[str, str] | None = None) -> APIError:
+    """A refusal by the engine, SamplingParams or the tokenizer, which begins with what to blame.
+
+    Args:
+        renamed: what the client calls a setting, where that is another name
+    """
     message = str(error)
-    blamed = re.match(r"([a-z_]+)(\[.*?\])?=", message)
-    return APIError(400, message, param=blamed[1] if blamed else None)
+    for ours, theirs in (renamed or {}).items():
+        message = re.sub(rf"^{ours}\b", theirs, message)
+    return APIError(400, message, param=_blamed(message))
+
+
+def _blamed(message: str) -> str | None:
+    """The field that a message begins with: "the prompt", "stop[0]=5", "messages[3].content"."""
+    found = re.match(r"(?:the )?(([a-z_]+)(?:\[\w+\]|\.[a-z_]+)*)(=)?", message)
+    return found[1] if found and (found[3] or found[2] in FIELDS) else None
 
 
 def from_validation(problems: Sequence[Mapping[str, Any]], known: Sequence[str]) -> APIError:
-    """The first of pydantic's problems with a request body, as one sentence.
+    """The first of pydantic's problems with a request body, as one sentence of our own.
 
     Args:
         known: names of the request's fields, to suggest the nearest one
     """
     problem = problems[0]
-    kind, message = problem["type"], problem["msg"]
+    kind, context = problem["type"], problem.get("ctx", {})
     if kind == "json_invalid":
-        why = problem.get("ctx", {}).get("error", "")
+        why = context.get("error", "")
         return APIError(400, f"the body is not valid JSON: {why} (character {problem['loc'][-1]})")
     place = [part for part in problem["loc"] if part != "body" and part not in ALTERNATIVES]
     if kind == "string_unicode":
         return APIError(400, "the name of a field is not valid Unicode; mend it")
     if kind == "value_error":
-        message = message.removeprefix("Value error, ")
-        return APIError(400, message, param=_path(place) or None)
+        message = str(context["error"])
+        return APIError(400, message, param=_blamed(message) or _path(place) or None)
     if not place:
         return APIError(
             400, "the body must be a JSON object, sent with Content-Type: application/json"
         )
     param = _path(place)
     if kind == "missing":
-        return APIError(400, f"{param} is missing; every such request needs it", param=param)
+        what = "every such request needs it" if len(place) == 1 else "it is needed there"
+        return APIError(400, f"{param} is missing; {what}", param=param)
     if kind == "extra_forbidden":
-        name = str(place[-1])
-        near = get_close_matches(name, known, n=1)
+        near = get_close_matches(param, known, n=1)
         mend = f"did you mean {near[0]!r}?" if near else "leave it out"
-        return APIError(400, f"there is no field {short(name)} here; {mend}", param=param)
-    value = short(problem.get("input"))
-    if message.startswith("Input should be "):
-        message = f"must be {message.removeprefix('Input should be ')}"
-    else:
-        message = f"is refused: {message[0].lower()}{message[1:]}"
-    return APIError(400, f"{param}={value} {message}", param=param)
+        return APIError(400, f"there is no field {short(param)} here; {mend}", param=param)
+    words = WORDS.get(kind, "is not valid here; leave it out").format(**context)
+    if kind == "string_type" and problem["loc"][-1] in ALTERNATIVES:
+        words = f"must be {problem['loc'][-1].strip('()')}"
+    return APIError(400, f"{param}={short(problem.get('input'))} {words}", param=param)
 
 
 def _path(place: Sequence[object]) -> str:
     """messages[0].content, from ("messages", 0, "content")."""
     text = ""
     for part in place:
-        text += f"[{part}]" if isinstance(part, int) else f".{part}" if text else str(part)
+        if isinstance(part, int) or not str(part).isidentifier():
+            text += f"[{str(part)[:80]}]"
+        else:
+            text += f".{part}" if text else str(part)
     return text

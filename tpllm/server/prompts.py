@@ -1,7 +1,6 @@
 """Requests' texts and conversations as token ids, without holding up the event loop."""
 
 import asyncio
-import json
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
@@ -9,8 +8,8 @@ from typing import Any, TypeVar
 from pydantic import BaseModel
 
 from tpllm.server.engine import Tokenizer
-from tpllm.server.errors import APIError, from_value_error
-from tpllm.server.protocol import Conversation, Message, ToolCall
+from tpllm.server.errors import APIError, context_exceeded, from_value_error
+from tpllm.server.protocol import Conversation
 
 T = TypeVar("T")
 
@@ -83,11 +82,10 @@ class Prompts:
             num_tokens += len(self._tokenizer.encode_batch([piece], False)[0])
             too_long = num_tokens > limit + SPLIT_TOKENS * number
         if too_long:
-            raise APIError(
-                400,
-                f"a text of {len(text)} letters is longer than this model's limit of {limit} "
-                "tokens (max_model_len); shorten it",
-                code="context_length_exceeded",
+            raise context_exceeded(
+                limit,
+                f"your prompt is too long: a text has {len(text)} letters. Please reduce it",
+                "prompt",
             )
 
     async def render(self, body: Conversation) -> tuple[str, list[int]]:
@@ -110,11 +108,9 @@ class Prompts:
             )
 
         def render() -> tuple[str, list[int]]:
-            messages = [_plain(i, message) for i, message in enumerate(body.messages)]
-            tools = body.tools
             text = self._tokenizer.render_chat(
-                messages,
-                tools=None if tools is None else [t.model_dump(exclude_unset=True) for t in tools],
+                body.messages,
+                tools=None if body.tools is None else [tool.model_dump() for tool in body.tools],
                 add_generation_prompt=begins,
                 continue_final_message=goes_on,
                 chat_template_kwargs=options,
@@ -122,7 +118,12 @@ class Prompts:
             # the template spells out every special token
             return text, self._encode([text], False)[0]
 
-        return await self._run(_size(body), render)
+        try:
+            return await self._run(_size(body), render)
+        except APIError as error:
+            if error.param in (None, "prompt"):
+                error.param = "messages"  # there is no prompt here but that of the messages
+            raise
 
     async def decode(self, ids: list[int]) -> str:
         """The text of `ids`, special tokens included."""
@@ -158,43 +159,3 @@ def _size(body: Conversation) -> int:
                 rest += value
                 rest += value.values() if isinstance(value, dict) else ()
     return size
-
-
-def _plain(index: int, message: Message) -> dict[str, Any]:
-    """A message as chat templates read it."""
-    content = message.content
-    if isinstance(content, list):
-        content = "\n".join(part.text for part in content)
-    if content is None:
-        if message.role != "assistant":
-            raise APIError(
-                400,
-                f"messages[{index}].content is missing; only an assistant's may be left out",
-                param=f"messages[{index}].content",
-            )
-        content = ""
-    # templates know the older name of the role alone
-    role = "system" if message.role == "developer" else message.role
-    plain: dict[str, Any] = {"role": role, "content": content}
-    for name in ("name", "reasoning_content", "tool_call_id"):
-        if getattr(message, name) is not None:
-            plain[name] = getattr(message, name)
-    if message.tool_calls:
-        place = f"messages[{index}].tool_calls"
-        plain["tool_calls"] = [_call(place, i, call) for i, call in enumerate(message.tool_calls)]
-    return plain
-
-
-def _call(place: str, index: int, call: ToolCall) -> dict[str, Any]:
-    """OpenAI has arguments as JSON text, templates print them as JSON: they need the values."""
-    arguments = call.function.arguments
-    param = f"{place}[{index}].function.arguments"
-    if isinstance(arguments, str):
-        try:
-            arguments = json.loads(arguments) if arguments.strip() else {}
-        except (ValueError, RecursionError) as error:
-            raise APIError(400, f"{param} is not valid JSON: {error}", param=param) from None
-    if not isinstance(arguments or {}, dict):
-        raise APIError(400, f"{param} must be a JSON object", param=param)
-    function = {"name": call.function.name, "arguments": arguments or {}}
-    return {"id": call.id, "type": "function", "function": function}

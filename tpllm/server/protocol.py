@@ -1,8 +1,10 @@
-"""The bodies of requests, as OpenAI and vLLM name their fields. What is not here is refused.
+"""The bodies of requests, as OpenAI and vLLM name their fields. Other fields of a body are refused.
 
-A field that is null counts as left out. Values are checked for their type alone; ranges are
-SamplingParams' affair, so that they are the same in every surface. Lists and texts have a longest
-length here, as other clients wait while they are read, and the first mistake in a list is enough.
+Inside a body's objects (messages, tools, options of the stream) other fields are ignored: clients
+keep notes of their own there. A field that is null counts as left out. Values are checked for their
+type alone; ranges are SamplingParams' affair, so that they are the same in every surface. Lists and
+texts have a longest length here, as other clients wait while they are read, and the first mistake
+in a list is enough.
 """
 
 from typing import Annotated, Any, Literal, TypeVar
@@ -19,6 +21,8 @@ from pydantic import (
 )
 
 from tpllm.checks import are_ints, short
+from tpllm.conversation import ROLES
+from tpllm.server.foreign_fields import without_foreign_fields
 
 T = TypeVar("T")
 
@@ -35,29 +39,36 @@ Ids = Annotated[list[int], Field(fail_fast=True)]
 ShortText = Annotated[str, Field(max_length=MAX_TEXT_CHARS)]
 
 
+# Told apart by their kind, so that a mistake is reported for the one that was meant. A value of no
+# such kind goes to the first one, whose tag says what there may be.
+TEXT_OR_LIST, LIST = "(a text or a list of texts)", "(list)"
+TEXT_OR_OBJECT, OBJECT = "(a text or an object)", "(object)"
+
+
 def _text_or_list(value: object) -> str:
-    return "(list)" if isinstance(value, list) else "(text)"
+    return LIST if isinstance(value, list) else TEXT_OR_LIST
 
 
 def _text_or_object(value: object) -> str:
-    return "(object)" if isinstance(value, dict) else "(text)"
+    return OBJECT if isinstance(value, dict) else TEXT_OR_OBJECT
 
 
-# Told apart by their kind, so that a mistake is reported for the one that was meant. The tags are
-# known to errors.ALTERNATIVES.
-Text = Annotated[str, Tag("(text)")]
 Stops = Annotated[
-    Annotated[ShortText, Tag("(text)")]
-    | Annotated[list[ShortText], Field(max_length=MAX_STOPS, fail_fast=True), Tag("(list)")],
+    Annotated[ShortText, Tag(TEXT_OR_LIST)]
+    | Annotated[list[ShortText], Field(max_length=MAX_STOPS, fail_fast=True), Tag(LIST)],
     Discriminator(_text_or_list),
 ]
 TextOrObject = Annotated[
-    Text | Annotated[dict[str, Any], Tag("(object)")], Discriminator(_text_or_object)
+    Annotated[str, Tag(TEXT_OR_OBJECT)] | Annotated[dict[str, Any], Tag(OBJECT)],
+    Discriminator(_text_or_object),
 ]
 
 
 class Body(BaseModel):
-    """Strict: "0.7" is no number and true no 1; an unknown field is an error."""
+    """Strict: "0.7" is no number and true no 1; an unknown field is an error.
+
+    Other servers' fields pass where they ask for nothing: see `foreign_fields`.
+    """
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
@@ -66,10 +77,16 @@ class Body(BaseModel):
     def _check_size(cls, value: object) -> object:
         if isinstance(value, dict) and len(value) > MAX_FIELDS:
             raise ValueError(f"an object of {len(value)} fields is refused; leave them out")
-        return value
+        return without_foreign_fields(value, cls.model_fields) if isinstance(value, dict) else value
 
 
-class StreamOptions(Body):
+class Inner(BaseModel):
+    """An object inside a body. As strict with the fields it has; others are ignored."""
+
+    model_config = ConfigDict(extra="ignore", strict=True)
+
+
+class StreamOptions(Inner):
     include_usage: bool | None = None
     continuous_usage_stats: bool | None = None  # vLLM: usage so far in every chunk
     include_obfuscation: bool | None = None  # OpenAI; nothing is ever padded here
@@ -167,73 +184,59 @@ class CompletionRequest(Generation):
     add_special_tokens: bool | None = None
 
 
-class TextPart(Body):
-    type: Literal["text"]
-    text: str
-
-
-TextOrParts = Annotated[
-    Text | Annotated[Entries[TextPart], Tag("(list)")], Discriminator(_text_or_list)
-]
-
-
-class FunctionCall(Body):
-    name: str
-    arguments: TextOrObject | None = None
-
-
-class ToolCall(Body):
-    id: str | None = None
-    type: Literal["function"] = "function"
-    function: FunctionCall
-    index: int | None = None  # of the deltas that a client has put together
-
-
-class Message(Body):
-    """One turn. Assistants' may come as an answer gave them, with fields that hold nothing."""
-
-    role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: TextOrParts | None = None
-    name: str | None = None
-    reasoning_content: str | None = None
-    tool_calls: Entries[ToolCall] | None = None
-    tool_call_id: str | None = None
-    refusal: str | None = None
-    annotations: Entries[Any] | None = None
-    audio: None = None
-    function_call: None = None
-
-
 def _check_messages(value: Any) -> Any:
-    if isinstance(value, list) and len(value) <= MAX_MESSAGES:
-        lists = [
-            each
-            for message in value
-            if isinstance(message, dict)
-            for each in message.values()
-            if isinstance(each, list)
-        ]
-        if len(value) + sum(map(len, lists)) > MAX_PARTS:
-            raise ValueError(f"messages have more than {MAX_PARTS} parts and calls; send fewer")
+    """Sizes and roles. The rest is checked where messages are rendered: see conversation.py."""
+    if not isinstance(value, list) or len(value) > MAX_MESSAGES:
+        return value
+    num_parts = len(value)
+    for i, message in enumerate(value):
+        if not isinstance(message, dict):
+            continue
+        role = message.get("role")
+        if role is not None and role not in ROLES:
+            known = ", ".join(map(repr, ROLES[:-1]))
+            raise ValueError(f"messages[{i}].role={short(role)} must be {known} or {ROLES[-1]!r}")
+        for name in ("content", "tool_calls"):
+            num_entries = len(message[name]) if isinstance(message.get(name), list) else 0
+            if num_entries > MAX_ENTRIES:
+                raise ValueError(
+                    f"messages[{i}].{name} has {num_entries} entries, and may have {MAX_ENTRIES}"
+                )
+            num_parts += num_entries
+    if num_parts > MAX_PARTS:
+        raise ValueError(f"messages have more than {MAX_PARTS} parts and calls; send fewer")
     return value
 
 
+_OBJECT = {"type": "object"}
+_MESSAGE = {
+    "type": "object",
+    "required": ["role"],
+    "properties": {
+        "role": {"enum": list(ROLES)},
+        "content": {"anyOf": [_TEXT, {"type": "array", "items": _OBJECT}, {"type": "null"}]},
+        "name": _TEXT,
+        "reasoning_content": _TEXT,
+        "tool_calls": {"type": "array", "items": _OBJECT},
+        "tool_call_id": _TEXT,
+    },
+}
 Messages = Annotated[
-    list[Message],
+    list[dict[str, Any]],
     Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True),
     BeforeValidator(_check_messages),
+    WithJsonSchema({"type": "array", "minItems": 1, "items": _MESSAGE}),
 ]
 
 
-class Function(Body):
+class Function(Inner):
     name: str
     description: str | None = None
     parameters: dict[str, Any] | None = None
-    strict: bool | None = None
 
 
-class Tool(Body):
-    type: Literal["function"]
+class Tool(Inner):
+    type: Literal["function"] = "function"
     function: Function
 
 
@@ -263,7 +266,9 @@ class ChatCompletionRequest(Generation, Conversation):
     parallel_tool_calls: bool | None = None
     include_reasoning: bool | None = None
     modalities: Entries[Literal["text"]] | None = None
-    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = None
+    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = (
+        None
+    )
     verbosity: Literal["low", "medium", "high"] | None = None  # without effect
     prediction: dict[str, Any] | None = None  # without effect: it would only save time
 

@@ -1,10 +1,10 @@
 """A request's fields as SamplingParams: the one place where the two meet."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tpllm.sampling_params import RequestOutputKind, SamplingParams
-from tpllm.server.errors import APIError, from_value_error
+from tpllm.server.errors import APIError, context_exceeded, from_value_error
 from tpllm.server.protocol import (
     ChatCompletionRequest,
     CompletionRequest,
@@ -81,34 +81,38 @@ class Sampling:
         if max_tokens is None:
             max_tokens = body.max_tokens
         num_top = self._num_logprobs("top_logprobs", body.top_logprobs)
-        if num_top is not None and not body.logprobs:
+        if num_top and not body.logprobs:
             raise APIError(400, f"top_logprobs={num_top} needs logprobs=true", param="top_logprobs")
         fields = {"logprobs": (num_top or 0) if body.logprobs else None}
         return self._make(body, fields, max_tokens, self._defaults.get("max_tokens"))
 
-    def check_length(self, num_prompt_tokens: int, params: SamplingParams, asked: bool) -> None:
-        """Whether a prompt, and the answer where its length was asked for, fit the model.
+    def check_length(
+        self, body: Generation, prompt_ids: Sequence[list[int]], params: SamplingParams
+    ) -> None:
+        """Whether prompts, and their answers where their length was asked for, fit the model.
 
         Raises:
             APIError: 400 with OpenAI's code for it.
         """
-        limit = self._max_model_len
-        in_limit = f"this model's limit of {limit} tokens (max_model_len)"
-        if num_prompt_tokens >= limit:
-            raise APIError(
-                400,
-                f"the prompt's {num_prompt_tokens} tokens leave no room for an answer in "
-                f"{in_limit}; shorten the prompt",
-                code="context_length_exceeded",
-            )
-        if asked and num_prompt_tokens + (params.max_tokens or 0) > limit:
-            raise APIError(
-                400,
-                f"the prompt's {num_prompt_tokens} tokens and max_tokens={params.max_tokens} are "
-                f"more than {in_limit}; lower max_tokens, or shorten the prompt",
-                param="max_tokens",
-                code="context_length_exceeded",
-            )
+        limit, field = self._max_model_len, prompt_field(body)
+        asked = _max_tokens_field(body)
+        for i, ids in enumerate(prompt_ids):
+            place = field if len(prompt_ids) == 1 else f"{field}[{i}]"
+            if len(ids) >= limit:
+                raise context_exceeded(
+                    limit,
+                    f"your prompt is too long: the {len(ids)} tokens of {place} leave no room for "
+                    f"an answer. Please reduce the length of the {field}",
+                    field,
+                )
+            if asked is not None and len(ids) + (params.max_tokens or 0) > limit:
+                raise context_exceeded(
+                    limit,
+                    f"you requested {len(ids) + (params.max_tokens or 0)} tokens ({len(ids)} in "
+                    f"{place}, {params.max_tokens} by {asked}). Please lower {asked}, or reduce "
+                    f"the length of the {field}",
+                    asked,
+                )
 
     def _num_logprobs(self, name: str, value: int | None) -> int | None:
         limit = self._settings.max_logprobs
@@ -152,11 +156,16 @@ class Sampling:
         if body.n is not None and body.n > settings.max_n:
             raise APIError(400, f"n={body.n} must be at most {settings.max_n}", param="n")
         self._check_lists(body, num_prompts)
+        asked = _max_tokens_field(body) or "max_tokens"
+        if max_tokens is not None and max_tokens > self._max_model_len:
+            raise context_exceeded(
+                self._max_model_len,
+                f"you requested {max_tokens} tokens by {asked} alone. Please lower it",
+                asked,
+            )
         limit = settings.max_output_tokens
         if limit is not None and max_tokens is not None and max_tokens > limit:
-            raise APIError(
-                400, f"max_tokens={max_tokens} must be at most {limit}", param="max_tokens"
-            )
+            raise APIError(400, f"{asked}={max_tokens} must be at most {limit}", param=asked)
         if max_tokens is None:
             max_tokens = min(filter(None, (default_max_tokens, limit)), default=None)
         given = {name: getattr(body, name) for name in SAME_NAME}
@@ -170,4 +179,18 @@ class Sampling:
         try:
             return SamplingParams(**{**self._defaults, **given, **fields, **ours})
         except ValueError as error:
-            raise from_value_error(error) from None
+            raise from_value_error(error, renamed={"max_tokens": asked}) from None
+
+
+def prompt_field(body: Generation) -> str:
+    """What a request calls its prompts."""
+    return "messages" if isinstance(body, ChatCompletionRequest) else "prompt"
+
+
+def _max_tokens_field(body: Generation) -> str | None:
+    """The field by which a request asks for the length of an answer; None where it does not."""
+    if isinstance(body, ChatCompletionRequest) and body.max_completion_tokens is not None:
+        return "max_completion_tokens"
+    if isinstance(body, CompletionRequest) and body.echo and body.max_tokens == 0:
+        return None  # the prompt alone is wanted
+    return None if body.max_tokens is None else "max_tokens"

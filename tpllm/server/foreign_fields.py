@@ -1,0 +1,123 @@
+"""Fields of other servers and clients that tpllm does not have.
+
+Many programs send every field they know, at its default. A value that asks for nothing passes; any
+other is refused by name, with the way out. Null asks for nothing, whatever the name.
+"""
+
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from tpllm.checks import short
+
+# Whatever their value, the answer is the same.
+WITHOUT_EFFECT = frozenset(
+    {
+        "cache_prompt",
+        "cache_salt",
+        "guided_decoding_backend",
+        "keep_alive",
+        "request_id",
+        "rid",
+    }
+)
+
+_LEAVE_OUT = "leave it out"
+_USE_FORMS = "use structured_outputs"
+_USE_MAX_TOKENS = "use max_tokens"
+_EMPTY_LIST: tuple[Any, ...] = ([],)
+_EMPTY_OBJECT: tuple[Any, ...] = ({},)
+
+# By name: the values that ask for nothing, and what to do about any other.
+FOREIGN: dict[str, tuple[tuple[Any, ...], str]] = {
+    # vLLM
+    "add_special_tokens": ((False,), "the chat template writes every special token"),
+    "best_of": ((1,), "use n"),
+    "chat_template": ((), "the model's own is used"),
+    "detokenize": ((True,), _LEAVE_OUT),
+    "documents": (_EMPTY_LIST, "put them into a message"),
+    "early_stopping": ((False,), _LEAVE_OUT),
+    "echo": ((False,), "use continue_final_message, or /v1/completions"),
+    "guided_json_object": ((False,), "use response_format"),
+    "guided_whitespace_pattern": ((), "use structured_outputs with whitespace_pattern"),
+    "kv_transfer_params": (_EMPTY_OBJECT, _LEAVE_OUT),
+    "length_penalty": ((1,), _LEAVE_OUT),
+    "logits_processors": (_EMPTY_LIST, _LEAVE_OUT),
+    "media_io_kwargs": (_EMPTY_OBJECT, _LEAVE_OUT),
+    "mm_processor_kwargs": (_EMPTY_OBJECT, _LEAVE_OUT),
+    "priority": ((0,), _LEAVE_OUT),
+    "prompt_embeds": (_EMPTY_LIST, "use prompt"),
+    "repetition_detection": (_EMPTY_OBJECT, _LEAVE_OUT),
+    "return_token_ids": ((False,), "use /tokenize"),
+    "return_tokens_as_token_ids": ((False,), _LEAVE_OUT),
+    "thinking_token_budget": ((), "use max_tokens, or enable_thinking=false"),
+    "truncate_prompt_tokens": ((), "shorten the prompt"),
+    "use_beam_search": ((False,), "use LLM.beam_search in Python"),
+    "vllm_xargs": (_EMPTY_OBJECT, _LEAVE_OUT),
+    # SGLang
+    "custom_logit_processor": ((), _LEAVE_OUT),
+    "custom_params": (_EMPTY_OBJECT, _LEAVE_OUT),
+    "ebnf": ((), _USE_FORMS),
+    "json_schema": (_EMPTY_OBJECT, _USE_FORMS),
+    "lora_path": ((), _LEAVE_OUT),
+    "no_stop_trim": ((False,), "use include_stop_str_in_output"),
+    "regex": ((), _USE_FORMS),
+    "return_hidden_states": ((False,), _LEAVE_OUT),
+    "separate_reasoning": ((True,), "start the server with --no-parse-reasoning"),
+    "session_params": (_EMPTY_OBJECT, _LEAVE_OUT),
+    "stop_regex": (_EMPTY_LIST, "use stop"),
+    "stream_reasoning": ((True,), _LEAVE_OUT),
+    # llama.cpp, Ollama, OpenRouter
+    "dry_multiplier": ((0,), "use repetition_penalty"),
+    "dynatemp_range": ((0,), "use temperature"),
+    "format": ((), "use response_format"),
+    "grammar": (("",), _USE_FORMS),
+    "max_new_tokens": ((), _USE_MAX_TOKENS),
+    "min_keep": ((0,), _LEAVE_OUT),
+    "mirostat": ((0,), "use temperature, top_p and min_p"),
+    "n_predict": ((-1,), _USE_MAX_TOKENS),
+    "n_probs": ((0,), "use logprobs"),
+    "num_predict": ((-1,), _USE_MAX_TOKENS),
+    "options": (_EMPTY_OBJECT, "put its settings into the body itself"),
+    "post_sampling_probs": ((False,), _LEAVE_OUT),
+    "repeat_penalty": ((1,), "use repetition_penalty"),
+    "return_tokens": ((False,), "use /tokenize"),
+    "tfs_z": ((1,), "use top_p"),
+    "top_a": ((0,), "use min_p"),
+    "typical_p": ((1,), "use top_p"),
+    "xtc_probability": ((0,), "use temperature"),
+    # OpenAI
+    "audio": ((), "this server has texts alone"),
+    "function_call": (("auto", "none"), "use tool_choice"),
+    "functions": (_EMPTY_LIST, "use tools"),
+    "web_search_options": ((), "give a tool that searches"),
+    # what some clients mean for themselves, and other makers' switches of reasoning
+    "extra_body": (_EMPTY_OBJECT, "put its fields into the body itself"),
+    "extra_headers": (_EMPTY_OBJECT, "send them as headers"),
+    "extra_query": (_EMPTY_OBJECT, _LEAVE_OUT),
+    "reasoning": (_EMPTY_OBJECT, "use reasoning_effort"),
+    "thinking": (_EMPTY_OBJECT, "use enable_thinking"),
+}
+
+
+def without_foreign_fields(body: Mapping[str, Any], known: Collection[str]) -> dict[str, Any]:
+    """A request's own fields, and those that nobody knows.
+
+    Args:
+        known: names of the fields that the request has here
+
+    Raises:
+        ValueError: a field asks for something that tpllm does not have.
+    """
+    kept = {}
+    for name, value in body.items():
+        if name in known:
+            kept[name] = value
+        elif value is None or name in WITHOUT_EFFECT:
+            continue
+        elif name not in FOREIGN:
+            kept[name] = value
+        elif name == "best_of" and value == (body.get("n") or 1):
+            continue
+        elif value not in FOREIGN[name][0]:
+            raise ValueError(f"{name}={short(value)} is not supported; {FOREIGN[name][1]}")
+    return kept
