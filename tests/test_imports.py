@@ -26,7 +26,7 @@ MAY_IMPORT = {
     "models": {"layers", "parallel", "model_config", "checkpoint"},
     "channel": PLAIN,
     "worker": PLAIN | {"models", "layers", "parallel", "channel", "checkpoint", "child_process"},
-    "server": PLAIN | {"async_llm", "conversation"},
+    "server": PLAIN | {"async_llm", "conversation", "detokenizer"},
     "engine": PLAIN
     | {"__version__", "channel", "child_process", "devices", "interrupts", "resources"},
 }

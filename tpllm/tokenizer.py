@@ -131,7 +131,41 @@ class Tokenizer:
         if self._is_byte_level:
             piece = self._byte_level_pieces.get(token_id, "")
             return piece if isinstance(piece, str) else piece.decode(errors="replace")
-        return self.decode([token_id], skip_special_tokens=False)
+        return self.token_bytes(token_id).decode(errors="replace")
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """What a token adds to the UTF-8 of a text; b"" for an id that the tokenizer lacks."""
+        if self._is_byte_level:
+            piece = self._byte_level_pieces.get(token_id, b"")
+            return piece.encode() if isinstance(piece, str) else piece
+        if _BYTE_PIECE.fullmatch(self._pieces.get(token_id, "")):
+            return bytes([int(self._pieces[token_id][3:-1], 16)])
+        # behind another token: many decoders strip the space that begins a text
+        first = self.decode([token_id], skip_special_tokens=False)
+        both = self.decode([token_id, token_id], skip_special_tokens=False)
+        return (both.removeprefix(first) if both.startswith(first) else first).encode()
+
+    def token_offsets(self, text: str, add_special_tokens: bool = True) -> list[int] | None:
+        """For each of `encode_batch`'s ids, how many characters of the text come before it.
+
+        A token of a part of a character begins where this character does. None where the tokenizer
+        does not tell.
+        """
+        if not getattr(self._inner, "is_fast", False):
+            return None
+        encoded = self._inner(
+            text,
+            add_special_tokens=add_special_tokens,
+            return_offsets_mapping=True,
+            verbose=False,
+        )
+        offsets, end = [], 0
+        for begin, its_end in encoded["offset_mapping"]:
+            # added tokens have no characters; some tokenizers leave out the space before a word
+            is_after_space = text[end:begin].isspace()
+            offsets.append(end if its_end == begin or is_after_space else begin)
+            end = max(end, its_end)
+        return offsets
 
     @cached_property
     def _added_tokens(self) -> Mapping[int, Any]:

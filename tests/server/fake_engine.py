@@ -40,6 +40,17 @@ class LetterTokenizer:
     def decode_one(self, token_id: int) -> str:
         return self.decode([token_id])
 
+    def token_bytes(self, token_id: int) -> bytes:
+        return self.decode([token_id]).encode(errors="surrogatepass")
+
+    def token_offsets(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        return list(range(len(text)))
+
+    def detokenizer(
+        self, skip_special_tokens: bool = True, spaces_between_special_tokens: bool = True
+    ) -> Any:
+        return SimpleNamespace(feed=self.decode, finish=str)
+
     def render_chat(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> str:
         plain = plain_messages(messages)
         if any(message["content"] == "refuse" for message in plain):

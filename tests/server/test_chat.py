@@ -198,7 +198,7 @@ def test_logprobs_have_the_shape_of_chats(client: OpenAI, served: Served, stream
     choices = [c.choices[0] for c in answer] if stream else answer.choices
     entries = [e for c in choices if c.logprobs is not None for e in c.logprobs.content]
     assert [entry.token for entry in entries] == list(served.engine.reply)
-    assert [entry.bytes for entry in entries] == [[97], [0xC3, 0xA9], None]
+    assert [entry.bytes for entry in entries] == [[97], [0xC3, 0xA9], [0xEF, 0xBF, 0xBD]]
     assert [entry.logprob for entry in entries] == [-2.0] * 3
     assert [(top.token, top.logprob) for top in entries[0].top_logprobs] == [
         ("b", -1.0),

@@ -10,7 +10,7 @@ import pytest
 
 from tpllm.outputs import Logprob
 from tpllm.server.json_turns import ENTRIES_PER_TURN, LongList, to_json_in_turns
-from tpllm.server.logprobs import chat_logprobs, completion_logprobs, prompt_logprobs
+from tpllm.server.logprobs import Entry, chat_logprobs, completion_logprobs, prompt_logprobs
 
 N = 10 * ENTRIES_PER_TURN + 3
 IDS = list(range(N))
@@ -79,17 +79,16 @@ def test_others_get_their_turn_while_log_probabilities_are_written() -> None:
     assert max(counted.read.values()) == ENTRIES_PER_TURN
 
     counted = Counted(POSITIONS)
-    content = read(chat_logprobs(IDS, counted, 1), counted)["content"]
+    content = read(chat_logprobs(IDS, counted, 1, lambda token_id: b"c"), counted)["content"]
     assert len(content) == N and content[5]["top_logprobs"][0]["token"] == "b"
+    assert content[5]["bytes"] == content[5]["top_logprobs"][0]["bytes"] == [99]
     assert max(counted.read.values()) == ENTRIES_PER_TURN
 
     counted = Counted(POSITIONS)
-    logprobs, end = in_turns(completion_logprobs(IDS, counted, 1, 7), counted)
+    entries = map(Entry, IDS, counted, range(7, 7 + N))
+    logprobs = in_turns(completion_logprobs(entries, 1), counted)
     assert max(counted.read.values()) <= ENTRIES_PER_TURN + 1
     written = read(logprobs)
-    assert (
-        end == 7 + N
-        and written["tokens"] == ["a"] * N
-        and written["text_offset"] == list(range(7, 7 + N))
-    )
+    assert written["tokens"] == ["a"] * N
+    assert written["text_offset"] == list(range(7, 7 + N))
     assert written["top_logprobs"] == [{"b": -0.5, "a": -1.0}] * N

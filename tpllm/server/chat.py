@@ -150,7 +150,8 @@ class _Chat:
     def _logprobs(self, part: Answer | CompletionOutput) -> dict[str, Any] | None:
         if not self._body.logprobs:
             return None
-        return chat_logprobs(part.token_ids, part.logprobs or [], self._num_top)
+        bytes_of = self._service.prompts.tokenizer.token_bytes
+        return chat_logprobs(part.token_ids, part.logprobs or [], self._num_top, bytes_of)
 
 
 class _Deltas:

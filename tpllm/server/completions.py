@@ -1,8 +1,9 @@
 """POST /v1/completions: texts continued."""
 
 import time
-from collections.abc import AsyncGenerator, Iterable
-from itertools import chain
+from collections import deque
+from collections.abc import AsyncGenerator, Iterable, Iterator
+from itertools import chain, repeat, starmap
 from typing import Any
 
 from starlette.responses import Response
@@ -10,11 +11,12 @@ from starlette.responses import Response
 from tpllm.outputs import CompletionOutput
 from tpllm.sampling_params import SamplingParams
 from tpllm.server.generation import Answer, Generation, PromptState
-from tpllm.server.logprobs import Position, completion_logprobs, prompt_logprobs
+from tpllm.server.logprobs import Entry, completion_logprobs, prompt_logprobs
 from tpllm.server.protocol import CompletionRequest
 from tpllm.server.responses import respond
 from tpllm.server.service import Service, new_id
 from tpllm.server.structured import naming_the_field
+from tpllm.server.text_offsets import TextOffsets
 from tpllm.server.usage import StreamedUsage
 
 
@@ -42,8 +44,8 @@ class _Completion:
             "model": service.model_name,
         }
         self._prompt_texts: list[str] = []  # when they are echoed
-        self._first_texts: list[str] = []  # of the first token of each, when they are echoed
-        self._offsets: dict[int, int] = {}  # by answer: letters before its next token
+        self._prompt_offsets: list[list[int]] = []  # of their tokens, when these are told
+        self._told: dict[int, _ToldTokens] = {}  # by answer, where log-probabilities are told
         self._only_echo = bool(body.echo) and body.max_tokens == 0
 
     async def whole(self) -> dict[str, Any]:
@@ -90,9 +92,9 @@ class _Completion:
             for prompt, each in zip(body.prompt, ids, strict=True):
                 is_text = isinstance(prompt, str)
                 self._prompt_texts.append(prompt if is_text else await service.prompts.decode(each))
-            self._first_texts = [
-                (await service.prompts.token_texts(each[:1]) or [""])[0] for each in ids
-            ]
+                if body.logprobs is not None:
+                    offsets = await service.prompts.offsets(prompt, each, special)
+                    self._prompt_offsets.append(offsets)
         return service.generation(ids, self._params, str(self._head["id"]))
 
     async def _choice(
@@ -108,16 +110,10 @@ class _Completion:
         text = self._prompt_texts[prompt_index] if echoes else ""
         logprobs = None
         if self._body.logprobs is not None:
-            ids: Iterable[int] = part.token_ids
-            positions: Iterable[Position | None] = part.logprobs or ()
+            entries: Iterable[Entry] = self._told_tokens(prompt_index, answer).after(part)
             if echoes:
-                ids = chain(prompt.token_ids, ids)
-                positions = chain(prompt.logprobs or (), positions)
-            first = self._first_texts[prompt_index] if echoes else ""
-            offset = self._offsets.get(answer.index, 0)
-            logprobs, self._offsets[answer.index] = await completion_logprobs(
-                ids, positions, self._body.logprobs, offset, first
-            )
+                entries = chain(await self._prompt_entries(prompt_index, prompt), entries)
+            logprobs = await completion_logprobs(entries, self._body.logprobs)
         return {
             "index": answer.index,
             "text": text + part.text,
@@ -125,6 +121,53 @@ class _Completion:
             "finish_reason": part.finish_reason,
             "stop_reason": part.stop_reason,
         }
+
+    async def _prompt_entries(self, prompt_index: int, prompt: PromptState) -> Iterator[Entry]:
+        """Those of an echoed prompt. Its positions are made as they are read."""
+        ids, positions = prompt.token_ids, prompt.logprobs or ()
+        first = await self._service.prompts.token_texts(ids[:1])
+        texts = chain(first, repeat("", len(ids) - 1))
+        offsets = self._prompt_offsets[prompt_index]
+        return starmap(Entry, zip(ids, positions, offsets, texts, strict=True))
+
+    def _told_tokens(self, prompt_index: int, answer: Answer) -> "_ToldTokens":
+        if answer.index not in self._told:
+            begin = len(self._prompt_texts[prompt_index]) if self._body.echo else 0
+            params = self._params
+            offsets = self._service.prompts.text_offsets(
+                params.skip_special_tokens, params.spaces_between_special_tokens
+            )
+            self._told[answer.index] = _ToldTokens(offsets, begin)
+        return self._told[answer.index]
+
+
+class _ToldTokens:
+    """The tokens of an answer, told when their text is: stop strings hold it back.
+
+    Args:
+        offsets: of the answer's text
+        begin: characters before it
+    """
+
+    def __init__(self, offsets: TextOffsets, begin: int) -> None:
+        self._offsets = offsets
+        self._begin = begin
+        self._num_chars = 0  # of text told
+        self._held: deque[tuple[Entry, int]] = deque()  # and where the text of each ends
+
+    def after(self, part: Answer | CompletionOutput) -> list[Entry]:
+        """The tokens to tell beside the text of a part."""
+        self._num_chars += len(part.text)
+        for token_id, position in zip(part.token_ids, part.logprobs or (), strict=True):
+            offset = self._offsets.feed(token_id)
+            self._held.append((Entry(token_id, position, offset), self._offsets.num_chars))
+        told = []
+        while self._held and (part.finish_reason or self._held[0][1] <= self._num_chars):
+            entry, _ = self._held.popleft()
+            # what a stop string took away has its place at the end
+            offset = self._begin + min(entry.offset, self._num_chars)
+            told.append(entry._replace(offset=offset))
+        return told
 
 
 def _drop(answer: Answer, generation: Generation) -> None:

@@ -3,6 +3,7 @@
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from typing import Any, Protocol
 
+from tpllm.detokenizer import Detokenizer
 from tpllm.outputs import RequestOutput
 from tpllm.sampling_params import SamplingParams
 
@@ -40,6 +41,14 @@ class Tokenizer(Protocol):
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str: ...
 
     def decode_one(self, token_id: int) -> str: ...
+
+    def token_bytes(self, token_id: int) -> bytes: ...
+
+    def token_offsets(self, text: str, add_special_tokens: bool = True) -> list[int] | None: ...
+
+    def detokenizer(
+        self, skip_special_tokens: bool = True, spaces_between_special_tokens: bool = True
+    ) -> Detokenizer: ...
 
     def render_chat(
         self,

@@ -4,8 +4,8 @@ There may be any number of them. What takes long is made in turns: see `json_tur
 """
 
 import asyncio
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
 
 from tpllm.outputs import Logprob
 from tpllm.server.json_turns import ENTRIES_PER_TURN, LongList
@@ -16,62 +16,78 @@ LOWEST = -9999.0
 Position = dict[int, Logprob]  # by token id: the token itself, and the likeliest
 
 
-async def completion_logprobs(
-    token_ids: Iterable[int],
-    positions: Iterable[Position | None],
-    num_top: int,
-    text_offset: int,
-    first_text: str = "",
-) -> tuple[dict[str, Any], int]:
-    """`logprobs` of a completion's choice, and the letters of the text after its last token.
+class Entry(NamedTuple):
+    """A token of a completion.
+
+    Attributes:
+        position: None for a prompt's first token, which nothing precedes
+        offset: characters of the text before it
+        text: its own, where no position tells it
+    """
+
+    token_id: int
+    position: Position | None
+    offset: int
+    text: str = ""
+
+
+async def completion_logprobs(entries: Iterable[Entry], num_top: int) -> dict[str, Any]:
+    """`logprobs` of a completion's choice.
 
     Args:
-        positions: one for each token; None for a prompt's first, which nothing precedes
         num_top: how many alternatives were asked for; the token itself comes on top of them
-        text_offset: letters of the text before the first token
-        first_text: of a prompt's first token, which has no entry that tells it
     """
     tokens: list[str] = []
     values: list[float | None] = []
     tops: list[dict[str, float] | None] = []
     offsets: list[int] = []
-    for token_id, position in zip(token_ids, positions, strict=True):
-        offsets.append(text_offset)
+    for entry in entries:
+        offsets.append(entry.offset)
         if len(offsets) % ENTRIES_PER_TURN == 0:
             await asyncio.sleep(0)
-        if position is None:
-            tokens.append(first_text)
+        if entry.position is None:
+            tokens.append(entry.text)
             values.append(None)
             tops.append(None)
-            text_offset += len(first_text)
             continue
-        own = position[token_id]
+        own = entry.position[entry.token_id]
         tokens.append(_text(own))
         values.append(_value(own))
-        top = {_text(each): _value(each) for each in _likeliest(position, num_top)}
+        top: dict[str, float] = {}
+        for _, each in _likeliest(entry.position, num_top):
+            top.setdefault(_text(each), _value(each))  # parts of characters share a text
         top.setdefault(_text(own), _value(own))
         tops.append(top)
-        text_offset += len(_text(own))
-    content = {
+    return {
         "tokens": LongList.of(tokens),
         "token_logprobs": LongList.of(values),
         "top_logprobs": LongList.of(tops) if num_top else None,
         "text_offset": LongList.of(offsets),
     }
-    return content, text_offset
 
 
 def chat_logprobs(
-    token_ids: Sequence[int], positions: Sequence[Position], num_top: int
+    token_ids: Sequence[int],
+    positions: Sequence[Position],
+    num_top: int,
+    bytes_of: Callable[[int], bytes],
 ) -> dict[str, Any]:
-    """`logprobs` of a chat completion's choice."""
+    """`logprobs` of a chat completion's choice.
+
+    Args:
+        bytes_of: what a token adds to the UTF-8 of a text
+    """
     assert len(token_ids) == len(positions)
+
+    def entry(token_id: int, logprob: Logprob) -> dict[str, Any]:
+        data = list(bytes_of(token_id))
+        return {"token": _text(logprob), "logprob": _value(logprob), "bytes": data}
 
     def make(part: slice) -> list[dict[str, Any]]:
         content = []
         for token_id, position in zip(token_ids[part], positions[part], strict=True):
-            top = [_chat_entry(each) for each in _likeliest(position, num_top)]
-            content.append({**_chat_entry(position[token_id]), "top_logprobs": top})
+            top = [entry(*each) for each in _likeliest(position, num_top)]
+            content.append({**entry(token_id, position[token_id]), "top_logprobs": top})
         return content
 
     return {"content": LongList(len(positions), make), "refusal": None}
@@ -95,16 +111,9 @@ def _by_id(position: Position | None) -> dict[str, dict[str, Any]] | None:
     }
 
 
-def _likeliest(position: Position, num_top: int) -> list[Logprob]:
-    ranked = sorted(position.values(), key=lambda entry: entry.rank or 0)
+def _likeliest(position: Position, num_top: int) -> list[tuple[int, Logprob]]:
+    ranked = sorted(position.items(), key=lambda item: item[1].rank or 0)
     return ranked[:num_top]
-
-
-def _chat_entry(entry: Logprob) -> dict[str, Any]:
-    text = _text(entry)
-    # a token of incomplete UTF-8 decodes to a replacement mark: its bytes are not known then
-    data = None if "�" in text else list(text.encode())
-    return {"token": text, "logprob": _value(entry), "bytes": data}
 
 
 def _text(entry: Logprob) -> str:

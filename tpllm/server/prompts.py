@@ -10,6 +10,7 @@ from pydantic import BaseModel
 from tpllm.server.engine import Tokenizer
 from tpllm.server.errors import APIError, context_exceeded, from_value_error
 from tpllm.server.protocol import Conversation
+from tpllm.server.text_offsets import TextOffsets
 
 T = TypeVar("T")
 
@@ -29,7 +30,7 @@ class Prompts:
     """
 
     def __init__(self, tokenizer: Tokenizer, max_model_len: int) -> None:
-        self._tokenizer = tokenizer
+        self.tokenizer = tokenizer
         self._max_model_len = max_model_len
         self._threads = ThreadPoolExecutor(NUM_THREADS, "tpllm-server-tokenizer")
 
@@ -60,11 +61,11 @@ class Prompts:
             if len(text) > PIECE_CHARS:
                 self._refuse_too_long(text)
             if num_chars + len(text) > PIECE_CHARS:
-                ids += self._tokenizer.encode_batch(batch, add_special_tokens)
+                ids += self.tokenizer.encode_batch(batch, add_special_tokens)
                 batch, num_chars = [], 0
             batch.append(text)
             num_chars += len(text)
-        return ids + self._tokenizer.encode_batch(batch, add_special_tokens)
+        return ids + self.tokenizer.encode_batch(batch, add_special_tokens)
 
     def _refuse_too_long(self, text: str) -> None:
         """Refuse a long text without encoding all of it at once.
@@ -79,7 +80,7 @@ class Prompts:
             if too_long:
                 break
             piece = text[begin : begin + PIECE_CHARS]
-            num_tokens += len(self._tokenizer.encode_batch([piece], False)[0])
+            num_tokens += len(self.tokenizer.encode_batch([piece], False)[0])
             too_long = num_tokens > limit + SPLIT_TOKENS * number
         if too_long:
             raise context_exceeded(
@@ -108,7 +109,7 @@ class Prompts:
             )
 
         def render() -> tuple[str, list[int]]:
-            text = self._tokenizer.render_chat(
+            text = self.tokenizer.render_chat(
                 body.messages,
                 tools=None if body.tools is None else [tool.model_dump() for tool in body.tools],
                 add_generation_prompt=begins,
@@ -127,11 +128,34 @@ class Prompts:
 
     async def decode(self, ids: list[int]) -> str:
         """The text of `ids`, special tokens included."""
-        return await self._run(len(ids), self._tokenizer.decode, ids, False)
+        return await self._run(len(ids), self.tokenizer.decode, ids, False)
 
     async def token_texts(self, ids: list[int]) -> list[str]:
         """Each token's own text."""
-        return await self._run(len(ids), lambda: list(map(self._tokenizer.decode_one, ids)))
+        return await self._run(len(ids), lambda: list(map(self.tokenizer.decode_one, ids)))
+
+    async def offsets(
+        self, prompt: str | list[int], ids: list[int], add_special_tokens: bool
+    ) -> list[int]:
+        """Where the tokens of a prompt begin in its text: itself, or that of its ids."""
+        return await self._run(len(ids), self._offsets, prompt, ids, add_special_tokens)
+
+    def _offsets(
+        self, prompt: str | list[int], ids: list[int], add_special_tokens: bool
+    ) -> list[int]:
+        if isinstance(prompt, str):
+            told = self.tokenizer.token_offsets(prompt, add_special_tokens)
+            if told is not None:
+                return told
+        offsets = self.text_offsets(skip_special_tokens=False)
+        return [offsets.feed(token_id) for token_id in ids]
+
+    def text_offsets(
+        self, skip_special_tokens: bool = True, spaces_between_special_tokens: bool = True
+    ) -> TextOffsets:
+        """Follows a text as the detokenizer of these settings makes it."""
+        detokenizer = self.tokenizer.detokenizer(skip_special_tokens, spaces_between_special_tokens)
+        return TextOffsets(detokenizer, self.tokenizer.decode_one)
 
     async def _run(self, size: int, function: Callable[..., T], *args: Any) -> T:
         try:
