@@ -56,6 +56,26 @@ def test_the_server_gets_the_engine_s_settings_and_its_own(serving, tmp_path, mo
     )
 
 
+@pytest.mark.parametrize("name", ["served_model_name", "cors_origins"])
+def test_lists_of_texts_are_the_same_from_every_source(serving, tmp_path, monkeypatch, name):
+    first, second = "https://a.org", "https://b.org"
+    flag = "--" + name.replace("_", "-")
+    file = tmp_path / "server.yaml"
+    for words, variable, text in (
+        ([flag, f"{first},{second}"], None, ""),
+        ([flag, first, flag, second], None, ""),
+        ([], f"{first},{second}", ""),
+        ([], None, f"{name}: '{first},{second}'"),
+        ([], None, f"{name}: ['{first}', '{second}']"),
+    ):
+        file.write_text(text or "{}")
+        with monkeypatch.context() as patch:
+            if variable is not None:
+                patch.setenv(f"TPLLM_{name.upper()}", variable)
+            assert main(["serve", "--config", str(file), *words]) == 7
+        assert getattr(serving.called[2], name) == (first, second)
+
+
 def test_without_a_model_the_shipped_one_is_served_and_its_start_is_told(serving, capsys):
     assert main(["serve"]) == 7
     assert serving.called == [None, {}, ServerSettings()]

@@ -24,6 +24,11 @@ def test_names_and_origins_are_kept_as_tuples() -> None:
     hash(settings)
 
 
+@pytest.mark.parametrize("given", ["a,b", "a, b", ["a", "b"], ["a,b"], ("a", "b")])
+def test_several_texts_may_stand_between_commas(given: Any) -> None:
+    assert ServerSettings(served_model_name=given).served_model_name == ("a", "b")
+
+
 @pytest.mark.parametrize(
     "wrong, message",
     [
@@ -37,6 +42,9 @@ def test_names_and_origins_are_kept_as_tuples() -> None:
         ({"page": 1}, "page=1 must be True or False"),
         ({"served_model_name": []}, "served_model_name=.. names nothing"),
         ({"served_model_name": [""]}, "served_model_name holds ''"),
+        ({"served_model_name": "a,,b"}, "served_model_name holds 'a,,b'"),
+        ({"served_model_name": "a,"}, "served_model_name holds 'a,'"),
+        ({"served_model_name": [5]}, "served_model_name holds 5"),
         ({"cors_origins": ["example.org"]}, "cors_origins holds 'example.org', which is no origin"),
         ({"cors_origins": ["https://example.org/"]}, "which is no origin"),
         ({"cors_origins": 5}, "cors_origins=5 must be a text, or a list of texts"),

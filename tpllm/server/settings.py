@@ -32,8 +32,8 @@ class ServerSettings:
         host: address to listen on; the default is reached from this machine alone
         port: TCP port; 0 takes a free one, which the first line of the log names
         api_key: what clients must send as `Authorization: Bearer ...`; None lets everyone in
-        served_model_name: what the model is called in requests and answers, or several names, of
-            which answers give the first; None for the model's own
+        served_model_name: what the model is called in requests and answers, or several names with
+            commas between them, of which answers give the first; None for the model's own
         cors_origins: web origins whose pages may call the server, such as "https://example.org";
             "*" is all of them
         max_body_bytes: largest request body
@@ -132,12 +132,16 @@ def _check_api_key(value: object) -> None:
 
 
 def _check_texts(name: str, value: object) -> tuple[str, ...]:
-    texts = (value,) if isinstance(value, str) else value
-    if not isinstance(texts, tuple | list):
+    """Texts from any surface: each may hold several, between commas, as on a command line."""
+    given = (value,) if isinstance(value, str) else value
+    if not isinstance(given, tuple | list):
         raise ValueError(f"{name}={value!r} must be a text, or a list of texts")
-    for text in texts:
-        if not isinstance(text, str) or not text:
+    texts: list[str] = []
+    for text in given:
+        parts = [part.strip() for part in text.split(",")] if isinstance(text, str) else []
+        if not all(parts) or not parts:
             raise ValueError(f"{name} holds {text!r}; give texts that are not empty")
+        texts += parts
     return tuple(texts)
 
 
