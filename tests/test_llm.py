@@ -199,6 +199,27 @@ def test_a_conversation_is_answered_as_its_template_is_told(llm: LLM) -> None:
         llm.chat(begun, params, continue_final_message=True)
 
 
+def test_a_conversation_may_come_as_openais_clients_keep_it(llm: LLM) -> None:
+    call = {"id": "c", "type": "function", "function": {"name": "f", "arguments": '{"a": "Ulm"}'}}
+    kept: list[Any] = [
+        {"role": "developer", "content": [{"type": "text", "text": "Hi", "cache_control": {}}]},
+        {"role": "assistant", "content": None, "tool_calls": [call], "refusal": None},
+        {"role": "tool", "tool_call_id": "c", "content": "sun"},
+    ]
+    template = (
+        "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% for c in m.tool_calls or [] %}"
+        "{% for k, v in c.function.arguments | items %}{{ k }}={{ v }}{% endfor %}"
+        "{% endfor %}{% endfor %}"
+    )
+    [output] = llm.chat(kept, SHORT, use_tqdm=False, chat_template=template)
+    assert output.prompt == "[system]Hi[assistant]a=Ulm[tool]sun"
+    call["function"] = {"name": "f", "arguments": '{"a": "Ul'}  # cut
+    [output] = llm.chat(kept, SHORT, use_tqdm=False, chat_template=template)
+    assert output.prompt is not None and '{"a": "Ul' in output.prompt
+    with pytest.raises(ValueError, match=r"conversation 0: messages\[0\].content is missing"):
+        llm.chat([{"role": "user", "text": "hi"}], SHORT, use_tqdm=False)
+
+
 def test_without_sampling_parameters_the_checkpoint_s_are_taken(llm: LLM) -> None:
     assert llm.get_default_sampling_params() == SamplingParams(max_tokens=128)
     output = llm.generate(PSALM, use_tqdm=False)[0].outputs[0]

@@ -136,7 +136,8 @@ class LLM(AbstractContextManager["LLM"]):
         """Answer one conversation, or a list of them, through the model's chat template.
 
         Args:
-            messages: `[{"role": "user", "content": "..."}]`, or a list of such conversations
+            messages: `[{"role": "user", "content": "..."}]`, or a list of such conversations, in
+                any form in which OpenAI's clients keep them; read as the server reads them
             chat_template: a Jinja template to use instead of the model's
             add_generation_prompt: end the prompt with what opens an answer
             continue_final_message: leave the last message open, for the model to go on with it;
