@@ -142,6 +142,8 @@ def test_params_are_hashable_frozen_and_survive_pickling():
         ("repetition_penalty", 0, "repetition_penalty=0.0 must be above 0"),
         ("repetition_penalty", -1, "repetition_penalty=-1.0 must be above 0"),
         ("stop", ["a", ""], r"stop\[1\] is empty, which is found everywhere"),
+        ("stop", "\ud800", r"stop\[0\]='.ud800' is not valid Unicode"),
+        ("bad_words", ["a", "\ud800"], r"bad_words\[1\]='.ud800' is not valid Unicode"),
         ("stop", 5, "stop=5 must be a list of texts"),
         ("stop", [5], r"stop\[0\]=5 must be a text"),
         ("bad_words", "word", "bad_words='word' must be a list of texts"),

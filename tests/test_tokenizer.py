@@ -106,6 +106,14 @@ def test_wrong_messages_are_refused(tokenizer, messages, message):
         tokenizer.render_chat(messages)
 
 
+@pytest.mark.parametrize("name", ["tools", "messages", "conversation", "tokenize", "chat_template"])
+def test_what_has_a_way_of_its_own_is_no_option_of_the_template(tokenizer, name):
+    with pytest.raises(ValueError, match=f"^chat_template_kwargs holds '{name}'"):
+        tokenizer.render_chat(
+            [{"role": "user", "content": "hi"}], chat_template_kwargs={name: None, "mood": "!"}
+        )
+
+
 def test_a_tokenizer_without_template_says_so(tmp_path):
     shutil.copy(resolve_model(None) / "tokenizer.json", tmp_path)
     config = json.loads((resolve_model(None) / "tokenizer_config.json").read_text())

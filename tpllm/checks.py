@@ -86,6 +86,15 @@ def are_ints(values: Iterable[object]) -> bool:
     return set(map(type, values)) <= {int}  # a bool's type is another
 
 
+def is_unicode(text: str) -> bool:
+    """Whether a text has no lone surrogate, which no encoding can write."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def short(value: object) -> str:
     """A value in a message: never the whole of a long one."""
     text = repr(value)

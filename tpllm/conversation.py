@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from itertools import accumulate
 from typing import Any
 
-from tpllm.checks import short
+from tpllm.checks import is_unicode, short
 
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 # What templates call the roles that OpenAI has renamed.
@@ -104,10 +104,8 @@ def _text(owner: Mapping[str, Any], name: str, place: str) -> str | None:
 def _checked(value: object, place: str) -> str:
     if not isinstance(value, str):
         raise ValueError(f"{place}={short(value)} must be a text")
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        raise ValueError(f"{place} holds a lone surrogate, which is not valid Unicode") from None
+    if not is_unicode(value):
+        raise ValueError(f"{place} holds a lone surrogate, which is not valid Unicode")
     return value
 
 

@@ -8,7 +8,7 @@ from typing import Any, Self
 
 import xxhash
 
-from tpllm.checks import check_bool, check_int, check_number, check_seed
+from tpllm.checks import check_bool, check_int, check_number, check_seed, is_unicode
 from tpllm.errors import refuse_unknown_settings
 from tpllm.structured_outputs import StructuredOutputsParams
 
@@ -268,6 +268,8 @@ def _check_texts(name: str, value: object) -> tuple[str, ...]:
             raise ValueError(f"{name}[{i}]={text!r} must be a text")
         if not text:
             raise ValueError(f"{name}[{i}] is empty, which is found everywhere; leave it out")
+        if not is_unicode(text):
+            raise ValueError(f"{name}[{i}]={text!r} is not valid Unicode; leave it out")
     return texts
 
 

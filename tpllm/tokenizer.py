@@ -6,6 +6,7 @@ from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
+from tpllm.checks import is_unicode
 from tpllm.conversation import plain_messages, plain_tools, with_object_arguments
 from tpllm.detokenizer import (
     ByteDetokenizer,
@@ -61,7 +62,7 @@ class Tokenizer:
         if not texts:  # transformers fails on an empty batch
             return []
         for i, text in enumerate(texts):
-            if not _is_unicode(text):
+            if not is_unicode(text):
                 raise ValueError(f"prompt {i} holds a lone surrogate, which is not valid Unicode")
         # verbose=False: a text longer than the tokenizer's limit is judged by max_model_len.
         ids: list[list[int]] = self._inner(
@@ -238,6 +239,12 @@ class Tokenizer:
                 "continue_final_message=True leaves the last message open, and "
                 "add_generation_prompt=True opens another one; set one of them to False"
             )
+        for name in chat_template_kwargs or ():
+            if name in _OWN_ARGUMENTS:
+                raise ValueError(
+                    f"chat_template_kwargs holds {name!r}, which does not come by this way; give "
+                    "it as an argument or field of its own, if there is one"
+                )
         plain = plain_messages(messages)
         options = {
             "tools": plain_tools(tools),
@@ -273,6 +280,17 @@ class Tokenizer:
         return text
 
 
+# Of apply_chat_template, which we give it ourselves.
+_OWN_ARGUMENTS = (
+    "add_generation_prompt",
+    "chat_template",
+    "continue_final_message",
+    "conversation",
+    "messages",
+    "return_dict",
+    "tokenize",
+    "tools",
+)
 _BYTE_PIECE = re.compile("<0x[0-9A-F]{2}>")
 
 
@@ -288,14 +306,6 @@ def require_tokenizer(tokenizer: Tokenizer | None) -> Tokenizer:
             "one); pass token ids, or name a tokenizer with tokenizer="
         )
     return tokenizer
-
-
-def _is_unicode(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def _first_line(error: Exception) -> str:

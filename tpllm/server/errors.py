@@ -35,6 +35,7 @@ WORDS = {
     "model_type": "must be an object",
     "string_too_long": "is too long; at most {max_length} letters are taken",
     "string_type": "must be a text",
+    "string_unicode": "is not valid Unicode",
     "too_long": "has too many entries; at most {max_length} are taken",
     "too_short": "has too few entries; give at least {min_length}",
 }
@@ -146,7 +147,7 @@ def from_validation(problems: Sequence[Mapping[str, Any]], known: Sequence[str])
         why = context.get("error", "")
         return APIError(400, f"the body is not valid JSON: {why} (character {problem['loc'][-1]})")
     place = [part for part in problem["loc"] if part != "body" and part not in ALTERNATIVES]
-    if kind == "string_unicode":
+    if kind == "string_unicode" and not place:
         return APIError(400, "the name of a field is not valid Unicode; mend it")
     if kind == "value_error":
         message = str(context["error"])

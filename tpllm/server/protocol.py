@@ -20,7 +20,7 @@ from pydantic import (
     model_validator,
 )
 
-from tpllm.checks import are_ints, short
+from tpllm.checks import MAX_INT32, are_ints, short
 from tpllm.conversation import ROLES
 from tpllm.server.foreign_fields import without_foreign_fields
 
@@ -154,7 +154,7 @@ def _check_prompt(value: Any) -> list[str | list[int]]:
     if not items:
         raise ValueError("prompt=[] is empty; give a text or token ids")
     if isinstance(value, list) and are_ints(items):
-        return [items]
+        return _checked_ids([items])
     if len(items) > MAX_PROMPTS:
         raise ValueError(f"prompt has {len(items)} entries, and may have {MAX_PROMPTS}")
     for i, item in enumerate(items):
@@ -164,7 +164,16 @@ def _check_prompt(value: Any) -> list[str | list[int]]:
                 if isinstance(value, list)
                 else f"prompt={short(item)} must be a text, a list of token ids, or a list of these"
             )
-    return items
+    return _checked_ids(items)
+
+
+def _checked_ids(prompts: list[str | list[int]]) -> list[str | list[int]]:
+    """Whether numbers can be token ids. Whether the model has them is the engine's affair."""
+    for prompt in prompts:
+        for token_id in (min(prompt), max(prompt)) if isinstance(prompt, list) and prompt else ():
+            if not 0 <= token_id <= MAX_INT32:
+                raise ValueError(f"prompt holds {short(token_id)}, which is no token id")
+    return prompts
 
 
 _TEXT = {"type": "string"}
