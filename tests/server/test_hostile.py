@@ -115,7 +115,7 @@ def test_many_texts_are_encoded_some_at_a_time(monkeypatch: pytest.MonkeyPatch) 
 
 def test_bodies_that_never_end_hold_no_more_than_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(guard, "MAX_HELD_BYTES", 5000)
-    head = f"POST {COMPLETIONS} HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
+    head = f"POST {COMPLETIONS} HTTP/1.1\r\nhost: 127.0.0.1\r\ncontent-type: application/json\r\n"
     part = f"{head}content-length: 1024\r\n\r\n".encode() + b" " * 1000
     with running_server(max_body_bytes=1024) as served, served.http() as http:
         slow = [served.connect() for _ in range(5)]

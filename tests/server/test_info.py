@@ -142,7 +142,7 @@ def test_metrics_count_what_happened(http: httpx.Client, client: OpenAI, served:
     served.hold()
     with served.connect() as sock:
         sock.sendall(
-            b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
+            b"POST /v1/completions HTTP/1.1\r\nhost: [::1]\r\ncontent-type: application/json\r\n"
             b'content-length: 15\r\n\r\n{"prompt": "x"}'
         )
         assert wait_until(lambda: values()["tpllm_sequences_running"] == 1)

@@ -93,7 +93,7 @@ def test_a_dead_engine_shows_in_health_and_refuses() -> None:
         engine = FakeEngine()
         engine.die()
         transport = httpx.ASGITransport(build_app(engine))
-        async with httpx.AsyncClient(transport=transport, base_url="http://x") as http:
+        async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as http:
             return [
                 await http.get("/health"),
                 await http.post(CHAT, json=HELLO),

@@ -14,6 +14,7 @@ def test_the_defaults_let_nobody_else_in() -> None:
     settings = ServerSettings()
     assert settings.host == "127.0.0.1" and settings.is_local
     assert settings.cors_origins == () and settings.log_requests is False
+    assert ServerSettings(host="tpllm.localhost").is_local
     assert not ServerSettings(host="0.0.0.0").is_local
 
 
@@ -21,6 +22,7 @@ def test_names_and_origins_are_kept_as_tuples() -> None:
     settings = ServerSettings(served_model_name="a", cors_origins=["http://localhost:3000", "*"])
     assert settings.served_model_name == ("a",)
     assert settings.cors_origins == ("http://localhost:3000", "*")
+    assert ServerSettings(allowed_hosts=["LLM.example.org."]).allowed_hosts == ("llm.example.org",)
     hash(settings)
 
 
@@ -47,6 +49,11 @@ def test_several_texts_may_stand_between_commas(given: Any) -> None:
         ({"served_model_name": [5]}, "served_model_name holds 5"),
         ({"cors_origins": ["example.org"]}, "cors_origins holds 'example.org', which is no origin"),
         ({"cors_origins": ["https://example.org/"]}, "which is no origin"),
+        (
+            {"allowed_hosts": ["http://a.org"]},
+            "allowed_hosts holds 'http://a.org', which is no host",
+        ),
+        ({"allowed_hosts": ["a.org:8000"]}, "give the name alone, without scheme and port"),
         ({"cors_origins": 5}, "cors_origins=5 must be a text, or a list of texts"),
     ],
 )

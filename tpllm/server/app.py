@@ -1,6 +1,6 @@
 """build_app: the endpoints, as a FastAPI application over an engine that runs."""
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -8,7 +8,6 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
-from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import PlainTextResponse, Response
 
 import tpllm
@@ -18,6 +17,7 @@ from tpllm.server.completions import complete
 from tpllm.server.engine import Engine
 from tpllm.server.errors import APIError, from_validation
 from tpllm.server.guard import Guard
+from tpllm.server.origins import Cors
 from tpllm.server.page import page
 from tpllm.server.protocol import (
     ChatCompletionRequest,
@@ -26,7 +26,7 @@ from tpllm.server.protocol import (
     ErrorBody,
     TokenizeRequest,
 )
-from tpllm.server.responses import unexpected_error
+from tpllm.server.request_log import RequestLog
 from tpllm.server.service import Service
 from tpllm.server.settings import ServerSettings
 
@@ -44,7 +44,7 @@ ERRORS: dict[int | str, dict[str, Any]] = {
     for status, words in {
         400: "the request is wrong",
         401: "the API key is missing or wrong",
-        403: "a page of another origin asks",
+        403: "a page of another origin asks, or one that calls the server by another name",
         404: "there is no such model or path",
         405: "the path does not take this method",
         413: "the body is too large",
@@ -87,12 +87,8 @@ def build_app(engine: Engine, settings: ServerSettings | None = None) -> FastAPI
     _add_errors(app)
     app.add_middleware(Guard, service=service)
     if settings.cors_origins:
-        app.add_middleware(
-            CORSMiddleware,
-            allow_origins=settings.cors_origins,
-            allow_methods=["GET", "POST"],
-            allow_headers=["authorization", "content-type"],
-        )
+        app.add_middleware(Cors, origins=tuple(settings.cors_origins))
+    app.add_middleware(RequestLog, service=service)
     return app
 
 
@@ -171,9 +167,13 @@ def _add_errors(app: FastAPI) -> None:
                 405: f"{request.method} is not allowed here",
             }
             message = messages.get(error.status_code, str(error.detail))
-            error = APIError(error.status_code, message, headers=error.headers)
+            error = APIError(error.status_code, message, headers=_with_head(error.headers))
         return error.response()
 
-    @app.exception_handler(Exception)
-    async def unexpected(request: Request, error: Exception) -> Response:
-        return unexpected_error().response()  # uvicorn logs it
+
+def _with_head(headers: Mapping[str, str] | None) -> dict[str, str]:
+    """The headers of a refused method: HEAD is taken where GET is."""
+    return {
+        name: f"{value}, HEAD" if name.lower() == "allow" and value == "GET" else value
+        for name, value in (headers or {}).items()
+    }

@@ -45,7 +45,7 @@ FIELDS = frozenset(
     for body in (ChatCompletionRequest, CompletionRequest, TokenizeRequest, DetokenizeRequest)
     for name in body.model_fields
 )
-TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
+TYPES = {429: "rate_limit_error"}  # OpenAI has "invalid_request_error" for 401 and 404, too
 
 
 class APIError(HTTPException):

@@ -1,25 +1,22 @@
-"""The door: who has no key, or brings too much, gets no further. Everyone is counted."""
+"""The door: who has no key, or brings too much, gets no further."""
 
 import asyncio
 import hashlib
 import hmac
 import logging
-import time
-from urllib.parse import urlsplit
 
-from starlette.datastructures import Headers, MutableHeaders
+from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from tpllm.checks import short
 from tpllm.server.errors import APIError
+from tpllm.server.origins import check_host, check_origin
+from tpllm.server.responses import unexpected_error
 from tpllm.server.service import Service
-from tpllm.server.settings import is_local_host
 
 logger = logging.getLogger("tpllm.server")
 
 OPEN_PATHS = frozenset({"/", "/health"})  # the page asks for the key itself; probes have none
 GENERATING_PATHS = frozenset({"/v1/completions", "/v1/chat/completions"})
-COUNTED_PATHS = GENERATING_PATHS | {"/v1/models", "/tokenize", "/detokenize"}
 MAX_VALUES = 2**18  # of a body: 0.1 to 0.3 s to read, for which everybody waits
 LARGE_BODY = 2**16  # bytes; such are read one by one, with turns for others in between
 VALUE_BYTES = 64  # that a value takes in memory, at least
@@ -27,7 +24,10 @@ MAX_HELD_BYTES = 512 * 2**20  # for the bodies of all requests that are here
 
 
 class Guard:
-    """ASGI middleware around all endpoints: key, body limit, early refusal, counting, log line."""
+    """ASGI middleware around all endpoints: hosts, origins, key, body limit, early refusal.
+
+    HEAD goes to the endpoint for GET; the HTTP server leaves the body of its answer out.
+    """
 
     def __init__(self, app: ASGIApp, service: Service) -> None:
         self._app = app
@@ -41,10 +41,7 @@ class Guard:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        begin = time.perf_counter()
-        state = scope.setdefault("state", {})
-        state["outcome"] = None
-        status = 0
+        has_begun = False
         num_bytes = num_values = 0  # of the body, so far
 
         async def receive_limited() -> Message:
@@ -69,37 +66,25 @@ class Guard:
                     await asyncio.sleep(0)
             return message
 
-        async def send_counted(message: Message) -> None:
-            nonlocal status
-            if message["type"] == "http.response.start":
-                status = message["status"]
-                MutableHeaders(scope=message).setdefault("x-content-type-options", "nosniff")
+        async def send_noted(message: Message) -> None:
+            nonlocal has_begun
+            has_begun = True
             await send(message)
 
         try:
-            try:
-                self._check(scope)
-            except APIError as error:
-                await error.response()(scope, receive, send_counted)
-            else:
-                await self._app(scope, receive_limited, send_counted)
-        except Exception:
-            state["outcome"] = "error"
-            raise
+            self._check(scope)
+            inner = {**scope, "method": "GET"} if scope["method"] == "HEAD" else scope
+            await self._app(inner, receive_limited, send_noted)
+        except Exception as error:
+            # not left to Starlette, whose answer would go out without the headers of CORS
+            if has_begun:
+                raise
+            if not isinstance(error, APIError):
+                logger.error("a request failed", exc_info=error)
+                error = unexpected_error()
+            await error.response()(scope, receive, send)
         finally:
             self._held_bytes -= num_bytes + VALUE_BYTES * num_values
-            self._tell(scope, status, 1000 * (time.perf_counter() - begin))
-
-    def _tell(self, scope: Scope, status: int, ms: float) -> None:
-        """Count a request that has been answered, and log it if that is wanted."""
-        path = scope["path"]
-        outcome = scope["state"]["outcome"] or _outcome(status)
-        if path in COUNTED_PATHS:
-            self._service.metrics.answered(path, outcome)
-        if self._service.settings.log_requests:
-            shown = path if path.isprintable() else repr(path)
-            line = "method=%s path=%s status=%d outcome=%s ms=%.1f"
-            logger.info(line, scope["method"], shown, status, outcome, ms)
 
     def _check(self, scope: Scope) -> None:
         """What can be refused by the head of a request.
@@ -109,7 +94,9 @@ class Guard:
         """
         headers = Headers(scope=scope)
         path = scope["path"]
-        self._check_origin(headers)
+        settings = self._service.settings
+        check_host(headers, scope["http_version"], settings)
+        check_origin(headers, settings)
         scope["state"]["knows_key"] = knows_key = self._knows_key(headers)
         if path not in OPEN_PATHS and not knows_key:
             raise APIError(
@@ -119,35 +106,12 @@ class Guard:
                 headers={"WWW-Authenticate": "Bearer"},
             )
         length = headers.get("content-length", "")
-        if length.isdecimal() and int(length) > self._service.settings.max_body_bytes:
+        if length.isdecimal() and int(length) > settings.max_body_bytes:
             raise self._too_large()
         self._check_held_bytes()
         if path in GENERATING_PATHS and scope["method"] == "POST":
             self._service.check_engine()  # and all before the body is read
             self._service.admission.check()
-
-    def _check_origin(self, headers: Headers) -> None:
-        """Keep foreign web pages out where neither a key nor the network does.
-
-        A page whose host name has been turned to this machine's address is of one origin with the
-        server in its browser's eyes: only what the name was tells it from the built-in page.
-
-        Raises:
-            APIError: 403.
-        """
-        settings = self._service.settings
-        origin = headers.get("origin")
-        if origin is None or settings.api_key is not None or not settings.is_local:
-            return
-        allowed = settings.cors_origins
-        if "*" in allowed or origin in allowed or _is_local_origin(origin):
-            return
-        raise APIError(
-            403,
-            f"pages of {short(origin)} may not use this server; name it in cors_origins, or set "
-            "an api_key",
-            code="origin_not_allowed",
-        )
 
     def _knows_key(self, headers: Headers) -> bool:
         if self._key_digest is None:
@@ -181,25 +145,5 @@ class Guard:
         )
 
 
-def _is_local_origin(origin: str) -> bool:
-    try:
-        host = urlsplit(origin).hostname
-    except ValueError:  # such as a broken IPv6 address
-        return False
-    return host is not None and is_local_host(host)
-
-
 def _digest(key: bytes) -> bytes:
     return hashlib.sha256(key).digest()
-
-
-def _outcome(status: int) -> str:
-    if status == 429:
-        return "overloaded"
-    if status == 503:
-        return "unavailable"
-    if status == 504:
-        return "timeout"
-    if status >= 500:
-        return "error"
-    return "invalid" if status >= 400 else "ok"

@@ -1,5 +1,6 @@
 """ServerSettings: everything about the server that is not the engine's."""
 
+import re
 from dataclasses import dataclass, field, fields
 from ipaddress import ip_address
 from typing import Any, Self
@@ -36,6 +37,9 @@ class ServerSettings:
             commas between them, of which answers give the first; None for the model's own
         cors_origins: web origins whose pages may call the server, such as "https://example.org";
             "*" is all of them
+        allowed_hosts: host names by which the server may be called, besides localhost and IP
+            addresses, such as "llm.example.org"; "*" is all of them. Other names are refused where
+            allowed_hosts is given, and on a loopback host without api_key
         max_body_bytes: largest request body
         max_queue: most sequences that may wait beyond the `max_num_seqs` that can run; more are
             refused with 429
@@ -60,6 +64,7 @@ class ServerSettings:
     api_key: str | None = field(default=None, repr=False)
     served_model_name: str | tuple[str, ...] | list[str] | None = None  # kept as None or a tuple
     cors_origins: tuple[str, ...] | list[str] = ()  # kept as a tuple
+    allowed_hosts: tuple[str, ...] | list[str] = ()  # kept as a tuple, in lower case
     max_body_bytes: int = 8 * 2**20
     max_queue: int = 1024
     max_n: int = 128
@@ -94,6 +99,7 @@ class ServerSettings:
                 raise ValueError("served_model_name=() names nothing; leave it out, or give a name")
             self._keep("served_model_name", names)
         self._keep("cors_origins", _check_origins(self.cors_origins))
+        self._keep("allowed_hosts", _check_hosts(self.allowed_hosts))
 
     @property
     def is_local(self) -> bool:
@@ -105,8 +111,8 @@ class ServerSettings:
 
 
 def is_local_host(host: str) -> bool:
-    """Whether a host's name or address always means the machine itself."""
-    if host == "localhost":
+    """Whether a host's name or address, in lower case, always means the machine itself."""
+    if host == "localhost" or host.endswith(".localhost"):  # RFC 6761, section 6.3
         return True
     try:
         return ip_address(host).is_loopback
@@ -155,3 +161,14 @@ def _check_origins(value: object) -> tuple[str, ...]:
                 "alone, such as 'https://example.org', or '*'"
             )
     return origins
+
+
+def _check_hosts(value: object) -> tuple[str, ...]:
+    hosts = _check_texts("allowed_hosts", value)
+    for host in hosts:
+        if host != "*" and not re.fullmatch(r"[\w.-]+", host):
+            raise ValueError(
+                f"allowed_hosts holds {host!r}, which is no host's name; give the name alone, "
+                "without scheme and port, such as 'llm.example.org', or '*'"
+            )
+    return tuple(host.lower().removesuffix(".") for host in hosts)

@@ -1,0 +1,81 @@
+"""RequestLog: every request has an id, is counted, and is logged if that is wanted."""
+
+import logging
+import re
+import time
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from tpllm.server.guard import GENERATING_PATHS
+from tpllm.server.service import Service, new_id
+
+logger = logging.getLogger("tpllm.server")
+
+COUNTED_PATHS = GENERATING_PATHS | {"/v1/models", "/tokenize", "/detokenize"}
+REQUEST_ID = re.compile("[!-~]{1,128}")  # no blank, which would part a line of the log
+MAX_SHOWN = 200  # letters of a path
+
+
+class RequestLog:
+    """ASGI middleware around everything else.
+
+    An answer has the client's `x-request-id`, or one that is made here where it sent none or one
+    that is too long for a log.
+    """
+
+    def __init__(self, app: ASGIApp, service: Service) -> None:
+        self._app = app
+        self._service = service
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        begin = time.perf_counter()
+        state = scope.setdefault("state", {})
+        state["outcome"] = None
+        request_id = Headers(scope=scope).get("x-request-id", "")
+        if not REQUEST_ID.fullmatch(request_id):
+            request_id = new_id("req_")
+        status = 0
+
+        async def send_named(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                headers = MutableHeaders(scope=message)
+                headers["x-request-id"] = request_id
+                headers.setdefault("x-content-type-options", "nosniff")
+            await send(message)
+
+        try:
+            await self._app(scope, receive, send_named)
+        except Exception:
+            state["outcome"] = state["outcome"] or "error"
+            raise
+        finally:
+            self._tell(scope, status, request_id, 1000 * (time.perf_counter() - begin))
+
+    def _tell(self, scope: Scope, status: int, request_id: str, ms: float) -> None:
+        path = scope["path"]
+        outcome = scope["state"]["outcome"] or _outcome(status)
+        if path in COUNTED_PATHS:
+            self._service.metrics.answered(path, outcome)
+        if self._service.settings.log_requests:
+            shown = path[:MAX_SHOWN]
+            shown = shown if shown.isprintable() else repr(shown)
+            line = "method=%s path=%s status=%d outcome=%s ms=%.1f id=%s"
+            logger.info(line, scope["method"], shown, status, outcome, ms, request_id)
+
+
+def _outcome(status: int) -> str:
+    if status == 429:
+        return "overloaded"
+    if status == 503:
+        return "unavailable"
+    if status == 504:
+        return "timeout"
+    if status >= 500:
+        return "error"
+    return "invalid" if status >= 400 else "ok"
