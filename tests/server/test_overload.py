@@ -9,6 +9,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures import TimeoutError as FuturesTimeoutError
+from contextlib import suppress
 from typing import Any
 
 import httpx
@@ -56,6 +57,9 @@ def test_a_request_that_takes_too_long_is_ended() -> None:
         served.hold()
         error = error_of(http.post(CHAT, json=HELLO), 504)
         assert error["code"] == "timeout" and "0.3 s" in error["message"]
+        with served.openai() as client, pytest.raises(InternalServerError) as ended:
+            client.completions.create(model="letters", prompt="x")
+        assert ended.value.response.headers["x-should-retry"] == "false"
         assert wait_until(lambda: served.engine.num_running == 0)
         served.go_on()
         served.engine.reply, served.engine.step_s = "x" * 300, 0.05
@@ -64,7 +68,7 @@ def test_a_request_that_takes_too_long_is_ended() -> None:
                 model="letters", prompt="x", max_tokens=300, stream=True
             ):
                 pass
-        assert len(served.engine.gone) == 2
+        assert len(served.engine.gone) == 3
         assert 'outcome="timeout"' in http.get("/metrics").text
 
 
@@ -185,6 +189,17 @@ def large_answer(served: Served, *, stream: bool) -> socket.socket:
     """A connection with the first byte of an answer that is larger than all buffers on its way."""
     served.engine.reply, served.engine.letters_per_step = "x" * 1900, 1900
     body = {"prompt": "x", "n": 60, "max_tokens": 1900, "logprobs": 5, "stream": stream}
+    return begun_answer(served, body)
+
+
+def quick_answer(served: Served, *, stream: bool) -> socket.socket:
+    """The same, of 600 sequences: 14 MB that are soon made, 12 bytes of JSON for each letter."""
+    served.engine.reply, served.engine.letters_per_step = "\U0001f600" * 1900, 1900
+    body = {"prompt": "x", "n": 600, "max_tokens": 1900, "stream": stream}
+    return begun_answer(served, body)
+
+
+def begun_answer(served: Served, body: dict[str, Any]) -> socket.socket:
     data = json.dumps(body).encode()
     sock = socket.socket()
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 18)
@@ -217,6 +232,45 @@ def test_a_drain_waits_for_a_client_that_reads_slowly(monkeypatch: pytest.Monkey
                 time.sleep(0.02)
         assert answer.endswith(b"}}}")
         assert served.exit_code.result(60) == 0
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_the_time_of_a_request_covers_the_reading_of_its_answer(
+    stream: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(responses, "LAST_EVENT_S", 0.1)
+    with running_server(client_timeout_s=600, request_timeout_s=1.5, max_n=600) as served:
+        with quick_answer(served, stream=stream) as sock, served.http() as http:
+
+            def is_over() -> bool:
+                sock.recv(10)
+                return 'outcome="timeout"' in http.get("/metrics").text
+
+            assert wait_until(is_over)
+            assert "tpllm_server_sequences 0.0" in http.get("/metrics").text
+            num_read = 0
+            with suppress(ConnectionError):
+                while part := sock.recv(2**20):
+                    num_read += len(part)
+            assert 2**18 < num_read < 10 * 2**20
+        assert wait_until(lambda: served.engine.num_running == 0)
+    assert "Traceback" not in caplog.text
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_answer_that_nobody_reads_keeps_its_place_in_the_queue(stream: bool) -> None:
+    settings = {**PATIENT, "max_n": 600, "max_queue": 2}
+    with running_server(lambda: FakeEngine(max_num_seqs=600), **settings) as served:
+        with quick_answer(served, stream=stream), served.http() as http:
+            if not stream:  # it is whole, and waits for its client
+                assert wait_until(lambda: served.engine.num_running == 0)
+            assert "tpllm_server_sequences 600.0" in http.get("/metrics").text
+            body = {"prompt": "x", "n": 3}
+            refused = http.post("/v1/completions", json=body)
+            assert error_of(refused, 429)["code"] == "queue_full"
+        with served.http() as http:
+            assert wait_until(lambda: "server_sequences 0.0" in http.get("/metrics").text)
+            assert http.post("/v1/completions", json=body).status_code == 200
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

@@ -6,6 +6,7 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from tpllm.server.errors import APIError
 
@@ -26,13 +27,13 @@ class Admission:
         self._max_queue = max_queue
         self._num_seqs = 0
         self.num_answers = 0  # that are being made or sent
-        self._tasks: set[asyncio.Task[object]] = set()
+        self._tasks: set[asyncio.Task[Any]] = set()
         self._ended: deque[tuple[float, int]] = deque()  # when, and how many sequences
         self.draining = False
 
     @property
     def num_seqs(self) -> int:
-        """Sequences that are here, running or waiting."""
+        """Sequences that are here: running, waiting, or in an answer that has not left."""
         return self._num_seqs
 
     @property
@@ -70,32 +71,30 @@ class Admission:
 
     @contextmanager
     def enter(self, num_seqs: int) -> Iterator[None]:
-        """Be counted while inside. The calling task is the one that `end_all` cancels.
+        """Be counted while inside: from a request's first check to its answer's last byte.
 
         Raises:
             APIError: as `check`.
         """
         self.check(num_seqs)
-        task = asyncio.current_task()
-        assert task is not None
         self._num_seqs += num_seqs
-        self._tasks.add(task)
-        try:
-            yield
-        finally:
-            self._num_seqs -= num_seqs
-            self._tasks.discard(task)
-            self._ended.append((time.monotonic(), num_seqs))
-            self._forget_old()
-
-    @contextmanager
-    def answering(self) -> Iterator[None]:
-        """Be counted while inside: from a request's first check to its answer's last byte."""
         self.num_answers += 1
         try:
             yield
         finally:
+            self._num_seqs -= num_seqs
             self.num_answers -= 1
+            self._ended.append((time.monotonic(), num_seqs))
+            self._forget_old()
+
+    @contextmanager
+    def ending(self, task: asyncio.Task[Any]) -> Iterator[None]:
+        """Have `end_all` cancel `task` while inside."""
+        self._tasks.add(task)
+        try:
+            yield
+        finally:
+            self._tasks.discard(task)
 
     async def wait_for_answers(self, timeout_s: float) -> None:
         """Return once all answers have been sent, or after `timeout_s`."""
@@ -104,7 +103,7 @@ class Admission:
             await asyncio.sleep(0.02)
 
     def end_all(self) -> None:
-        """End every request that is inside of `enter`, by cancelling its task."""
+        """End every request that is inside of `ending`, by cancelling its task."""
         for task in self._tasks:
             task.cancel()
 

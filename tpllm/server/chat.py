@@ -45,6 +45,7 @@ class _Chat:
         self._service = service
         self._body = body
         self._params = params
+        self.num_seqs = params.n
         self._id = new_id("chatcmpl-")
         self._created = int(time.time())
         self._num_top = body.top_logprobs or 0
@@ -53,7 +54,7 @@ class _Chat:
 
     async def whole(self) -> dict[str, Any]:
         """The answer, once all of it is there."""
-        with self._service.admission.enter(self._params.n), naming_the_field(self._body):
+        with naming_the_field(self._body):
             generation = await self._begin()
             await generation.run()
         content = {
@@ -69,7 +70,7 @@ class _Chat:
         """The answer in chunks: each answer's role, what is new of it, and how it ended."""
         usage = StreamedUsage(self._body.stream_options)
         head = self._head("chat.completion.chunk")
-        with self._service.admission.enter(self._params.n), naming_the_field(self._body):
+        with naming_the_field(self._body):
             generation = await self._begin()
             deltas = [_Deltas(self._parser(), self._shows_reasoning) for _ in generation.answers]
             async for _, answer, part in generation.parts():

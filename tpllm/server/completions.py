@@ -36,7 +36,7 @@ class _Completion:
         self._service = service
         self._body = body
         self._params = params
-        self._num_seqs = len(body.prompt) * params.n
+        self.num_seqs = len(body.prompt) * params.n
         self._head = {
             "id": new_id("cmpl-"),
             "object": "text_completion",
@@ -50,7 +50,7 @@ class _Completion:
 
     async def whole(self) -> dict[str, Any]:
         """The answer, once all of it is there."""
-        with self._service.admission.enter(self._num_seqs), naming_the_field(self._body):
+        with naming_the_field(self._body):
             generation = await self._begin()
             await generation.run()
         choices = []
@@ -67,7 +67,7 @@ class _Completion:
     async def stream(self) -> AsyncGenerator[dict[str, Any], None]:
         """The answer in chunks."""
         usage = StreamedUsage(self._body.stream_options)
-        with self._service.admission.enter(self._num_seqs), naming_the_field(self._body):
+        with naming_the_field(self._body):
             generation = await self._begin()
             indices = {id(prompt): i for i, prompt in enumerate(generation.prompts)}
             begun: set[int] = set()

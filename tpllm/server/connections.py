@@ -1,21 +1,46 @@
-"""Connections that do not wait forever: for a request's end, or for a client to read."""
+"""Connections with limits that uvicorn has not: for what a client sends, and how slowly."""
 
 import fcntl
 import sys
 import termios
 from asyncio import BaseTransport, TimerHandle
+from enum import Enum
 from typing import Any
 
+from httptools import HttpRequestParser
+from starlette.types import Receive, Scope, Send
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from tpllm.server.errors import APIError
+from tpllm.server.http10 import for_http10
+from tpllm.server.incoming import Incoming
+from tpllm.server.responses import AnswerNotTaken
+from tpllm.server.service import new_id
 
 MAX_HEAD_BYTES = 64 * 1024
+MAX_FIELDS = 256  # of a head: each takes memory beyond its bytes
+MAX_DROPPED_BYTES = 64 * 2**20  # of a body that comes after its answer, so that this is read
 KEEP_ALIVE_S = 30  # more than the 5 s after which the usual clients give an idle connection up
 
 
+class Part(Enum):
+    """What comes next of a request."""
+
+    HEAD = "head"
+    BODY = "body"
+    NOTHING = "nothing"  # it is whole, and its answer is not
+
+
+class TooLarge(Exception):
+    """A head, or what comes of a body besides its bytes, is larger than a head may be."""
+
+
 class Connection(HttpToolsProtocol):
-    """uvicorn's HTTP/1.1 with three limits that it has not: see `limit`."""
+    """uvicorn's HTTP/1.1 with limits that it has not: see `limit`.
+
+    One request at a time is parsed; what a client sends after it waits as it is. Fields after a
+    body in chunks are checked and dropped: they are no headers (RFC 9110, section 6.5.1).
+    """
 
     client_timeout_s: float
 
@@ -23,10 +48,12 @@ class Connection(HttpToolsProtocol):
     def limit(cls, client_timeout_s: float) -> type["Connection"]:
         """A class whose connections end when
 
-        - the head of a request is larger than 64 KiB,
+        - the head of a request is larger than 64 KiB or has more than 256 fields,
+        - the fields after a body, or the extensions of a chunk, are larger than 64 KiB,
+        - 64 MiB of a body have come after the request was answered,
         - a request has not come completely `client_timeout_s` after the connection was ready for
           it, or after it began,
-        - the client has taken in nothing to speak of for `client_timeout_s` while an answer waits.
+        - the client has not taken in what it was sent for `client_timeout_s`.
         """
         return type("LimitedConnection", (cls,), {"client_timeout_s": client_timeout_s})
 
@@ -35,39 +62,117 @@ class Connection(HttpToolsProtocol):
         self._request_timer: TimerHandle | None = None
         self._write_timer: TimerHandle | None = None
         self._waiting = 0, 0.0  # bytes to be sent, and since when so many
-        self._head_bytes = 0
-        self._in_head = True
+        self._incoming = Incoming()
+        self._next = Part.HEAD
+        self._body_left: int | None = None  # by Content-Length; None in chunks
+        self._num_head_bytes = 0
+        self._num_trailer_bytes = 0
+        self._num_silent_bytes = 0  # of a body in chunks, since the parser gave some of it
+        self._num_dropped_bytes = 0
+        self._is_too_large = False
+        self._keeps_http10 = False
+        self._application, self.app = self.app, self._answer
 
     # ---- reading -----------------------------------------------------------------------------
 
     def connection_made(self, transport: BaseTransport) -> None:
         super().connection_made(transport)  # type: ignore[arg-type]
+        # what is sent next waits until the kernel has all that was sent before
+        self.transport.set_write_buffer_limits(high=0)
         self._start_request_timer()
 
     def data_received(self, data: bytes) -> None:
         if self._request_timer is None and self._is_idle():
             self._start_request_timer()
-        if self._in_head:
-            self._head_bytes += len(data)
-        super().data_received(data)
-        if self._in_head and self._head_bytes > MAX_HEAD_BYTES:
-            self._refuse(431, f"the head of the request is larger than {MAX_HEAD_BYTES} bytes")
+        self._incoming.add(data)
+        self._parse()
+
+    def _parse(self) -> None:
+        """Parse what has come, up to the end of a request that has no whole answer."""
+        while self._incoming and not self.transport.is_closing():
+            if self._next is Part.NOTHING:
+                self.flow.pause_reading()
+                return
+            try:
+                piece = self._take()
+            except TooLarge:
+                self._refuse_size()
+                return
+            if not piece:
+                return
+            super().data_received(piece)
+            if self._num_silent_bytes > MAX_HEAD_BYTES:
+                self._refuse_size()
+
+    def _take(self) -> bytes:
+        """The next piece for the parser, or b"" if more has to come first.
+
+        Raises:
+            TooLarge
+        """
+        if self._next is Part.HEAD:
+            piece, size = self._incoming.take_head()
+            self._num_head_bytes += size
+            if self._num_head_bytes > MAX_HEAD_BYTES:
+                raise TooLarge
+            return piece
+        if self._body_left is None:
+            piece = self._incoming.take_chunks()
+            self._num_silent_bytes += len(piece)
+        else:
+            piece = self._incoming.take(self._body_left)
+            self._body_left -= len(piece)
+        if self._is_idle():
+            self._num_dropped_bytes += len(piece)
+            if self._num_dropped_bytes > MAX_DROPPED_BYTES:
+                self.transport.abort()
+        return piece
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
-        self._in_head = True
         if self._request_timer is None:
             self._start_request_timer()
 
+    def on_header(self, name: bytes, value: bytes) -> None:
+        if self._next is Part.HEAD:
+            self._is_too_large = len(self.headers) >= MAX_FIELDS
+        else:
+            self._num_silent_bytes = 0
+            self._num_trailer_bytes += len(name) + len(value) + len(b": \r\n")
+            self._is_too_large = self._num_trailer_bytes > MAX_HEAD_BYTES
+        if self._is_too_large:
+            raise TooLarge  # the parser stops, and has send_400_response called
+        if self._next is Part.HEAD:
+            super().on_header(name, value)
+
     def on_headers_complete(self) -> None:
-        self._in_head = False
-        self._head_bytes = 0
+        self._next = Part.BODY
+        self._num_head_bytes = self._num_trailer_bytes = self._num_silent_bytes = 0
+        self._num_dropped_bytes = 0
+        # the parser has checked that there is one, and a number
+        length = next((value for name, value in self.headers if name == b"content-length"), None)
+        self._body_left = None if length is None else int(length)
+        if self.parser.get_http_version() < "1.1":
+            self.expect_100_continue = False  # which such a client does not know
+            self._keeps_http10 = self.parser.should_keep_alive()
         super().on_headers_complete()
 
+    def on_body(self, body: bytes) -> None:
+        self._num_silent_bytes = 0
+        super().on_body(body)
+
     def on_message_complete(self) -> None:
-        self._in_head = True
+        self._next = Part.HEAD if self._is_idle() else Part.NOTHING
         self._stop_request_timer()
         super().on_message_complete()
+        # this one reads no further after a Connection: close, even in a trailer
+        self.parser = HttpRequestParser(self)
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        if self._next is Part.NOTHING:
+            self._next = Part.HEAD
+        self._parse()
 
     def _is_idle(self) -> bool:
         return self.cycle is None or self.cycle.response_complete
@@ -82,17 +187,35 @@ class Connection(HttpToolsProtocol):
 
     def _request_is_late(self) -> None:
         self._request_timer = None
-        if self._is_idle():
-            self._refuse(
-                408, f"the request has not come within {self.client_timeout_s:g} s", abort=True
-            )
+        if self._is_idle() and self._next is Part.HEAD:
+            self._refuse(408, f"the request has not come within {self.client_timeout_s:g} s")
         else:
             self.transport.abort()
 
-    def send_400_response(self, msg: str) -> None:
-        self._refuse(400, "this is not a valid HTTP/1.1 request")
+    # ---- answering ---------------------------------------------------------------------------
 
-    def _refuse(self, status: int, message: str, abort: bool = False) -> None:
+    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["http_version"] < "1.1":
+            send = for_http10(self.cycle, send, self._keeps_http10)
+        try:
+            await self._application(scope, receive, send)
+        except AnswerNotTaken:
+            self.transport.abort()
+
+    def send_400_response(self, msg: str) -> None:
+        if self._is_too_large:
+            self._refuse_size()
+        else:
+            self._refuse(400, "this is not a valid HTTP/1.1 request")
+
+    def _refuse_size(self) -> None:
+        self._refuse(
+            431,
+            f"the head of the request, or what comes after its body, is larger than "
+            f"{MAX_HEAD_BYTES} bytes or {MAX_FIELDS} fields",
+        )
+
+    def _refuse(self, status: int, message: str) -> None:
         """Answer by ourselves, there being no request that an endpoint could answer."""
         if self.transport.is_closing():
             return
@@ -100,7 +223,8 @@ class Connection(HttpToolsProtocol):
             body = APIError(status, message).response().body
             head = (
                 f"HTTP/1.1 {status} Refused\r\ncontent-type: application/json\r\n"
-                f"content-length: {len(body)}\r\nconnection: close\r\n\r\n"
+                f"content-length: {len(body)}\r\nx-request-id: {new_id('req_')}\r\n"
+                "connection: close\r\n\r\n"
             )
             self.transport.write(head.encode() + bytes(body))
         self.transport.close()

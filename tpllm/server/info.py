@@ -146,7 +146,7 @@ def _families(service: Service, is_up: bool, stats: Any | None) -> Iterable[Metr
     yield gauge("engine_up", "1 while the engine runs, 0 once it has failed", is_up)
     yield gauge(
         "server_sequences",
-        "Sequences in the server, running or waiting",
+        "Sequences in the server, running, waiting, or in answers that have not left",
         service.admission.num_seqs,
     )
     yield gauge("server_draining", "1 while the server shuts down", service.admission.draining)

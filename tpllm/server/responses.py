@@ -22,6 +22,7 @@ logger = logging.getLogger("tpllm.server")
 # A streamed answer's status goes out with its first event, so that what is refused until then has a
 # status of its own; or after this time, so that proxies see that somebody is at work.
 HEADERS_AFTER_S = 10.0
+LAST_EVENT_S = 2.0  # for a client to take in what went wrong, in the middle of a stream
 COMMENT_AFTER_S = 15.0  # without an event, a comment tells proxies that the connection lives
 
 DONE = b"data: [DONE]\n\n"
@@ -32,16 +33,28 @@ class ClientGone(Exception):
     """The client has hung up: there is nobody to answer."""
 
 
-class LongResponse(Response):
-    """Base of answers whose work begins when they are sent, watched until it ends."""
+class AnswerNotTaken(Exception):
+    """The client takes an answer in so slowly that the request's time is over: hang up."""
 
-    def __init__(self, service: "Service") -> None:
+
+class LongResponse(Response):
+    """Base of answers whose work begins when they are sent, watched until the client has them."""
+
+    def __init__(self, service: "Service", answerer: "Answerer") -> None:
         super().__init__()
         self._service = service
+        self._answerer = answerer
+        self._deadline_s = 0.0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        with self._service.admission.answering():
-            await self._answer(scope, receive, send)
+        loop = asyncio.get_running_loop()
+        self._deadline_s = loop.time() + self._service.settings.request_timeout_s
+        try:
+            # until the last byte has left, for its memory is needed as long
+            with self._service.admission.enter(self._answerer.num_seqs):
+                await self._answer(scope, receive, send)
+        except APIError as error:
+            await error.response()(scope, receive, send)
 
     @abstractmethod
     async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None: ...
@@ -53,22 +66,24 @@ class LongResponse(Response):
             ClientGone: the client hung up.
             APIError: the time is over, the server ends, or whatever `work` raises, put into words.
         """
-        timeout_s = self._service.settings.request_timeout_s
+        timeout_s = self._deadline_s - asyncio.get_running_loop().time()
         task = asyncio.ensure_future(work)
         hang_up = asyncio.ensure_future(_hang_up(receive))
         try:
-            await asyncio.wait(
-                {task, hang_up}, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED
-            )
+            with self._service.admission.ending(task):
+                await asyncio.wait(
+                    {task, hang_up}, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED
+                )
             if task.done():
                 return _result(task)
             if hang_up.done():
                 raise ClientGone
             raise APIError(
                 504,
-                f"the request took longer than {timeout_s:g} s, this server's limit; "
-                "ask for fewer tokens",
+                f"the request took longer than {self._service.settings.request_timeout_s:g} s, "
+                "this server's limit; ask for fewer tokens",
                 code="timeout",
+                headers={"x-should-retry": "false"},  # OpenAI's client would, twice
             )
         finally:
             task.cancel()
@@ -77,11 +92,7 @@ class LongResponse(Response):
 
 
 class JSONAnswer(LongResponse):
-    """One JSON object, once `work` has it."""
-
-    def __init__(self, service: "Service", work: Coroutine[Any, Any, dict[str, Any]]) -> None:
-        super().__init__(service)
-        self._work = work
+    """One JSON object, once it is whole."""
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
@@ -96,21 +107,26 @@ class JSONAnswer(LongResponse):
             (b"content-length", str(sum(map(len, pieces))).encode()),
             (b"content-type", b"application/json"),
         ]
-        await send({"type": "http.response.start", "status": 200, "headers": headers})
-        for num_sent, piece in enumerate(pieces, 1):
-            more = num_sent < len(pieces)
-            await send({"type": "http.response.body", "body": piece, "more_body": more})
+        try:
+            async with asyncio.timeout_at(self._deadline_s):
+                await send({"type": "http.response.start", "status": 200, "headers": headers})
+                for piece in pieces:
+                    await send({"type": "http.response.body", "body": piece, "more_body": True})
+                # waits until the last piece has left
+                await send({"type": "http.response.body", "body": b"", "more_body": False})
+        except TimeoutError:
+            scope["state"]["outcome"] = "timeout"
+            raise AnswerNotTaken from None
 
     async def _encoded(self) -> list[bytes]:
-        return await to_json_in_turns(await self._work)
+        return await to_json_in_turns(await self._answerer.whole())
 
 
 class EventStream(LongResponse):
     """Server-sent events, as OpenAI streams them: JSON objects, then [DONE]."""
 
-    def __init__(self, service: "Service", events: AsyncGenerator[dict[str, Any], None]) -> None:
-        super().__init__(service)
-        self._events = events
+    def __init__(self, service: "Service", answerer: "Answerer") -> None:
+        super().__init__(service, answerer)
         self._has_begun = False
         self._last_sent_s = 0.0
 
@@ -126,17 +142,25 @@ class EventStream(LongResponse):
                 await error.response()(scope, receive, send)
                 return
             scope["state"]["outcome"] = "timeout" if error.status_code == 504 else "error"
-            await self._send(send, await _event(error.content) + DONE)
+            try:
+                async with asyncio.timeout(LAST_EVENT_S):
+                    await self._end(send, await _event(error.content))
+            except TimeoutError:
+                raise AnswerNotTaken from None
         finally:
             comments.cancel()
             await asyncio.gather(comments, return_exceptions=True)
-        await send({"type": "http.response.body", "body": b"", "more_body": False})
 
     async def _send_events(self, send: Send) -> None:
-        async with aclosing(self._events) as events:
+        async with aclosing(self._answerer.stream()) as events:
             async for event in events:
                 await self._send(send, await _event(event))
-        await self._send(send, DONE)
+            await self._end(send)
+
+    async def _end(self, send: Send, last: bytes = b"") -> None:
+        await self._send(send, last + DONE)
+        # waits until the last event has left
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
 
     async def _comment(self, send: Send) -> None:
         """Tell the client now and then that the server is still there."""
@@ -163,6 +187,11 @@ class EventStream(LongResponse):
 class Answerer(Protocol):
     """A checked request, which can be answered in either form."""
 
+    @property
+    def num_seqs(self) -> int:
+        """Sequences that it comes to: prompts times n."""
+        ...
+
     async def whole(self) -> dict[str, Any]: ...
 
     def stream(self) -> AsyncGenerator[dict[str, Any], None]: ...
@@ -171,8 +200,8 @@ class Answerer(Protocol):
 def respond(service: "Service", answerer: Answerer, streams: bool) -> LongResponse:
     """The form that the request asks for."""
     if streams:
-        return EventStream(service, answerer.stream())
-    return JSONAnswer(service, answerer.whole())
+        return EventStream(service, answerer)
+    return JSONAnswer(service, answerer)
 
 
 def in_words(error: BaseException) -> APIError:

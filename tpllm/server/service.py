@@ -14,6 +14,8 @@ from tpllm.server.responses import engine_failed
 from tpllm.server.sampling import Sampling
 from tpllm.server.settings import ServerSettings
 
+MAX_LOGPROB_ENTRIES = 2**21  # of one answer: some 300 bytes each, its JSON included
+
 
 class Service:
     """One engine, served."""
@@ -62,7 +64,32 @@ class Service:
     def generation(
         self, prompts: list[list[int]], params: SamplingParams, request_id: str
     ) -> Generation:
+        """A request's way through the engine, which has not begun.
+
+        Raises:
+            APIError: 400.
+        """
+        self._check_num_logprobs(prompts, params)
         return Generation(self.engine, self.metrics, prompts, params, request_id)
+
+    def _check_num_logprobs(self, prompts: list[list[int]], params: SamplingParams) -> None:
+        longest = self.engine.config.max_model_len
+        num_entries = 0
+        for ids in prompts:
+            if params.logprobs is not None:
+                room = longest - len(ids)
+                num_tokens = room if params.max_tokens is None else min(params.max_tokens, room)
+                num_entries += params.n * num_tokens * (params.logprobs + 1)
+            if params.prompt_logprobs is not None:
+                num_entries += len(ids) * (params.prompt_logprobs + 1)
+        if num_entries > MAX_LOGPROB_ENTRIES:
+            raise APIError(
+                400,
+                f"logprobs of this request may come to {num_entries} entries (prompts x n x "
+                "max_tokens x (top_logprobs + 1), and those of the prompts), and this server makes "
+                f"at most {MAX_LOGPROB_ENTRIES}; lower max_tokens, n or top_logprobs",
+                param="logprobs",
+            )
 
 
 def new_id(prefix: str) -> str:
