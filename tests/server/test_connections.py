@@ -1,6 +1,7 @@
 """What a client can send beyond a plain request: limits, trailers, chunks, pipelines, HTTP/1.0."""
 
 import json
+import re
 import socket
 import subprocess
 import sys
@@ -14,7 +15,7 @@ import pytest
 from tests.leaks import wait_until
 from tests.scripts import ROOT
 from tests.server.conftest import Served, running_server
-from tests.server.test_http import CHAT, GET, HELLO, answers, head, read_all
+from tests.server.test_http import CHAT, GET, HELLO, STATUS, answers, head, read_all
 from tpllm.server import connections
 from tpllm.server.connections import MAX_FIELDS, MAX_HEAD_BYTES
 
@@ -27,6 +28,19 @@ CHUNKED = (
 
 def chunk(data: bytes) -> bytes:
     return b"%x\r\n%s\r\n" % (len(data), data)
+
+
+def read_answer(sock: socket.socket) -> bytes:
+    """One answer with a length, and nothing of the next."""
+    answer = b""
+    while b"\r\n\r\n" not in answer:
+        answer += sock.recv(1)
+    length = re.search(rb"content-length: (\d+)", answer)
+    left = int(length[1]) if length else 0
+    while left:
+        part = sock.recv(left)
+        answer, left = answer + part, left - len(part)
+    return answer
 
 
 def padded(size: int) -> bytes:
@@ -219,11 +233,11 @@ def test_a_client_may_wait_for_leave_to_send_its_body(served: Served) -> None:
     request = head(CHAT, len(BODY)).replace(b"host", b"expect: 100-continue\r\nhost")
     with served.connect() as sock:
         sock.sendall(request)
-        assert sock.recv(65536).startswith(b"HTTP/1.1 100 ")
+        assert read_answer(sock).startswith(b"HTTP/1.1 100 ")
         sock.sendall(BODY)
-        assert sock.recv(65536).startswith(b"HTTP/1.1 200 ")
+        assert read_answer(sock).startswith(b"HTTP/1.1 200 ")
         sock.sendall(request.replace(b"127.0.0.1", b"evil.example"))
-        assert sock.recv(65536).startswith(b"HTTP/1.1 403 ")
+        assert read_answer(sock).startswith(b"HTTP/1.1 403 ")
 
 
 def test_a_body_after_a_refusal_is_dropped_and_then_ends_the_connection(
@@ -240,6 +254,12 @@ def test_a_body_after_a_refusal_is_dropped_and_then_ends_the_connection(
                 for _ in range(1000):
                     sock.sendall(b" " * 10_000)
                     time.sleep(0.001)
+
+
+def test_a_body_that_does_not_end_after_its_refusal_gets_no_second_answer() -> None:
+    with running_server(api_key="s3cret", client_timeout_s=0.3) as served, served.connect() as sock:
+        sock.sendall(head(CHAT, 1000) + b" ")
+        assert STATUS.findall(read_all(sock)) == [b"HTTP/1.1 401"]
 
 
 # ---- HTTP/1.0 --------------------------------------------------------------------------------
@@ -265,7 +285,7 @@ def test_http_1_0_may_keep_its_connection_where_the_length_is_known(served: Serv
     with served.connect() as sock:
         for _ in range(2):
             sock.sendall(http10(CHAT, BODY, b"connection: keep-alive\r\n"))
-            answer = sock.recv(65536)
+            answer = read_answer(sock)
             assert b"\r\nconnection: keep-alive\r\n" in answer and b"content-length" in answer
         sock.sendall(http10(CHAT, BODY))
         assert b"\r\nconnection: close\r\n" in read_all(sock)

@@ -131,6 +131,21 @@ def test_a_mistake_of_ours_is_told_without_its_insides(caplog: pytest.LogCapture
         assert "NoneType" in caplog.text
 
 
+def test_a_panic_in_rust_is_a_mistake_of_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Panic(BaseException):  # as pyo3_runtime.PanicException
+        pass
+
+    def panic(*args: object) -> None:
+        raise Panic("index out of bounds")
+
+    with running_server() as served, served.http() as http:
+        monkeypatch.setattr(served.engine.tokenizer, "encode_batch", panic)
+        for stream in (False, True):
+            failed = http.post("/v1/completions", json={"prompt": "x", "stream": stream})
+            assert "in an unexpected way" in error_of(failed, 500)["message"]
+        assert http.get("/health").status_code == 200
+
+
 def test_a_drain_lets_the_running_end_and_refuses_the_new() -> None:
     with running_server(drain_timeout_s=30) as served, served.http() as http:
         served.hold()

@@ -238,7 +238,7 @@ async def _event(content: dict[str, Any]) -> bytes:
 def _result(task: "asyncio.Future[T]") -> T:
     try:
         return task.result()
-    except (Exception, asyncio.CancelledError) as error:
+    except BaseException as error:  # a panic in Rust code is no Exception
         raise in_words(error) from error
 
 
