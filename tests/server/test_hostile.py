@@ -139,7 +139,6 @@ def test_bodies_that_never_end_hold_no_more_than_the_limit(monkeypatch: pytest.M
     "path, body, num_entries",
     [
         (CHAT, {"logprobs": True, "top_logprobs": 20, "max_tokens": 999, "n": 101}, 2118879),
-        (CHAT, {"logprobs": True, "top_logprobs": 20, "n": 51}, None),  # as many as fit
         (COMPLETIONS, {"logprobs": 19, "max_tokens": 1000, "n": 105}, 2_100_000),
         (COMPLETIONS, {"logprobs": 20, "max_tokens": 1999, "prompt": ["x"] * 50}, 2_098_950),
         (COMPLETIONS, {"prompt_logprobs": 20, "prompt": ["x" * 1990] * 51}, 2_131_290),
@@ -156,16 +155,29 @@ def test_more_log_probabilities_than_fit_into_memory_are_refused(
     monkeypatch: pytest.MonkeyPatch,
     path: str,
     body: dict[str, Any],
-    num_entries: int | None,
+    num_entries: int,
 ) -> None:
     monkeypatch.setattr(prompts, "SHORT", 2**30)  # no thread, which would outlive the test
     whole = {**HELLO, **body} if path == CHAT else {"prompt": "x", **body}
     error = error_of(http.post(path, json=whole), 400)
     assert error["param"] == "logprobs"
-    assert f"come to {num_entries or ''}" in error["message"] and "2097152" in error["message"]
+    assert f"come to {num_entries}" in error["message"] and "2097152" in error["message"]
     assert all(name in error["message"] for name in ("top_logprobs", "max_tokens", "n"))
     error_of(http.post(path, json={**whole, "stream": True}), 400)
     assert served.engine.seen == []
+
+
+def test_an_answer_of_open_length_has_as_many_log_probabilities_as_fit(
+    served: Served, http: httpx.Client
+) -> None:
+    body = {**HELLO, "logprobs": True, "top_logprobs": 20, "n": 51}
+    assert http.post(CHAT, json=body).status_code == 200
+    [(_, params)] = served.engine.seen
+    assert params.max_tokens == 2**21 // (51 * 21)
+    served.engine.seen.clear()
+    assert http.post(CHAT, json={**body, "n": 2}).status_code == 200
+    [(_, params)] = served.engine.seen
+    assert params.max_tokens is None
 
 
 def test_as_many_log_probabilities_as_are_promised_are_made(http: httpx.Client) -> None:

@@ -2,6 +2,7 @@
 
 import secrets
 import time
+from dataclasses import replace
 
 from tpllm.sampling_params import SamplingParams
 from tpllm.server.admission import Admission
@@ -67,21 +68,24 @@ class Service:
         """A request's way through the engine, which has not begun.
 
         Raises:
-            APIError: 400.
+            APIError: 400: the log-probabilities that it asks for would not fit into memory.
         """
-        self._check_num_logprobs(prompts, params)
+        params = self._within_logprob_limit(prompts, params)
         return Generation(self.engine, self.metrics, prompts, params, request_id)
 
-    def _check_num_logprobs(self, prompts: list[list[int]], params: SamplingParams) -> None:
-        longest = self.engine.config.max_model_len
-        num_entries = 0
-        for ids in prompts:
-            if params.logprobs is not None:
-                room = longest - len(ids)
-                num_tokens = room if params.max_tokens is None else min(params.max_tokens, room)
-                num_entries += params.n * num_tokens * (params.logprobs + 1)
-            if params.prompt_logprobs is not None:
-                num_entries += len(ids) * (params.prompt_logprobs + 1)
+    def _within_logprob_limit(
+        self, prompts: list[list[int]], params: SamplingParams
+    ) -> SamplingParams:
+        """The parameters; an answer whose length was left open is as long as its entries allow."""
+        num_entries = sum(map(len, prompts)) * _entries_per_token(params.prompt_logprobs)
+        per_token = params.n * _entries_per_token(params.logprobs)
+        rooms = [self.engine.config.max_model_len - len(ids) for ids in prompts]
+        if params.max_tokens is not None:
+            num_entries += per_token * sum(min(params.max_tokens, room) for room in rooms)
+        elif per_token * sum(rooms) > (left := MAX_LOGPROB_ENTRIES - num_entries):
+            share = left // (per_token * len(prompts))
+            num_entries += per_token * len(prompts) * max(1, share)
+            params = replace(params, max_tokens=max(1, share))
         if num_entries > MAX_LOGPROB_ENTRIES:
             raise APIError(
                 400,
@@ -90,6 +94,11 @@ class Service:
                 f"at most {MAX_LOGPROB_ENTRIES}; lower max_tokens, n or top_logprobs",
                 param="logprobs",
             )
+        return params
+
+
+def _entries_per_token(num_top: int | None) -> int:
+    return 0 if num_top is None else num_top + 1
 
 
 def new_id(prefix: str) -> str:
