@@ -39,8 +39,11 @@ class StructuredOutputsParams:
         json_object: True for any JSON object
         disable_any_whitespace: for the two kinds of JSON: no whitespace between its parts
         whitespace_pattern: for the two kinds of JSON: a regular expression of the whitespace that
-            may stand there, instead of up to 40 characters of any (a weak model might never write
+            may stand there, instead of up to 8 characters of any (a weak model might never write
             anything else)
+
+    For the same reason a number in JSON, also in that of a grammar, has no more digits once it has
+    32 characters, unless the schema asks for them.
 
     Raises:
         ValueError: none or several forms are given, or one is too large, or no JSON. Whether it can

@@ -43,6 +43,16 @@ def accepts(compiled: Grammar, text: str) -> bool:
     return EOS in next_ids(matcher)
 
 
+EIGHT = 8 * " "
+
+
+def fits(compiled: Grammar, text: str) -> bool:
+    """Whether an answer may begin with `text`, letter by letter."""
+    ids = [id_ for letter in text for id_ in compiled._tokenizer.tokenize_str(letter)]
+    matcher = compiled.start()
+    return all([matcher.advance(id_) for id_ in ids])
+
+
 def test_a_mask_holds_what_may_come_next_and_the_end_where_it_may_be():
     matcher = grammar_of(regex="a[bc]*").start()
     assert next_ids(matcher) == {1}
@@ -101,8 +111,8 @@ def test_choices_are_taken_word_for_word(shipped, choice):
     [
         (
             {},
-            ['{"a":1}', '{\n    "a" : 1\n}', '{%s"a":1}' % (40 * " ")],
-            ['{%s"a":1}' % (41 * " ")],
+            ['{"a":1}', '{\n    "a" : 1\n}', "{" + EIGHT + '"a"\t\t:\r\n1' + EIGHT + "}"],
+            ["{ " + EIGHT + '"a":1}', '{"a"\n' + EIGHT, '{"a":1 2', ' {"a":1}', '{"a":1} '],
         ),
         ({"disable_any_whitespace": True}, ['{"a":1}'], ['{"a": 1}']),
         ({"whitespace_pattern": " ?"}, ['{"a":1}', '{"a": 1}'], ['{"a":  1}', '{"a":\n1}']),
@@ -111,14 +121,30 @@ def test_choices_are_taken_word_for_word(shipped, choice):
 def test_whitespace_between_the_parts_of_json_is_bounded(shipped, whitespace, fitting, others):
     schema = {"type": "object", "properties": {"a": {"type": "integer"}}}
     compiled = shipped.compile(StructuredOutputsParams(json=schema, **whitespace))
+    assert [text for text in fitting if not fits(compiled, text)] == []
+    assert [text for text in others if fits(compiled, text)] == []
 
-    def fits(text: str) -> bool:
-        ids = [id_ for letter in text for id_ in compiled._tokenizer.tokenize_str(letter)]
-        matcher = compiled.start()
-        return all([matcher.advance(id_) for id_ in ids])
 
-    assert [text for text in fitting if not fits(text)] == []
-    assert [text for text in others if fits(text)] == []
+@pytest.mark.parametrize(
+    "grammar, fitting, others",
+    [
+        ('start: "x" %json {} "y"', ["x{}y", "x[" + EIGHT + "]y"], ["x[ " + EIGHT + "]y"]),
+        (
+            'start: tag %json {\n"type": "object"}\ntag: /[^"]/ // %json {}\n',
+            ["a{" + EIGHT + "}"],
+            ["a{ " + EIGHT + "}"],
+        ),
+        (
+            'start: "%json {}" %json {"x-guidance": {"whitespace_pattern": " {1,9}"}}',
+            ["%json {}{ " + EIGHT + "}"],
+            ["%json {}{  " + EIGHT + "}"],
+        ),
+    ],
+)
+def test_whitespace_in_a_schema_of_a_grammar_is_bounded(shipped, grammar, fitting, others):
+    compiled = shipped.compile(StructuredOutputsParams(grammar=grammar))
+    assert [text for text in fitting if not fits(compiled, text)] == []
+    assert [text for text in others if fits(compiled, text)] == []
 
 
 def test_a_token_that_does_not_fit_ends_the_answer():

@@ -7,6 +7,7 @@ with a lexer of its own, so that none depends on the company that it has.
 
 import json
 import os
+import re
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Sequence
@@ -17,6 +18,7 @@ from weakref import WeakValueDictionary
 import numpy as np
 
 from tpllm.config import EngineConfig
+from tpllm.engine.long_numbers import NumberLimit, NumberTokens
 from tpllm.structured_outputs import StructuredOutputsParams
 
 if TYPE_CHECKING:
@@ -24,7 +26,12 @@ if TYPE_CHECKING:
 
 _MAX_CACHED = 64
 _MAX_LEXER_STATES = 50_000  # 1 to 2 kB each
-_WHITESPACE = r"[ \n\r\t]{1,40}"
+# Enough to indent by; a weak model that may write more blanks writes nothing else.
+_WHITESPACE = r"[ \n\r\t]{1,8}"
+# What a schema in a Lark grammar begins with, and what only looks like it: texts, comments, regexes
+_SCHEMA_IN_LARK = re.compile(
+    r""""(?:\\.|[^"\\])*" | (?:\#|//)[^\n]* | /(?:\\.|[^/\\])+/ | %json\s*\{""", re.VERBOSE
+)
 _NOTHING_FITS = "NoExtensionBias"  # in llguidance's words
 _TOKENIZER_FILE = "tokenizer.json"
 
@@ -40,6 +47,7 @@ class Grammars:
         self._load_tokenizer = load_tokenizer
         self._loading = threading.Lock()
         self._tokenizer: LLTokenizer | None = None
+        self._numbers: NumberTokens | None = None
         # or why it cannot be compiled; the one used last comes last
         self._compiled: OrderedDict[StructuredOutputsParams, Grammar | str] = OrderedDict()
         # also those that others have displaced there, as long as a request has them
@@ -58,7 +66,9 @@ class Grammars:
         """
         with self._loading:
             if self._tokenizer is None:
-                self._tokenizer = self._load_tokenizer()
+                tokenizer = self._load_tokenizer()
+                self._numbers = NumberTokens(tokenizer)
+                self._tokenizer = tokenizer
 
     def compile(self, params: StructuredOutputsParams) -> "Grammar":
         """The grammar of an answer, ready to be used; takes a millisecond, or up to some seconds.
@@ -75,7 +85,8 @@ class Grammars:
             self.load()
             assert self._tokenizer is not None
             try:
-                compiled = Grammar(self._tokenizer, _source(params))
+                numbers = self._numbers if _has_json(params) else None
+                compiled = Grammar(self._tokenizer, _source(params), numbers)
             except ValueError as error:
                 compiled = f"structured_outputs: {_form(params)} cannot be used: {error}"
             with self._books:
@@ -99,14 +110,18 @@ class Grammar:
 
     Attributes:
         end_token_ids: what may be drawn where the answer may end, and there alone
+        numbers: the vocabulary, where the length of numbers is limited
 
     Raises:
         ValueError: llguidance cannot use it, not even for a first token.
     """
 
-    def __init__(self, tokenizer: "LLTokenizer", source: str) -> None:
+    def __init__(
+        self, tokenizer: "LLTokenizer", source: str, numbers: NumberTokens | None = None
+    ) -> None:
         self._tokenizer = tokenizer
         self._source = source
+        self.numbers = numbers
         self.end_token_ids = frozenset(tokenizer.eos_tokens)
         self._first = self.compile()
         mask = self._first.compute_bitmask()
@@ -143,12 +158,15 @@ class Matcher:
     def __init__(self, grammar: Grammar, inner: "LLMatcher") -> None:
         self.failure: str | None = None
         self.inner = inner
+        self.number_limit = None if grammar.numbers is None else NumberLimit(grammar.numbers)
         self._grammar = grammar
         self._tokens: list[int] = []
 
     def advance(self, token_id: int) -> bool:
         """Note the next token, no end token; False where the answer cannot go on like this."""
         self._tokens.append(token_id)
+        if self.number_limit is not None:
+            self.number_limit.follow(token_id)
         if self.failure is None and not self.inner.consume_token(token_id):
             self.take_lexer_of_its_own()
         return self.failure is None
@@ -187,6 +205,8 @@ def fill_masks(
             if matcher.inner.is_error():
                 matcher.failure = _reason(matcher.inner)
         _hold_back(row, ids)
+        if matcher.number_limit is not None:
+            matcher.number_limit.apply(row)
     return words
 
 
@@ -269,12 +289,34 @@ def _source(params: StructuredOutputsParams) -> str:
         words = " | ".join(json.dumps(text, ensure_ascii=False) for text in params.choice)
         return LLMatcher.grammar_from_lark(f"start: {words}")
     if params.grammar is not None:
-        return grammar_from("grammar", params.grammar)
+        return grammar_from("grammar", _with_bounded_whitespace(params.grammar))
     options: dict[str, Any] = {"whitespace_pattern": params.whitespace_pattern or _WHITESPACE}
     if params.disable_any_whitespace:
         options = {"whitespace_flexible": False}
     schema = str(params.json) if params.json is not None else '{"type": "object"}'
     return LLMatcher.grammar_from_json_schema(schema, overrides=options)  # type: ignore[arg-type]
+
+
+def _has_json(params: StructuredOutputsParams) -> bool:
+    """Whether the answer, or some of it, is JSON by a schema."""
+    if params.grammar is not None:
+        return "%json" in params.grammar
+    return params.json is not None or params.json_object is not None
+
+
+def _with_bounded_whitespace(grammar: str) -> str:
+    """The same grammar, whose schemas allow no more whitespace than a schema alone does."""
+    option = f'"x-guidance": {json.dumps({"whitespace_pattern": _WHITESPACE})}'
+
+    def bounded(found: re.Match[str]) -> str:
+        if not found[0].startswith("%json"):
+            return found[0]
+        schema, _ = json.JSONDecoder().raw_decode(grammar, found.end() - 1)
+        if "x-guidance" in schema:  # it says itself what it allows
+            return found[0]
+        return f"{found[0]}{option}{', ' if schema else ''}"
+
+    return _SCHEMA_IN_LARK.sub(bounded, grammar)
 
 
 def _form(params: StructuredOutputsParams) -> str:
