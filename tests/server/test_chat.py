@@ -30,7 +30,8 @@ def put_together(chunks: list[Any]) -> dict[str, Any]:
         for choice in chunk.choices:
             delta = choice.delta
             message["content"] += delta.content or ""
-            message["reasoning_content"] += getattr(delta, "reasoning_content", None) or ""
+            reasoning = getattr(delta, "reasoning_content", None)
+            message["reasoning_content"] += reasoning or ""
             for call in delta.tool_calls or []:
                 if call.function.name:
                     assert call.id.startswith("call_") and call.type == "function"
@@ -170,6 +171,71 @@ def test_an_answer_with_calls_can_be_sent_back(client: OpenAI, served: Served) -
     function = {"name": "weather", "arguments": {"city": "Ulm"}}
     assert assistant["tool_calls"][0]["function"] == function
     assert tool == {**result, "role": "tool"}
+
+
+NAMED = {"type": "function", "function": {"name": "weather"}}
+
+
+@pytest.mark.parametrize(
+    "choice, reason",
+    [("auto", "tool_calls"), ("required", "tool_calls"), (NAMED, "stop"), ("none", "stop")],
+)
+def test_the_reason_for_the_end_is_openais(
+    client: OpenAI, served: Served, choice: Any, reason: str
+) -> None:
+    served.engine.reply = CALL
+    whole = ask(client, tools=TOOLS, tool_choice=choice)
+    streamed = list(ask(client, tools=TOOLS, tool_choice=choice, stream=True))
+    assert whole.choices[0].finish_reason == reason
+    assert streamed[-1].choices[0].finish_reason == reason
+
+
+@pytest.mark.parametrize("choice", ["required", NAMED, "auto"])
+def test_a_call_that_is_cut_off_leaves_no_tags_in_the_content(
+    client: OpenAI, served: Served, choice: Any
+) -> None:
+    served.engine.reply = CALL
+    name_ends = CALL.index('"weather"') + len('"weather"')
+    opened = len("<tool_call>")
+    for limit in (5, opened, opened + 3, name_ends - 1, name_ends, name_ends + 5, len(CALL) - 20):
+        fields = {"tools": TOOLS, "tool_choice": choice, "max_tokens": limit}
+        answer = ask(client, **fields).choices[0]
+        assert answer.finish_reason == "length"
+        calls = [
+            [call.function.name, call.function.arguments]
+            for call in answer.message.tool_calls or []
+        ]
+        if limit < name_ends:
+            assert calls == []
+        else:
+            [[name, arguments]] = calls
+            assert name == "weather" and '{"city": "Ulm"}'.startswith(arguments)
+        # the beginning of a tag is text, unless nothing but a call may come
+        is_text = choice == "auto" and limit < opened
+        assert (answer.message.content or "") == (CALL[:limit] if is_text else "")
+        streamed = put_together(list(ask(client, stream=True, **fields)))
+        assert streamed["calls"] == calls
+        assert streamed["content"] == (answer.message.content or "")
+
+
+@pytest.mark.parametrize("letters_per_step", [1, 4, 1000])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Use <tool_call> tags, they say.",
+        "a\n\n<tool_call>\n[1]\n</tool_call>\n\nb",
+        " `<tool_call>` and </think> \n",
+        '<tool_call>{"name": 3}</tool_call> ',
+        "so <tool_call>",
+    ],
+)
+def test_a_tag_in_prose_is_content(
+    client: OpenAI, served: Served, text: str, letters_per_step: int
+) -> None:
+    served.engine.reply, served.engine.letters_per_step = text, letters_per_step
+    answer = ask(client, tools=TOOLS).choices[0]
+    assert (answer.message.content, answer.finish_reason) == (text, "stop")
+    assert put_together(list(ask(client, tools=TOOLS, stream=True)))["content"] == text
 
 
 def test_parts_of_text_and_developers_are_brought_into_the_templates_form(

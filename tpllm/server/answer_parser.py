@@ -2,24 +2,28 @@
 
 Qwen3 writes `<think>...</think>` before its answer, and calls a tool by
 `<tool_call>{"name": ..., "arguments": {...}}</tool_call>`. Whitespace next to these tags belongs to
-them. A text is taken apart in the same way however it is cut into pieces.
+them. A tag that begins no reasoning and no call is content, and so is the whitespace next to it. A
+text is taken apart in the same way however it is cut into pieces.
 """
 
 import json
 import re
+from collections import deque
+from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import Enum
+
+from tpllm.server.json_letters import SPACE, JsonLetters
 
 THINK, END_THINK = "<think>", "</think>"
 CALL, END_CALL = "<tool_call>", "</tool_call>"
 
-# Letters of a call in which its arguments must begin to be passed on as they come: what is looked
-# through again whenever more has come must not be long.
-MAX_HEAD_LENGTH = 2048
-# A call in the order that Qwen3 is trained on: its arguments can be passed on as they come.
-_CALL_HEAD = re.compile(
-    r'\s*\{\s*"name"\s*:\s*("(?:[^"\\]|\\.)*")\s*,\s*"arguments"\s*:\s*(?=\{)', re.DOTALL
-)
+# A long text is read in slices: what is cut off its front again and again must not be long.
+SLICE_LENGTH = 4096
+# A call in the order that Qwen3 is trained on, up to the brace that opens its arguments: they can
+# be passed on as they come.
+_NAME = re.compile(r'\s*\{\s*"name"\s*:\s*("(?:[^"\\]|\\.)*")', re.DOTALL)
+_BEFORE_ARGUMENTS = re.compile(r'\s*,\s*"arguments"\s*:\s*')
 
 
 @dataclass(frozen=True)
@@ -71,9 +75,10 @@ class _State(Enum):
     START = 0
     REASONING = 1
     CONTENT = 2
-    CALL_HEAD = 3
-    CALL_ARGUMENTS = 4
-    CALL_TAIL = 5
+    CALL = 3  # after a tag that may begin one
+    ARGUMENTS = 4
+    TAIL = 5  # from the arguments to the end of the object
+    AFTER_CALL = 6  # from there to the closing tag
 
 
 class AnswerParser:
@@ -83,21 +88,32 @@ class AnswerParser:
         thinking: whether reasoning is looked for
         tools: whether tool calls are looked for
         max_calls: calls beyond this many are left out; None keeps all
+        only_calls: the answer is tool calls, and what is left of one that is cut off is no content
     """
 
-    def __init__(self, thinking: Thinking, tools: bool, max_calls: int | None = None) -> None:
+    def __init__(
+        self,
+        thinking: Thinking,
+        tools: bool,
+        max_calls: int | None = None,
+        only_calls: bool = False,
+    ) -> None:
         self._tools = tools
         self._max_calls = max_calls
-        self._held = ""  # not passed on yet: it may be the beginning of a tag
+        self._only_calls = only_calls
+        self._coming: deque[str] = deque()  # slices of the text that are not looked at yet
+        self._held = ""  # what is being looked at: it may be the beginning of a tag
+        self._unsure: list[str] = []  # passed on, unless a tag comes that it belongs to
         self._skip_space = thinking is Thinking.OPEN
         self._state = {
             Thinking.OPEN: _State.REASONING,
             Thinking.POSSIBLE: _State.START,
             Thinking.NONE: _State.CONTENT,
         }[thinking]
-        self._arguments = _JsonEnd()
+        self._call: list[str] = []  # what has come of one, after its tag
+        self._json = JsonLetters()
+        self._may_open = False  # whether the arguments may begin at the next inner brace
         self._num_calls = 0
-        self._searched = 0  # of `_held`, where no END_CALL begins
         self._pieces: list[Piece] = []
 
     @property
@@ -108,33 +124,53 @@ class AnswerParser:
 
     def feed(self, text: str) -> list[Piece]:
         """The parts that are sure after `text` has come."""
-        self._held += text
-        while self._advance():
-            pass
+        self._coming.extend(_slices(text))
+        self._read()
         return self._take()
 
-    def finish(self) -> list[Piece]:
-        """What was held back, the answer having ended."""
-        text, self._held = self._held, ""
+    def finish(self, is_cut: bool = False) -> list[Piece]:
+        """What was held back, the answer having ended.
+
+        Args:
+            is_cut: the model would have gone on; a call that has begun is not content then
+        """
+        while self._state is _State.CALL:
+            if is_cut or self._only_calls:
+                self._cut_call()
+            else:
+                self._no_call()
+                self._read()
         if self._state is _State.REASONING:
-            self._emit(Reasoning(text.rstrip()))
-        elif self._state is _State.CALL_HEAD:  # cut off before its name was known
-            self._emit(Content(CALL + text))
+            self._emit(Reasoning(self._sure(self._held)))
         elif self._state in (_State.START, _State.CONTENT):
-            self._emit(Content(text.lstrip() if self._skip_space else text))
+            self._emit(Content(self._sure(self._held)))
+        self._held = ""
         return self._take()
 
     def _take(self) -> list[Piece]:
         pieces, self._pieces = self._pieces, []
         return pieces
 
+    def _sure(self, text: str) -> str:
+        """`text`, and before it what was unsure until now."""
+        self._unsure.append(text)
+        text = "".join(self._unsure)
+        self._unsure.clear()
+        return text
+
     def _emit(self, piece: Piece) -> None:
         if isinstance(piece, CallStart | CallArguments):
             if self._max_calls is not None and piece.index >= self._max_calls:
                 return
-        elif not piece.text:
+        elif not piece.text or (self._only_calls and isinstance(piece, Content)):
             return
         self._pieces.append(piece)
+
+    def _read(self) -> None:
+        while self._coming:
+            self._held += self._coming.popleft()
+            while self._advance():
+                pass
 
     def _advance(self) -> bool:
         """One move of the machine; False when it needs more text."""
@@ -145,9 +181,22 @@ class AnswerParser:
             self._skip_space = False
         return _MOVES[self._state](self)
 
+    def _enter(self, state: _State, rest: str, skip_space: bool = False) -> None:
+        self._state, self._held, self._skip_space = state, rest, skip_space
+
+    def _pass_on(self, text: str, kind: type[Reasoning] | type[Content]) -> None:
+        """Emit a text, but for the whitespace at its end, which may be before a tag."""
+        body = text.rstrip()
+        if body:
+            self._emit(kind(self._sure(body)))
+        self._unsure.append(text[len(body) :])
+
     def _start(self) -> bool:
         text = self._held.lstrip()
+        self._unsure.append(self._held[: len(self._held) - len(text)])
+        self._held = text
         if text.startswith(THINK):
+            self._unsure.clear()
             self._enter(_State.REASONING, text[len(THINK) :], skip_space=True)
             return True
         if THINK.startswith(text):
@@ -158,130 +207,163 @@ class AnswerParser:
     def _reasoning(self) -> bool:
         text, found, rest = self._held.partition(END_THINK)
         if found:
-            self._emit(Reasoning(text.rstrip()))
+            self._pass_on(text, Reasoning)
+            self._unsure.clear()
             self._enter(_State.CONTENT, rest, skip_space=True)
             return True
         sure = _sure_length(text, END_THINK)
-        self._emit(Reasoning(text[:sure]))
+        self._pass_on(text[:sure], Reasoning)
         self._held = text[sure:]
         return False
 
     def _content(self) -> bool:
         if not self._tools:
-            self._emit(Content(self._held))
+            self._emit(Content(self._sure(self._held)))
             self._held = ""
             return False
         text, found, rest = self._held.partition(CALL)
-        if found:
-            self._emit(Content(text.rstrip()))
-            self._enter(_State.CALL_HEAD, rest)
-            return True
-        sure = _sure_length(text, CALL)
-        self._emit(Content(text[:sure]))
-        self._held = text[sure:]
-        return False
-
-    def _call_head(self) -> bool:
-        head = _CALL_HEAD.match(self._held[:MAX_HEAD_LENGTH])
-        if head:
-            name = _load(head[1])
-            if isinstance(name, str):
-                self._begin_call(name)
-                self._arguments = _JsonEnd()
-                self._enter(_State.CALL_ARGUMENTS, self._held[head.end() :])
-                return True
-        end = self._held.find(END_CALL, self._searched)
-        if end < 0:
-            self._searched = max(0, len(self._held) - len(END_CALL))
+        sure = len(text) if found else _sure_length(text, CALL)
+        self._pass_on(text[:sure], Content)
+        if not found:
+            self._held = text[sure:]
             return False
-        self._whole_call(self._held[:end])
-        self._enter(_State.CONTENT, self._held[end + len(END_CALL) :], skip_space=True)
+        self._call, self._json, self._may_open = [], JsonLetters(), True
+        self._enter(_State.CALL, rest)
         return True
 
-    def _whole_call(self, text: str) -> None:
-        """A call in another order, or none at all: then it is content."""
-        call = _load(text)
+    def _begin_call(self) -> bool:
+        """Follow a call's object up to its arguments, or to its end."""
+        for i, letter in enumerate(self._held):
+            if letter == "{" and self._json.depth == 1 and not self._json.in_string:
+                if self._may_open and self._begin_arguments(i):
+                    return True
+                self._may_open = False
+            if not self._json.follow(letter):
+                return self._no_call()
+            if self._json.depth == 0 and letter == "}":
+                return self._whole_call(i + 1)
+        self._call.append(self._held)
+        self._held = ""
+        return False
+
+    def _begin_arguments(self, brace: int) -> bool:
+        """Whether they begin at that index; then the call begins, too."""
+        text = "".join([*self._call, self._held[:brace]])
+        named = _NAME.match(text)
+        if not named or not _BEFORE_ARGUMENTS.fullmatch(text, named.end()):
+            return False
+        if not self._start_named(named):
+            return False
+        self._enter(_State.ARGUMENTS, self._held[brace:])
+        return True
+
+    def _whole_call(self, end: int) -> bool:
+        """A call in another order, which ends at that index; or no call."""
+        call = _load("".join([*self._call, self._held[:end]]))
         if not isinstance(call, dict) or not isinstance(call.get("name"), str):
-            self._emit(Content(CALL + text + END_CALL))
-            return
-        arguments = call.get("arguments", {})
+            return self._no_call()
+        arguments = call.get("arguments") or {}
         if not isinstance(arguments, str):
             arguments = json.dumps(arguments, ensure_ascii=False)
-        self._begin_call(call["name"])
+        self._start_call(call["name"])
         self._emit(CallArguments(self._num_calls - 1, arguments))
+        self._enter(_State.AFTER_CALL, self._held[end:])
+        return True
 
-    def _begin_call(self, name: str) -> None:
+    def _no_call(self) -> bool:
+        """The tag was content, and what follows it is read once more.
+
+        That takes no long time however many tags there are: a tag may stand in a string alone, its
+        object opens another, and so no more than two objects go on at any letter.
+        """
+        self._coming.extendleft(reversed([*self._call, self._held]))
+        self._emit(Content(self._sure(CALL)))
+        self._enter(_State.CONTENT, "")
+        return False
+
+    def _cut_call(self) -> None:
+        """The answer has ended before the call's arguments."""
+        named = _NAME.match("".join(self._call))
+        if named:
+            self._start_named(named)
+        self._unsure.clear()
+        self._enter(_State.AFTER_CALL, "")
+
+    def _start_named(self, named: re.Match[str]) -> bool:
+        name = _load(named[1])
+        if isinstance(name, str):
+            self._start_call(name)
+        return isinstance(name, str)
+
+    def _start_call(self, name: str) -> None:
+        self._unsure.clear()
         self._emit(CallStart(self._num_calls, name))
         self._num_calls += 1
 
-    def _call_arguments(self) -> bool:
-        end = self._arguments.find(self._held)
-        text = self._held if end is None else self._held[:end]
-        if text:
-            self._emit(CallArguments(self._num_calls - 1, text))
-        self._held = self._held[len(text) :]
-        if end is None:
-            return False
-        self._state = _State.CALL_TAIL
-        return True
+    def _arguments(self) -> bool:
+        text, passed = self._held, []
+        for i, letter in enumerate(text):
+            in_string = self._json.in_string
+            if letter == "<" and not in_string and END_CALL.startswith(text[i : i + len(END_CALL)]):
+                break  # a bracket may have been forgotten
+            self._json.follow(letter)
+            # models write line breaks inside of strings, where JSON has them escaped
+            passed.append(json.dumps(letter)[1:-1] if in_string and letter < " " else letter)
+            if self._json.depth == 1:
+                self._state = _State.TAIL
+                break
+        self._held = text[len(passed) :]
+        if passed:
+            self._emit(CallArguments(self._num_calls - 1, "".join(passed)))
+        if self._held.startswith(END_CALL):
+            self._state = _State.AFTER_CALL
+        return self._state is not _State.ARGUMENTS
 
-    def _call_tail(self) -> bool:
-        _, found, rest = self._held.partition(END_CALL)
-        if found:
-            self._enter(_State.CONTENT, rest, skip_space=True)
-            return True
-        self._held = self._held[-len(END_CALL) :]  # of no more use than as the tag's beginning
+    def _tail(self) -> bool:
+        for i, letter in enumerate(self._held):
+            fits = self._json.follow(letter)
+            if not fits or self._json.depth == 0:
+                end = i + 1 if fits else i
+                self._enter(_State.AFTER_CALL, self._held[end:])
+                return True
+        self._held = ""
         return False
 
-    def _enter(self, state: _State, rest: str, skip_space: bool = False) -> None:
-        self._state, self._held, self._skip_space = state, rest, skip_space
-        self._searched = 0
+    def _after_call(self) -> bool:
+        rest = self._held.lstrip(SPACE + "]}")  # some models close more than they have opened
+        self._unsure.append(self._held[: len(self._held) - len(rest)])
+        self._held = rest
+        if rest.startswith(END_CALL):
+            self._unsure.clear()
+            self._enter(_State.CONTENT, rest[len(END_CALL) :], skip_space=True)
+            return True
+        if END_CALL.startswith(rest):
+            return False
+        self._state = _State.CONTENT
+        return True
 
 
 _MOVES = {
     _State.START: AnswerParser._start,
     _State.REASONING: AnswerParser._reasoning,
     _State.CONTENT: AnswerParser._content,
-    _State.CALL_HEAD: AnswerParser._call_head,
-    _State.CALL_ARGUMENTS: AnswerParser._call_arguments,
-    _State.CALL_TAIL: AnswerParser._call_tail,
+    _State.CALL: AnswerParser._begin_call,
+    _State.ARGUMENTS: AnswerParser._arguments,
+    _State.TAIL: AnswerParser._tail,
+    _State.AFTER_CALL: AnswerParser._after_call,
 }
 
 
-class _JsonEnd:
-    """Finds where a JSON object ends that comes in pieces."""
-
-    def __init__(self) -> None:
-        self._depth = 0
-        self._in_string = self._escaped = False
-
-    def find(self, text: str) -> int | None:
-        """The index in `text` after the object's last brace; None if it goes on."""
-        for i, letter in enumerate(text):
-            if self._escaped:
-                self._escaped = False
-            elif self._in_string:
-                self._escaped = letter == "\\"
-                self._in_string = letter != '"'
-            elif letter == '"':
-                self._in_string = True
-            elif letter in "{[":
-                self._depth += 1
-            elif letter in "}]":
-                self._depth -= 1
-                if self._depth == 0:
-                    return i + 1
-        return None
+def _slices(text: str) -> Iterator[str]:
+    return (text[i : i + SLICE_LENGTH] for i in range(0, len(text), SLICE_LENGTH))
 
 
 def _sure_length(text: str, tag: str) -> int:
-    """How much of `text` cannot be part of `tag`, or of the whitespace before it."""
-    sure = len(text)
+    """How much of `text` cannot be part of `tag`."""
     for length in range(min(len(tag) - 1, len(text)), 0, -1):
         if text.endswith(tag[:length]):
-            sure -= length
-            break
-    return len(text[:sure].rstrip())
+            return len(text) - length
+    return len(text)
 
 
 def _load(text: str) -> object:

@@ -50,6 +50,7 @@ class _Chat:
         self._created = int(time.time())
         self._num_top = body.top_logprobs or 0
         self._uses_tools = bool(body.tools) and body.tool_choice != "none"
+        self._must_call = self._uses_tools and body.tool_choice not in (None, "auto")
         self._thinking = Thinking.NONE
 
     async def whole(self) -> dict[str, Any]:
@@ -101,7 +102,7 @@ class _Chat:
 
     def _parser(self) -> AnswerParser:
         max_calls = 1 if self._body.parallel_tool_calls is False else None
-        return AnswerParser(self._thinking, self._uses_tools, max_calls)
+        return AnswerParser(self._thinking, self._uses_tools, max_calls, self._must_call)
 
     @property
     def _shows_reasoning(self) -> bool:
@@ -118,14 +119,15 @@ class _Chat:
     def _choice(self, answer: Answer) -> dict[str, Any]:
         """A whole answer, as OpenAI has it."""
         parser = self._parser()
-        message = _message([*parser.feed(answer.text), *parser.finish()])
+        is_cut = answer.finish_reason == "length"
+        pieces = [*parser.feed(answer.text), *parser.finish(is_cut)]
         if not self._shows_reasoning:
-            message["reasoning_content"] = None
+            pieces = [piece for piece in pieces if not isinstance(piece, Reasoning)]
         return {
             "index": answer.index,
-            "message": message,
+            "message": _message(pieces),
             "logprobs": self._logprobs(answer),
-            "finish_reason": _finish_reason(answer.finish_reason, parser),
+            "finish_reason": self._finish_reason(answer.finish_reason, parser),
             "stop_reason": answer.stop_reason,
         }
 
@@ -143,10 +145,18 @@ class _Chat:
         if part.logprobs and choices:
             choices[-1]["logprobs"] = self._logprobs(part)
         if part.finish_reason is not None:
-            reason = _finish_reason(part.finish_reason, deltas.parser)
+            reason = self._finish_reason(part.finish_reason, deltas.parser)
             last = {"index": answer.index, "delta": {}, "logprobs": None}
             choices.append({**last, "finish_reason": reason, "stop_reason": part.stop_reason})
         return choices
+
+    def _finish_reason(self, reason: str | None, parser: AnswerParser) -> str | None:
+        """A model that calls tools has not ended its turn: it waits for what they give.
+
+        Where the function was named, it had no choice, and OpenAI's reason is "stop".
+        """
+        calls = parser.num_calls and not isinstance(self._body.tool_choice, dict)
+        return "tool_calls" if reason == "stop" and calls else reason
 
     def _logprobs(self, part: Answer | CompletionOutput) -> dict[str, Any] | None:
         if not self._body.logprobs:
@@ -167,7 +177,7 @@ class _Deltas:
         """What a part adds; its role comes before the first."""
         pieces = self.parser.feed(part.text)
         if part.finish_reason is not None:
-            pieces += self.parser.finish()
+            pieces += self.parser.finish(part.finish_reason == "length")
         deltas = [] if self._has_begun else [{"role": "assistant", "content": ""}]
         self._has_begun = True
         for piece in pieces:
@@ -209,8 +219,3 @@ def _message(pieces: list[Piece]) -> dict[str, Any]:
     if calls:
         message["tool_calls"] = calls
     return message
-
-
-def _finish_reason(reason: str | None, parser: AnswerParser) -> str | None:
-    """A model that calls tools has not ended its turn: it waits for what they give."""
-    return "tool_calls" if reason == "stop" and parser.num_calls else reason
