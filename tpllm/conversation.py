@@ -86,9 +86,9 @@ def _plain_message(place: str, message: object) -> dict[str, Any]:
     plain = {"role": _NAMES_OF_ROLES.get(role, role), "content": _content(message, role, place)}
     optional = {
         "name": _text(message, "name", place),
-        # vLLM has renamed it
-        "reasoning_content": _text(message, "reasoning_content", place)
-        or _text(message, "reasoning", place),
+        # templates know the older of its two names alone
+        "reasoning_content": _text(message, "reasoning", place)
+        or _text(message, "reasoning_content", place),
         "tool_calls": _calls(message, place),
         "tool_call_id": _text(message, "tool_call_id", place),
     }

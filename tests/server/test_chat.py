@@ -31,6 +31,7 @@ def put_together(chunks: list[Any]) -> dict[str, Any]:
             delta = choice.delta
             message["content"] += delta.content or ""
             reasoning = getattr(delta, "reasoning_content", None)
+            assert getattr(delta, "reasoning", None) == reasoning
             message["reasoning_content"] += reasoning or ""
             for call in delta.tool_calls or []:
                 if call.function.name:
@@ -93,11 +94,13 @@ def test_reasoning_comes_apart(client: OpenAI, served: Served, letters_per_step:
     served.engine.letters_per_step = letters_per_step
     message = ask(client).choices[0].message
     assert (message.reasoning_content, message.content) == ("I think.", "It is.")
+    assert message.reasoning == message.reasoning_content
     streamed = put_together(list(ask(client, stream=True)))
     assert (streamed["reasoning_content"], streamed["content"]) == ("I think.", "It is.")
     fields = {"include_reasoning": False}
     message = ask(client, extra_body=fields).choices[0].message
     assert (message.reasoning_content, message.content) == (None, "It is.")
+    assert message.reasoning is None
     streamed = put_together(list(ask(client, stream=True, extra_body=fields)))
     assert (streamed["reasoning_content"], streamed["content"]) == ("", "It is.")
 
@@ -171,6 +174,26 @@ def test_an_answer_with_calls_can_be_sent_back(client: OpenAI, served: Served) -
     function = {"name": "weather", "arguments": {"city": "Ulm"}}
     assert assistant["tool_calls"][0]["function"] == function
     assert tool == {**result, "role": "tool"}
+
+
+@pytest.mark.parametrize(
+    "fields, reasoning",
+    [
+        ({"reasoning": "a"}, "a"),
+        ({"reasoning_content": "b"}, "b"),
+        ({"reasoning": "a", "reasoning_content": "b"}, "a"),
+        ({"reasoning": None, "reasoning_content": "b"}, "b"),
+        ({"reasoning": "", "reasoning_content": "b"}, "b"),
+        ({"reasoning": None, "reasoning_content": None}, None),
+    ],
+)
+def test_the_template_reads_reasoning_under_the_name_that_it_knows(
+    client: OpenAI, served: Served, fields: dict[str, Any], reasoning: str | None
+) -> None:
+    ask(client, messages=[*HELLO, {"role": "assistant", "content": "x", **fields}, *HELLO])
+    assistant = served.engine.tokenizer.rendered[0]["messages"][1]
+    assert "reasoning" not in assistant
+    assert assistant.get("reasoning_content") == reasoning
 
 
 NAMED = {"type": "function", "function": {"name": "weather"}}

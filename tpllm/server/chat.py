@@ -189,7 +189,7 @@ class _Deltas:
 def _delta(piece: Piece) -> dict[str, Any]:
     match piece:
         case Reasoning(text):
-            return {"reasoning_content": text}
+            return _reasoning(text)
         case Content(text):
             return {"content": text}
         case CallStart(index, name):
@@ -198,6 +198,11 @@ def _delta(piece: Piece) -> dict[str, Any]:
             return {"tool_calls": [call]}
         case CallArguments(index, text):
             return {"tool_calls": [{"index": index, "function": {"arguments": text}}]}
+
+
+def _reasoning(text: str | None) -> dict[str, Any]:
+    """Under vLLM's name and under the older one, which DeepSeek's clients and most others read."""
+    return {"reasoning": text, "reasoning_content": text}
 
 
 def _message(pieces: list[Piece]) -> dict[str, Any]:
@@ -213,7 +218,7 @@ def _message(pieces: list[Piece]) -> dict[str, Any]:
     message: dict[str, Any] = {
         "role": "assistant",
         "content": content if content or not calls else None,
-        "reasoning_content": reasoning or None,
+        **_reasoning(reasoning or None),
         "refusal": None,
     }
     if calls:

@@ -50,7 +50,7 @@ class ServerSettings:
         client_timeout_s: longest time a client may take to send its request, or to take in what
             has been sent to it, in seconds
         drain_timeout_s: how long running requests may go on after SIGTERM, in seconds
-        parse_reasoning: whether chat answers give <think>...</think> apart, as reasoning_content
+        parse_reasoning: whether chat answers give <think>...</think> apart, as reasoning
         page: whether `/` is the built-in page
         log_requests: whether each request is logged: its path, status and duration, never its text
 
