@@ -216,10 +216,11 @@ def test_a_form_that_cannot_be_compiled_is_blamed_on_the_field_that_was_sent(
 ) -> None:
     wrong = {"type": "strin"}
     schema = {"type": "json_schema", "json_schema": {"name": "a", "schema": wrong}}
-    tool = {"type": "function", "function": {"name": "f", "parameters": wrong}}
+    parameters = {"type": "object", "properties": {"a": wrong}}
+    tool = {"type": "function", "function": {"name": "f", "parameters": parameters}}
     fields: dict[str, dict[str, Any]] = {
         "response_format": {"response_format": schema},
-        "tool_choice": {"tool_choice": "required", "tools": [tool]},
+        "tools[0].function.parameters": {"tool_choice": "required", "tools": [tool]},
     }
     with server.http() as http:
         for field, sent in fields.items():
@@ -228,7 +229,8 @@ def test_a_form_that_cannot_be_compiled_is_blamed_on_the_field_that_was_sent(
             assert response.status_code == 400, response.text
             error = response.json()["error"]
             assert error["param"] == field
-            assert error["message"].startswith(f"{field}: ") and "start:" not in error["message"]
+            assert error["message"].startswith(f"{field}: ") and "strin" in error["message"]
+            assert "start:" not in error["message"] and "arguments_0" not in error["message"]
 
 
 def test_a_client_that_hangs_up_leaves_the_engine_idle(server: Server) -> None:

@@ -1,16 +1,20 @@
 """From a request's fields to the form that the engine is asked for, and what that lets pass."""
 
 import json
+from functools import cache
 from typing import Any
 
 import pytest
-from openai import OpenAI
+from openai import BadRequestError, OpenAI
 
 from tests.server.conftest import Served
 from tests.server.test_chat import CALL, HELLO, TOOLS, ask
 from tpllm import StructuredOutputsParams
 from tpllm.config import EngineConfig
-from tpllm.engine.grammars import Grammars, fill_masks
+from tpllm.engine.grammars import Grammar, Grammars, fill_masks
+from tpllm.server.errors import APIError
+from tpllm.server.protocol import ChatCompletionRequest
+from tpllm.server.structured import naming_the_field, structured_outputs
 
 SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}}
 NAMED = {"type": "function", "function": {"name": "weather"}}
@@ -60,6 +64,26 @@ def test_an_answer_with_a_form_holds_no_reasoning(client: OpenAI, served: Served
     assert message.content == '{"a": 1}'
 
 
+@cache
+def shipped() -> Grammars:
+    return Grammars.of_engine(EngineConfig.resolve(device="cpu"))
+
+
+def compiled(served: Served) -> Grammar:
+    """The form that the engine was asked for."""
+    form = served.engine.seen[0][1].structured_outputs
+    return shipped().compile(form)
+
+
+def fits(grammar: Grammar, text: str) -> bool:
+    """Whether an answer may be `text`."""
+    matcher = grammar.start()
+    if not all(matcher.advance(id_) for id_ in grammar._tokenizer.tokenize_str(text)):
+        return False
+    (row,) = fill_masks([matcher], [()], 128)
+    return all((row[id_ >> 5] >> (id_ & 31)) & 1 for id_ in grammar.end_token_ids)
+
+
 OTHER = {
     "type": "function",
     "function": {
@@ -93,15 +117,92 @@ def test_a_required_call_has_the_form_of_a_tool(
     others: list[str],
 ) -> None:
     ask(client, messages=HELLO, tools=[*TOOLS, OTHER], **fields)
-    form = served.engine.seen[0][1].structured_outputs
-    grammar = Grammars.of_engine(EngineConfig.resolve(device="cpu")).compile(form)
+    grammar = compiled(served)
+    assert [text for text in fitting if not fits(grammar, text)] == []
+    assert [text for text in others if fits(grammar, text)] == []
 
-    def fits(text: str) -> bool:
-        matcher = grammar.start()
-        if not all(matcher.advance(id_) for id_ in grammar._tokenizer.tokenize_str(text)):
-            return False
-        (row,) = fill_masks([matcher], [()], 128)
-        return all((row[id_ >> 5] >> (id_ & 31)) & 1 for id_ in grammar.end_token_ids)
 
-    assert [text for text in fitting if not fits(text)] == []
-    assert [text for text in others if fits(text)] == []
+def tool_named(parameters: object = None, **more: Any) -> Any:
+    function = {"name": "now", **more}
+    if parameters is not None:
+        function["parameters"] = parameters
+    return {"type": "function", "function": function}
+
+
+def call_with(arguments: str) -> str:
+    return f'<tool_call>\n{{"name": "now", "arguments": {arguments}}}\n</tool_call>'
+
+
+INNER = {"type": "object", "properties": {"n": {"type": "integer"}}, "required": ["n"]}
+NO_OBJECTS = ["null", "1", '"n"', "[]", '{"n": "\n"}']
+
+
+@pytest.mark.parametrize(
+    "tool",
+    [
+        tool_named(),
+        tool_named({}),
+        tool_named(parameters=None, strict=True),
+        tool_named({"type": "object", "properties": {}}),
+        tool_named({"type": "object", "properties": {}, "required": [], "title": "Nothing"}),
+        tool_named({"type": "object", "properties": {}, "additionalProperties": False}),
+    ],
+)
+def test_a_tool_without_parameters_takes_an_empty_object(
+    client: OpenAI, served: Served, tool: Any
+) -> None:
+    ask(client, messages=HELLO, tools=[*TOOLS, tool], tool_choice="required")
+    grammar = compiled(served)
+    assert fits(grammar, call_with("{}"))
+    assert [each for each in ['{"a": 1}', *NO_OBJECTS] if fits(grammar, call_with(each))] == []
+
+
+@pytest.mark.parametrize(
+    "parameters",
+    [
+        {"properties": INNER["properties"], "required": ["n"]},
+        {**INNER, "type": ["object", "null"]},
+        {"anyOf": [INNER, {"type": "null"}]},
+        {"anyOf": [{"type": "string"}, INNER]},
+        {"$ref": "#/$defs/n", "$defs": {"n": INNER}},
+        {"$ref": "#/$defs/n", "$defs": {"n": {"anyOf": [{"type": "null"}, INNER]}}},
+        {"allOf": [INNER]},
+        {"type": "object"},
+        {"type": "object", "additionalProperties": True, "properties": {}},
+    ],
+)
+def test_arguments_are_an_object_whatever_the_schema_leaves_open(
+    client: OpenAI, served: Served, parameters: dict[str, Any]
+) -> None:
+    ask(client, messages=HELLO, tools=[tool_named(parameters)], tool_choice="required")
+    grammar = compiled(served)
+    assert fits(grammar, call_with('{"n": 1}'))
+    assert [each for each in NO_OBJECTS if fits(grammar, call_with(each))] == []
+
+
+@pytest.mark.parametrize("kind", ["string", "array", "null", ["string", "null"], 3, "strin"])
+@pytest.mark.parametrize("choice", ["auto", "required", "none"])
+def test_a_function_whose_arguments_are_no_object_is_refused(
+    client: OpenAI, served: Served, kind: Any, choice: Any
+) -> None:
+    with pytest.raises(BadRequestError) as refused:
+        ask(client, tools=[*TOOLS, tool_named({"type": kind})], tool_choice=choice)
+    body: Any = refused.value.body
+    assert body["message"].startswith(f"tools[1].function.parameters has type {kind!r}; the arg")
+    assert body["param"] == "tools[1].function.parameters"
+
+
+def test_a_schema_that_cannot_be_compiled_is_blamed_on_its_tool(
+    client: OpenAI, served: Served
+) -> None:
+    wrong = tool_named({"type": "object", "properties": {"n": {"type": "strin"}}})
+    request = ChatCompletionRequest(messages=HELLO, tools=[*TOOLS, wrong], tool_choice="required")
+    form = structured_outputs(request)
+    assert form is not None
+    with pytest.raises(APIError) as refused, naming_the_field(request):
+        shipped().compile(form)
+    assert refused.value.param == "tools[1].function.parameters"
+    assert refused.value.message == (
+        "tools[1].function.parameters: this schema cannot be used: failed to compile JSON schema: "
+        "Invalid type: strin"
+    )

@@ -1,10 +1,12 @@
 """Fields that bind an answer to a form, as StructuredOutputsParams."""
 
 import json
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+from tpllm.checks import short
 from tpllm.server.answer_parser import CALL, END_CALL
 from tpllm.server.errors import APIError
 from tpllm.server.protocol import ChatCompletionRequest, Structured, Tool
@@ -20,15 +22,23 @@ _GUIDED = {
 
 # how models are shown calls, and llguidance's way to ask for it
 _ONE_LINE = {"whitespace_pattern": " ?"}
+# keys of a schema that says nothing of an object's content, beside empty `properties`
+_WITHOUT_CONTENT = {"$schema", "title", "description", "type", "properties", "required"}
+_NO_CONTENT = {"type": "object", "properties": {}, "additionalProperties": False}
+_RULES_BEFORE_TOOLS = 3  # of the grammar of calls; then each tool has two
+# where llguidance finds a mistake in it: line and column before the reason, lines around after it
+_PLACE = re.compile(r"at (\d+)\(\d+\): (.*?)(?= \d+ \| |$)")
 
 
 def structured_outputs(body: Structured) -> StructuredOutputsParams | None:
     """The form that a request asks for; None for any text.
 
     Raises:
-        APIError: 400: several fields ask for one, or one is wrong. Whether it can be compiled is
-            the engine's affair: see `naming_the_field`.
+        APIError: 400: several fields ask for one, or one is wrong, or a tool takes no object.
+            Whether it can be compiled is the engine's affair: see `naming_the_field`.
     """
+    if isinstance(body, ChatCompletionRequest):
+        _check_tools(body.tools or [])
     forms = _forms(body)
     if not forms:
         return None
@@ -57,9 +67,20 @@ def naming_the_field(body: Structured) -> Iterator[None]:
         forms = _forms(body)
         if not refused or not words.startswith("structured_outputs: ") or not forms:
             raise
-        field = next(iter(forms))
-        what = "a tool's parameters" if field == "tool_choice" else "what it asks for"
+        field, what = next(iter(forms)), "what it asks for"
+        if field == "tool_choice" and isinstance(body, ChatCompletionRequest):
+            field, what, reason = _blamed_tool(body, reason)
         raise APIError(400, f"{field}: {what} cannot be used: {reason}", param=field) from None
+
+
+def _blamed_tool(body: ChatCompletionRequest, reason: str) -> tuple[str, str, str]:
+    """The field, what it holds, and what is wrong with it, of calls that cannot be compiled."""
+    if found := _PLACE.search(reason):
+        number = (int(found[1]) - 1 - _RULES_BEFORE_TOOLS) // 2
+        chosen = _tools_to_call(body)
+        if 0 <= number < len(chosen) and body.tools:
+            return _parameters(body.tools.index(chosen[number])), "this schema", found[2]
+    return "tool_choice", "a tool's parameters", reason
 
 
 def _forms(body: Structured) -> dict[str, dict[str, Any]]:
@@ -80,6 +101,23 @@ def _forms(body: Structured) -> dict[str, dict[str, Any]]:
             several = body.parallel_tool_calls is not False and body.tool_choice == "required"
             forms["tool_choice"] = {"grammar": _calls(tools, several)}
     return forms
+
+
+def _parameters(index: int) -> str:
+    return f"tools[{index}].function.parameters"
+
+
+def _check_tools(tools: Sequence[Tool]) -> None:
+    """As OpenAI does, whatever the choice: arguments are an object."""
+    for i, tool in enumerate(tools):
+        kind = (tool.function.parameters or {}).get("type")
+        if kind not in (None, "object") and not (isinstance(kind, list) and "object" in kind):
+            raise APIError(
+                400,
+                f"{_parameters(i)} has type {short(kind)}; the arguments of a function are an "
+                'object: use "type": "object"',
+                param=_parameters(i),
+            )
 
 
 def _response_format(value: dict[str, Any]) -> dict[str, Any] | None:
@@ -138,10 +176,22 @@ def _calls(tools: Sequence[Tool], several: bool) -> str:
     for i, tool in enumerate(tools):
         head = _quoted(json.dumps(tool.function.name, ensure_ascii=False) + ', "arguments": ')
         # each schema stands alone, so that its references find their own definitions
-        schema = {**(tool.function.parameters or {"type": "object"}), "x-guidance": _ONE_LINE}
+        schema = {**_arguments(tool.function.parameters or {}), "x-guidance": _ONE_LINE}
         rules.append(f"tool_{i}: {head} arguments_{i}")
         rules.append(f"arguments_{i}: %json {json.dumps(schema)}")
     return "\n".join(rules)
+
+
+def _arguments(parameters: dict[str, Any]) -> dict[str, Any]:
+    """The schema of a call's arguments: an object, also where `parameters` let null pass.
+
+    Without a schema, or with one whose `properties` are empty, a function takes no arguments, as
+    OpenAI has it. A bare {"type": "object"} takes any.
+    """
+    is_empty = parameters.get("properties") == {} and not parameters.get("required")
+    if not parameters or (is_empty and parameters.keys() <= _WITHOUT_CONTENT):
+        return _NO_CONTENT
+    return {**parameters, "type": "object"}
 
 
 def _quoted(text: str) -> str:
