@@ -39,11 +39,12 @@ class StructuredOutputsParams:
         json_object: True for any JSON object
         disable_any_whitespace: for the two kinds of JSON: no whitespace between its parts
         whitespace_pattern: for the two kinds of JSON: a regular expression of the whitespace that
-            may stand there, instead of up to 8 characters of any (a weak model might never write
-            anything else)
+            may stand there, instead of a blank, or a line break and up to 7 blanks or tabs (a weak
+            model that may write more might never write anything else)
 
-    For the same reason a number in JSON, also in that of a grammar, has no more digits once it has
-    32 characters, unless the schema asks for them.
+    For the same reason, in JSON by a schema, also within a grammar, a number has no more digits
+    once it has 32 characters, unless the schema asks for them, and an object has the properties
+    alone that its schema names, unless the schema has a word on `additionalProperties`.
 
     Raises:
         ValueError: none or several forms are given, or one is too large, or no JSON. Whether it can

@@ -43,7 +43,7 @@ def accepts(compiled: Grammar, text: str) -> bool:
     return EOS in next_ids(matcher)
 
 
-EIGHT = 8 * " "
+INDENTED = "\n" + 7 * " "
 
 
 def fits(compiled: Grammar, text: str) -> bool:
@@ -111,8 +111,8 @@ def test_choices_are_taken_word_for_word(shipped, choice):
     [
         (
             {},
-            ['{"a":1}', '{\n    "a" : 1\n}', "{" + EIGHT + '"a"\t\t:\r\n1' + EIGHT + "}"],
-            ["{ " + EIGHT + '"a":1}', '{"a"\n' + EIGHT, '{"a":1 2', ' {"a":1}', '{"a":1} '],
+            ['{"a":1}', '{\n    "a" : 1\n}', "{" + INDENTED + '"a" :\n\t1' + INDENTED + "}"],
+            ["{" + INDENTED + " ", '{"a"  ', '{"a"\n\n', '{"a":1 2', ' {"a":1}', '{"a":1} '],
         ),
         ({"disable_any_whitespace": True}, ['{"a":1}'], ['{"a": 1}']),
         ({"whitespace_pattern": " ?"}, ['{"a":1}', '{"a": 1}'], ['{"a":  1}', '{"a":\n1}']),
@@ -128,16 +128,16 @@ def test_whitespace_between_the_parts_of_json_is_bounded(shipped, whitespace, fi
 @pytest.mark.parametrize(
     "grammar, fitting, others",
     [
-        ('start: "x" %json {} "y"', ["x{}y", "x[" + EIGHT + "]y"], ["x[ " + EIGHT + "]y"]),
+        ('start: "x" %json {} "y"', ["x{}y", "x[" + INDENTED + "]y"], ["x[" + INDENTED + " ]y"]),
         (
             'start: tag %json {\n"type": "object"}\ntag: /[^"]/ // %json {}\n',
-            ["a{" + EIGHT + "}"],
-            ["a{ " + EIGHT + "}"],
+            ["a{" + INDENTED + "}"],
+            ["a{" + INDENTED + " }"],
         ),
         (
             'start: "%json {}" %json {"x-guidance": {"whitespace_pattern": " {1,9}"}}',
-            ["%json {}{ " + EIGHT + "}"],
-            ["%json {}{  " + EIGHT + "}"],
+            ["%json {}{" + 9 * " " + "}"],
+            ["%json {}{" + 10 * " " + "}"],
         ),
     ],
 )
@@ -145,6 +145,26 @@ def test_whitespace_in_a_schema_of_a_grammar_is_bounded(shipped, grammar, fittin
     compiled = shipped.compile(StructuredOutputsParams(grammar=grammar))
     assert [text for text in fitting if not fits(compiled, text)] == []
     assert [text for text in others if fits(compiled, text)] == []
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        {"json": {"properties": {"a": {"type": "integer"}}}},
+        {"grammar": 'start: %json {"properties": {"a": {"type": "integer"}}}'},
+    ],
+)
+def test_an_object_has_no_properties_that_its_schema_does_not_name(shipped, form):
+    compiled = shipped.compile(StructuredOutputsParams(**form))
+    assert fits(compiled, '{"a":1}') and not fits(compiled, '{"a":1,')
+
+
+@pytest.mark.parametrize("depth", [900, 950, 970, 980, 990])
+def test_a_schema_that_is_nested_too_deeply_is_refused(shipped, depth):
+    text = '{"items":' * depth + "{}" + "}" * depth
+    for name, form in (("json", text), ("grammar", f"start: %json {text}")):
+        with pytest.raises(ValueError, match=r"cannot be used|nested too deeply"):
+            shipped.compile(StructuredOutputsParams(**{name: form}))
 
 
 def test_a_token_that_does_not_fit_ends_the_answer():
