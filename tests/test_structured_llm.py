@@ -100,6 +100,40 @@ def test_every_answer_has_its_form(together: list[CompletionOutput]) -> None:
     assert len(set(texts)) > len(texts) // 2  # they were drawn
 
 
+# as pydantic writes them
+POINT = {
+    "type": "object",
+    "properties": {"x": {"type": "integer"}, "y": {"type": "number"}, "on": {"type": "boolean"}},
+    "required": ["x", "y", "on"],
+}
+NESTED = {
+    "type": "object",
+    "$defs": {"Point": POINT, "Color": {"enum": ["red", "blue"], "type": "string"}},
+    "properties": {
+        "at": {"$ref": "#/$defs/Point"},
+        "color": {"$ref": "#/$defs/Color"},
+        "maybe": {"anyOf": [{"type": "integer"}, {"type": "null"}], "default": None},
+        "points": {"type": "array", "items": {"$ref": "#/$defs/Point"}, "maxItems": 2},
+    },
+    "required": ["at", "color", "points"],
+}
+TOOL_CALL = 'start: "<tool_call>" %json ' + json.dumps(NESTED) + ' "</tool_call>"'
+
+
+def test_a_weak_model_comes_to_the_end_of_its_json(llm: LLM) -> None:
+    forms: list[dict[str, Any]] = [{"json": NESTED}, {"grammar": TOOL_CALL}]
+    params = [
+        drawn(seed, form, temperature=min(seed, 1), max_tokens=250)
+        for form in forms
+        for seed in range(6)
+    ]
+    params.append(drawn(0, {"json_object": True}, temperature=0))
+    for output in generate(llm, params):
+        assert output.finish_reason == "stop", output.text
+        value = json.loads(output.text.removeprefix("<tool_call>").removesuffix("</tool_call>"))
+        assert isinstance(value, dict)
+
+
 def test_company_changes_nothing(llm: LLM, together: list[CompletionOutput]) -> None:
     num = len(REQUESTS)
     assert num % 2 == 0  # so that each has the prompt that it had in company

@@ -162,9 +162,10 @@ def test_an_object_has_no_properties_that_its_schema_does_not_name(shipped, form
 @pytest.mark.parametrize("depth", [900, 950, 970, 980, 990])
 def test_a_schema_that_is_nested_too_deeply_is_refused(shipped, depth):
     text = '{"items":' * depth + "{}" + "}" * depth
-    for name, form in (("json", text), ("grammar", f"start: %json {text}")):
+    forms: list[dict[str, Any]] = [{"json": text}, {"grammar": f"start: %json {text}"}]
+    for form in forms:
         with pytest.raises(ValueError, match=r"cannot be used|nested too deeply"):
-            shipped.compile(StructuredOutputsParams(**{name: form}))
+            shipped.compile(StructuredOutputsParams(**form))
 
 
 def test_a_token_that_does_not_fit_ends_the_answer():

@@ -182,6 +182,30 @@ def test_an_answer_has_the_form_that_it_must_have(client: OpenAI) -> None:
             )
 
 
+@pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "now"}}])
+def test_forced_calls_are_json_wherever_they_are_cut(client: OpenAI, choice: Any) -> None:
+    tools: Any = [
+        {"type": "function", "function": {"name": "now"}},
+        {"type": "function", "function": {"name": "add", "parameters": SCHEMA}},
+    ]
+
+    def ask(**fields: Any) -> Any:
+        return client.chat.completions.create(
+            model="tiny", messages=QUESTION, tools=tools, tool_choice=choice, seed=1, **fields
+        )
+
+    whole = ask(temperature=1, parallel_tool_calls=False).choices[0]
+    assert whole.finish_reason == ("tool_calls" if choice == "required" else "stop")
+    [call] = whole.message.tool_calls
+    assert isinstance(json.loads(call.function.arguments), dict)
+    for max_tokens in (1, 9, 17, 26):
+        cut = ask(temperature=1, parallel_tool_calls=False, max_tokens=max_tokens).choices[0]
+        assert cut.finish_reason == "length" and not cut.message.content
+        for each in cut.message.tool_calls or []:
+            assert each.function.name == call.function.name
+            assert call.function.arguments.startswith(each.function.arguments)
+
+
 def test_an_echo_scores_its_prompt(server: Server) -> None:
     with server.http() as http:
         body = {"prompt": "The LORD is my shepherd", "echo": True, "logprobs": 1, "max_tokens": 0}
