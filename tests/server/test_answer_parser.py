@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tpllm.server.answer_parser import (
-    AnswerParser,
+from tpllm.server.answer_parser import AnswerParser
+from tpllm.server.answer_pieces import (
     CallArguments,
     CallStart,
     Content,

@@ -7,7 +7,6 @@ with a lexer of its own, so that none depends on the company that it has.
 
 import json
 import os
-import re
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Sequence
@@ -18,7 +17,7 @@ from weakref import WeakValueDictionary
 import numpy as np
 
 from tpllm.config import EngineConfig
-from tpllm.engine.closed_objects import close_objects
+from tpllm.engine.bounded_json import WHITESPACE, bounded_grammar, bounded_schema
 from tpllm.engine.long_numbers import NumberLimit, NumberTokens
 from tpllm.structured_outputs import StructuredOutputsParams
 
@@ -27,13 +26,6 @@ if TYPE_CHECKING:
 
 _MAX_CACHED = 64
 _MAX_LEXER_STATES = 50_000  # 1 to 2 kB each
-# As JSON is written on a line, or indented. A weak model writes all that it may: where it may write
-# any 8 characters, the shipped one's answers have 2.4 times as many tokens, and with 40 no end.
-_WHITESPACE = r" |\n[ \t]{0,7}"
-# What a schema in a Lark grammar begins with, and what only looks like it: texts, comments, regexes
-_SCHEMA_IN_LARK = re.compile(
-    r""""(?:\\.|[^"\\])*" | (?:\#|//)[^\n]* | /(?:\\.|[^/\\])+/ | %json\s*(?=\{)""", re.VERBOSE
-)
 _NOTHING_FITS = "NoExtensionBias"  # in llguidance's words
 _TOKENIZER_FILE = "tokenizer.json"
 
@@ -291,12 +283,13 @@ def _source(params: StructuredOutputsParams) -> str:
         words = " | ".join(json.dumps(text, ensure_ascii=False) for text in params.choice)
         return LLMatcher.grammar_from_lark(f"start: {words}")
     if params.grammar is not None:
-        return grammar_from("grammar", _with_closed_schemas(params.grammar))
-    options: dict[str, Any] = {"whitespace_pattern": params.whitespace_pattern or _WHITESPACE}
+        return grammar_from("grammar", bounded_grammar(params.grammar))
+    options: dict[str, Any] = {"whitespace_pattern": params.whitespace_pattern or WHITESPACE}
     if params.disable_any_whitespace:
         options = {"whitespace_flexible": False}
-    schema = '{"type": "object"}' if params.json is None else _closed(json.loads(str(params.json)))
-    return LLMatcher.grammar_from_json_schema(schema, overrides=options)  # type: ignore[arg-type]
+    schema = json.loads(str(params.json)) if params.json is not None else {"type": "object"}
+    text = bounded_schema(schema)
+    return LLMatcher.grammar_from_json_schema(text, overrides=options)  # type: ignore[arg-type]
 
 
 def _has_json(params: StructuredOutputsParams) -> bool:
@@ -304,24 +297,6 @@ def _has_json(params: StructuredOutputsParams) -> bool:
     if params.grammar is not None:
         return "%json" in params.grammar
     return params.json is not None or params.json_object is not None
-
-
-def _closed(schema: dict[str, Any], **options: Any) -> str:
-    """A schema as text, its objects closed; with llguidance's options, unless it has its own."""
-    close_objects(schema)
-    return json.dumps({"x-guidance": options, **schema} if options else schema, allow_nan=False)
-
-
-def _with_closed_schemas(grammar: str) -> str:
-    """A grammar whose schemas allow no more than one that stands alone."""
-    parts, position = [], 0
-    while found := _SCHEMA_IN_LARK.search(grammar, position):
-        parts.append(grammar[position : found.end()])
-        position = found.end()
-        if found[0].startswith("%json"):
-            schema, position = json.JSONDecoder().raw_decode(grammar, position)
-            parts.append(_closed(schema, whitespace_pattern=_WHITESPACE))
-    return "".join([*parts, grammar[position:]])
 
 
 def _form(params: StructuredOutputsParams) -> str:

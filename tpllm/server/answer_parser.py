@@ -10,12 +10,20 @@ import json
 import re
 from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass
 from enum import Enum
 
+from tpllm.server.answer_pieces import (
+    END_THINK,
+    THINK,
+    CallArguments,
+    CallStart,
+    Content,
+    Piece,
+    Reasoning,
+    Thinking,
+)
 from tpllm.server.json_letters import SPACE, JsonLetters
 
-THINK, END_THINK = "<think>", "</think>"
 CALL, END_CALL = "<tool_call>", "</tool_call>"
 
 # A long text is read in slices: what is cut off its front again and again must not be long.
@@ -24,51 +32,6 @@ SLICE_LENGTH = 4096
 # be passed on as they come.
 _NAME = re.compile(r'\s*\{\s*"name"\s*:\s*("(?:[^"\\]|\\.)*")', re.DOTALL)
 _BEFORE_ARGUMENTS = re.compile(r'\s*,\s*"arguments"\s*:\s*')
-
-
-@dataclass(frozen=True)
-class Reasoning:
-    text: str
-
-
-@dataclass(frozen=True)
-class Content:
-    text: str
-
-
-@dataclass(frozen=True)
-class CallStart:
-    """A tool call begins. Calls count from 0."""
-
-    index: int
-    name: str
-
-
-@dataclass(frozen=True)
-class CallArguments:
-    """More of the JSON text of a call's arguments."""
-
-    index: int
-    text: str
-
-
-Piece = Reasoning | Content | CallStart | CallArguments
-
-
-class Thinking(Enum):
-    """What a prompt's end says of reasoning in the answer."""
-
-    OPEN = "the prompt ends with <think>: the answer begins inside"
-    POSSIBLE = "an answer that begins with <think> has reasoning"
-    NONE = "it is no place for reasoning: all is content"
-
-    @classmethod
-    def after(cls, prompt: str) -> "Thinking":
-        """How the answer to a rendered prompt begins."""
-        end = prompt[-64:].rstrip()
-        if end.endswith(THINK):
-            return cls.OPEN
-        return cls.NONE if end.endswith(END_THINK) else cls.POSSIBLE
 
 
 class _State(Enum):

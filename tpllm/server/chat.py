@@ -8,8 +8,8 @@ from starlette.responses import Response
 
 from tpllm.outputs import CompletionOutput
 from tpllm.sampling_params import SamplingParams
-from tpllm.server.answer_parser import (
-    AnswerParser,
+from tpllm.server.answer_parser import AnswerParser
+from tpllm.server.answer_pieces import (
     CallArguments,
     CallStart,
     Content,
