@@ -15,6 +15,7 @@ PLAIN = {
     "checks",
     "config",
     "errors",
+    "json_schema",
     "model_config",
     "outputs",
     "sampling_params",

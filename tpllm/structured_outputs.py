@@ -6,16 +6,19 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from decimal import Decimal
+from functools import lru_cache
 from math import lcm
 from typing import Any, Self
 
 from tpllm.checks import check_bool
 from tpllm.errors import refuse_unknown_settings
+from tpllm.json_schema import normalized, to_text
 
 # Compiling this much takes some two seconds at worst.
 MAX_CHARS = 100_000
 # A regular expression of multiples has as many states; 100,000 of them are compiled in a second.
-MAX_MULTIPLE = 100_000
+# The compiler multiplies two of them in 32 bits, whether or not that fits.
+MAX_MULTIPLE = 2**16 - 1
 # The compiler follows a chain of rules or references by recursion in native code: 2,500 of them
 # overflow a stack of 8 MiB, and that ends the process.
 MAX_RULES = 1000
@@ -81,7 +84,7 @@ class StructuredOutputsParams:
             if (text := getattr(self, name)) is not None:
                 _check_text(name, text)
         if self.grammar is not None:
-            _check_grammar(self.grammar)
+            compilable_grammar(self.grammar)
         check_bool("disable_any_whitespace", self.disable_any_whitespace)
         self._check_whitespace()
 
@@ -154,23 +157,54 @@ def _check_schema(value: object) -> str:
     _check_text("json", text)
     if not isinstance(schema, dict):
         raise ValueError(f"json={text:.80} must be a JSON schema, which is an object")
-    _check_references("json", schema)
-    _check_multiples("json", schema)
+    compilable_schema(text)
     return text
 
 
-def _check_grammar(grammar: str) -> None:
-    """Check the schemas within, and the number of rules: no more than colons outside of them."""
-    outside, position = [], 0
+@lru_cache(16)  # a server checks what its engine compiles: both want it
+def compilable_schema(text: str) -> str:
+    """A schema in the words that the compiler gets right: see `tpllm.json_schema`.
+
+    Raises:
+        ValueError: it is none, or has something that is not supported.
+    """
+    with _naming("json"):
+        schema = _DECODER.decode(text)
+    return _compilable("json", schema)
+
+
+def _compilable(name: str, schema: Any) -> str:
+    _check_references(name, schema)
+    _check_multiples(name, schema)
+    try:
+        return to_text(normalized(schema))
+    except RecursionError:
+        raise ValueError(f"{name} is nested too deeply; make it simpler") from None
+    except (ValueError, TypeError, AttributeError, ArithmeticError) as error:
+        raise ValueError(f"{name}: {error}") from None
+
+
+@lru_cache(16)
+def compilable_grammar(grammar: str) -> str:
+    """A grammar, with the schemas within as `compilable_schema` gives them.
+
+    Raises:
+        ValueError: a schema in it is none, or it has too many rules: no more than it has colons
+            outside of schemas.
+    """
+    outside, pieces, position = [], [], 0
     for found in _EMBEDDED.finditer(grammar):
+        if found.start() < position:
+            continue  # part of a text within a schema
         with _naming("%json in grammar"):
             schema, end = _DECODER.raw_decode(grammar, found.end())
         outside.append(grammar[position : found.start()])
-        position = max(position, end)  # one within another ends before it
-        _check_references("%json in grammar", schema)
-        _check_multiples("%json in grammar", schema)
+        schema_text = _compilable("%json in grammar", schema)
+        pieces += [outside[-1], found.group(), schema_text]
+        position = end
     outside.append(grammar[position:])
     _check_rules("grammar", "".join(outside).replace("::=", ":").count(":"))
+    return "".join([*pieces, outside[-1]])
 
 
 @contextmanager

@@ -19,13 +19,20 @@ import numpy as np
 from tpllm.config import EngineConfig
 from tpllm.engine.bounded_json import WHITESPACE, bounded_grammar, bounded_schema
 from tpllm.engine.long_numbers import NumberLimit, NumberTokens
-from tpllm.structured_outputs import StructuredOutputsParams
+from tpllm.structured_outputs import (
+    StructuredOutputsParams,
+    compilable_grammar,
+    compilable_schema,
+)
 
 if TYPE_CHECKING:
     from llguidance import LLExecutor, LLMatcher, LLParserLimits, LLTokenizer
 
 _MAX_CACHED = 64
 _MAX_LEXER_STATES = 50_000  # 1 to 2 kB each
+# Of the parser, at one place of a text: an optional property takes four; 25 ms for a step at worst.
+_MAX_ITEMS_IN_ROW = 50_000
+_MAX_ITEMS_IN_STEP = 500_000
 _NOTHING_FITS = "NoExtensionBias"  # in llguidance's words
 _TOKENIZER_FILE = "tokenizer.json"
 
@@ -259,7 +266,12 @@ def _read_tokenizer(config: EngineConfig) -> "LLTokenizer":
 def _limits() -> "LLParserLimits":
     from llguidance import LLParserLimits
 
-    return LLParserLimits(max_lexer_states=_MAX_LEXER_STATES, verbose_errors=False)
+    return LLParserLimits(
+        max_lexer_states=_MAX_LEXER_STATES,
+        max_items_in_row=_MAX_ITEMS_IN_ROW,
+        step_max_items=_MAX_ITEMS_IN_STEP,
+        verbose_errors=False,
+    )
 
 
 @cache
@@ -280,14 +292,17 @@ def _source(params: StructuredOutputsParams) -> str:
     if params.regex is not None:
         return LLMatcher.grammar_from_regex(params.regex)
     if params.choice is not None:
+        # one terminal: as alternatives of a rule, more than a row of the parser holds ran dry
         words = " | ".join(json.dumps(text, ensure_ascii=False) for text in params.choice)
-        return LLMatcher.grammar_from_lark(f"start: {words}")
+        return LLMatcher.grammar_from_lark(f"start: CHOICE\nCHOICE: {words}")
     if params.grammar is not None:
-        return grammar_from("grammar", bounded_grammar(params.grammar))
+        return grammar_from("grammar", bounded_grammar(compilable_grammar(params.grammar)))
     options: dict[str, Any] = {"whitespace_pattern": params.whitespace_pattern or WHITESPACE}
     if params.disable_any_whitespace:
         options = {"whitespace_flexible": False}
-    schema = json.loads(str(params.json)) if params.json is not None else {"type": "object"}
+    schema = {"type": "object"}
+    if params.json is not None:
+        schema = json.loads(compilable_schema(str(params.json)))
     text = bounded_schema(schema)
     return LLMatcher.grammar_from_json_schema(text, overrides=options)  # type: ignore[arg-type]
 

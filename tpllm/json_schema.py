@@ -1,0 +1,194 @@
+"""JSON schemas as the grammar compiler takes them: exact, or refused by the name of the keyword.
+
+llguidance reads bounds as doubles and casts them to 64-bit integers, without looking whether they
+fit: some end the process, others give wrong numbers. It refuses what it does not know in some
+places and ignores it in others. So each schema is rewritten here first. What the result lets pass,
+the caller's schema lets pass too; `docs/structured-outputs.md` says where it lets pass less.
+"""
+
+import json
+from decimal import Decimal
+from difflib import get_close_matches
+from math import isinf
+from typing import Any
+
+from tpllm.json_bounds import constant, count, rewrite_bounds
+from tpllm.json_disjoint import refuse_overlapping
+
+Schema = dict[str, Any]
+
+_MAPS = ("properties", "patternProperties", "$defs", "definitions")
+_LISTS = ("allOf", "anyOf", "oneOf", "prefixItems")
+_SINGLE = ("items", "additionalItems", "additionalProperties")
+_COUNTS = ("minLength", "maxLength", "minItems", "maxItems", "minProperties", "maxProperties")
+_NUMBERS = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf")
+_PLAIN = ("type", "const", "enum", "required", "pattern", "format", "$ref", "$id", "id", "$anchor")
+SUPPORTED = (*_PLAIN, *_NUMBERS, *_COUNTS, *_MAPS, *_LISTS, *_SINGLE)
+
+# Each with what to write instead.
+UNSUPPORTED = {
+    "not": "say what the value is instead, as by enum, type or pattern",
+    "if": "write the cases as an anyOf of whole schemas",
+    "contains": "describe every item with items or prefixItems",
+    "uniqueItems": "leave it out and check the answer, or list the possible arrays as an enum",
+    "dependentRequired": "write the cases as an anyOf of objects with their own required",
+    "dependentSchemas": "write the cases as an anyOf of whole schemas",
+    "dependencies": "write the cases as an anyOf of whole schemas",
+    "propertyNames": "use patternProperties beside additionalProperties: false",
+    "unevaluatedProperties": "use additionalProperties in each schema that has properties",
+    "unevaluatedItems": "use items beside prefixItems",
+    "$dynamicRef": "use $ref",
+    "$recursiveRef": "use $ref",
+}
+# Unsupported keywords with a value that asks for nothing.
+_NO_EFFECT: dict[str, tuple[Any, ...]] = {
+    "uniqueItems": (False,),
+    "dependentRequired": ({},),
+    "dependentSchemas": ({},),
+    "dependencies": ({},),
+    "propertyNames": (True, {}, {"type": "string"}),
+    "unevaluatedProperties": (True, {}),
+    "unevaluatedItems": (True, {}),
+}
+FORMATS = (
+    *("date-time", "time", "date", "duration"),
+    *("email", "hostname", "ipv4", "ipv6", "uuid", "uri"),
+)
+# These say how a text is shown or stored, not which texts there are.
+_FORMATS_OF_ANY_TEXT = ("password", "binary", "path", "unknown")
+_DRAFTS = ("http://json-schema.org/", "https://json-schema.org/")
+# how forced tool calls ask for their whitespace
+_WHITESPACE_OPTIONS = ("whitespace_pattern", "whitespace_flexible")
+
+
+def normalized(schema: Schema) -> Schema:
+    """The schema in other words, which llguidance compiles right.
+
+    Numbers that are no integers are Decimal in `schema`, so that none is rounded before.
+
+    Raises:
+        ValueError: a keyword is not supported, or its value is none; names place and mend.
+    """
+    rewritten: Schema = _Normalizer(schema).schema(schema, "")
+    if isinstance(options := schema.get("x-guidance"), dict):
+        kept = {name: options[name] for name in _WHITESPACE_OPTIONS if name in options}
+        rewritten["x-guidance"] = kept
+    if isinstance(draft := schema.get("$schema"), str) and draft.startswith(_DRAFTS):
+        rewritten["$schema"] = draft
+    return rewritten
+
+
+def to_text(schema: object) -> str:
+    """The schema as JSON; Decimals become the nearest doubles.
+
+    Raises:
+        ValueError: a number is out of the range of doubles.
+    """
+    return json.dumps(schema, default=_double, allow_nan=False)
+
+
+def _double(value: object) -> float:
+    if not isinstance(value, Decimal):
+        raise TypeError(f"{value!r} is no part of a JSON schema")
+    number = float(value)
+    if isinf(number):
+        raise ValueError(f"{value} is out of the range of numbers")
+    return number
+
+
+class _Normalizer:
+    """Rewrites one schema; `root` is what its references point into."""
+
+    def __init__(self, root: Schema) -> None:
+        self._root = root
+
+    def schema(self, schema: Any, place: str) -> Any:
+        """A schema or a boolean, somewhere in the root; `place` is its path, in words."""
+        if not isinstance(schema, dict):
+            if isinstance(schema, bool):
+                return schema
+            raise ValueError(f"{_at(place)}{_short(schema)} must be a schema, an object")
+        result: Schema = {}
+        for keyword, value in schema.items():
+            self._check_keyword(keyword, value, place)
+            inside = f"{place}.{keyword}" if place else keyword
+            if keyword in _MAPS and isinstance(value, dict):
+                result[keyword] = {
+                    name: self.schema(each, f"{inside}.{name}") for name, each in value.items()
+                }
+            elif isinstance(value, list) and keyword in (*_LISTS, "items"):
+                result[keyword] = [
+                    self.schema(each, f"{inside}[{i}]") for i, each in enumerate(value)
+                ]
+            elif keyword in _SINGLE:
+                result[keyword] = self.schema(value, inside)
+            elif keyword in SUPPORTED:
+                result[keyword] = self._value(keyword, value, inside)
+        self._drop_formats(result, place)
+        rewrite_bounds(result, _at(place))
+        return self._one_of_as_any_of(result, place)
+
+    def _one_of_as_any_of(self, schema: Schema, place: str) -> Schema:
+        """Replace a oneOf whose branches exclude each other; the order of keywords stays."""
+        branches = schema.get("oneOf")
+        if not isinstance(branches, list):
+            return schema
+        refuse_overlapping(branches, self._root, _at(place))
+        if "anyOf" in schema:
+            both = [{"anyOf": schema.pop("anyOf")}, {"anyOf": schema.pop("oneOf")}]
+            return {**schema, "allOf": [*schema.get("allOf", []), *both]}
+        return {("anyOf" if name == "oneOf" else name): each for name, each in schema.items()}
+
+    def _check_keyword(self, keyword: str, value: Any, place: str) -> None:
+        if keyword in UNSUPPORTED and value not in _NO_EFFECT.get(keyword, ()):
+            raise ValueError(f"{_at(place)}{keyword} is not supported; {UNSUPPORTED[keyword]}")
+        if keyword in SUPPORTED or keyword in UNSUPPORTED:
+            return
+        plain = keyword.replace("_", "").replace("-", "").lower()
+        for known in (*SUPPORTED, *UNSUPPORTED):
+            if plain == known.lower():
+                raise ValueError(
+                    f"{_at(place)}{keyword} is no keyword of JSON Schema; did you mean {known!r}?"
+                )
+
+    def _value(self, keyword: str, value: Any, place: str) -> Any:
+        """That of a keyword that holds no schema."""
+        if keyword == "const":
+            return constant(value, place)
+        if keyword == "enum" and isinstance(value, list):
+            return [constant(each, place) for each in value]
+        if keyword in _COUNTS:
+            return count(keyword, value, place)
+        if keyword == "$ref" and isinstance(value, str) and value.startswith("#/"):
+            first = value.split("/")[1]
+            if first not in (*_MAPS, *_LISTS, *_SINGLE):
+                raise ValueError(
+                    f"{place}={value!r} leads to {first!r}, which holds no schemas; put what "
+                    "it names under $defs"
+                )
+        return value
+
+    def _drop_formats(self, schema: Schema, place: str) -> None:
+        """Leave out a format that is none of texts, or any text has."""
+        if (name := schema.get("format")) is None:
+            return
+        kinds = schema.get("type", "string")
+        of_text = kinds == "string" or (isinstance(kinds, list) and "string" in kinds)
+        if not of_text or name in _FORMATS_OF_ANY_TEXT:
+            del schema["format"]
+        elif name not in FORMATS:
+            near = get_close_matches(str(name), FORMATS, n=1)
+            mend = f"did you mean {near[0]!r}?" if near else f"use one of {', '.join(FORMATS)}"
+            raise ValueError(
+                f"{_at(place)}format={_short(name)} is not supported; {mend}, give a pattern "
+                "instead, or leave it out"
+            )
+
+
+def _at(place: str) -> str:
+    return f"{place}: " if place else ""
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
