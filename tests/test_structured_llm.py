@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tpllm import LLM, AsyncLLM, SamplingParams, StructuredOutputsParams
+from tpllm import LLM, AsyncLLM, NoNextTokenError, SamplingParams, StructuredOutputsParams
 from tpllm.outputs import CompletionOutput
 
 pytestmark = pytest.mark.usefixtures("forked_engines")
@@ -175,15 +175,73 @@ def test_an_answer_may_be_left_in_the_middle(llm: LLM) -> None:
     assert stopped[0].outputs[0].stop_reason == "bab"
 
 
-def test_settings_that_leave_no_token_end_the_request_and_say_so(llm: LLM) -> None:
-    words = ["foo", "fo", "f", "o", "oo"]
-    params = drawn(1, {"choice": ["foo"]}, bad_words=words)
-    first, second = generate(llm, [params, PLAIN[0]])
-    assert (first.text, first.token_ids, first.finish_reason) == ("", [], "abort")
-    assert first.stop_reason == (
-        "structured_outputs: the request's other settings leave no token that fits"
-    )
-    assert second.finish_reason == "length"
+def ids_of(llm: LLM, *texts: str) -> list[int]:
+    each = llm.get_tokenizer().encode_batch(list(texts), add_special_tokens=False)
+    return [id_ for ids in each for id_ in ids]
+
+
+def contradictions(llm: LLM) -> dict[str, tuple[dict[str, Any] | None, dict[str, Any]]]:
+    """Forms and other settings that leave no token, after some tokens."""
+    foo, bar, seven = ids_of(llm, "f", "o"), ids_of(llm, "b", "a", "r"), ids_of(llm, "7")
+    return {
+        "bad words": ({"choice": ["foo"]}, {"bad_words": ["oo", "o", "foo"]}),
+        "an allow list": ({"choice": ["foobar"]}, {"allowed_token_ids": foo}),
+        "both": ({"regex": "(foo|bar){3}"}, {"allowed_token_ids": foo + bar, "bad_words": ["o"]}),
+        "no form": (None, {"allowed_token_ids": seven, "bad_words": ["77"]}),
+        "no form, min_tokens": (
+            None,
+            {"allowed_token_ids": seven, "bad_words": ["77"], "min_tokens": 5},
+        ),
+    }
+
+
+def test_settings_that_leave_no_token_at_all_are_refused_before_any_prompt_starts(
+    llm: LLM,
+) -> None:
+    steps = llm.coordinator.stats.num_steps
+    form = StructuredOutputsParams(choice=["foo"])
+    for settings, names in (
+        ({"bad_words": ["foo", "fo", "f"]}, "bad_words"),
+        ({"allowed_token_ids": ids_of(llm, "7")}, "allowed_token_ids"),
+    ):
+        params = SamplingParams(structured_outputs=form, **settings)
+        with pytest.raises(ValueError, match=f"prompt 1: structured_outputs has no.*{names}"):
+            llm.generate(PROMPTS, [PLAIN[0], params], use_tqdm=False)
+    assert llm.coordinator.stats.num_steps == steps
+
+
+@pytest.mark.parametrize(
+    "name", ["bad words", "an allow list", "both", "no form", "no form, min_tokens"]
+)
+@pytest.mark.parametrize("settings", [{}, {"top_p": 0.9, "logprobs": 2}, {"n": 3}])
+def test_settings_that_leave_no_next_token_are_an_error_and_no_text(
+    llm: LLM, name: str, settings: dict[str, Any]
+) -> None:
+    form, own = contradictions(llm)[name]
+    params = drawn(1, form, **{**settings, **own})
+    with pytest.raises(NoNextTokenError, match="prompt 1: .*settings leave no") as caught:
+        llm.generate(["a", "b", "c"], [PLAIN[0], params, PLAIN[1]], use_tqdm=False)
+    outputs = caught.value.outputs
+    assert [each.prompt for each in outputs] == ["a", "c"]
+    assert all(each.outputs[0].finish_reason == "length" for each in outputs)
+    assert [each.prompt for each in caught.value.unfinished] == ["b"]
+    assert llm.coordinator.num_unfinished == 0
+
+
+def test_a_stream_gives_the_other_prompts_before_the_error(llm: LLM) -> None:
+    form, own = contradictions(llm)["an allow list"]
+    stream = llm.generate_stream(PROMPTS, [drawn(1, form, **own), PLAIN[0]])
+    last = {}
+    with pytest.raises(NoNextTokenError, match="prompt 0: "):
+        for output in stream:
+            last[output.prompt] = output
+    assert last[PROMPTS[1]].finished
+    assert all(not each.finished for prompt, each in last.items() if prompt != PROMPTS[1])
+
+
+def test_a_tokens_limit_is_no_such_error(llm: LLM) -> None:
+    (output,) = generate(llm, [drawn(1, {"choice": ["foobar foobar foobar"]}, max_tokens=2)])
+    assert output.finish_reason == "length" and "foobar".startswith(output.text[:6])
 
 
 def test_what_cannot_be_compiled_is_refused_before_any_prompt_starts(llm: LLM) -> None:
@@ -214,6 +272,10 @@ def test_an_engine_in_its_own_process_compiles_aside_and_refuses(
             outputs = await asyncio.gather(*asked)
             with pytest.raises(ValueError, match="regex='\\(a' cannot be used"):
                 await bad
+            ids = engine.get_tokenizer().encode_batch(["f"], add_special_tokens=False)[0]
+            dry = drawn(1, {"choice": ["foobar"]}, allowed_token_ids=ids, n=2)
+            with pytest.raises(NoNextTokenError, match="settings leave no next token"):
+                await answer(engine, "x", dry)
         assert [each.token_ids for each in outputs] == [each.token_ids for each in together]
 
     asyncio.run(run())

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from tpllm.async_llm import AsyncLLM
     from tpllm.beam_search import BeamSearchParams
-    from tpllm.errors import UnknownSettingError, WorkerError
+    from tpllm.errors import NoNextTokenError, UnknownSettingError, WorkerError
     from tpllm.llm import LLM
     from tpllm.outputs import CompletionOutput, Logprob, RequestOutput
     from tpllm.sampling_params import RequestOutputKind, SamplingParams
@@ -29,6 +29,7 @@ __all__ = [
     "BeamSearchParams",
     "CompletionOutput",
     "Logprob",
+    "NoNextTokenError",
     "RequestOutput",
     "RequestOutputKind",
     "SamplingParams",
@@ -44,6 +45,7 @@ _HOME = {
     "BeamSearchParams": "tpllm.beam_search",
     "CompletionOutput": "tpllm.outputs",
     "Logprob": "tpllm.outputs",
+    "NoNextTokenError": "tpllm.errors",
     "RequestOutput": "tpllm.outputs",
     "RequestOutputKind": "tpllm.sampling_params",
     "SamplingParams": "tpllm.sampling_params",

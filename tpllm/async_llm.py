@@ -101,7 +101,8 @@ class AsyncLLM(AbstractAsyncContextManager["AsyncLLM"]):
             request_id: what `abort` calls it; None for one that no other request has
 
         Raises (at the first iteration):
-            ValueError: the prompt cannot run.
+            ValueError: the prompt cannot run. NoNextTokenError, one of these, comes at any
+                iteration: the request's settings have left no next token.
             WorkerError: the engine has failed, now or earlier: see `dead_error`.
             RuntimeError: the engine is closed.
         """
@@ -290,6 +291,8 @@ class _Streams:
 
     def take(self, stream: _Stream) -> RequestOutput | None:
         with self._lock:
+            if stream.request.error is not None:
+                raise stream.request.error
             if stream.request.has_news:
                 return stream.request.take()
             if stream.error is not None:

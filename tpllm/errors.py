@@ -49,6 +49,20 @@ class WorkerError(RuntimeError):
         self.unfinished: list[RequestOutput] = []
 
 
+class NoNextTokenError(ValueError):
+    """A request had to end before its time: its form and other settings left no next token.
+
+    Attributes:
+        outputs: of the same call, the outputs of the requests that ended as they should
+        unfinished: those of the others, with what they had produced
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message)
+        self.outputs: list[RequestOutput] = []
+        self.unfinished: list[RequestOutput] = []
+
+
 class UnknownSettingError(TypeError, ValueError):
     """A keyword that does not exist.
 

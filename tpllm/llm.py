@@ -13,7 +13,7 @@ from tqdm import tqdm
 from tpllm.beam_search import Beams, BeamSearchOutput, BeamSearchParams
 from tpllm.config import EngineConfig
 from tpllm.engine.coordinator import Coordinator
-from tpllm.errors import WorkerError
+from tpllm.errors import NoNextTokenError, WorkerError
 from tpllm.interrupts import Interrupts
 from tpllm.output_processor import OutputProcessor, Request
 from tpllm.outputs import RequestOutput
@@ -94,6 +94,8 @@ class LLM(AbstractContextManager["LLM"]):
 
         Raises:
             ValueError: a prompt cannot run; none has been started then.
+            NoNextTokenError: the settings of a prompt have left it no next token; raised once the
+                others have ended, and holds their outputs.
             WorkerError: a worker failed; the engine is closed. The error holds the outputs of the
                 prompts that had finished, and what the others had produced.
         """
@@ -119,7 +121,9 @@ class LLM(AbstractContextManager["LLM"]):
             while num_running:
                 for request in self._step():
                     num_running -= request.finished
-                    yield request.take()
+                    if request.error is None:
+                        yield request.take()
+            _raise_first_error(requests, {})
 
     def chat(
         self,
@@ -364,6 +368,7 @@ class LLM(AbstractContextManager["LLM"]):
                 error.outputs = [outputs[each] for each in requests if each in outputs]
                 error.unfinished = [each.take() for each in requests if each not in outputs]
                 raise
+            _raise_first_error(requests, outputs)
             return [outputs[request] for request in requests]
 
     def _abandon(self, requests: list[Request]) -> None:
@@ -384,6 +389,20 @@ class LLM(AbstractContextManager["LLM"]):
 
 LLM.__signature__ = signature()  # type: ignore[attr-defined]
 LLM.__doc__ = f"{LLM.__doc__}\n    Settings:\n{Settings.__doc__}"
+
+
+def _raise_first_error(requests: list[Request], outputs: dict[Request, RequestOutput]) -> None:
+    """Raise what ended a request before its time, once all have ended.
+
+    Raises:
+        NoNextTokenError: names the prompt, and holds `outputs`.
+    """
+    for i, request in enumerate(requests):
+        if request.error is not None:
+            error = NoNextTokenError(f"prompt {i}: {request.error}")
+            error.outputs = [each for r, each in outputs.items() if r.error is None]
+            error.unfinished = [each for r, each in outputs.items() if r.error is not None]
+            raise error
 
 
 class _Progress:

@@ -11,6 +11,7 @@ from typing import NamedTuple, cast
 
 from tpllm.detokenizer import Detokenizer
 from tpllm.engine.request import AddRequest, RequestUpdate, TokenLogprobs
+from tpllm.errors import NoNextTokenError
 from tpllm.logprobs import PromptLogprobs, read_position
 from tpllm.outputs import CompletionOutput, FinishReason, Logprob, RequestOutput
 from tpllm.sampling_params import RequestOutputKind, SamplingParams
@@ -21,7 +22,7 @@ from tpllm.tokenizer import Tokenizer
 class Processed(NamedTuple):
     """What the updates of a step came to."""
 
-    changed: list["Request"]  # with something to take
+    changed: list["Request"]  # with something to take, or an error
     to_abort: list[str]  # ids that the engine is to drop: their texts have met a stop string
 
 
@@ -88,8 +89,13 @@ class OutputProcessor:
             completion = self._completions.get(update.request_id)
             if completion is None:
                 continue  # drawn before the engine heard that it had ended
-            completion.take_in(update)
             request = completion.request
+            if update.finish_reason == "error":
+                del self._completions[update.request_id]
+                to_abort += self._fail(completion, str(update.stop_reason))
+                changed[request] = None
+                continue
+            completion.take_in(update)
             if completion.finish_reason is not None:
                 if update.finish_reason is None:
                     to_abort.append(update.request_id)
@@ -98,6 +104,15 @@ class OutputProcessor:
             if request.has_news:
                 changed[request] = None
         return Processed(list(changed), to_abort)
+
+    def _fail(self, completion: "_Completion", reason: str) -> list[str]:
+        """End a request whose continuation has no next token; the ids for the engine to drop."""
+        completion.end("abort")
+        self._note_end(completion.request)
+        request = completion.request
+        request.error = NoNextTokenError(reason)
+        aborted = self.abort(request.request_id)
+        return [] if aborted is None else aborted[1]
 
     def abort(self, request_id: str) -> tuple["Request", list[str]] | None:
         """End a request here and now: the request, and the ids for the engine to drop.
@@ -155,6 +170,7 @@ class Request:
         self.completions: list[_Completion] = []
         self.num_unfinished = params.n
         self.is_changed = False  # since it was taken last
+        self.error: NoNextTokenError | None = None  # why it ended before its time
         self.num_cached_tokens = 0
         self.prompt_logprobs: PromptLogprobs | None = None
         self.decode = tokenizer.decode_one if tokenizer and params.detokenize else None

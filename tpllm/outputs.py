@@ -33,9 +33,9 @@ class CompletionOutput:
         token_ids: generated tokens, an end or stop token included
         finish_reason: "stop" at an end token, stop token or stop text; "length" at `max_tokens`,
             `max_model_len` or, where that is less, what the KV cache holds; "abort" if the caller
-            ended it, or where `structured_outputs` left no next token; None while it runs
-        stop_reason: the entry of `stop_token_ids` or `stop` that ended it, or why there was no next
-            token; None for anything else, the model's own end tokens included
+            ended it, or it is part of an error; None while it runs
+        stop_reason: the entry of `stop_token_ids` or `stop` that ended it; None for anything else,
+            the model's own end tokens included
         cumulative_logprob: sum over all tokens so far; None unless `logprobs` are asked for
         logprobs: for each of `token_ids`, its own log-probability first and then those of the
             likeliest tokens, by token id; None unless asked for

@@ -457,7 +457,7 @@ class SimulatedEngine:
         for request_id, each in self.requests.items():
             assert each.finish_reason is not None, f"request {request_id} never ended"
             token_ids, *reasons = each.truth.outcome()
-            if each.finish_reason == "abort":
+            if each.finish_reason in ("abort", "error"):
                 assert each.token_ids == token_ids[: len(each.token_ids)]
             else:
                 heard = (each.token_ids, each.finish_reason, each.stop_reason)

@@ -596,7 +596,7 @@ def test_a_request_that_has_no_next_token_ends_and_says_why():
     assert request.seq.matcher is not None
     request.seq.matcher.advance(7)  # as if the lexer had met a limit
     (update,) = engine.receive()
-    assert (update.new_token_ids, update.finish_reason) == ([], "abort")
+    assert (update.new_token_ids, update.finish_reason) == ([], "error")
     assert update.stop_reason == (
         "structured_outputs: the request's other settings leave no token that fits"
     )

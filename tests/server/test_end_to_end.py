@@ -11,7 +11,7 @@ from typing import Any
 
 import httpx
 import pytest
-from openai import BadRequestError, DefaultHttpxClient, OpenAI
+from openai import APIError, BadRequestError, DefaultHttpxClient, OpenAI
 
 from tests.leaks import is_running, wait_until
 from tests.reference import TIE, shipped_greedy
@@ -255,6 +255,18 @@ def test_a_form_that_cannot_be_compiled_is_blamed_on_the_field_that_was_sent(
             assert error["param"] == field
             assert error["message"].startswith(f"{field}: ") and "strin" in error["message"]
             assert "start:" not in error["message"] and "arguments_0" not in error["message"]
+
+
+def test_a_request_that_runs_dry_is_an_error_whole_and_streamed(client: OpenAI) -> None:
+    ids = Tokenizer(resolve_model(None)).encode_batch(["f"], add_special_tokens=False)[0]
+    extra = {"structured_outputs": {"choice": ["foobar"]}, "allowed_token_ids": ids}
+    with pytest.raises(BadRequestError, match="leave no next token"):
+        client.chat.completions.create(model="tiny", messages=QUESTION, extra_body=extra)
+    with pytest.raises(APIError, match="leave no next token"):
+        for chunk in client.chat.completions.create(
+            model="tiny", messages=QUESTION, stream=True, extra_body=extra
+        ):
+            assert not chunk.choices or chunk.choices[0].finish_reason is None
 
 
 def test_a_client_that_hangs_up_leaves_the_engine_idle(server: Server) -> None:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Collection, Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
 import xxhash
 
 from tpllm.channel.step_plan import (
@@ -171,7 +172,8 @@ class Coordinator:
         if params.allowed_token_ids is not None:
             self._refuse_if_none_is_left(request, params.allowed_token_ids)
         if params.structured_outputs is not None:
-            self._grammars.compile(params.structured_outputs)
+            grammar = self._grammars.compile(params.structured_outputs)
+            _refuse_if_none_begins(request, grammar.first_mask)
 
     def _refuse_if_none_is_left(self, request: AddRequest, allowed: Collection[int]) -> None:
         """Whether other settings leave an allowed token to begin with."""
@@ -304,6 +306,25 @@ class Coordinator:
     def kill(self) -> None:
         """As `close`, without asking the workers first: for an engine in an unknown state."""
         self._workers.kill()
+
+
+def _refuse_if_none_begins(request: AddRequest, first_mask: bytes) -> None:
+    """Whether other settings leave a token that the form of an answer may begin with."""
+    allowed = request.sampling_params.allowed_token_ids
+    banned = {word[0] for word in request.bad_word_ids if len(word) == 1}
+    if allowed is None and not banned:
+        return
+    bits = np.unpackbits(np.frombuffer(first_mask, np.uint8), bitorder="little")
+    left = set(np.flatnonzero(bits).tolist()) - banned
+    if allowed is not None:
+        left &= set(allowed)
+    if not left:
+        names = ["allowed_token_ids"] if allowed is not None else []
+        names += ["bad_words"] if banned else []
+        raise ValueError(
+            f"structured_outputs has no token to begin with beside {' and '.join(names)}; allow "
+            "what the form needs, or leave one of these out"
+        )
 
 
 def _check_against_vocabulary(request: AddRequest, vocab_size: int, max_words: int) -> None:

@@ -34,6 +34,7 @@ _MAX_LEXER_STATES = 50_000  # 1 to 2 kB each
 _MAX_ITEMS_IN_ROW = 50_000
 _MAX_ITEMS_IN_STEP = 500_000
 _NOTHING_FITS = "NoExtensionBias"  # in llguidance's words
+_NOTHING_LEFT = "the request's other settings leave no token that fits"
 _TOKENIZER_FILE = "tokenizer.json"
 
 
@@ -112,6 +113,7 @@ class Grammar:
     Attributes:
         end_token_ids: what may be drawn where the answer may end, and there alone
         numbers: the vocabulary, where the length of numbers is limited
+        first_mask: which tokens an answer may begin with, a bit for each id
 
     Raises:
         ValueError: llguidance cannot use it, not even for a first token.
@@ -125,7 +127,7 @@ class Grammar:
         self.numbers = numbers
         self.end_token_ids = frozenset(tokenizer.eos_tokens)
         self._first = self.compile()
-        mask = self._first.compute_bitmask()
+        self.first_mask = mask = self._first.compute_bitmask()
         if self._first.is_error():
             raise ValueError(_reason(self._first))
         if self._first.is_stopped() or not any(mask):
@@ -164,12 +166,16 @@ class Matcher:
         self._tokens: list[int] = []
 
     def advance(self, token_id: int) -> bool:
-        """Note the next token, no end token; False where the answer cannot go on like this."""
-        self._tokens.append(token_id)
-        if self.number_limit is not None:
-            self.number_limit.follow(token_id)
-        if self.failure is None and not self.inner.consume_token(token_id):
-            self.take_lexer_of_its_own()
+        """Note the next token; False where the answer cannot go on, or end, like this."""
+        if self.failure is None and token_id in self._grammar.end_token_ids:
+            if not self.inner.is_accepting():
+                self.failure = _NOTHING_LEFT
+        elif self.failure is None:
+            self._tokens.append(token_id)
+            if self.number_limit is not None:
+                self.number_limit.follow(token_id)
+            if not self.inner.consume_token(token_id):
+                self.take_lexer_of_its_own()
         return self.failure is None
 
     def take_lexer_of_its_own(self) -> None:
@@ -179,7 +185,7 @@ class Matcher:
         if self.inner.is_error():
             self.failure = _reason(self.inner)
         elif num_fitting < len(self._tokens):
-            self.failure = "the request's other settings leave no token that fits"
+            self.failure = _NOTHING_LEFT
 
 
 def fill_masks(

@@ -7,6 +7,7 @@ from typing import NamedTuple
 from tpllm.channel.logprobs import LogprobBlock
 from tpllm.engine.grammars import Grammar, Matcher
 from tpllm.engine.row_options import row_options
+from tpllm.engine.token_rules import TokenRules
 from tpllm.sampling_params import SamplingParams
 
 
@@ -76,8 +77,8 @@ class RequestUpdate(NamedTuple):
 
     request_id: str
     new_token_ids: list[int]
-    finish_reason: str | None  # "stop", "length" or "abort"
-    # the id from `stop_token_ids` that ended it; or why its grammar has no next token ("abort")
+    finish_reason: str | None  # "stop", "length", "abort" or "error": it has no next token
+    # the id from `stop_token_ids` that ended it, or what the error is
     stop_reason: int | str | None
     num_cached_tokens: int  # prompt tokens found in the prefix cache at first admission
     logprobs: list[TokenLogprobs] | None = None  # one for each new token, where asked for
@@ -87,6 +88,10 @@ class RequestUpdate(NamedTuple):
 
 
 _NO_IDS: frozenset[int] = frozenset()
+_NOTHING_LEFT = (
+    "the request's settings leave no next token: what structured_outputs or allowed_token_ids let "
+    "pass, allowed_token_ids, bad_words or min_tokens rule out; relax one of them"
+)
 
 
 class Status(Enum):
@@ -123,6 +128,7 @@ class Sequence:
         "prompt_logprobs",
         "request_id",
         "row",
+        "rules",
         "seed",
         "status",
         "stop_token_ids",
@@ -154,6 +160,7 @@ class Sequence:
         self.ignores_eos = params.ignore_eos
         self.end_token_ids = self.stop_token_ids.union(eos)
         self.min_total_tokens = self.num_prompt_tokens + params.min_tokens
+        self.rules = TokenRules.of(params, request.bad_word_ids, self.end_token_ids)
         # where there are masks, these hold end tokens back
         masked = sorted(self.end_token_ids) if params.min_tokens and grammar is None else []
         self.options = row_options(params, self.num_prompt_tokens, request.bad_word_ids, masked)
@@ -178,6 +185,16 @@ class Sequence:
             assert self.grammar is not None
             self.matcher = self.grammar.start()
         return self.matcher
+
+    def dead_end(self, token_id: int) -> str | None:
+        """Why it has no next token, and this one only because some token must come; else None."""
+        if self.rules is not None and self.rules.exclude(
+            token_id, self.tokens, self.num_prompt_tokens
+        ):
+            return _NOTHING_LEFT
+        if self.matcher is None or self.matcher.advance(token_id):
+            return None
+        return f"structured_outputs: {self.matcher.failure}"
 
     def held_back(self) -> frozenset[int]:
         """Of a sequence with a grammar: what it draws next only where nothing else is left."""

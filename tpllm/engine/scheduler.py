@@ -254,9 +254,11 @@ class Scheduler:
         self, seq: Sequence, token_id: int, logprobs: list[TokenLogprobs] | None
     ) -> RequestUpdate:
         # for every token of every step: what most sequences do not ask for costs one look each
-        may_end, matcher = token_id in seq.end_token_ids, seq.matcher
-        if matcher is not None and not may_end and not matcher.advance(token_id):
-            return self._give_up(seq, f"structured_outputs: {matcher.failure}")
+        if seq.matcher is not None or seq.rules is not None:
+            reason = seq.dead_end(token_id)
+            if reason is not None:
+                return self._give_up(seq, reason)
+        may_end = token_id in seq.end_token_ids
         self.stats.num_generated_tokens += 1
         seq.tokens.append(token_id)
         num_tokens = len(seq.tokens)
@@ -283,7 +285,7 @@ class Scheduler:
     def _give_up(self, seq: Sequence, reason: str) -> RequestUpdate:
         """End a sequence that has no next token, without the one that it has drawn."""
         self._end(seq)
-        return RequestUpdate(seq.request_id, [], "abort", reason, seq.num_cached_tokens)
+        return RequestUpdate(seq.request_id, [], "error", reason, seq.num_cached_tokens)
 
     def _register_blocks(self, seq: Sequence, num_stored: int) -> None:
         """Make the full blocks among the first `num_stored` tokens findable."""
