@@ -2,14 +2,31 @@
 
 from functools import cache
 
+from tpllm import LLM, AsyncLLM, SamplingParams
 from tpllm.config import EngineConfig
-from tpllm.engine.grammars import Grammars
+from tpllm.engine.grammars import Grammars, read_tokenizer
 from tpllm.structured_outputs import StructuredOutputsParams
+
+# With a form, for the first request of engines that tests share: the process that tries forms
+# starts, which would else be left behind by some later test.
+FIRST = SamplingParams(max_tokens=1, structured_outputs=StructuredOutputsParams(regex="a"))
+
+
+def start_trials(llm: LLM) -> LLM:
+    llm.generate([[1]], FIRST, use_tqdm=False)
+    return llm
+
+
+async def start_trials_of(engine: AsyncLLM) -> None:
+    async for _ in engine.generate([1], FIRST):
+        pass
 
 
 @cache
 def shipped_grammars() -> Grammars:
-    return Grammars.of_engine(EngineConfig.resolve(device="cpu"))
+    """These are compiled right here."""
+    config = EngineConfig.resolve(device="cpu")
+    return Grammars(lambda: read_tokenizer(config))
 
 
 def fits(form: StructuredOutputsParams, text: str) -> bool:

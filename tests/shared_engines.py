@@ -3,6 +3,7 @@
 A start takes seconds, and scripts of a few lines differ in nothing that a start would show.
 """
 
+import asyncio
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -11,6 +12,7 @@ import openai
 import pytest
 
 import tpllm
+from tests.grammar_texts import start_trials, start_trials_of
 from tests.server.conftest import Served, running_server
 from tpllm import LLM, AsyncLLM
 from tpllm.config import EngineConfig
@@ -101,10 +103,12 @@ def shared_engines(tensor_parallel_size: int = 1) -> Iterator[SharedEngines]:
     """Start them; the size is the LLM's alone."""
     async_llm = AsyncLLM(**SETTINGS)
     try:
+        asyncio.run(start_trials_of(async_llm))
         with (
             LLM(**SETTINGS, tensor_parallel_size=tensor_parallel_size) as llm,
             running_server(lambda: _LentAsyncLLM(async_llm)) as served,
         ):
+            start_trials(llm)
             yield SharedEngines(llm, async_llm, served)
     finally:
         async_llm.shutdown()

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from tests.grammar_texts import start_trials
 from tpllm import LLM, AsyncLLM, NoNextTokenError, SamplingParams, StructuredOutputsParams
 from tpllm.outputs import CompletionOutput
 
@@ -34,6 +35,9 @@ def drawn(seed: int, form: dict[str, Any] | None, **settings: Any) -> SamplingPa
     return SamplingParams(seed=seed, structured_outputs=structured, **settings)
 
 
+# a chain that overflows the stack of the compiler
+CHAIN = {f"d{i}": {"allOf": [{"$ref": f"#/$defs/d{i + 1}"}]} for i in range(900)}
+OVERFLOW = {"$ref": "#/$defs/d0", "$defs": {**CHAIN, "d900": {"type": "null"}}}
 FORMS: dict[str, dict[str, Any]] = {
     "json": {"json": SCHEMA, "whitespace_pattern": " ?"},
     "regex": {"regex": REGEX},
@@ -81,7 +85,7 @@ def generate(llm: LLM, params: list[SamplingParams]) -> list[CompletionOutput]:
 @pytest.fixture(scope="module")
 def llm() -> Iterator[LLM]:
     with LLM(device="cpu", max_num_seqs=32) as llm:
-        yield llm
+        yield start_trials(llm)
 
 
 @pytest.fixture(scope="module")
@@ -272,6 +276,8 @@ def test_an_engine_in_its_own_process_compiles_aside_and_refuses(
             outputs = await asyncio.gather(*asked)
             with pytest.raises(ValueError, match="regex='\\(a' cannot be used"):
                 await bad
+            with pytest.raises(ValueError, match="json cannot be used: the compiler crashed on it"):
+                await answer(engine, "x", drawn(0, {"json": OVERFLOW}))
             ids = engine.get_tokenizer().encode_batch(["f"], add_special_tokens=False)[0]
             dry = drawn(1, {"choice": ["foobar"]}, allowed_token_ids=ids, n=2)
             with pytest.raises(NoNextTokenError, match="settings leave no next token"):

@@ -14,6 +14,9 @@ from tpllm.structured_outputs import StructuredOutputsParams
 class NoGrammars:
     """Compiles nothing."""
 
+    def knows(self, form: StructuredOutputsParams) -> bool:
+        return False
+
     def compile(self, form: StructuredOutputsParams) -> None:
         pass
 
@@ -32,7 +35,7 @@ def test_what_wakes_the_engine_can_be_taken(monkeypatch) -> None:
         compiling.add([request], StructuredOutputsParams(choice=["a"]))
         assert select.select([compiling.fileno()], [], [], 30)[0]
         # nothing wakes the engine a second time
-        assert list(compiling.take()) == [[request]]
+        assert list(compiling.take()) == [([request], None)]
     finally:
         compiling._pool.shutdown()
         os.close(compiling.fileno())

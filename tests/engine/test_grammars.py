@@ -4,6 +4,7 @@ import json
 import os
 import sys
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -20,8 +21,11 @@ from tpllm.structured_outputs import StructuredOutputsParams
 
 
 @pytest.fixture(scope="module")
-def shipped() -> Grammars:
-    return Grammars.of_engine(EngineConfig.resolve(device="cpu"))
+def shipped() -> Iterator[Grammars]:
+    grammars = Grammars.of_engine(EngineConfig.resolve(device="cpu"))
+    grammars.compile(StructuredOutputsParams(regex="a"))  # starts the process that tries forms
+    yield grammars
+    grammars.close()
 
 
 def grammar_of(**form) -> Grammar:
@@ -282,7 +286,8 @@ def test_a_compiled_grammar_waits_for_its_request_however_many_come_after(shippe
     compiling._pool.shutdown()
     monkeypatch.delattr(Grammar, "compile")
     taken: list[str] = []
-    for (request,) in compiling.take():
+    for (request,), error in compiling.take():
+        assert error is None
         taken.append(request.request_id)
         shipped.compile(forms[int(request.request_id)])
     assert taken == ["0", "1", "2"]
@@ -296,10 +301,12 @@ def test_requests_wait_for_their_grammars_in_a_thread_and_can_be_aborted_there()
         params = SamplingParams(structured_outputs=form)
         compiling.add([AddRequest(f"{i}{c}", [1], params) for c in "xy"], form)
     compiling.abort(["0x", "2x", "2y", "unknown"])
-    taken: list[list[AddRequest]] = []
+    taken: list[tuple[list[AddRequest], str | None]] = []
     while compiling._waiting:
         taken += compiling.take()
-    assert [[each.request_id for each in requests] for requests in taken] == [["0y"], ["1x", "1y"]]
+    ids = [[each.request_id for each in requests] for requests, _ in taken]
+    assert ids == [["0y"], ["1x", "1y"]]
+    assert [error is None for _, error in taken] == [True, False]
     compiling._pool.shutdown()
     os.close(compiling.fileno())
 

@@ -68,6 +68,9 @@ class Server:
 def server() -> Iterator[Server]:
     server = Server()
     try:
+        with server.http() as http:  # the process that tries forms is started before any test
+            body = {"prompt": "a", "max_tokens": 1, "guided_regex": "a"}
+            assert http.post("/v1/completions", json=body).status_code == 200
         yield server
         if server.process.poll() is None:  # the last test has been left out
             assert server.end(signal.SIGTERM) == 0, server.log

@@ -227,7 +227,7 @@ class Coordinator:
         try:
             return self._step()
         except BaseException:
-            self._workers.kill()
+            self.kill()
             raise
 
     def _step(self) -> list[RequestUpdate]:
@@ -301,10 +301,12 @@ class Coordinator:
 
     def close(self) -> None:
         """Give everything back: processes, shared memory, GPU memory. Harmless when repeated."""
+        self._grammars.close()
         self._workers.close()
 
     def kill(self) -> None:
         """As `close`, without asking the workers first: for an engine in an unknown state."""
+        self._grammars.close()
         self._workers.kill()
 
 

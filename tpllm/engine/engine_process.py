@@ -2,7 +2,7 @@
 
 Started by `EngineClient` alone. The workers are children of this process, and all are tied: whoever
 ends, the others notice and end too. Between two steps it reads what callers want; without requests
-it sleeps. Grammars are compiled in a thread, and their requests join the others then.
+it sleeps. Grammars are tried and compiled in a thread, and their requests join the others then.
 """
 
 import os
@@ -63,8 +63,11 @@ def _run(coordinator: Coordinator, compiling: CompilingRequests, connection: Con
                 if message["type"] == "shutdown":
                     return
                 _handle(message, coordinator, compiling, connection)
-            for requests in compiling.take():
-                _add(requests, coordinator, connection)
+            for requests, error in compiling.take():
+                if error is None:
+                    _add(requests, coordinator, connection)
+                else:
+                    _refuse(requests, error, connection)
             updates = coordinator.step()
             if updates:
                 connection.send(messages.updates(updates))
@@ -100,10 +103,14 @@ def _add(requests: list[AddRequest], coordinator: Coordinator, connection: Conne
     try:
         coordinator.check(requests[0])  # the others differ in their seeds alone
     except ValueError as error:
-        ids = [request.request_id for request in requests]  # the continuations of one prompt
-        connection.send({"type": "refused", "request_ids": ids, "error": str(error)})
+        _refuse(requests, str(error), connection)
     else:
         coordinator.add(requests)
+
+
+def _refuse(requests: list[AddRequest], error: str, connection: Connection) -> None:
+    ids = [request.request_id for request in requests]  # the continuations of one prompt
+    connection.send({"type": "refused", "request_ids": ids, "error": error})
 
 
 if __name__ == "__main__":

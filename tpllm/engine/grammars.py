@@ -19,6 +19,7 @@ import numpy as np
 from tpllm.config import EngineConfig
 from tpllm.engine.bounded_json import WHITESPACE, bounded_grammar, bounded_schema
 from tpllm.engine.long_numbers import NumberLimit, NumberTokens
+from tpllm.engine.trial import Trials
 from tpllm.structured_outputs import (
     StructuredOutputsParams,
     compilable_grammar,
@@ -34,6 +35,7 @@ _MAX_LEXER_STATES = 50_000  # 1 to 2 kB each
 _MAX_ITEMS_IN_ROW = 50_000
 _MAX_ITEMS_IN_STEP = 500_000
 _NOTHING_FITS = "NoExtensionBias"  # in llguidance's words
+NOTHING_SATISFIES = "nothing satisfies it"  # in ours
 _NOTHING_LEFT = "the request's other settings leave no token that fits"
 _TOKENIZER_FILE = "tokenizer.json"
 
@@ -43,10 +45,14 @@ class Grammars:
 
     Args:
         load_tokenizer: makes llguidance's tokenizer, when first needed: it takes a second
+        trials: where forms are tried before they are compiled here; None for forms of our own
     """
 
-    def __init__(self, load_tokenizer: Callable[[], "LLTokenizer"]) -> None:
+    def __init__(
+        self, load_tokenizer: Callable[[], "LLTokenizer"], trials: Trials | None = None
+    ) -> None:
         self._load_tokenizer = load_tokenizer
+        self._trials = trials
         self._loading = threading.Lock()
         self._tokenizer: LLTokenizer | None = None
         self._numbers: NumberTokens | None = None
@@ -58,7 +64,7 @@ class Grammars:
 
     @classmethod
     def of_engine(cls, config: EngineConfig) -> "Grammars":
-        return cls(lambda: _read_tokenizer(config))
+        return cls(lambda: read_tokenizer(config), Trials(config))
 
     def load(self) -> None:
         """Read the tokenizer now rather than at first use.
@@ -72,12 +78,18 @@ class Grammars:
                 self._numbers = NumberTokens(tokenizer)
                 self._tokenizer = tokenizer
 
+    def knows(self, params: StructuredOutputsParams) -> bool:
+        """Whether `compile` has its answer at hand."""
+        with self._books:
+            return params in self._compiled or params in self._in_use
+
     def compile(self, params: StructuredOutputsParams) -> "Grammar":
         """The grammar of an answer, ready to be used; takes a millisecond, or up to some seconds.
 
         Raises:
             ValueError: it is none, or too complex, or nothing satisfies it; or there is no
                 llguidance, or no tokenizer that it reads.
+            RuntimeError: the process that tries forms cannot be started, or `close` was called.
         """
         with self._books:
             compiled = self._compiled.get(params) or self._in_use.get(params)
@@ -87,8 +99,10 @@ class Grammars:
             self.load()
             assert self._tokenizer is not None
             try:
+                if self._trials is not None:
+                    self._trials.check(params)
                 numbers = self._numbers if _has_json(params) else None
-                compiled = Grammar(self._tokenizer, _source(params), numbers)
+                compiled = Grammar(self._tokenizer, source_of(params), numbers)
             except (ValueError, RecursionError) as error:
                 compiled = f"structured_outputs: {_form(params)} cannot be used: {error}"
             with self._books:
@@ -96,6 +110,11 @@ class Grammars:
         if isinstance(compiled, str):
             raise ValueError(compiled)
         return compiled
+
+    def close(self) -> None:
+        """End the process that tries forms. Harmless when repeated."""
+        if self._trials is not None:
+            self._trials.close()
 
     def _keep(self, params: StructuredOutputsParams, compiled: "Grammar | str") -> None:
         """Under the lock."""
@@ -234,7 +253,12 @@ def _hold_back(row: np.ndarray, ids: Collection[int]) -> None:
 # ---- llguidance ----------------------------------------------------------------------------------
 
 
-def _read_tokenizer(config: EngineConfig) -> "LLTokenizer":
+def read_tokenizer(config: EngineConfig) -> "LLTokenizer":
+    """The tokenizer of an engine, as llguidance needs it.
+
+    Raises:
+        ValueError: llguidance is not there, or reads no tokenizer.
+    """
     try:
         from llguidance import LLTokenizer
     except ImportError:
@@ -287,7 +311,7 @@ def _executor() -> "LLExecutor":
     return LLExecutor(max(1, min(16, len(os.sched_getaffinity(0)) - 1)))
 
 
-def _source(params: StructuredOutputsParams) -> str:
+def source_of(params: StructuredOutputsParams) -> str:
     """The grammar in llguidance's own form.
 
     Raises:
@@ -333,4 +357,4 @@ def _reason(matcher: "LLMatcher") -> str:
     lines = [line.strip() for line in matcher.get_error().splitlines()]
     shown = [line for line in lines if line and not line.startswith("<")]
     reason = " ".join(shown)[:300]
-    return "nothing satisfies it" if reason == _NOTHING_FITS else reason
+    return NOTHING_SATISFIES if reason == _NOTHING_FITS else reason

@@ -1,0 +1,168 @@
+"""The process that tries forms: what ends it refuses one form, and nothing of it is left behind."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from tests.leaks import is_running, process_state, wait_until
+from tests.scripts import ROOT
+from tpllm.config import EngineConfig
+from tpllm.engine import trial
+from tpllm.engine.grammars import Grammars
+from tpllm.engine.processes import ClosedError
+from tpllm.engine.trial import Trials
+from tpllm.structured_outputs import StructuredOutputsParams
+
+CONFIG = EngineConfig.resolve(device="cpu")
+FORM = StructuredOutputsParams(regex="a+")
+
+
+@pytest.fixture
+def trials() -> Iterator[Trials]:
+    trials = Trials(CONFIG)
+    yield trials
+    trials.close()
+
+
+def pid_of(trials: Trials) -> int:
+    child = trials._child
+    assert child is not None
+    return child._processes.processes[0].pid
+
+
+DEEP = {f"d{i}": {"allOf": [{"$ref": f"#/$defs/d{i + 1}"}]} for i in range(900)}
+OVERFLOW = {"$ref": "#/$defs/d0", "$defs": {**DEEP, "d900": {"type": "null"}}}
+
+
+def test_a_crash_refuses_one_form_and_is_remembered():
+    grammars = Grammars.of_engine(CONFIG)
+    form = StructuredOutputsParams(json=OVERFLOW)
+    try:
+        with pytest.raises(ValueError, match="json cannot be used: the compiler crashed on it"):
+            grammars.compile(form)
+        assert grammars.compile(FORM).first_mask
+        begin = time.perf_counter()
+        with pytest.raises(ValueError, match="the compiler crashed on it, or took more than"):
+            grammars.compile(form)
+        assert time.perf_counter() - begin < 0.1
+    finally:
+        grammars.close()
+
+
+def test_one_process_tries_many_forms_and_another_follows_its_death(trials):
+    trials.check(FORM)
+    first = pid_of(trials)
+    trials.check(StructuredOutputsParams(choice=["a", "b"]))
+    assert pid_of(trials) == first
+    os.kill(first, signal.SIGKILL)
+    trials.check(FORM)  # tried again: it was not to blame
+    assert pid_of(trials) != first and not is_running(first)
+
+
+def test_what_takes_too_long_or_too_much_is_refused(trials, monkeypatch):
+    monkeypatch.setattr(trial, "CPU_S", 0)
+    slow = StructuredOutputsParams(
+        json={"type": "object", "properties": {f"p{i}": {} for i in range(5000)}}
+    )
+    with pytest.raises(ValueError, match="trying it took more than 0 s; make it simpler"):
+        trials.check(slow)
+    small = Trials(CONFIG)
+    monkeypatch.setattr(trial, "CPU_S", 10)
+    monkeypatch.setattr(trial, "MEMORY_BYTES", 8 << 20)
+    try:
+        with pytest.raises(ValueError, match="took more than 8 MiB|too much memory"):
+            small.check(slow)
+    finally:
+        small.close()
+
+
+def test_a_process_that_answers_no_more_is_ended(trials, monkeypatch):
+    trials.check(FORM)
+    pid = pid_of(trials)
+    monkeypatch.setattr(trial, "_MAX_WAITS", 1)
+    os.kill(pid, signal.SIGSTOP)
+    assert wait_until(lambda: process_state(pid) == "T")
+    with pytest.raises(ValueError, match="trying it took more than 1 s"):
+        trials.check(StructuredOutputsParams(regex="ab"))
+    assert not is_running(pid)
+    monkeypatch.undo()
+    trials.check(FORM)
+
+
+DRY: dict[str, dict[str, Any]] = {
+    """'{"a":-0,'""": {
+        "json": {
+            "type": "object",
+            "properties": {"a": {"type": "integer"}},
+            "patternProperties": {"^a$": {"type": "integer"}},
+            "additionalProperties": False,
+            "required": ["a"],
+        }
+    },
+    "'a'": {"grammar": 'start: "a" B\nB: /b/ & /c/'},
+}
+
+
+@pytest.mark.parametrize("message", DRY)
+def test_a_form_that_leads_to_a_dead_end_is_refused_and_says_where(trials, message):
+    with pytest.raises(ValueError, match=f"nothing that fits can follow {message}"):
+        trials.check(StructuredOutputsParams(**DRY[message]))
+
+
+def test_closed_it_takes_nothing(trials):
+    trials.check(FORM)
+    trials.close()
+    trials.close()
+    with pytest.raises(ClosedError):
+        trials.check(FORM)
+
+
+def test_a_process_that_cannot_start_is_no_mistake_of_the_form():
+    trials = Trials(CONFIG, module="tests.no_such_module")
+    with pytest.raises(RuntimeError, match="ended before the first: .*exit code 1"):
+        trials.check(FORM)
+
+
+PROGRAM = """
+import json, os, sys
+from tpllm.config import EngineConfig
+from tpllm.engine.trial import Trials
+from tpllm.structured_outputs import StructuredOutputsParams
+trials = Trials(EngineConfig.resolve(device="cpu"))
+trials.check(StructuredOutputsParams(regex="a"))
+print(trials._child._processes.processes[0].pid, flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, None])
+def test_it_ends_with_the_program_however_that_ends(number):
+    program = subprocess.Popen(
+        [sys.executable, "-c", PROGRAM],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+    )
+    assert program.stdout is not None and program.stdin is not None
+    with program:
+        pid = int(program.stdout.readline())
+        assert is_running(pid)
+        if number is None:
+            program.stdin.close()
+        else:
+            program.send_signal(number)
+    assert wait_until(lambda: not is_running(pid), 5)
+
+
+def test_it_loads_neither_torch_nor_transformers():
+    code = "import tpllm.engine.trial_process, sys, json; print(json.dumps([*sys.modules]))"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, cwd=ROOT)
+    assert not {"torch", "transformers"} & set(json.loads(run.stdout))

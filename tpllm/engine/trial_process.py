@@ -1,0 +1,121 @@
+"""The process that tries forms of answers: `python -m tpllm.engine.trial_process FD`.
+
+Started by `tpllm.engine.trial` alone. It reads a form from each line and replies with a line that
+says why the form cannot be used, or null. A form that goes beyond the limits ends it.
+"""
+
+import json
+import resource
+import socket
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from tpllm.child_process import read_spec, tie_to_parent
+from tpllm.config import EngineConfig
+from tpllm.engine.grammars import (
+    NOTHING_SATISFIES,
+    Grammar,
+    fill_masks,
+    read_tokenizer,
+    source_of,
+)
+from tpllm.structured_outputs import StructuredOutputsParams
+
+if TYPE_CHECKING:
+    from llguidance import LLTokenizer
+
+# Half of what a thread usually has: what passes here does not overflow the stack of a caller.
+_STACK_BYTES = 4 << 20
+_SHOWN_CHARS = 60
+# Answers that are followed: texts that they prefer to the lowest id, and for how many tokens.
+_WALKS = [
+    (('"', ":", ","), 64),  # from part to part: property after property
+    (("}", "]", '"'), 32),  # to an end
+    ((), 24),
+]
+
+
+def main() -> None:
+    """Try forms until the parent has no more."""
+    spec = read_spec(int(sys.argv[1]))
+    tie_to_parent(spec["parent"])
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    tokenizer = read_tokenizer(EngineConfig.from_json(spec["config"]))
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    _limit(resource.RLIMIT_AS, pages * resource.getpagesize() + spec["memory_bytes"])
+    threading.stack_size(_STACK_BYTES)
+    threading.Thread(target=_serve, args=(spec, tokenizer)).start()
+
+
+def _limit(kind: int, value: int) -> None:
+    resource.setrlimit(kind, (value, resource.getrlimit(kind)[1]))
+
+
+def _serve(spec: dict[str, Any], tokenizer: "LLTokenizer") -> None:
+    with socket.socket(fileno=spec["socket"]) as opened, opened.makefile("rwb") as lines:
+        _send(lines, {"error": None})  # ready
+        for line in lines:
+            _limit(resource.RLIMIT_CPU, int(time.process_time()) + 1 + spec["cpu_s"])
+            _send(lines, {"error": try_form(tokenizer, json.loads(line))})
+
+
+def _send(lines: Any, reply: dict[str, str | None]) -> None:
+    lines.write(json.dumps(reply).encode() + b"\n")
+    lines.flush()
+
+
+def try_form(tokenizer: "LLTokenizer", form: dict[str, Any]) -> str | None:
+    """Why a form cannot be used; None if it compiles and some answers can be followed."""
+    try:
+        grammar = Grammar(tokenizer, source_of(StructuredOutputsParams(**form)))
+        for texts, num_tokens in _WALKS:
+            preferred = [id_ for text in texts for id_ in tokenizer.tokenize_str(text)[:1]]
+            _walk(tokenizer, grammar, preferred, num_tokens)
+    except (ValueError, MemoryError) as error:
+        return str(error) or "it takes too much memory; make it simpler"
+    except BaseException as error:  # a panic in native code is no Exception
+        if type(error).__name__ != "PanicException":
+            raise
+        return f"the compiler fails on it: {error}"
+    return None
+
+
+def _walk(
+    tokenizer: "LLTokenizer", grammar: Grammar, preferred: list[int], num_tokens: int
+) -> None:
+    """Follow an answer to its end, or for so many tokens.
+
+    Raises:
+        ValueError: it can neither go on nor end.
+    """
+    matcher, tokens = grammar.start(), list[int]()
+    num_words = (tokenizer.vocab_size + 31) // 32
+    for _ in range(num_tokens):
+        (row,) = fill_masks([matcher], [()], num_words)
+        fitting = np.flatnonzero(np.unpackbits(row.view(np.uint8), bitorder="little"))
+        if matcher.failure is not None or not fitting.size:
+            raise ValueError(_dead_end(matcher.failure, tokenizer.decode_str(tokens)))
+        next_id = next((id_ for id_ in preferred if id_ in fitting), int(fitting[0]))
+        if next_id in grammar.end_token_ids:
+            return
+        if not matcher.advance(next_id):
+            raise ValueError(_dead_end(matcher.failure, tokenizer.decode_str(tokens)))
+        tokens.append(next_id)
+
+
+def _dead_end(failure: str | None, text: str) -> str:
+    """What is wrong with a form of which an answer has come to `text`."""
+    text = text.rstrip()  # that of JSON may come anywhere
+    shown = repr(text if len(text) <= _SHOWN_CHARS else "..." + text[-_SHOWN_CHARS:])
+    if failure in (None, NOTHING_SATISFIES):
+        return f"nothing that fits can follow {shown}"
+    return f"{failure} after {shown}"
+
+
+if __name__ == "__main__":
+    main()
