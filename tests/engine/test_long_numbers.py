@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from tpllm.config import EngineConfig
+from tests.grammar_texts import shipped_grammars
 from tpllm.engine.grammars import Grammar, Grammars, fill_masks
 from tpllm.engine.long_numbers import MAX_CHARS
 from tpllm.structured_outputs import StructuredOutputsParams
@@ -12,7 +12,7 @@ from tpllm.structured_outputs import StructuredOutputsParams
 
 @pytest.fixture(scope="module")
 def shipped() -> Grammars:
-    return Grammars.of_engine(EngineConfig.resolve(device="cpu"))
+    return shipped_grammars()
 
 
 def num_fitting(compiled: Grammar, text: str) -> int:

@@ -1,17 +1,16 @@
 """From a request's fields to the form that the engine is asked for, and what that lets pass."""
 
 import json
-from functools import cache
 from typing import Any
 
 import pytest
 from openai import BadRequestError, OpenAI
 
+from tests.grammar_texts import shipped_grammars
 from tests.server.conftest import Served
 from tests.server.test_chat import CALL, HELLO, TOOLS, ask
 from tpllm import StructuredOutputsParams
-from tpllm.config import EngineConfig
-from tpllm.engine.grammars import Grammar, Grammars, fill_masks
+from tpllm.engine.grammars import Grammar, fill_masks
 from tpllm.server.errors import APIError
 from tpllm.server.protocol import ChatCompletionRequest
 from tpllm.server.structured import naming_the_field, structured_outputs
@@ -64,15 +63,10 @@ def test_an_answer_with_a_form_holds_no_reasoning(client: OpenAI, served: Served
     assert message.content == '{"a": 1}'
 
 
-@cache
-def shipped() -> Grammars:
-    return Grammars.of_engine(EngineConfig.resolve(device="cpu"))
-
-
 def compiled(served: Served) -> Grammar:
     """The form that the engine was asked for."""
     form = served.engine.seen[0][1].structured_outputs
-    return shipped().compile(form)
+    return shipped_grammars().compile(form)
 
 
 def fits(grammar: Grammar, text: str) -> bool:
@@ -200,7 +194,7 @@ def test_a_schema_that_cannot_be_compiled_is_blamed_on_its_tool(
     form = structured_outputs(request)
     assert form is not None
     with pytest.raises(APIError) as refused, naming_the_field(request):
-        shipped().compile(form)
+        shipped_grammars().compile(form)
     assert refused.value.param == "tools[1].function.parameters"
     assert refused.value.message == (
         "tools[1].function.parameters: this schema cannot be used: failed to compile JSON schema: "
