@@ -19,33 +19,9 @@ from importlib.util import find_spec
 from typing import Any, NoReturn
 
 from tpllm.engine import processes
+from tpllm.engine.child import Child
 
 _exec = processes._start
-
-
-class Forked:
-    """As much of subprocess.Popen as the launcher uses."""
-
-    def __init__(self, pid: int) -> None:
-        self.pid = pid
-        self.returncode: int | None = None
-
-    def poll(self) -> int | None:
-        return self._reap(os.WNOHANG)
-
-    def wait(self) -> int | None:
-        return self._reap(0)
-
-    def kill(self) -> None:
-        if self.poll() is None:
-            os.kill(self.pid, signal.SIGKILL)
-
-    def _reap(self, options: int) -> int | None:
-        if self.returncode is None:
-            pid, status = os.waitpid(self.pid, options)
-            if pid:
-                self.returncode = os.waitstatus_to_exitcode(status)
-        return self.returncode
 
 
 def start(command: processes.Command, environment: dict[str, str], output: int) -> Any:
@@ -57,13 +33,13 @@ def start(command: processes.Command, environment: dict[str, str], output: int) 
     return fork(lambda: _become_worker(module, fd, environment, inherited, output))
 
 
-def fork(run: Callable[[], None]) -> Forked:
+def fork(run: Callable[[], None]) -> Child:
     """A child of this process, in a session of its own, that does nothing but `run`."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of other threads: ours hold nothing that a child needs
         pid = os.fork()
     if pid:
-        return Forked(pid)
+        return Child(pid)
     try:
         os.setsid()
         run()

@@ -401,3 +401,34 @@ def test_the_end_of_the_program_takes_everything_along(running_, ending):
         output = script.finish()
         expected = -signal.SIGKILL if "SIGKILL" in running_ + ending else bool(ending)
         assert script.exit_code == expected, output
+
+
+REAPING = """
+import asyncio, os, signal
+signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+from tpllm import AsyncLLM, SamplingParams, WorkerError
+from tpllm.engine import engine_client
+engine_client.MODULE = "stub_engine"
+
+async def one():
+    async for output in engine.generate([1], SamplingParams(max_tokens=1)):
+        pass
+
+for kind in ("worker", "engine"):
+    engine = AsyncLLM(device="cpu", skip_tokenizer_init=True)
+    os.kill(engine.engine_pid if kind == "engine" else engine.worker_pids[0], signal.SIGKILL)
+    try:
+        while True:
+            asyncio.run(one())
+    except WorkerError as error:
+        print(error)
+"""
+
+
+@pytest.mark.usefixtures("make_engine")
+def test_in_a_program_that_ignores_its_children_only_the_engine_s_own_end_is_unknown():
+    with running(REAPING) as script:
+        output = script.finish()
+    assert "worker rank 0 was killed by SIGKILL" in output, output
+    assert "the engine's process ended (exit status unknown); this program" in output
+    assert "exit code" not in output

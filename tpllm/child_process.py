@@ -36,8 +36,10 @@ def tie_to_parent(parent_pidfd: int) -> None:
     (`tpllm.engine.guard`).
 
     SIGINT gets its default action back: sent to this process alone, it ends it as any signal does.
+    So does SIGCHLD: where a program ignores it, its child would lose the exit statuses of its own.
     """
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL) != 0:
         raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG) failed")

@@ -16,7 +16,8 @@ class WorkerError(RuntimeError):
         rank: index in the TP group of the worker to blame; None if no single one is
         phase: what that worker did: "starting", "loading weights", ..., "ready" once it serves
         step: the last step that was sent to the workers; None before the first
-        cause: in a few words: "RuntimeError: disk on fire", "SIGKILL", "exit code 3", "hang"
+        cause: in a few words: "RuntimeError: disk on fire", "SIGKILL", "exit code 3", "hang",
+            "exit status unknown" where the program reaps its children itself
         signal: number of the signal that ended it, or None
         remote_traceback: the worker's own traceback, or its Python stack at the end; None where
             there is none, as after SIGKILL

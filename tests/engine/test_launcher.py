@@ -24,7 +24,7 @@ from tests.leaks import is_running, wait_until
 from tpllm import interrupts
 from tpllm.channel import ring
 from tpllm.channel.step_plan import RESULT, STEP
-from tpllm.engine import failure, launcher, processes
+from tpllm.engine import child, failure, launcher, processes
 from tpllm.engine.launcher import WorkerGroup
 from tpllm.engine.watch import Timeouts
 from tpllm.errors import SettingError, WorkerError
@@ -32,7 +32,7 @@ from tpllm.errors import SettingError, WorkerError
 pytestmark = pytest.mark.usefixtures("stub_workers", "ctrl_c_raises")
 
 LONG_S = 60.0
-MODULES = (launcher, processes, ring, interrupts)
+MODULES = (launcher, processes, child, ring, interrupts)
 
 
 @pytest.fixture(autouse=True)
@@ -392,7 +392,7 @@ def test_closing_lets_the_workers_end_by_themselves():
     group = until_ready(start())
     processes = group._processes.processes
     group.close()
-    assert [process.returncode for process in processes] == [0, 0]
+    assert [process.exit_code for process in processes] == [0, 0]
     group.close()
     group.kill()
     assert group.closed
@@ -406,7 +406,7 @@ def test_closing_kills_a_worker_that_does_not_listen(monkeypatch):
     group = until_ready(start({1: [READY, HANG]}))
     processes = group._processes.processes
     group.close()
-    assert processes[1].returncode == -signal.SIGKILL
+    assert processes[1].exit_code == -signal.SIGKILL
 
 
 def test_a_group_that_nobody_holds_is_gone(nothing_left):

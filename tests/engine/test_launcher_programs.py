@@ -7,6 +7,7 @@ import signal
 
 import pytest
 
+from tests.engine.stub_worker import HANG
 from tests.leaks import wait_until
 from tests.scripts import running
 
@@ -185,22 +186,47 @@ open({str(result)!r}, "wb").write(payload)
     assert result.read_bytes() == b"plan"
 
 
-def test_workers_in_a_program_that_ignores_its_children():
-    """Their exit codes are lost then, not their end."""
-    code = """
+# How a program may reap children of which it knows nothing.
+REAPERS = {
+    "ignores them": "signal.signal(signal.SIGCHLD, signal.SIG_IGN)",
+    "reaps all": """
+def reap(*_):
+    try:
+        while os.waitpid(-1, os.WNOHANG)[0]:
+            pass
+    except ChildProcessError:
+        pass
+signal.signal(signal.SIGCHLD, reap)
+""",
+}
+
+
+@pytest.mark.parametrize("acts", [None, {1: [["say", "loading"], HANG]}], ids=["idle", "loading"])
+@pytest.mark.parametrize("reaper", REAPERS)
+def test_workers_in_a_program_that_reaps_its_children(reaper, acts):
+    """Their exit codes are lost then, not their end, and nobody claims to know them."""
+    code = f"""
 import os, signal
-signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+{REAPERS[reaper]}
 from stub_worker import start, until_ready
 from tpllm.errors import WorkerError
-group = until_ready(start())
+group = start({acts})
+if {acts is None}:
+    until_ready(group)
 os.kill(group.pids[1], signal.SIGKILL)
 try:
-    group.receive(0, 2)
+    group.receive(1, 2)
 except WorkerError as error:
     print(error)
+    print([error.rank, error.cause, error.signal])
+    print("What the report says:", error.report.read_text())
 """
     with running(code) as script:
-        assert "worker rank 1 ended" in script.finish()
+        output = script.finish()
+        told = "worker rank 1 ended (exit status unknown) while "
+        assert output.count(told) == 2, output  # also in the report
+        assert "[1, 'exit status unknown', None]" in output
+        assert "exit code" not in output
 
 
 def test_ctrl_c_while_workers_load_ends_the_program_without_a_trace():

@@ -2,15 +2,14 @@
 
 import os
 import socket
-import subprocess
 import sys
 import weakref
 from collections.abc import Callable
-from contextlib import suppress
 
 from tpllm.child_process import write_spec
 from tpllm.config import EngineConfig
 from tpllm.engine import messages
+from tpllm.engine.child import Child
 from tpllm.engine.connection import Connection, Message
 from tpllm.engine.diagnosis import is_stopped
 from tpllm.engine.launcher import CLOSE_TIMEOUT_S
@@ -92,7 +91,7 @@ class EngineClient:
         return self._process.pid
 
     @property
-    def _process(self) -> "subprocess.Popen[bytes]":
+    def _process(self) -> Child:
         return self._processes.processes[0]
 
     @property
@@ -164,9 +163,7 @@ class EngineClient:
         )
 
     def _describe_end(self) -> WorkerError:
-        with suppress(subprocess.TimeoutExpired):
-            self._process.wait(_GRACE_S)
-        code = self._process.poll()
+        code = self._process.wait(_GRACE_S)
         self.kill()
         if code is None:
             return WorkerError("the engine's process closed its connection and did not end")

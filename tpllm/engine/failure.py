@@ -1,12 +1,12 @@
 """Why an engine failed, out of what its ranks said, how they ended and where they were found."""
 
 import signal
-import subprocess
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from tpllm.engine.child import UNKNOWN_EXIT_CODE, Child
 from tpllm.engine.crash_report import write_report
 from tpllm.engine.diagnosis import RankState, is_ending, main_stack, rank_to_blame
 from tpllm.engine.inbox import Complaint, Inbox
@@ -45,7 +45,7 @@ class Failure:
         )
 
 
-def await_ends(processes: Sequence[subprocess.Popen[bytes]], inbox: Inbox) -> dict[int, int]:
+def await_ends(processes: Sequence[Child], inbox: Inbox) -> dict[int, int]:
     """After a first sign of trouble, listen for what explains it: the ends without a word.
 
     Peers of such a rank complain, sometimes before its end is told.
@@ -118,10 +118,13 @@ def _end(rank: RankState, code: int, watch: Watch) -> Failure:
     """Of a rank that ended without a word."""
     how, usual_reason = how_it_ended(code)
     text = f"worker rank {rank.rank} {how} {_when(rank, watch)}; {usual_reason}"
-    if code >= 0:
+    if 0 <= code < UNKNOWN_EXIT_CODE:
         return Failure(text, rank.rank, f"exit code {code}")
     if stack := main_stack(rank.stacks):
         text += f"\n{stack}"
+    if code == UNKNOWN_EXIT_CODE:
+        cause = "exit status unknown"
+        return Failure(text, rank.rank, cause, remote_traceback=rank.stacks or None)
     return Failure(text, rank.rank, signal_name(-code), -code, rank.stacks or None)
 
 

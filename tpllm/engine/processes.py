@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Protocol
 
 from tpllm.engine import guard
+from tpllm.engine.child import UNKNOWN_EXIT_CODE, Child
 from tpllm.interrupts import Interrupts
 
 Command = tuple[list[str], tuple[int, ...]]  # words, and the descriptors to inherit
@@ -41,8 +42,8 @@ class ChildProcesses:
 
     owner_pid: int
     directory: Path | None = None
-    guard: subprocess.Popen[bytes] | None = None  # see tpllm.engine.guard
-    processes: list[subprocess.Popen[bytes]] = field(default_factory=list)
+    guard: Child | None = None  # see tpllm.engine.guard
+    processes: list[Child] = field(default_factory=list)
     channels: list[Closable] = field(default_factory=list)
     descriptors: list[int] = field(default_factory=list)
     ending: bool = False
@@ -70,8 +71,7 @@ class ChildProcesses:
 
     def _end_everything(self) -> None:
         for process in self.processes:
-            if process.poll() is None:
-                process.kill()
+            process.kill()
         for process in self.processes:
             process.wait()
         self._close_descriptors()
@@ -159,9 +159,9 @@ class ChildProcesses:
         self._in_use.release()
 
 
-def _start(command: Command, environment: dict[str, str], output: int) -> subprocess.Popen[bytes]:
+def _start(command: Command, environment: dict[str, str], output: int) -> Child:
     words, inherited = command
-    return subprocess.Popen(
+    process = subprocess.Popen(
         words,
         stdin=subprocess.DEVNULL,
         stdout=output,
@@ -170,6 +170,8 @@ def _start(command: Command, environment: dict[str, str], output: int) -> subpro
         env=environment,
         start_new_session=True,  # Ctrl-C in the terminal is the coordinator's
     )
+    process.returncode = 0  # it is Child's from here on: subprocess does not wait for it as well
+    return Child(process.pid)
 
 
 def child_environment(directory: Path | None = None) -> dict[str, str]:
@@ -189,6 +191,11 @@ def child_environment(directory: Path | None = None) -> dict[str, str]:
 
 def how_it_ended(exit_code: int) -> tuple[str, str]:
     """An exit code in words, and what such an end usually comes from."""
+    if exit_code == UNKNOWN_EXIT_CODE:
+        return "ended (exit status unknown)", (
+            "this program reaps its child processes itself (SIGCHLD), which loses the status; "
+            "the last lines on stderr, or dmesg, may tell why"
+        )
     if exit_code >= 0:
         how = f"ended with exit code {exit_code}"
         return how, "its last lines on stderr may tell why"
