@@ -18,6 +18,7 @@ PLAIN = {
     "json_schema",
     "model_config",
     "outputs",
+    "panics",
     "sampling_params",
     "structured_outputs",
 }

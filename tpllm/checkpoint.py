@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 
 from tpllm.checks import read_json
 from tpllm.model_config import ModelConfig
+from tpllm.panics import panics_as_errors
 
 SHIPPED_MODEL = Path(__file__).parent / "assets" / "tiny-qwen3"
 WEIGHTS_NAME = "model.safetensors"
@@ -142,8 +143,8 @@ def _read_index(folder: Path) -> dict[Path, set[str] | None]:
 def _read_header(file: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
     """Type and shape of each tensor in a safetensors file, whose length is checked too."""
     try:
-        with safe_open(file, framework="numpy") as opened:
+        with panics_as_errors("safetensors"), safe_open(file, framework="numpy") as opened:
             slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118
             return {name: (s.get_dtype(), tuple(s.get_shape())) for name, s in slices.items()}
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, OSError, ValueError) as error:
         raise ValueError(f"{file} is truncated or damaged ({error}); fetch it again") from error

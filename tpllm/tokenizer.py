@@ -14,6 +14,7 @@ from tpllm.detokenizer import (
     WindowDetokenizer,
     piece_of_byte_level,
 )
+from tpllm.panics import first_line, panics_as_errors
 
 # One of these is in every folder that AutoTokenizer can read.
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
@@ -40,12 +41,13 @@ class Tokenizer:
         from transformers import AutoTokenizer
 
         try:
-            return AutoTokenizer.from_pretrained(
-                str(self.folder), local_files_only=True, trust_remote_code=False
-            )
+            with panics_as_errors("tokenizers"):
+                return AutoTokenizer.from_pretrained(
+                    str(self.folder), local_files_only=True, trust_remote_code=False
+                )
         except Exception as error:  # it raises whatever its parsers raise
             raise ValueError(
-                f"no tokenizer can be read from {self.folder} ({_first_line(error)}); "
+                f"no tokenizer can be read from {self.folder} ({first_line(error)}); "
                 "name another with tokenizer=, or pass token ids and skip_tokenizer_init=True"
             ) from error
 
@@ -57,7 +59,7 @@ class Tokenizer:
         """Token ids of each text, with the special tokens that the tokenizer adds to any text.
 
         Raises:
-            ValueError: a text is not valid Unicode.
+            ValueError: a text is not valid Unicode, or more than the tokenizer can take.
         """
         if not texts:  # transformers fails on an empty batch
             return []
@@ -65,16 +67,20 @@ class Tokenizer:
             if not is_unicode(text):
                 raise ValueError(f"prompt {i} holds a lone surrogate, which is not valid Unicode")
         # verbose=False: a text longer than the tokenizer's limit is judged by max_model_len.
-        ids: list[list[int]] = self._inner(
-            texts, add_special_tokens=add_special_tokens, verbose=False
-        )["input_ids"]
+        with panics_as_errors(f"the tokenizer of {self.folder.name} cannot encode this text"):
+            ids: list[list[int]] = self._inner(
+                texts, add_special_tokens=add_special_tokens, verbose=False
+            )["input_ids"]
         return ids
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """The text of `ids`. Ids the tokenizer does not know, such as padding, give nothing."""
-        text: str = self._inner.decode(
-            list(ids), skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False
-        )
+        with panics_as_errors(f"the tokenizer of {self.folder.name} cannot decode these tokens"):
+            text: str = self._inner.decode(
+                list(ids),
+                skip_special_tokens=skip_special_tokens,
+                clean_up_tokenization_spaces=False,
+            )
         return text
 
     def bad_word_ids(self, words: Sequence[str]) -> list[list[int]]:
@@ -204,6 +210,7 @@ class Tokenizer:
     def has_chat_template(self) -> bool:
         return self._inner.chat_template is not None
 
+    @panics_as_errors("the chat template does not take these messages")
     def render_chat(
         self,
         messages: Sequence[Mapping[str, Any]],
@@ -275,7 +282,7 @@ class Tokenizer:
             is_given = options["chat_template"] is not None
             of = "given" if is_given else f"of {self.folder.name}"
             raise ValueError(
-                f"the chat template {of} does not take these messages: {_first_line(error)}"
+                f"the chat template {of} does not take these messages: {first_line(error)}"
             ) from error
         return text
 
@@ -308,5 +315,3 @@ def require_tokenizer(tokenizer: Tokenizer | None) -> Tokenizer:
     return tokenizer
 
 
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), type(error).__name__)

@@ -20,6 +20,7 @@ from tpllm.config import EngineConfig
 from tpllm.engine.bounded_json import WHITESPACE, bounded_grammar, bounded_schema
 from tpllm.engine.long_numbers import NumberLimit, NumberTokens
 from tpllm.engine.trial import Trials
+from tpllm.panics import panics_as_errors
 from tpllm.structured_outputs import (
     StructuredOutputsParams,
     compilable_grammar,
@@ -102,7 +103,8 @@ class Grammars:
                 if self._trials is not None:
                     self._trials.check(params)
                 numbers = self._numbers if _has_json(params) else None
-                compiled = Grammar(self._tokenizer, source_of(params), numbers)
+                with panics_as_errors("llguidance"):
+                    compiled = Grammar(self._tokenizer, source_of(params), numbers)
             except (ValueError, RecursionError) as error:
                 compiled = f"structured_outputs: {_form(params)} cannot be used: {error}"
             with self._books:
@@ -280,11 +282,12 @@ def read_tokenizer(config: EngineConfig) -> "LLTokenizer":
         )
     model_config = config.model_config
     try:
-        return LLTokenizer(
-            path.read_text(encoding="utf-8"),
-            n_vocab=model_config.vocab_size,
-            eos_token=list(model_config.eos_token_ids) or None,
-        )
+        with panics_as_errors("llguidance"):
+            return LLTokenizer(
+                path.read_text(encoding="utf-8"),
+                n_vocab=model_config.vocab_size,
+                eos_token=list(model_config.eos_token_ids) or None,
+            )
     except ValueError as error:
         raise ValueError(
             f"structured_outputs: llguidance cannot read {path} ({error}); name another tokenizer "
