@@ -24,7 +24,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from tpllm.checkpoint import INDEX_NAME
+from tpllm.checkpoint_files import INDEX_NAME
 from tpllm.model_config import ModelConfig
 
 SHARD_BYTES = 4 << 30

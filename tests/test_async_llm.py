@@ -163,6 +163,6 @@ def test_the_limit_is_what_the_cache_holds_where_that_is_less():
 
 
 def test_without_sampling_parameters_the_checkpoint_s_are_taken(engine):
-    assert engine.get_default_sampling_params() == SamplingParams(max_tokens=128)
+    assert engine.get_default_sampling_params() == SamplingParams(temperature=0, max_tokens=128)
     last = run(outputs_of(engine, PSALM, None))[-1]
     assert len(last.outputs[0].token_ids) == 128 or last.outputs[0].finish_reason == "stop"

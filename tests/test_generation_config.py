@@ -21,6 +21,24 @@ def test_recommendations_become_sampling_parameters(tmp_path):
     assert read_generation_defaults(tmp_path) == {"temperature": 0.6, "top_k": 20, "top_p": 0.95}
 
 
+@pytest.mark.parametrize("do_sample", [False, True, None])
+def test_a_checkpoint_that_does_not_sample_is_greedy(tmp_path, do_sample):
+    """Without the field a file recommends what its others say, as in vLLM."""
+    sampling = {"temperature": 0.6, "top_k": 20, "top_p": 0.95, "min_p": 0.1}
+    others = {"repetition_penalty": 1.1, "max_new_tokens": 9}
+    content = {"do_sample": do_sample, **sampling, **others}
+    (tmp_path / "generation_config.json").write_text(json.dumps(content))
+    defaults = read_generation_defaults(tmp_path)
+    assert (defaults.pop("repetition_penalty"), defaults.pop("max_tokens")) == (1.1, 9)
+    assert defaults == ({"temperature": 0} if do_sample is False else sampling)
+
+
+def test_a_do_sample_that_is_no_flag_is_refused(tmp_path):
+    (tmp_path / "generation_config.json").write_text('{"do_sample": 0}')
+    with pytest.raises(ValueError, match="generation_config.json: do_sample=0 must be True or Fa"):
+        read_generation_defaults(tmp_path)
+
+
 def test_a_recommendation_that_makes_no_sense_is_refused_by_name(tmp_path):
     (tmp_path / "generation_config.json").write_text('{"top_p": 7}')
     with pytest.raises(

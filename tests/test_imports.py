@@ -25,9 +25,9 @@ PLAIN = {
 MAY_IMPORT = {
     "parallel": set(),
     "layers": {"parallel"},
-    "models": {"layers", "parallel", "model_config", "checkpoint"},
+    "models": {"layers", "parallel", "model_config", "checkpoint_files"},
     "channel": PLAIN,
-    "worker": PLAIN | {"models", "layers", "parallel", "channel", "checkpoint", "child_process"},
+    "worker": PLAIN | {"models", "layers", "parallel", "channel", "child_process"},
     "server": PLAIN | {"async_llm", "conversation", "detokenizer"},
     "engine": PLAIN
     | {"__version__", "channel", "child_process", "devices", "interrupts", "resources"},

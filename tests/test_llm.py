@@ -221,7 +221,7 @@ def test_a_conversation_may_come_as_openais_clients_keep_it(llm: LLM) -> None:
 
 
 def test_without_sampling_parameters_the_checkpoint_s_are_taken(llm: LLM) -> None:
-    assert llm.get_default_sampling_params() == SamplingParams(max_tokens=128)
+    assert llm.get_default_sampling_params() == SamplingParams(temperature=0, max_tokens=128)
     output = llm.generate(PSALM, use_tqdm=False)[0].outputs[0]
     assert len(output.token_ids) == 128 or output.finish_reason == "stop"
 

@@ -1,7 +1,12 @@
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
+from huggingface_hub.errors import StrictDataclassError
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from transformers import AutoConfig
 
 from tests.checkpoints import DROP, write_config
 from tpllm.checkpoint import resolve_model
@@ -40,6 +45,19 @@ def test_end_tokens_are_those_of_both_files_each_once(tmp_path):
         {"torch_dtype": DROP},
         {"layer_types": DROP, "sliding_window": 4096},  # given, but not in use
         {"use_sliding_window": True},  # in use, but without a width
+        {"use_sliding_window": True, "sliding_window": 4096},  # layer_types say in which layers
+        {
+            "layer_types": DROP,
+            "use_sliding_window": True,
+            "sliding_window": 4096,
+            "max_window_layers": 6,
+        },
+        {"rope_scaling": {}},
+        {"rope_scaling": {"type": "linear", "factor": 1.0}},
+        {"rope_parameters": {"rope_theta": 1e6, "partial_rotary_factor": 1.0, "factor": None}},
+        {"partial_rotary_factor": 1.0},
+        {"hidden_act": DROP},
+        {"hidden_act": "swish"},
     ],
 )
 def test_older_and_newer_spellings_mean_the_same(tmp_path, changes):
@@ -48,8 +66,8 @@ def test_older_and_newer_spellings_mean_the_same(tmp_path, changes):
     assert (config.rope_theta, config.dtype) == (shipped.rope_theta, shipped.dtype)
 
 
-def test_a_config_without_dtype_means_float32(tmp_path):
-    assert config_with(tmp_path, dtype=DROP, torch_dtype=DROP).dtype == "float32"
+def test_a_config_without_dtype_leaves_it_to_the_weights(tmp_path):
+    assert config_with(tmp_path, dtype=DROP, torch_dtype=DROP).dtype is None
 
 
 @pytest.mark.parametrize(
@@ -63,7 +81,14 @@ def test_a_config_without_dtype_means_float32(tmp_path):
         ("rope_scaling", "yarn"),
         ("rope_parameters", {"rope_theta": 1e6, "rope_type": "linear", "factor": 2.0}),
         ("rope_parameters", {"full_attention": {"rope_theta": 1e6}}),
+        ("rope_parameters", {"rope_theta": 1e6, "rope_type": "default", "factor": 4.0}),
+        ("rope_parameters", {"rope_theta": 1e6, "partial_rotary_factor": 0.5}),
+        ("rope_scaling", {"type": "linear"}),
         ("partial_rotary_factor", 0.5),
+        ("per_layer_config", [{}]),
+        ("transformers_weights", "other.safetensors"),
+        ("model_type", "llama"),
+        ("model_type", ["qwen3"]),
     ],
 )
 def test_a_field_we_do_not_implement_is_refused_by_name(tmp_path, field, value):
@@ -73,10 +98,29 @@ def test_a_field_we_do_not_implement_is_refused_by_name(tmp_path, field, value):
 
 def test_a_sliding_window_in_use_is_refused(tmp_path):
     with pytest.raises(ValueError, match="sliding_window=4096 is not implemented"):
-        config_with(tmp_path, use_sliding_window=True, sliding_window=4096)
+        config_with(
+            tmp_path,
+            use_sliding_window=True,
+            sliding_window=4096,
+            layer_types=DROP,
+            max_window_layers=5,
+        )
 
 
-@pytest.mark.parametrize("value", [["LlamaForCausalLM"], [], DROP, "Qwen3ForCausalLM", [[]]])
+@pytest.mark.parametrize("value", [[], None, DROP, ["Qwen3Model"], ["Other", "Qwen3ForCausalLM"]])
+def test_the_model_type_stands_in_for_the_architecture(tmp_path, value):
+    assert config_with(tmp_path, architectures=value).architecture == "Qwen3ForCausalLM"
+
+
+def test_one_of_architecture_and_model_type_is_enough(tmp_path):
+    assert config_with(tmp_path, model_type=DROP).architecture == "Qwen3ForCausalLM"
+    with pytest.raises(ValueError, match="architectures=None is not implemented"):
+        config_with(tmp_path, model_type=DROP, architectures=DROP)
+
+
+@pytest.mark.parametrize(
+    "value", [["LlamaForCausalLM"], ["Qwen3ForSequenceClassification"], "Qwen3ForCausalLM", [[]]]
+)
 def test_an_unknown_architecture_is_refused_naming_those_we_know(tmp_path, value):
     with pytest.raises(ValueError, match="not implemented; tpllm runs Qwen3ForCausalLM"):
         config_with(tmp_path, architectures=value)
@@ -85,8 +129,9 @@ def test_an_unknown_architecture_is_refused_naming_those_we_know(tmp_path, value
 @pytest.mark.parametrize(
     "field, value, message",
     [
-        ("hidden_size", DROP, "has no hidden_size"),
-        ("head_dim", None, "has no head_dim"),
+        ("hidden_size", None, "hidden_size=None must be a whole number"),
+        ("head_dim", None, "head_dim=None must be a whole number"),
+        ("num_key_value_heads", DROP, "num_key_value_heads=32 does not divide num_attention_he"),
         ("vocab_size", "4096", "vocab_size='4096' must be a whole number"),
         ("vocab_size", 4096.0, "vocab_size=4096.0 must be a whole number"),
         ("num_hidden_layers", True, "num_hidden_layers=True must be a whole number"),
@@ -110,9 +155,87 @@ def test_a_wrong_field_is_refused_with_its_file(tmp_path, field, value, message)
         config_with(tmp_path, **{field: value})
 
 
-def test_rope_theta_must_be_somewhere(tmp_path):
-    with pytest.raises(ValueError, match="has no rope_theta"):
-        config_with(tmp_path, rope_theta=DROP, rope_parameters=None)
+# What config.json files of several generations hold: every field, with values that mean something.
+FIELDS: dict[str, list[Any]] = {
+    "vocab_size": [DROP, 100],
+    "hidden_size": [DROP, 64],
+    "intermediate_size": [DROP, 96],
+    "num_hidden_layers": [DROP, 2],
+    "num_attention_heads": [DROP, 4, 32],
+    "num_key_value_heads": [DROP, None, 2, 4],
+    "head_dim": [DROP, 16, None],
+    "max_position_embeddings": [DROP, 256],
+    "rms_norm_eps": [DROP, 1e-5],
+    "initializer_range": [DROP, 0.1],
+    "tie_word_embeddings": [DROP, True, False],
+    "attention_bias": [DROP, True, False],
+    "rope_theta": [DROP, 5e5, 1e6],
+    "rope_scaling": [
+        DROP,
+        None,
+        {},
+        {"type": "default"},
+        {"rope_type": "default", "rope_theta": 5e5},
+        {"type": "linear", "factor": 1.0},
+        {"type": "yarn", "factor": 4.0},
+    ],
+    "rope_parameters": [
+        DROP,
+        None,
+        {"rope_theta": 1e6},
+        {"rope_theta": 1e6, "rope_type": "default"},
+        {"rope_theta": 5e5, "partial_rotary_factor": 1.0},
+    ],
+    "partial_rotary_factor": [DROP, 1.0],
+    "use_sliding_window": [DROP, False, True],
+    "sliding_window": [DROP, None, 128],
+    "max_window_layers": [DROP, 1, 2],
+    "layer_types": [DROP, None, ["full_attention"] * 2, ["full_attention", "sliding_attention"]],
+    "dtype": [DROP, None, "bfloat16"],
+    "torch_dtype": [DROP, None, "float16", "bfloat16"],
+    "hidden_act": [DROP, "silu", "gelu"],
+    "architectures": [DROP, None, ["Qwen3ForCausalLM"], ["Qwen3Model"]],
+    "eos_token_id": [DROP, None, 3, [3, 5]],
+}
+SAME = [
+    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "head_dim"),
+    *("num_attention_heads", "num_key_value_heads", "max_position_embeddings", "rms_norm_eps"),
+    *("initializer_range", "tie_word_embeddings", "attention_bias"),
+]
+
+
+@settings(
+    max_examples=400,
+    derandomize=True,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.filter_too_much],
+)
+@given(
+    changes=st.fixed_dictionaries({}, optional={f: st.sampled_from(v) for f, v in FIELDS.items()})
+)
+def test_a_config_means_what_it_means_to_transformers_or_is_refused(tmp_path, changes):
+    """In particular a field that is left out."""
+    config = {field: value for field, value in changes.items() if value is not DROP}
+    config["model_type"] = "qwen3"
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    try:
+        ours = ModelConfig.from_folder(tmp_path)
+    except ValueError as error:
+        assert any(field in str(error) for field in FIELDS)
+        return
+    try:
+        theirs: Any = AutoConfig.from_pretrained(tmp_path)
+    except StrictDataclassError:  # it is stricter: of the number of layer_types, for one
+        return
+    assert {name: getattr(ours, name) for name in SAME} == {
+        name: getattr(theirs, name) for name in SAME
+    }
+    assert ours.rope_theta == theirs.rope_parameters["rope_theta"]
+    assert theirs.rope_parameters["rope_type"] == "default" or theirs.rope_parameters["factor"] == 1
+    assert set(theirs.layer_types) == {"full_attention"}
+    assert ours.dtype == (None if theirs.dtype is None else str(theirs.dtype)[len("torch.") :])
+    ends = theirs.eos_token_id
+    assert ours.eos_token_ids == (() if ends is None else (3,) if ends == 3 else tuple(ends))
 
 
 @pytest.mark.parametrize("content", [b"{", b"", b"\xff\xfe", b"[]", b"[" * 100_000])

@@ -6,8 +6,9 @@ from typing import Any, NoReturn
 
 import pytest
 
-from tpllm import checkpoint
-from tpllm.checkpoint import WEIGHTS_NAME, resolve_model
+from tpllm import checkpoint_files
+from tpllm.checkpoint import resolve_model
+from tpllm.checkpoint_files import WEIGHTS_NAME
 from tpllm.engine import grammars
 from tpllm.engine.grammars import Grammars
 from tpllm.panics import panics_as_errors
@@ -34,12 +35,12 @@ def test_only_a_panic_becomes_an_error():
     for error in (KeyboardInterrupt(), SystemExit(3), OSError("disk"), GeneratorExit()):
         with pytest.raises(type(error)), panics_as_errors("the library"):
             raise error
-    with pytest.raises(ValueError, match="^the library: index out of bounds: the len is 3$"):
-        with panics_as_errors("the library"):
-            panic()
-    with pytest.raises(ValueError, match="^the library: PanicException$"):
-        with panics_as_errors("the library"):
-            raise PanicException
+    whole = "^the library: index out of bounds: the len is 3$"
+    with pytest.raises(ValueError, match=whole), panics_as_errors("the library"):
+        panic()
+    whole = "^the library: PanicException$"
+    with pytest.raises(ValueError, match=whole), panics_as_errors("the library"):
+        raise PanicException
 
 
 def test_a_text_that_makes_tokenizers_panic_is_refused_and_the_next_is_encoded(tokenizer):
@@ -78,9 +79,9 @@ def test_a_panic_while_files_are_read_is_refused_by_file(monkeypatch, tmp_path):
     with pytest.raises(ValueError, match=r"no tokenizer can be read from .*: index out of bounds"):
         Tokenizer(SHIPPED).load()
     shutil.copy(SHIPPED / WEIGHTS_NAME, tmp_path)
-    monkeypatch.setattr(checkpoint, "safe_open", panic)
+    monkeypatch.setattr(checkpoint_files, "safe_open", panic)
     with pytest.raises(ValueError, match=r"model.safetensors is .* damaged \(safetensors: index"):
-        checkpoint._read_header(tmp_path / WEIGHTS_NAME)
+        checkpoint_files._read_header(tmp_path / WEIGHTS_NAME)
 
 
 def test_a_panic_while_a_grammar_is_compiled_is_refused(monkeypatch):

@@ -1,4 +1,4 @@
-"""Finds a model's folder, and checks its safetensors files by their headers alone.
+"""Finds a model's folder, and checks its safetensors files, nearly all by their headers alone.
 
 A header lists every tensor's type, shape and place in the file, so a missing, truncated or foreign
 checkpoint is refused in milliseconds, before any worker starts.
@@ -6,23 +6,33 @@ checkpoint is refused in milliseconds, before any worker starts.
 
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
+import numpy as np
 
-from tpllm.checks import read_json
+from tpllm.checkpoint_files import (
+    EMBEDDING,
+    HEAD,
+    StoredTensor,
+    bytes_of,
+    read_tensors,
+    stored_name,
+)
 from tpllm.model_config import ModelConfig
-from tpllm.panics import panics_as_errors
 
 SHIPPED_MODEL = Path(__file__).parent / "assets" / "tiny-qwen3"
-WEIGHTS_NAME = "model.safetensors"
-INDEX_NAME = "model.safetensors.index.json"  # which file holds which tensor, if there are many
-
-# In the folder itself: an index must not lead elsewhere.
-FILE_NAME = re.compile(r"[^/\\\0]+\.safetensors")
+ADAPTER_NAME = "adapter_config.json"
 
 FLOAT_DTYPES = ("F16", "BF16", "F32", "F64")  # as safetensors writes them
+_DTYPE_NAMES = {"F16": "float16", "BF16": "bfloat16"}
+
+# What older programs saved with the weights, and a model computes by itself.
+_BUFFER = re.compile(
+    r"rotary_emb\.(original_inv_freq|inv_freq|cos_cached|sin_cached)|\bposition_ids$"
+)
+_CHUNK_BYTES = 1 << 20
 
 
 def resolve_model(model: str | None, *, setting: str = "model", weights: bool = True) -> Path:
@@ -70,81 +80,77 @@ def _download(model: str, setting: str, weights: bool) -> Path:
     return Path(folder)
 
 
-def check_checkpoint(folder: Path, config: ModelConfig) -> dict[str, Path]:
-    """The file of each tensor the model needs, after checking that they are as it needs them.
+def check_checkpoint(folder: Path, config: ModelConfig) -> ModelConfig:
+    """Check that the tensors are as the model needs them; the config as the weights have it.
+
+    As in transformers, a head that differs from the embedding is used, whatever config.json says.
+    To compare them reads both: 0.04 s for the 2 x 311 MB of Qwen3-0.6B from the page cache, and as
+    long as the disk takes where they are not in it.
 
     Raises:
         FileNotFoundError: a safetensors file is missing.
         ValueError: a file is damaged; a tensor is missing, unknown, misshapen or no float.
     """
-    expected = config.tensor_shapes()
-    # A tied checkpoint may carry its embedding a second time. It must be whole, but is not read.
-    allowed = {"lm_head.weight": (config.vocab_size, config.hidden_size), **expected}
-    files: dict[str, Path] = {}
-    wrong: list[str] = []
-    for file, names in _files(folder).items():
-        for name, (dtype, shape) in _read_header(file).items():
-            if names is not None and name not in names:
-                continue  # the index takes this tensor from another file, or not at all
-            if name in allowed and shape != allowed[name]:
-                wrong.append(f"{name} is {list(shape)}, not {list(allowed[name])}")
-            if name in allowed and dtype not in FLOAT_DTYPES:
-                wrong.append(f"{name} is {dtype}, not one of {', '.join(FLOAT_DTYPES)}")
-            files[name] = file
-    _refuse(folder, config, "lacks", expected.keys() - files.keys())
-    _refuse(folder, config, "has unknown", files.keys() - allowed.keys())
-    _refuse(folder, config, "has misfit", wrong)
-    return {name: files[name] for name in expected}
+    if (folder / ADAPTER_NAME).is_file():
+        raise ValueError(
+            f"{folder} has {ADAPTER_NAME}: LoRA is not implemented; merge the adapter into the "
+            f"weights (PEFT's merge_and_unload), or remove {ADAPTER_NAME}"
+        )
+    stored = read_tensors(folder)
+    tied = config.tie_word_embeddings
+    expected = replace(config, tie_word_embeddings=False).tensor_shapes()
+    used = {name: found for name in expected if (found := stored_name(name, stored)) is not None}
+    lacking = expected.keys() - used.keys()
+    if tied:  # one of the two is enough
+        lacking -= {EMBEDDING, HEAD} if HEAD in used else {HEAD}
+    _refuse(folder, config, "lacks", lacking)
+    unknown = stored.keys() - set(used.values())
+    _refuse(folder, config, "has unknown", (each for each in unknown if not _is_harmless(each)))
+    tensors = {name: stored[found] for name, found in used.items()}
+    _refuse(folder, config, "has misfit", _misfits(tensors, expected))
+    if config.dtype is None:
+        first = next(iter(tensors.values()))
+        config = replace(config, dtype=_DTYPE_NAMES.get(first.dtype, "float32"))
+    if tied and EMBEDDING in used and HEAD in used and not _are_equal(stored, used):
+        config = replace(config, tie_word_embeddings=False)
+    return config
+
+
+def _misfits(
+    tensors: dict[str, StoredTensor], expected: dict[str, tuple[int, ...]]
+) -> Iterator[str]:
+    for name, tensor in tensors.items():
+        if tensor.shape != expected[name]:
+            yield f"{name} is {list(tensor.shape)}, not {list(expected[name])}"
+        if tensor.dtype not in FLOAT_DTYPES:
+            yield f"{name} is {tensor.dtype}, not one of {', '.join(FLOAT_DTYPES)}"
+
+
+def _are_equal(stored: dict[str, StoredTensor], used: dict[str, str]) -> bool:
+    """Whether head and embedding are, byte for byte; a first difference ends the reading."""
+    head, embedding = (stored[used[name]] for name in (HEAD, EMBEDDING))
+    if head.dtype != embedding.dtype:
+        return False
+    left, right = bytes_of(head.file, used[HEAD]), bytes_of(embedding.file, used[EMBEDDING])
+    return all(
+        np.array_equal(left[i : i + _CHUNK_BYTES], right[i : i + _CHUNK_BYTES])
+        for i in range(0, left.size, _CHUNK_BYTES)
+    )
+
+
+def _is_harmless(name: str) -> bool:
+    """Whether a tensor carries nothing that the model does not compute by itself."""
+    return _BUFFER.search(name) is not None
 
 
 def _refuse(folder: Path, config: ModelConfig, what: str, found: Iterable[str]) -> None:
     names = sorted(found)
     if names:
         first = "; ".join(names[:4]) + ("; ..." if len(names) > 4 else "")
+        hint = ""
+        if what == "lacks" and names == [HEAD]:
+            hint = ". If its head is its embedding, config.json must say tie_word_embeddings=true"
         raise ValueError(
             f"the checkpoint in {folder} {what} tensors for the {config.architecture} of its "
-            f"config.json ({len(names)}): {first}"
+            f"config.json ({len(names)}): {first}{hint}"
         )
-
-
-def _files(folder: Path) -> dict[Path, set[str] | None]:
-    """Each safetensors file of the checkpoint, with the tensors to take from it (None: all)."""
-    if os.path.lexists(folder / INDEX_NAME):  # also a link to nowhere: it was meant
-        return _read_index(folder)
-    weights = folder / WEIGHTS_NAME
-    if not weights.is_file():
-        raise FileNotFoundError(
-            f"{folder} has neither {WEIGHTS_NAME} nor {INDEX_NAME}; "
-            "load_format='dummy' runs without weights"
-        )
-    return {weights: None}
-
-
-def _read_index(folder: Path) -> dict[Path, set[str] | None]:
-    index = folder / INDEX_NAME
-    weight_map = read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise ValueError(f"{index}: weight_map must name the file of each tensor")
-    files: dict[Path, set[str]] = {}
-    for tensor, file in weight_map.items():
-        if not isinstance(file, str) or not FILE_NAME.fullmatch(file):
-            raise ValueError(
-                f"{index}: {tensor} is in {file!r}, which is no plain name of a safetensors file"
-            )
-        files.setdefault(folder / file, set()).add(tensor)
-    checked: dict[Path, set[str] | None] = {}
-    for path, tensors in files.items():
-        if not os.path.isfile(path):  # os.path: pathlib raises on names the system finds too long
-            raise FileNotFoundError(f"{path} is missing, and {index} puts {min(tensors)} in it")
-        checked[path] = tensors
-    return checked
-
-
-def _read_header(file: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """Type and shape of each tensor in a safetensors file, whose length is checked too."""
-    try:
-        with panics_as_errors("safetensors"), safe_open(file, framework="numpy") as opened:
-            slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118
-            return {name: (s.get_dtype(), tuple(s.get_shape())) for name, s in slices.items()}
-    except (SafetensorError, OSError, ValueError) as error:
-        raise ValueError(f"{file} is truncated or damaged ({error}); fetch it again") from error

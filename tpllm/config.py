@@ -41,7 +41,7 @@ class EngineConfig(Settings):
         folder: the checkpoint, absolute
         step_timeout_s: seconds that a step may take
         tokenizer_folder: the tokenizer's folder; None to work on token ids alone
-        model_config: what the checkpoint's config.json says
+        model_config: what the checkpoint's config.json and its weights say
         generation_defaults: arguments of SamplingParams, where the checkpoint recommends some
     """
 
@@ -67,6 +67,8 @@ class EngineConfig(Settings):
         folder = resolve_model(wanted.model, weights=weights)
         model_config = ModelConfig.from_folder(folder, name=_hub_name(wanted.model))
         model_config.check_parallel(wanted.tensor_parallel_size)
+        if weights:
+            model_config = check_checkpoint(folder, model_config)
         device, gpus = _resolve_device(wanted)
         _check_gpu_memory(gpus, wanted, model_config)
         refuse_too_little_shared_memory(len(gpus))
@@ -87,10 +89,7 @@ class EngineConfig(Settings):
                 read_generation_defaults(folder) if wanted.generation_config == "auto" else {}
             ),
         }
-        config = cls(**{f.name: getattr(wanted, f.name) for f in fields(Settings)} | concrete)
-        if weights:
-            check_checkpoint(folder, model_config)
-        return config
+        return cls(**{f.name: getattr(wanted, f.name) for f in fields(Settings)} | concrete)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -188,7 +187,7 @@ def _resolve_dtype(
 ) -> str:
     dtype = wanted.dtype
     if dtype == "auto":
-        dtype = model_config.dtype if device == "cuda" else "float32"
+        dtype = model_config.dtype or "float32" if device == "cuda" else "float32"
     for rank, gpu in enumerate(gpus):
         if dtype == "bfloat16" and gpu.compute_capability < (8, 0):
             raise ValueError(

@@ -3,24 +3,21 @@
 from pathlib import Path
 from typing import Any
 
-from tpllm.checks import read_json
+from tpllm.checks import check_bool, read_json
 from tpllm.sampling_params import SamplingParams
 
 FILE_NAME = "generation_config.json"
 
 # Its words -> ours. The rest of the file is about other ways to generate.
-_NAMES = {
-    "temperature": "temperature",
-    "top_k": "top_k",
-    "top_p": "top_p",
-    "min_p": "min_p",
-    "repetition_penalty": "repetition_penalty",
-    "max_new_tokens": "max_tokens",
-}
+_NAMES = {"repetition_penalty": "repetition_penalty", "max_new_tokens": "max_tokens"}
+_SAMPLING = ("temperature", "top_k", "top_p", "min_p")  # the same words
 
 
 def read_generation_defaults(folder: Path) -> dict[str, Any]:
     """Arguments of SamplingParams that the checkpoint recommends; empty without such a file.
+
+    `do_sample: false` is greedy, and what the file says of sampling then means nothing. A file
+    without it says no more than its other fields, as in vLLM: many recommend a temperature so.
 
     Raises:
         ValueError: a value is out of range, or not of its type.
@@ -29,10 +26,16 @@ def read_generation_defaults(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     config = read_json(path)
+    is_greedy = config.get("do_sample") is False
+    names = _NAMES if is_greedy else _NAMES | dict(zip(_SAMPLING, _SAMPLING, strict=True))
     defaults = {
-        ours: config[theirs] for theirs, ours in _NAMES.items() if config.get(theirs) is not None
+        ours: config[theirs] for theirs, ours in names.items() if config.get(theirs) is not None
     }
+    if is_greedy:
+        defaults["temperature"] = 0.0
     try:
+        if config.get("do_sample") is not None:
+            check_bool("do_sample", config["do_sample"])
         SamplingParams(**defaults)
     except ValueError as error:
         raise ValueError(

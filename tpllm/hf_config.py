@@ -21,18 +21,30 @@ MAX_SIZES = {
 }
 
 
+# What a config.json means that leaves a field out: the defaults of transformers' Qwen3Config.
+DEFAULT_SIZES = {
+    "vocab_size": 151936,
+    "hidden_size": 4096,
+    "intermediate_size": 22016,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 32,
+    "head_dim": 128,
+    "max_position_embeddings": 32768,
+}
+DEFAULT_ROPE_THETA = 10000.0
+DEFAULT_SLIDING_WINDOW = 4096
+DEFAULT_MAX_WINDOW_LAYERS = 28
+
+
 def read_fields(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
     """The fields of ModelConfig that `config`, the folder's config.json, gives.
 
     Raises:
-        ValueError: a field is missing, of the wrong type or out of range; the file and the field
-            are named.
+        ValueError: a field is of the wrong type or out of range; the file and the field are named.
     """
     where = str(folder / "config.json")
-    sizes = {
-        field: check_int(f"{where}: {field}", _require(where, config, field), 1, maximum)
-        for field, maximum in MAX_SIZES.items()
-    }
+    sizes = _read_sizes(where, config)
     _check_heads(where, sizes)
     return {
         **sizes,
@@ -55,40 +67,69 @@ def refuse_unimplemented(where: str, config: dict[str, Any]) -> None:
         ValueError: the model needs something that tpllm does not implement.
     """
 
-    def refuse(field: str, value: object, only: str) -> None:
-        short = reprlib.repr(value)  # a quantization_config can be pages long
+    def refuse(field: str, only: str) -> None:
+        short = reprlib.repr(config[field])  # a quantization_config can be pages long
         raise ValueError(f"{where}: {field}={short} is not implemented; tpllm runs {only}")
 
     if config.get("quantization_config") is not None:
-        refuse("quantization_config", config["quantization_config"], "float checkpoints")
-    if config.get("hidden_act", "silu") != "silu":
-        refuse("hidden_act", config["hidden_act"], "hidden_act='silu'")
-    if config.get("use_sliding_window") and config.get("sliding_window") is not None:
-        refuse("sliding_window", config["sliding_window"], "full attention")
-    if config.get("partial_rotary_factor", 1) != 1:
-        refuse("partial_rotary_factor", config["partial_rotary_factor"], "full rotary embeddings")
-    layer_types = config.get("layer_types")
-    if layer_types is not None and (
-        not isinstance(layer_types, list) or set(map(str, layer_types)) - {"full_attention"}
-    ):
-        refuse("layer_types", layer_types, "layers of full_attention")
+        refuse("quantization_config", "float checkpoints")
+    if config.get("per_layer_config") is not None:
+        refuse("per_layer_config", "models whose layers are all alike")
+    if config.get("transformers_weights") is not None:
+        refuse("transformers_weights", "model.safetensors, or what its index names")
+    if config.get("hidden_act", "silu") not in ("silu", "swish"):  # two names for one function
+        refuse("hidden_act", "hidden_act='silu'")
+    if config.get("partial_rotary_factor") not in (None, 1):
+        refuse("partial_rotary_factor", "full rotary embeddings")
+    if config.get("layer_types") is not None:
+        if not _are_full_attention(config["layer_types"]):
+            refuse("layer_types", "layers of full_attention")
+    elif _slides(where, config):
+        config = {"sliding_window": DEFAULT_SLIDING_WINDOW, **config}
+        refuse("sliding_window", "full attention")
     for field in ("rope_scaling", "rope_parameters"):
-        rope = config.get(field)
-        if rope is not None and not _is_default_rope(rope):
-            refuse(field, rope, "rotary embeddings without scaling (rope_type='default')")
+        if config.get(field) and not _is_plain_rope(config[field]):
+            refuse(field, "rotary embeddings without scaling (rope_type='default')")
 
 
-def _is_default_rope(rope: object) -> bool:
-    """Whether it says no more than rope_theta. Older files call rope_type just type."""
-    if not isinstance(rope, dict) or set(rope) - {"rope_theta", "rope_type", "type"}:
+def _are_full_attention(layer_types: object) -> bool:
+    return isinstance(layer_types, list) and not set(map(str, layer_types)) - {"full_attention"}
+
+
+def _slides(where: str, config: dict[str, Any]) -> bool:
+    """Whether some layer has a sliding window, where no `layer_types` say so."""
+    if not config.get("use_sliding_window"):
         return False
-    return all(rope.get(key, "default") == "default" for key in ("rope_type", "type"))
+    if config.get("sliding_window", DEFAULT_SLIDING_WINDOW) is None:
+        return False
+    first = config.get("max_window_layers", DEFAULT_MAX_WINDOW_LAYERS)
+    first = check_int(f"{where}: max_window_layers", first, minimum=0)
+    return first < _read_sizes(where, config)["num_hidden_layers"]
 
 
-def _require(where: str, config: dict[str, Any], field: str) -> Any:
-    if config.get(field) is None:
-        raise ValueError(f"{where} has no {field}; is it the config.json of a whole checkpoint?")
-    return config[field]
+def _is_plain_rope(rope: object) -> bool:
+    """Whether it says no more than rope_theta. Older files call rope_type just type."""
+    if not isinstance(rope, dict):
+        return False
+    kind = rope.get("rope_type", rope.get("type"))
+    if kind not in (None, "default") and (kind, rope.get("factor")) != ("linear", 1):
+        return False
+    meaningless = ("rope_theta", "rope_type", "type", "original_max_position_embeddings")
+    ones = ("factor", "attention_factor", "partial_rotary_factor")
+    return all(
+        key in meaningless or value is None or (key in ones and value == 1)
+        for key, value in rope.items()
+    )
+
+
+def _read_sizes(where: str, config: dict[str, Any]) -> dict[str, int]:
+    given = {**DEFAULT_SIZES, **config}
+    if given["num_key_value_heads"] is None:
+        given["num_key_value_heads"] = given["num_attention_heads"]
+    return {
+        field: check_int(f"{where}: {field}", given[field], 1, maximum)
+        for field, maximum in MAX_SIZES.items()
+    }
 
 
 def _check_heads(where: str, sizes: dict[str, int]) -> None:
@@ -104,22 +145,26 @@ def _check_heads(where: str, sizes: dict[str, int]) -> None:
 
 
 def _read_rope_theta(where: str, config: dict[str, Any]) -> float:
-    """Older files give rope_theta at the top, newer ones in rope_parameters, some in both."""
+    """Older files give rope_theta at the top, newer ones in rope_parameters, some in both.
+
+    rope_scaling replaces rope_parameters, and what either says goes before the top. A file that
+    gives two values is refused all the same: programs differ in which one they take.
+    """
     places = [config, config.get("rope_parameters") or {}, config.get("rope_scaling") or {}]
+    rope = places[2] or places[1]
+    theta = rope.get("rope_theta", config.get("rope_theta", DEFAULT_ROPE_THETA))
     found = [place["rope_theta"] for place in places if place.get("rope_theta") is not None]
-    if not found:
-        raise ValueError(f"{where} has no rope_theta, neither at the top nor in rope_parameters")
-    thetas = {_positive(where, "rope_theta", theta) for theta in found}
+    thetas = {_positive(where, "rope_theta", each) for each in [theta, *found]}
     if len(thetas) > 1:
         raise ValueError(f"{where} gives two values of rope_theta: {sorted(thetas)}; drop one")
     return thetas.pop()
 
 
-def _read_dtype(where: str, config: dict[str, Any]) -> str:
-    """Newer files say dtype, older ones torch_dtype; a file with neither means float32."""
+def _read_dtype(where: str, config: dict[str, Any]) -> str | None:
+    """Newer files say dtype, older ones torch_dtype, some nothing: see ModelConfig."""
     field = "dtype" if config.get("dtype") is not None else "torch_dtype"
     value = config.get(field)
-    return "float32" if value is None else check_choice(f"{where}: {field}", value, DTYPES)
+    return None if value is None else check_choice(f"{where}: {field}", value, DTYPES)
 
 
 def _read_eos_token_ids(folder: Path, config: dict[str, Any], vocab_size: int) -> tuple[int, ...]:

@@ -12,6 +12,9 @@ from tpllm.hf_config import read_fields, refuse_unimplemented
 
 # Architecture (config.json's word) -> where its class is.
 ARCHITECTURES = {"Qwen3ForCausalLM": "tpllm.models.qwen3:Qwen3ForCausalLM"}
+# What else stands for one of them: the model without its head, and the type where none is named.
+SYNONYMS = {"Qwen3Model": "Qwen3ForCausalLM"}
+MODEL_TYPES = {"qwen3": "Qwen3ForCausalLM"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,7 +23,10 @@ class ModelConfig:
 
     Attributes:
         name: for messages; the checkpoint folder's name or the last part of a Hub id
-        dtype: of the checkpoint's weights: "float16", "bfloat16" or "float32"
+        dtype: of the checkpoint's weights: "float16", "bfloat16" or "float32"; None where
+            config.json does not say, until `check_checkpoint` has looked at the weights
+        tie_word_embeddings: whether the LM head is the embedding: what config.json says, until
+            `check_checkpoint` has compared the two
         eos_token_ids: every token that ends a text, those of generation_config.json first
     """
 
@@ -39,7 +45,7 @@ class ModelConfig:
     tie_word_embeddings: bool
     attention_bias: bool
     initializer_range: float
-    dtype: str
+    dtype: str | None
     eos_token_ids: tuple[int, ...]
 
     @classmethod
@@ -48,7 +54,7 @@ class ModelConfig:
 
         Raises:
             FileNotFoundError: the folder has no config.json.
-            ValueError: a field is missing, out of range, or asks for what we do not implement.
+            ValueError: a field is out of range, or asks for what we do not implement.
         """
         path = folder / "config.json"
         if not path.is_file():
@@ -98,7 +104,7 @@ class ModelConfig:
     def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
         """Shape of every tensor of the checkpoint, [out_features, in_features] for a linear.
 
-        A tied checkpoint has no lm_head.weight (some carry a copy, which is then not read).
+        A tied model has no lm_head.weight.
         """
         hidden = self.hidden_size
         shapes: dict[str, tuple[int, ...]] = {
@@ -139,8 +145,17 @@ class ModelConfig:
 
 
 def _check_architecture(path: Path, config: dict[str, Any]) -> str:
-    named = config.get("architectures")
+    """The first architecture of the file that we know; that of the model type if it names none."""
+    named, model_type = config.get("architectures"), config.get("model_type")
+    if model_type is not None and model_type not in list(MODEL_TYPES):
+        raise ValueError(
+            f"{path}: model_type={model_type!r} is not implemented; tpllm runs "
+            f"{', '.join(MODEL_TYPES)}"
+        )
+    if not named and model_type is not None:
+        return MODEL_TYPES[model_type]
     for architecture in named if isinstance(named, list) else []:
+        architecture = SYNONYMS.get(str(architecture), architecture)
         if isinstance(architecture, str) and architecture in ARCHITECTURES:
             return architecture
     raise ValueError(

@@ -101,7 +101,8 @@ class Settings:
         skip_tokenizer_init: whether to do without a tokenizer: token ids in, token ids out
         generation_config: what requests without sampling parameters get. "auto" takes temperature,
             top_k, top_p, min_p, repetition_penalty and max_new_tokens from the checkpoint's
-            generation_config.json; "vllm" takes the defaults of SamplingParams
+            generation_config.json, and is greedy where it says do_sample=false; "vllm" takes the
+            defaults of SamplingParams
         seed: 64-bit; what requests without a seed of their own are drawn from
         start_timeout_s: seconds without a sign of life after which a worker that starts counts as
             hung, and the engine ends; also for each of the first 16 steps, which compile kernels

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
 from tests.checkpoints import shipped_config, write_config
-from tpllm.checkpoint import INDEX_NAME, WEIGHTS_NAME
+from tpllm.checkpoint_files import INDEX_NAME, WEIGHTS_NAME
 from tpllm.config import EngineConfig
 from tpllm.hf_config import MAX_SIZES
 from tpllm.model_config import ModelConfig
@@ -86,10 +86,24 @@ def write_a_gigabyte(path: Path) -> None:
     os.truncate(path, 1 << 30)  # a hole: it takes no room
 
 
+def index(make: Callable[[Path], object]) -> Callable[[Path], None]:
+    """A damage that puts something in the place of the index of a sharded checkpoint."""
+
+    def damage(folder: Path) -> None:
+        (folder / WEIGHTS_NAME).rename(folder / "a.safetensors")  # it would go before an index
+        make(folder / INDEX_NAME)
+
+    return damage
+
+
 def index_to(file: object) -> Callable[[Path], None]:
-    return replaced(
-        INDEX_NAME, lambda path: path.write_text(json.dumps({"weight_map": {EMBEDDING: file}}))
-    )
+    return index(lambda path: path.write_text(json.dumps({"weight_map": {EMBEDDING: file}})))
+
+
+def write_little(path: Path) -> None:
+    """An index to a file that has one of the tensors."""
+    save_file({EMBEDDING: np.ones((16, 8), np.float16)}, path.with_name("b.safetensors"))
+    path.write_text(json.dumps({"weight_map": {EMBEDDING: "b.safetensors"}}))
 
 
 DAMAGES: dict[str, Callable[[Path], None]] = {
@@ -133,9 +147,9 @@ DAMAGES: dict[str, Callable[[Path], None]] = {
     "config without end": replaced("config.json", lambda p: p.symlink_to("/dev/zero")),
     "config of a gigabyte": replaced("config.json", write_a_gigabyte),
     "config nested without end": replaced("config.json", lambda p: p.write_bytes(b"[" * 200_000)),
-    "index that is a link to itself": replaced(INDEX_NAME, lambda p: p.symlink_to(p.name)),
-    "index that is a folder": replaced(INDEX_NAME, Path.mkdir),
-    "index of a gigabyte": replaced(INDEX_NAME, write_a_gigabyte),
+    "index that is a link to itself": index(lambda p: p.symlink_to(p.name)),
+    "index that is a folder": index(Path.mkdir),
+    "index of a gigabyte": index(write_a_gigabyte),
     "index that leads up": index_to("../model.safetensors"),
     "index that leads to the root": index_to("/etc/passwd"),
     "index with a zero byte": index_to("a\0.safetensors"),
@@ -144,7 +158,7 @@ DAMAGES: dict[str, Callable[[Path], None]] = {
     "index with a name too long": index_to("a" * 5000 + ".safetensors"),
     "index with a number": index_to(7),
     "index to what is not there": index_to("other.safetensors"),
-    "index that knows too little": index_to(WEIGHTS_NAME),
+    "index that knows too little": index(write_little),
 }
 
 

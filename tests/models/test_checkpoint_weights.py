@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from tpllm.checkpoint import INDEX_NAME
+from tpllm.checkpoint_files import INDEX_NAME
 from tpllm.model_config import ModelConfig
 from tpllm.models.checkpoint_weights import DummyWeights, SafetensorsWeights
 
@@ -25,10 +25,10 @@ def save_one_file(folder: Path) -> None:
 
 
 def save_with_index(folder: Path) -> None:
-    files = {"1.safetensors": ["a.weight"], "2.safetensors": ["b.weight", "norm.weight"]}
-    for file, names in files.items():
-        # Each file also holds the other's names, with values that the index does not point to.
-        save_file({n: t if n in names else -1 - t for n, t in TENSORS.items()}, folder / file)
+    files = {"1.safetensors": ["a.weight", "norm.weight"], "2.safetensors": ["b.weight"]}
+    save_file({name: -1 - tensor for name, tensor in TENSORS.items()}, folder / "1.safetensors")
+    # The last file's values count, whatever the index says of "norm.weight": as in transformers.
+    save_file(TENSORS, folder / "2.safetensors")
     weight_map = {name: file for file, names in files.items() for name in names}
     (folder / INDEX_NAME).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
 
@@ -47,6 +47,13 @@ def test_slices_equal_those_of_the_saved_tensor(
         tensor = TENSORS[name]
         assert torch.equal(weights.read(name, cols=slice(1, 3)), tensor[:, 1:3])
         assert torch.equal(weights.read(name, slice(2, 3), slice(0, 4)), tensor[2:3, 0:4])
+
+
+def test_a_tied_embedding_may_be_saved_as_the_head_alone(tmp_path: Path) -> None:
+    save_file({"lm_head.weight": TENSORS["a.weight"]}, tmp_path / "model.safetensors")
+    weights = SafetensorsWeights(tmp_path)
+    for name in ("lm_head.weight", "model.embed_tokens.weight"):
+        assert torch.equal(weights.read(name), TENSORS["a.weight"])
 
 
 def test_an_unknown_tensor_is_refused_by_name(tmp_path: Path) -> None:

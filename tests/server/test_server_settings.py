@@ -90,6 +90,15 @@ def test_what_a_request_leaves_open_is_the_models_advice() -> None:
     assert {params.top_k for params in seen} == {20}
 
 
+def test_a_greedy_checkpoint_samples_where_several_answers_are_asked_for() -> None:
+    with running_server(lambda: FakeEngine(defaults={"temperature": 0})) as served:
+        with served.http() as http:
+            for n in (1, 2):
+                body = {"model": "letters", "prompt": "a", "n": n}
+                assert http.post("/v1/completions", json=body).status_code == 200
+        assert [params.temperature for _, params in served.engine.seen] == [0, 1]
+
+
 def test_the_models_advice_ends_where_the_server_s_limit_is() -> None:
     def engine() -> FakeEngine:
         return FakeEngine(defaults={"max_tokens": 50})

@@ -4,7 +4,6 @@ Both are a `WeightSource` (see `tpllm.layers.weights`). Tensors carry the names 
 checkpoints, such as `model.layers.0.mlp.up_proj.weight`.
 """
 
-import json
 import zlib
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from tpllm.checkpoint import INDEX_NAME, WEIGHTS_NAME
+from tpllm.checkpoint_files import EMBEDDING, HEAD, read_tensors, stored_name
 from tpllm.model_config import ModelConfig
 
 
@@ -25,28 +24,19 @@ class SafetensorsWeights:
     copy straight from it into their parameters, without a second buffer there.
 
     Args:
-        folder: holds `model.safetensors.index.json` and the files it names, or else
-            `model.safetensors`; what `tpllm.checkpoint` checks is what is read here
+        folder: what `tpllm.checkpoint` checks there is what is read here
 
     Raises:
         FileNotFoundError: a file is missing.
+        ValueError: a file is damaged.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._file_of: dict[str, Any]  # tensor name -> open file; safe_open has no type
-        index = folder / INDEX_NAME
-        if index.exists():
-            weight_map: dict[str, str] = json.loads(index.read_text())["weight_map"]
-            opened = {file: self._open(file) for file in set(weight_map.values())}
-            self._file_of = {name: opened[file] for name, file in weight_map.items()}
-        else:
-            whole = self._open(WEIGHTS_NAME)
-            self._file_of = dict.fromkeys(whole.keys(), whole)
-
-    def _open(self, file: str) -> Any:
+        self._stored = read_tensors(folder)
+        files = {tensor.file for tensor in self._stored.values()}
         # Never closed by hand: the mapping ends with the last tensor that views it.
-        return safe_open(self.folder / file, framework="pt")
+        self._opened: dict[Path, Any] = {file: safe_open(file, framework="pt") for file in files}
 
     def read(self, name: str, rows: slice | None = None, cols: slice | None = None) -> Tensor:
         """Tensor `name`, or only its `rows` and `cols`.
@@ -54,9 +44,13 @@ class SafetensorsWeights:
         Raises:
             ValueError: no file of the folder holds `name`.
         """
-        if name not in self._file_of:
+        stored = stored_name(name, self._stored)
+        if stored is None and name == EMBEDDING:  # some save what is tied as the head alone
+            stored = stored_name(HEAD, self._stored)
+        if stored is None:
             raise ValueError(f"checkpoint {self.folder} has no tensor {name}")
-        return _cut(self._file_of[name].get_slice(name), rows, cols)
+        opened = self._opened[self._stored[stored].file]
+        return _cut(opened.get_slice(stored), rows, cols)
 
 
 class DummyWeights:

@@ -265,7 +265,7 @@ class Qwen3ForCausalLM(nn.Module):
 
     def load(self, weights: WeightSource) -> None:
         self.model.load(weights, "model")
-        if not self.tied:  # a tied checkpoint may carry lm_head.weight all the same: it is a copy
+        if not self.tied:
             self.lm_head.load(weights, "lm_head")
 
 

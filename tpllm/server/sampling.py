@@ -176,8 +176,11 @@ class Sampling:
             "max_tokens": max_tokens,
             "structured_outputs": structured_outputs(body),
         }
+        defaults = dict(self._defaults)
+        if (body.n or 1) > 1 and defaults.get("temperature") == 0:
+            del defaults["temperature"]  # several greedy answers would all be the same
         try:
-            return SamplingParams(**{**self._defaults, **given, **fields, **ours})
+            return SamplingParams(**{**defaults, **given, **fields, **ours})
         except ValueError as error:
             raise from_value_error(error, renamed={"max_tokens": asked}) from None
 
