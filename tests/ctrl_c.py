@@ -15,16 +15,8 @@ def press_ctrl_c() -> None:
     os.kill(os.getpid(), signal.SIGINT)
 
 
-def is_interrupted(
-    call: Callable[[], object],
-    line: int,
-    modules: tuple[ModuleType, ...],
-    but: tuple[str, ...] = (),
-) -> bool:
-    """Press Ctrl-C before the nth line of the modules that `call` runs, `but` for these functions.
-
-    Python looks for signals at calls and loops alone. So one that does nothing but hold a lock can
-    be left in places where in truth nothing comes, as between a `with` block and its lock's end.
+def is_interrupted(call: Callable[[], object], line: int, modules: tuple[ModuleType, ...]) -> bool:
+    """Press Ctrl-C before the nth line of the modules that `call` runs.
 
     Returns whether it came to that: False where the call ended before.
 
@@ -36,7 +28,7 @@ def is_interrupted(
 
     def trace(frame: FrameType, event: str, arg: Any) -> Any:
         nonlocal num_lines
-        if frame.f_code.co_filename not in files or frame.f_code.co_name in but:
+        if frame.f_code.co_filename not in files:
             return None
         if event == "line":
             num_lines += 1

@@ -26,7 +26,7 @@ from tests.forked_engines import engines_are_started
 from tests.leaks import wait_until, worker_pids
 from tests.reference import shipped_greedy
 from tests.scripts import running
-from tpllm import LLM, SamplingParams, WorkerError, interrupts
+from tpllm import LLM, SamplingParams, WorkerError, calls, interrupts, turns
 from tpllm import llm as llm_module
 from tpllm.channel import ring
 from tpllm.checkpoint import resolve_model
@@ -95,6 +95,8 @@ def test_ctrl_c_at_any_line_of_generate_leaves_the_engine_usable(monkeypatch):
     llm = LLM(device="cpu", num_kv_blocks=64, skip_tokenizer_init=True)
     parts = (
         llm_module,
+        calls,
+        turns,
         interrupts,
         coordinator,
         scheduler,
@@ -109,7 +111,7 @@ def test_ctrl_c_at_any_line_of_generate_leaves_the_engine_usable(monkeypatch):
 
     with llm:
         line = 1
-        while is_interrupted(generate, line, parts, but=("_turn",)):
+        while is_interrupted(generate, line, parts):
             assert llm.coordinator.num_in_flight == 0
             # the lines before the first step, and of the thousands after it any number
             line += 1 if line < 100 else 31

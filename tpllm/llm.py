@@ -1,21 +1,20 @@
 """LLM: the offline API. Prompts in, texts out, in one call."""
 
 import os
-import threading
 import time
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, closing, contextmanager
+from contextlib import AbstractContextManager, closing
 from typing import Any, Self, Unpack
 
 from tqdm import tqdm
 
 from tpllm.beam_search import Beams, BeamSearchOutput, BeamSearchParams
+from tpllm.calls import Call, Calls
 from tpllm.config import EngineConfig
 from tpllm.engine.coordinator import Coordinator
-from tpllm.errors import NoNextTokenError, WorkerError
-from tpllm.interrupts import Interrupts
-from tpllm.output_processor import OutputProcessor, Request
+from tpllm.errors import WorkerError
+from tpllm.output_processor import OutputProcessor
 from tpllm.outputs import RequestOutput
 from tpllm.prompts import Prompt, as_list, one_for_each
 from tpllm.sampling_params import RequestOutputKind, SamplingParams
@@ -29,7 +28,8 @@ class LLM(AbstractContextManager["LLM"]):
     """A model, running in one process per GPU, that continues prompts.
 
     Usable as a context manager; `close()`, `del` and the end of the program give everything back
-    as well. Calls from several threads take turns.
+    as well. Calls from several threads, and open streams, run side by side in the same steps. A
+    call from a signal handler that interrupts a step is refused.
 
     Args:
         model: local folder or Hugging Face id; None for the small model that ships with tpllm
@@ -52,8 +52,6 @@ class LLM(AbstractContextManager["LLM"]):
         begin = time.perf_counter()
         self.config = EngineConfig.resolve(model, **settings)
         self._tokenizer: Tokenizer | None = None
-        self._lock = threading.Lock()
-        self._lock_owner: int | None = None
         coordinator: Coordinator | None = None
         try:
             with ThreadPoolExecutor(1, "tpllm-tokenizer") as pool:  # while the workers start
@@ -68,7 +66,7 @@ class LLM(AbstractContextManager["LLM"]):
                 coordinator.kill()
             raise
         self._coordinator = coordinator
-        self._processor = OutputProcessor(self._tokenizer)
+        self._calls = Calls(coordinator, OutputProcessor(self._tokenizer))
         self.startup_s = time.perf_counter() - begin
 
     # ---- generating --------------------------------------------------------------------------
@@ -110,20 +108,21 @@ class LLM(AbstractContextManager["LLM"]):
         """Continue every prompt; yields the output of one or another as it grows.
 
         The form of the outputs is `output_kind` of their sampling parameters, and the last one of
-        each prompt is `finished`. The model works while the iterator is asked for more; to close
-        it, or to let go of it, aborts what is left. Until then this LLM takes no other call.
+        each prompt is `finished`. The model works while the iterator, or another call, asks for
+        more. Any threads may do so, one at a time; to close it, or to let go of it, aborts what is
+        left.
 
         Args and errors, at the first iteration: those of `generate`.
         """
         texts, prompt_ids = self._encode(as_list(prompts))
-        with self._requests(texts, prompt_ids, sampling_params, None) as requests:
-            num_running = len(requests)
+        with self._begin(texts, prompt_ids, sampling_params, None) as call:
+            num_running = len(call.requests)
             while num_running:
-                for request in self._step():
-                    num_running -= request.finished
-                    if request.error is None:
-                        yield request.take()
-            _raise_first_error(requests, {})
+                for output in self._calls.advance(call):
+                    num_running -= output.finished
+                    if output.request_id not in call.errors:
+                        yield output
+            call.raise_first_error({})
 
     def chat(
         self,
@@ -243,7 +242,7 @@ class LLM(AbstractContextManager["LLM"]):
 
     def reset_prefix_cache(self) -> None:
         """Forget all cached prefixes, as between two repeats of a measurement."""
-        with self._turn():
+        with self._calls.turn():
             self._coordinator.reset_prefix_cache()
 
     @property
@@ -281,69 +280,27 @@ class LLM(AbstractContextManager["LLM"]):
         """An empty list without a tokenizer: the processor refuses the words then."""
         return self._tokenizer.bad_word_ids(params.bad_words) if self._tokenizer else []
 
-    @contextmanager
-    def _turn(self) -> Iterator[None]:
-        """Wait for the calls of other threads; refuse one from inside our own call.
-
-        Raises:
-            RuntimeError: a signal handler calls while `generate` runs in the same thread.
-        """
-        me = threading.get_ident()
-        # Ctrl-C may come before any line, also that of a `finally`: the lock is let go of all the
-        # same, and the name of its last owner then means nothing.
-        if self._lock_owner == me and self._lock.locked():
-            raise RuntimeError("this LLM is in the middle of a call, by this very thread")
-        with self._lock:
-            try:
-                self._lock_owner = me
-                yield
-            finally:
-                self._lock_owner = None
-
-    @contextmanager
-    def _requests(
+    def _begin(
         self,
         texts: list[str | None],
         prompt_ids: list[list[int]],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None,
         output_kind: RequestOutputKind | None,
-    ) -> Iterator[list[Request]]:
-        """Queue a call's requests for the length of a block; whatever ends it early aborts them.
+    ) -> AbstractContextManager[Call]:
+        """Run a call's requests for the length of a block.
 
         Raises:
             ValueError: one of them could never run; it is named by its index as a prompt.
         """
         params = one_for_each(sampling_params, len(prompt_ids), self.get_default_sampling_params)
-        with self._turn():
-            if self._coordinator.closed:
-                raise RuntimeError("this LLM is closed; make a new one")
-            requests: list[Request] = []
+        words = []
+        for i, each in enumerate(params):
             try:
-                with Interrupts():
-                    for i, prompt in enumerate(zip(texts, prompt_ids, params, strict=True)):
-                        try:
-                            words = self._bad_word_ids(prompt[2])
-                            request = self._processor.add(*prompt, words, output_kind=output_kind)
-                            requests.append(request)
-                            # the others of one prompt differ in their seeds alone
-                            self._coordinator.check(request.engine_requests[0])
-                        except ValueError as error:
-                            raise ValueError(f"prompt {i}: {error}") from None
-                    for request in requests:
-                        self._coordinator.add(request.engine_requests)
-                yield requests
-            except BaseException:
-                self._abandon(requests)
-                raise
-
-    def _step(self) -> list[Request]:
-        """One step of the engine; the requests with something to take."""
-        with Interrupts():  # Ctrl-C comes between two steps, when the books are in order
-            # the next step runs on the GPUs while we read the texts of this one
-            processed = self._processor.process(self._coordinator.step())
-            if processed.to_abort:
-                self._coordinator.abort(processed.to_abort)
-        return processed.changed
+                words.append(self._bad_word_ids(each))
+            except ValueError as error:
+                raise ValueError(f"prompt {i}: {error}") from None
+        prompts = list(zip(texts, prompt_ids, params, words, strict=True))
+        return self._calls.begin(prompts, output_kind)
 
     def _run(
         self,
@@ -355,54 +312,28 @@ class LLM(AbstractContextManager["LLM"]):
         """Run requests to their ends."""
         final_only = RequestOutputKind.FINAL_ONLY
         with (
-            self._requests(texts, prompt_ids, sampling_params, final_only) as requests,
-            closing(_Progress(len(requests), use_tqdm)) as progress,
+            self._begin(texts, prompt_ids, sampling_params, final_only) as call,
+            closing(_Progress(len(prompt_ids), use_tqdm)) as progress,
         ):
-            outputs: dict[Request, RequestOutput] = {}
+            outputs: dict[str, RequestOutput] = {}
+            ids = [request.request_id for request in call.requests]
             try:
-                while len(outputs) < len(requests):
-                    for request in self._step():
-                        output = outputs[request] = request.take()
+                while len(outputs) < len(ids):
+                    for output in self._calls.advance(call):
+                        outputs[output.request_id] = output
                         progress.finished(output)
             except WorkerError as error:
-                error.outputs = [outputs[each] for each in requests if each in outputs]
-                error.unfinished = [each.take() for each in requests if each not in outputs]
+                error.outputs = [outputs[each] for each in ids if each in outputs]
+                error.unfinished = [
+                    each.take() for each in call.requests if each.request_id not in outputs
+                ]
                 raise
-            _raise_first_error(requests, outputs)
-            return [outputs[request] for request in requests]
-
-    def _abandon(self, requests: list[Request]) -> None:
-        """Abort and take in what is in flight, so that the next call finds a quiet engine."""
-        coordinator = self._coordinator
-        for request in requests:
-            self._processor.abort(request.request_id)
-        if coordinator.closed:
-            return
-        try:
-            coordinator.abort(each.request_id for r in requests for each in r.engine_requests)
-            while coordinator.num_in_flight:
-                coordinator.step()
-        except BaseException:  # interrupted again, in the middle: nothing is certain any more
-            coordinator.kill()
-            raise
+            call.raise_first_error(outputs)
+            return [outputs[each] for each in ids]
 
 
 LLM.__signature__ = signature()  # type: ignore[attr-defined]
 LLM.__doc__ = f"{LLM.__doc__}\n    Settings:\n{Settings.__doc__}"
-
-
-def _raise_first_error(requests: list[Request], outputs: dict[Request, RequestOutput]) -> None:
-    """Raise what ended a request before its time, once all have ended.
-
-    Raises:
-        NoNextTokenError: names the prompt, and holds `outputs`.
-    """
-    for i, request in enumerate(requests):
-        if request.error is not None:
-            error = NoNextTokenError(f"prompt {i}: {request.error}")
-            error.outputs = [each for r, each in outputs.items() if r.error is None]
-            error.unfinished = [each for r, each in outputs.items() if r.error is not None]
-            raise error
 
 
 class _Progress:

@@ -1,0 +1,109 @@
+import signal
+import threading
+from functools import partial
+
+import pytest
+
+from tests.leaks import wait_until
+from tpllm.turns import Turns
+
+
+def test_threads_have_the_turn_in_the_order_in_which_they_asked():
+    turns = Turns()
+    had: list[int | str] = []
+
+    def ask(number: int) -> None:
+        with turns.take():
+            had.append(number)
+
+    def is_long(length: int) -> bool:
+        return len(turns._line) == length
+
+    threads = [threading.Thread(target=ask, args=(i,)) for i in range(5)]
+    with turns.take():
+        for i, thread in enumerate(threads):
+            thread.start()
+            assert wait_until(partial(is_long, i + 2))
+        had.append("mine")
+    with turns.take():  # behind those that asked before
+        had.append("mine")
+    for thread in threads:
+        thread.join()
+    assert had == ["mine", 0, 1, 2, 3, 4, "mine"]
+
+
+def test_a_thread_that_has_the_turn_or_waits_for_it_is_refused_another():
+    turns, refused = Turns(), []
+
+    def ask_again(*_: object) -> None:
+        with pytest.raises(RuntimeError, match="in the middle of a step in this very thread"):
+            turns.take().__enter__()
+        with turns.try_take() as has_turn:
+            refused.append(not has_turn)
+
+    with turns.take():
+        ask_again()
+    is_held, may_end = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with turns.take():
+            is_held.set()
+            may_end.wait()
+
+    def interrupt() -> None:
+        assert wait_until(lambda: len(turns._line) == 2)
+        signal.pthread_kill(main, signal.SIGUSR1)
+        assert wait_until(lambda: len(refused) == 2)
+        may_end.set()
+
+    main = threading.get_ident()
+    before = signal.signal(signal.SIGUSR1, ask_again)
+    threads = [threading.Thread(target=hold), threading.Thread(target=interrupt)]
+    try:
+        threads[0].start()
+        is_held.wait()
+        threads[1].start()
+        with turns.take():
+            pass
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    for thread in threads:
+        thread.join()
+    assert refused == [True, True]
+
+
+def test_one_who_gives_up_waiting_keeps_nobody_out():
+    turns, may_end = Turns(), threading.Event()
+    is_held = threading.Event()
+
+    def hold() -> None:
+        with turns.take():
+            is_held.set()
+            may_end.wait()
+
+    def give_up(*_: object) -> None:
+        raise TimeoutError
+
+    main = threading.get_ident()
+
+    def interrupt() -> None:
+        assert wait_until(lambda: len(turns._line) == 2)
+        signal.pthread_kill(main, signal.SIGUSR1)
+
+    before = signal.signal(signal.SIGUSR1, give_up)
+    threads = [threading.Thread(target=hold), threading.Thread(target=interrupt)]
+    try:
+        threads[0].start()
+        is_held.wait()
+        threads[1].start()
+        with pytest.raises(TimeoutError), turns.take():
+            pass
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    may_end.set()
+    with turns.take():
+        pass
+    for thread in threads:
+        thread.join()
+    with turns.try_take() as has_turn:
+        assert has_turn
