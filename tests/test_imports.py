@@ -12,6 +12,7 @@ from tests.structure import PACKAGE, imports_of
 
 # Plain data and checks, which any part may use except those that must run on their own.
 PLAIN = {
+    "bad_words",
     "checks",
     "config",
     "errors",

@@ -156,6 +156,22 @@ def test_a_stop_string_ends_a_text_and_frees_its_row(llm: LLM) -> None:
     assert llm.coordinator.num_unfinished == 0
 
 
+@pytest.mark.parametrize("pieces", [["n", "o", "t"], [" n", "no", "n", "o", "t", "ot", " "]])
+def test_a_bad_word_is_never_spelled_whatever_the_pieces(llm: LLM, pieces: list[str]) -> None:
+    encoded = llm.get_tokenizer().encode_batch(pieces, add_special_tokens=False)
+    allowed = [ids[0] for ids in encoded]
+    assert all(len(ids) == 1 for ids in encoded)
+    options: dict[str, Any] = {"max_tokens": 100, "ignore_eos": True, "bad_words": ["not"]}
+    params = [
+        SamplingParams(temperature=3.0, seed=i, allowed_token_ids=allowed, **options)
+        for i in range(4)
+    ]
+    outputs = llm.generate(["Letters: "] * 4, params, use_tqdm=False)
+    text = "|".join(output.outputs[0].text for output in outputs)
+    assert "no" in text and "ot" in text
+    assert "not" not in text
+
+
 def test_several_continuations_share_a_prompt(llm: LLM) -> None:
     params = SamplingParams(n=3, max_tokens=8, seed=5)
     outputs = llm.generate([PSALM * 4] * 2, params, use_tqdm=False)

@@ -231,13 +231,13 @@ def test_lists_that_no_step_could_carry_are_refused(engine: Coordinator) -> None
     wrong = {
         "bad_words=.'x'. came without the token ids": ((replace(plain, bad_words=["x"])), []),
         "bad_words holds 4096, outside": (replace(plain, bad_words=["x"]), [[1, 4096]]),
-        "take 13325 words together, and a step carries 13310": (
+        "take 20493 words together, and a step carries 20478": (
             replace(
                 plain,
                 logit_bias=dict.fromkeys(range(4096), 1.0),
                 allowed_token_ids=list(range(4096)),
             ),
-            [[1] * 1034, [2]],
+            [[1] * 8202, [2]],
         ),
     }
     for message, (settings, bad_word_ids) in wrong.items():

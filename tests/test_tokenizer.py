@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from tpllm.bad_words import MAX_SPELLING_IDS, most_ids
 from tpllm.checkpoint import resolve_model
 from tpllm.tokenizer import Tokenizer
 
@@ -46,17 +47,62 @@ def test_ids_beyond_the_tokenizer_give_no_text(tokenizer):
 def test_a_bad_word_of_one_token_after_a_space_is_banned_there_too(tokenizer):
     bare, spaced = tokenizer.encode_batch(["want", " want"])
     assert (len(bare), len(spaced)) == (2, 1)
-    assert tokenizer.bad_word_ids(["want"]) == [bare, spaced]
+    assert tokenizer.bad_word_ids(["want"])[:2] == [bare, spaced]
 
 
 def test_bad_words_are_spelled_at_the_beginning_of_a_text_and_after_a_space(tokenizer):
     bare, spaced = tokenizer.encode_batch(["the", " the"])
     assert (len(bare), len(spaced)) == (1, 1)
-    assert tokenizer.bad_word_ids(["the"]) == tokenizer.bad_word_ids([" the"]) == [bare, spaced]
+    ids = tokenizer.bad_word_ids(["the"])
+    assert ids == tokenizer.bad_word_ids([" the"])
+    assert ids[:2] == [bare, spaced]
     # where the space is a token of its own, what follows it is the bare word
     word = "日本"
     assert tokenizer.encode_batch([f" {word}"])[0][1:] == tokenizer.encode_batch([word])[0]
-    assert tokenizer.bad_word_ids([word]) == tokenizer.encode_batch([word])
+    ids = tokenizer.bad_word_ids([word])
+    assert ids[0] == tokenizer.encode_batch([word])[0]
+    assert {tokenizer.decode(each) for each in ids} == {word}
+
+
+@pytest.mark.parametrize("word", ["not", "want", "shepherd", "e.g.", "日本", "a b"])
+def test_every_spelling_of_a_bad_word_is_banned(tokenizer, word):
+    """However its bytes are divided: compared with all divisions there are."""
+    pieces: dict[bytes, int] = {}
+    for id_ in range(4096):
+        piece = tokenizer._byte_level_pieces.get(id_)
+        if piece and not (isinstance(piece, str) and piece.startswith("<|")):
+            pieces[piece if isinstance(piece, bytes) else piece.encode()] = id_
+
+    def divisions(text: bytes) -> list[list[int]]:
+        if not text:
+            return [[]]
+        return [
+            [pieces[text[:i]], *rest]
+            for i in range(1, len(text) + 1)
+            if text[:i] in pieces
+            for rest in divisions(text[i:])
+        ]
+
+    after_space = [each for each in divisions(f" {word}".encode()) if each[0] != pieces[b" "]]
+    right = {*map(tuple, divisions(word.encode())), *map(tuple, after_space)}
+    ids = tokenizer.bad_word_ids([word])
+    assert len(ids) == len(right) and set(map(tuple, ids)) == right
+
+
+def test_the_spellings_of_long_bad_words_are_the_shortest_ones(tokenizer):
+    for words in (["international"], ["I cannot help with that"], ["government", "word"] * 40):
+        ids = tokenizer.bad_word_ids(words)
+        own = [
+            each
+            for word in words
+            for each in tokenizer.encode_batch([word, f" {word}"], add_special_tokens=False)
+        ]
+        assert all(each in ids for each in own)
+        assert sum(map(len, ids)) <= min(most_ids(words), sum(map(len, own)) + MAX_SPELLING_IDS)
+    begun = [len(each) for each in tokenizer.bad_word_ids(["international"])[2:]]
+    assert begun == sorted(begun)
+    long = "x" * 5000
+    assert tokenizer.bad_word_ids([long]) == tokenizer.encode_batch([long])
 
 
 def test_a_tokenizer_can_be_sent_to_other_processes(tokenizer):

@@ -56,7 +56,10 @@ class SamplingParams:
             request.
         stop: a text, or several, that ends the request where it appears
         stop_token_ids: tokens that end the request, besides the model's end tokens
-        bad_words: texts that are never generated: the token that would complete one cannot be drawn
+        bad_words: texts that generated tokens never spell, alone or after a space: the token that
+            would complete one cannot be sampled, however the text is divided into tokens (of long
+            ones, in the fewest tokens; a request's words share 4,096 token ids). A longer token may
+            hold one: "not" bans no token "nothing"
         logit_bias: added to the logits of these token ids; cut to [-100, 100]
         allowed_token_ids: only these can be drawn; None for all
         max_tokens: most tokens to generate; None for as many as `max_model_len` leaves room for

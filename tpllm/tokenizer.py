@@ -1,11 +1,13 @@
 """Tokenizer: text to token ids and back, in batches; chats through the model's template."""
 
+import heapq
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
+from tpllm.bad_words import MAX_SPELLING_IDS, spellings
 from tpllm.checks import is_unicode
 from tpllm.conversation import plain_messages, plain_tools, with_object_arguments
 from tpllm.detokenizer import (
@@ -86,6 +88,9 @@ class Tokenizer:
     def bad_word_ids(self, words: Sequence[str]) -> list[list[int]]:
         """Token sequences that spell `words`, at the beginning of a text and after a space.
 
+        First the tokenizer's own two of each word; then, of byte-level tokenizers, the others with
+        the same bytes, as far as `bad_words.MAX_SPELLING_IDS` reaches.
+
         Raises:
             ValueError: a word spells no token.
         """
@@ -108,7 +113,32 @@ class Tokenizer:
             sequences.append(bare)
             if spaced[-len(bare) :] != bare:  # else the space is a token of its own before `bare`
                 sequences.append(spaced)
+        known = set(map(tuple, sequences))
+        for word in bare_words if self._is_byte_level else []:
+            for others in self._other_spellings(word, MAX_SPELLING_IDS // num):
+                if tuple(others) not in known:
+                    sequences.append(others)
         return sequences
+
+    def _other_spellings(self, word: str, num_ids: int) -> Iterator[list[int]]:
+        """Spellings of a word, alone and after a space, the shortest first; `num_ids` in all."""
+        bare = spellings(word.encode(), self._ids_of_bytes)
+        spaced = spellings(f" {word}".encode(), self._ids_of_bytes)
+        spaces = self._ids_of_bytes.get(b" ", [])  # tokens before a spelling that is there already
+        spaced = (each for each in spaced if each[0] not in spaces)
+        for each in heapq.merge(bare, spaced, key=len):
+            num_ids -= len(each)
+            if num_ids < 0:
+                return
+            yield each
+
+    @cached_property
+    def _ids_of_bytes(self) -> dict[bytes, list[int]]:
+        """The tokens that show each byte sequence."""
+        ids: dict[bytes, list[int]] = {}
+        for id_, piece in self._shown_pieces.items():
+            ids.setdefault(piece.encode() if isinstance(piece, str) else piece, []).append(id_)
+        return ids
 
     def detokenizer(
         self, skip_special_tokens: bool = True, spaces_between_special_tokens: bool = True

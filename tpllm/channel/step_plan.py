@@ -171,7 +171,7 @@ class PlanLimits:
     @property
     def max_list_words(self) -> int:
         """The most words that one request's lists may take: a bias for every token, and so on."""
-        return 3 * self.vocab_size + 1024
+        return 3 * self.vocab_size + 8192  # of bad words some 5,000, however few tokens there are
 
     @property
     def max_option_words(self) -> int:

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from tpllm.bad_words import most_ids
 from tpllm.sampling_params import RequestOutputKind, SamplingParams
 from tpllm.server.errors import APIError, context_exceeded, from_value_error
 from tpllm.server.protocol import (
@@ -38,7 +39,7 @@ SAME_NAME = (
 
 
 # Token ids in lists that the engine reads for each sequence, over those of a request: some 0.1 s
-# between two steps. Of a bad word there may be two for each letter.
+# between two steps. Of a bad word there are as many as its spellings take.
 MAX_LISTED_IDS = 2**17
 
 
@@ -126,7 +127,7 @@ class Sampling:
             name: len(getattr(body, name) or ())
             for name in ("stop_token_ids", "logit_bias", "allowed_token_ids")
         }
-        num_ids["bad_words"] = 2 * sum(map(len, body.bad_words or ()))
+        num_ids["bad_words"] = most_ids(body.bad_words or ())
         if num_seqs * sum(num_ids.values()) > MAX_LISTED_IDS:
             longest = max(num_ids, key=num_ids.__getitem__)
             raise APIError(
