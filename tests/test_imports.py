@@ -22,6 +22,7 @@ PLAIN = {
     "panics",
     "sampling_params",
     "structured_outputs",
+    "vllm_keywords",
 }
 MAY_IMPORT = {
     "parallel": set(),

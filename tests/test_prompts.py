@@ -23,6 +23,11 @@ from tpllm.prompts import as_list, one_for_each
         (np.array([[5, 6], [7, 8]]), [[5, 6], [7, 8]]),
         (torch.tensor([5, 6]), [[5, 6]]),
         ([np.int64(5), np.int32(6)], [[5, 6]]),
+        ((id_ for id_ in (5, 6)), [[5, 6]]),
+        (map(str, "ab"), ["a", "b"]),
+        ([iter([5, 6]), range(2)], [[5, 6], [0, 1]]),
+        ({"a": 1, "b": 2}.keys(), ["a", "b"]),
+        ({"prompt": "a", "prompt_token_ids": None, "multi_modal_data": None}, ["a"]),
         ([[]], [[]]),  # an empty prompt is the engine's to refuse
     ],
 )
@@ -56,6 +61,8 @@ def test_all_forms_become_texts_or_plain_ids(prompts, expected):
         ({1: 2, "a": 3}, "prompt 0 has an unknown 1"),
         ({}, "prompt 0 is {}; give"),
         (torch.tensor(5), "must be a text"),
+        ({"a", "b"}, "must be a text"),  # in no order
+        ({"prompt_token_ids": None}, "prompt 0 is {'prompt_token_ids': None}; give"),
     ],
 )
 def test_other_forms_are_refused(prompts, message):

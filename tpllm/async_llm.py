@@ -11,7 +11,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractAsyncContextManager, suppress
 from dataclasses import replace
 from itertools import count
-from typing import Self, Unpack
+from typing import Any, Self, Unpack
 
 from tpllm.config import EngineConfig
 from tpllm.engine import messages
@@ -25,9 +25,11 @@ from tpllm.prompts import Prompt, as_list
 from tpllm.sampling_params import SamplingParams
 from tpllm.settings import Settings, SettingsKeywords, signature
 from tpllm.tokenizer import Tokenizer, require_tokenizer
+from tpllm.vllm_keywords import CALLS, without_absent
 
 # Encoding this many characters takes about a millisecond, for which an event loop may well wait.
 _LONG_TEXT = 4096
+GENERATE = ("prompt", "sampling_params", "request_id")  # its keywords, besides vLLM's
 
 
 class AsyncLLM(AbstractAsyncContextManager["AsyncLLM"]):
@@ -88,6 +90,7 @@ class AsyncLLM(AbstractAsyncContextManager["AsyncLLM"]):
         prompt: Prompt,
         sampling_params: SamplingParams | None = None,
         request_id: str | None = None,
+        **vllm_keywords: Any,
     ) -> AsyncGenerator[RequestOutput, None]:
         """Continue a prompt; yields as it grows, in the form of `sampling_params.output_kind`.
 
@@ -99,6 +102,7 @@ class AsyncLLM(AbstractAsyncContextManager["AsyncLLM"]):
                 `{"prompt": "..."}`
             sampling_params: None for `get_default_sampling_params()`
             request_id: what `abort` calls it; None for one that no other request has
+            **vllm_keywords: those of vLLM that do not exist here, with values that ask for nothing
 
         Raises (at the first iteration):
             ValueError: the prompt cannot run. NoNextTokenError, one of these, comes at any
@@ -106,6 +110,8 @@ class AsyncLLM(AbstractAsyncContextManager["AsyncLLM"]):
             WorkerError: the engine has failed, now or earlier: see `dead_error`.
             RuntimeError: the engine is closed.
         """
+        if vllm_keywords:
+            without_absent("AsyncLLM.generate", vllm_keywords, CALLS, GENERATE)
         params = sampling_params
         if params is None:
             params = self.get_default_sampling_params()

@@ -6,15 +6,15 @@ log-probabilities over `length ** length_penalty`, in generated tokens, an end t
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
-from typing import Any, Self
+from dataclasses import dataclass, field
 
 from tpllm.checks import check_bool, check_int, check_number
-from tpllm.errors import refuse_unknown_settings
 from tpllm.outputs import Logprob
 from tpllm.sampling_params import MAX_LOGPROBS, SamplingParams
+from tpllm.vllm_keywords import checks_keywords
 
 
+@checks_keywords("BeamSearchParams", {})
 @dataclass(frozen=True, kw_only=True)
 class BeamSearchParams:
     """What to search for. Names and defaults are vLLM's.
@@ -38,10 +38,6 @@ class BeamSearchParams:
     temperature: float = 0.0
     length_penalty: float = 1.0
     include_stop_str_in_output: bool = False
-
-    def __new__(cls, *args: Any, **settings: Any) -> Self:
-        refuse_unknown_settings(cls.__name__, settings, (field.name for field in fields(cls)))
-        return super().__new__(cls)
 
     def __post_init__(self) -> None:
         check_int("beam_width", self.beam_width, minimum=1)

@@ -2,7 +2,7 @@
 
 import os
 import time
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, closing
 from typing import Any, Self, Unpack
@@ -16,10 +16,11 @@ from tpllm.engine.coordinator import Coordinator
 from tpllm.errors import WorkerError
 from tpllm.output_processor import OutputProcessor
 from tpllm.outputs import RequestOutput
-from tpllm.prompts import Prompt, as_list, one_for_each
+from tpllm.prompts import Prompt, as_list, one_for_each, plain_list
 from tpllm.sampling_params import RequestOutputKind, SamplingParams
 from tpllm.settings import Settings, SettingsKeywords, signature
 from tpllm.tokenizer import Tokenizer, require_tokenizer
+from tpllm.vllm_keywords import CALLS, without_absent
 
 Message = Mapping[str, Any]
 
@@ -73,9 +74,10 @@ class LLM(AbstractContextManager["LLM"]):
 
     def generate(
         self,
-        prompts: Prompt | Sequence[Prompt],
-        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        prompts: Prompt | Iterable[Prompt],
+        sampling_params: SamplingParams | Iterable[SamplingParams] | None = None,
         use_tqdm: bool = True,
+        **vllm_keywords: Any,
     ) -> list[RequestOutput]:
         """Continue every prompt; the outputs are in the order of the prompts.
 
@@ -85,10 +87,11 @@ class LLM(AbstractContextManager["LLM"]):
 
         Args:
             prompts: a text, a list of token ids, `{"prompt_token_ids": [...]}` or
-                `{"prompt": "..."}`, or a list of any of these
+                `{"prompt": "..."}`, or a list (or generator) of any of these
             sampling_params: one for all prompts, or one for each; None for
                 `get_default_sampling_params()`
             use_tqdm: whether to show progress, with input and output tokens per second
+            **vllm_keywords: those of vLLM that do not exist here, with values that ask for nothing
 
         Raises:
             ValueError: a prompt cannot run; none has been started then.
@@ -97,13 +100,14 @@ class LLM(AbstractContextManager["LLM"]):
             WorkerError: a worker failed; the engine is closed. The error holds the outputs of the
                 prompts that had finished, and what the others had produced.
         """
+        _refuse_absent("LLM.generate", vllm_keywords, GENERATE)
         texts, prompt_ids = self._encode(as_list(prompts))
         return self._run(texts, prompt_ids, sampling_params, use_tqdm)
 
     def generate_stream(
         self,
-        prompts: Prompt | Sequence[Prompt],
-        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        prompts: Prompt | Iterable[Prompt],
+        sampling_params: SamplingParams | Iterable[SamplingParams] | None = None,
     ) -> Generator[RequestOutput, None, None]:
         """Continue every prompt; yields the output of one or another as it grows.
 
@@ -126,8 +130,8 @@ class LLM(AbstractContextManager["LLM"]):
 
     def chat(
         self,
-        messages: Sequence[Message] | Sequence[Sequence[Message]],
-        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        messages: Iterable[Message] | Iterable[Iterable[Message]],
+        sampling_params: SamplingParams | Iterable[SamplingParams] | None = None,
         use_tqdm: bool = True,
         *,
         chat_template: str | None = None,
@@ -135,6 +139,7 @@ class LLM(AbstractContextManager["LLM"]):
         continue_final_message: bool = False,
         tools: Sequence[Mapping[str, Any]] | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
+        **vllm_keywords: Any,
     ) -> list[RequestOutput]:
         """Answer one conversation, or a list of them, through the model's chat template.
 
@@ -147,18 +152,23 @@ class LLM(AbstractContextManager["LLM"]):
                 goes with `add_generation_prompt=False`
             tools: JSON schemas of functions that the model may call
             chat_template_kwargs: what else the template reads, such as `enable_thinking`
+            **vllm_keywords: as for `generate`
 
         Raises:
             ValueError: there is no chat template, or it does not take these messages; and as
                 `generate`.
         """
+        _refuse_absent("LLM.chat", vllm_keywords, CHAT)
         tokenizer = self.get_tokenizer()
-        if not isinstance(messages, Sequence) or isinstance(messages, str):
+        items = plain_list(messages)
+        if items is None:
             raise ValueError(
                 f"messages={messages!r} must be a list of messages, or a list of lists"
             )
-        several = bool(messages) and not isinstance(messages[0], Mapping)
-        conversations: Sequence[Any] = messages if several else [messages]
+        # a message may be an object with attributes, too
+        is_message = not items or isinstance(items[0], Mapping) or hasattr(items[0], "role")
+        # what is no list is refused by the name of its conversation
+        conversations = [items] if is_message else [plain_list(each) or each for each in items]
         texts = []
         for i, conversation in enumerate(conversations):
             try:
@@ -179,9 +189,10 @@ class LLM(AbstractContextManager["LLM"]):
 
     def beam_search(
         self,
-        prompts: Prompt | Sequence[Prompt],
+        prompts: Prompt | Iterable[Prompt],
         params: BeamSearchParams,
         use_tqdm: bool = False,
+        **vllm_keywords: Any,
     ) -> list[BeamSearchOutput]:
         """The `beam_width` likeliest continuations of every prompt, the best first.
 
@@ -191,11 +202,13 @@ class LLM(AbstractContextManager["LLM"]):
         Args:
             prompts: as for `generate`
             use_tqdm: whether to show progress, in steps
+            **vllm_keywords: as for `generate`
 
         Raises:
             ValueError: a prompt cannot run, or `beam_width` is too large; none has been started.
             WorkerError: a worker failed; the engine is closed.
         """
+        _refuse_absent("LLM.beam_search", vllm_keywords, BEAM_SEARCH)
         if not isinstance(params, BeamSearchParams):
             raise ValueError(f"params={params!r} must be BeamSearchParams")
         model_config = self.config.model_config
@@ -284,7 +297,7 @@ class LLM(AbstractContextManager["LLM"]):
         self,
         texts: list[str | None],
         prompt_ids: list[list[int]],
-        sampling_params: SamplingParams | Sequence[SamplingParams] | None,
+        sampling_params: SamplingParams | Iterable[SamplingParams] | None,
         output_kind: RequestOutputKind | None,
     ) -> AbstractContextManager[Call]:
         """Run a call's requests for the length of a block.
@@ -306,7 +319,7 @@ class LLM(AbstractContextManager["LLM"]):
         self,
         texts: list[str | None],
         prompt_ids: list[list[int]],
-        sampling_params: SamplingParams | Sequence[SamplingParams] | None,
+        sampling_params: SamplingParams | Iterable[SamplingParams] | None,
         use_tqdm: bool,
     ) -> list[RequestOutput]:
         """Run requests to their ends."""
@@ -334,6 +347,21 @@ class LLM(AbstractContextManager["LLM"]):
 
 LLM.__signature__ = signature()  # type: ignore[attr-defined]
 LLM.__doc__ = f"{LLM.__doc__}\n    Settings:\n{Settings.__doc__}"
+
+
+# The keywords of the methods that take vLLM's, besides these.
+GENERATE = ("prompts", "sampling_params", "use_tqdm")
+CHAT = (
+    *("messages", "sampling_params", "use_tqdm", "chat_template", "add_generation_prompt"),
+    *("continue_final_message", "tools", "chat_template_kwargs"),
+)
+BEAM_SEARCH = ("prompts", "params", "use_tqdm")
+
+
+def _refuse_absent(method: str, given: Mapping[str, Any], known: Sequence[str]) -> None:
+    """Refuse keywords of vLLM that ask for something, and unknown ones."""
+    if given:
+        without_absent(method, given, CALLS, known)
 
 
 class _Progress:

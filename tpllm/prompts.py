@@ -1,6 +1,6 @@
 """What callers may hand to `LLM.generate`, checked and brought into one shape."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from numbers import Integral
 from typing import Any
 
@@ -12,7 +12,7 @@ Prompt = str | Sequence[int] | Mapping[str, Any]
 _FORMS = 'a text, a list of token ids, {"prompt": text} or {"prompt_token_ids": ids}'
 
 
-def as_list(prompts: Prompt | Sequence[Prompt]) -> list[str | list[int]]:
+def as_list(prompts: Prompt | Iterable[Prompt]) -> list[str | list[int]]:
     """One prompt or many as a list, each a text or token ids. A flat list of ids is one prompt.
 
     Raises:
@@ -20,7 +20,7 @@ def as_list(prompts: Prompt | Sequence[Prompt]) -> list[str | list[int]]:
     """
     if isinstance(prompts, str | Mapping):
         return [_text_or_ids(0, prompts)]
-    items = _plain_list(prompts)
+    items = plain_list(prompts)
     if items is None:
         raise ValueError(f"prompts={short(prompts)} must be {_FORMS}, or a list of these")
     if items and isinstance(items[0], Integral):
@@ -29,7 +29,7 @@ def as_list(prompts: Prompt | Sequence[Prompt]) -> list[str | list[int]]:
 
 
 def one_for_each(
-    params: SamplingParams | Sequence[SamplingParams] | None,
+    params: SamplingParams | Iterable[SamplingParams] | None,
     num_prompts: int,
     make_default: Callable[[], SamplingParams] = SamplingParams,
 ) -> list[SamplingParams]:
@@ -42,7 +42,7 @@ def one_for_each(
         params = make_default()
     if isinstance(params, SamplingParams):
         return [params] * num_prompts
-    each = _plain_list(params)
+    each = plain_list(params)
     if each is None:
         raise ValueError(f"sampling_params={short(params)} must be SamplingParams, or a list")
     if len(each) != num_prompts:
@@ -58,10 +58,10 @@ def one_for_each(
 
 def _text_or_ids(index: int, prompt: Any) -> str | list[int]:
     if isinstance(prompt, Mapping):
-        for key in prompt:
-            if key not in ("prompt", "prompt_token_ids"):
+        for key, value in prompt.items():
+            if key not in ("prompt", "prompt_token_ids") and value is not None:
                 raise ValueError(f"prompt {index} has an unknown {short(key)}; give {_FORMS}")
-        if "prompt_token_ids" in prompt:
+        if prompt.get("prompt_token_ids") is not None:
             prompt = prompt["prompt_token_ids"]
             if isinstance(prompt, str):
                 raise ValueError(f"prompt {index}: prompt_token_ids={short(prompt)} is a text")
@@ -71,7 +71,7 @@ def _text_or_ids(index: int, prompt: Any) -> str | list[int]:
             raise ValueError(f"prompt {index} is {short(prompt)}; give {_FORMS}")
     if isinstance(prompt, str):
         return prompt
-    ids = _plain_list(prompt)
+    ids = plain_list(prompt)
     if ids is None:
         raise ValueError(f"prompt {index} is {short(prompt)}; give {_FORMS}")
     if are_ints(ids):  # as most are
@@ -82,11 +82,11 @@ def _text_or_ids(index: int, prompt: Any) -> str | list[int]:
     return [int(token_id) for token_id in ids]
 
 
-def _plain_list(value: Any) -> list[Any] | None:
-    """A sequence's, array's or tensor's items; None for anything else."""
+def plain_list(value: Any) -> list[Any] | None:
+    """The items of whatever has some in an order, a generator or an array; None for the rest."""
     if hasattr(value, "tolist"):  # numpy and torch: Python's own numbers come out
         items = value.tolist()
         return items if isinstance(items, list) else None
-    if isinstance(value, str | bytes | bytearray) or not isinstance(value, Sequence):
+    if isinstance(value, str | bytes | bytearray | Mapping | set | frozenset):
         return None
-    return list(value)
+    return list(value) if isinstance(value, Iterable) else None

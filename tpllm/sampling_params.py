@@ -2,15 +2,14 @@
 
 import copy
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from enum import Enum
-from typing import Any, Self
 
 import xxhash
 
 from tpllm.checks import check_bool, check_int, check_number, check_seed, is_unicode
-from tpllm.errors import refuse_unknown_settings
 from tpllm.structured_outputs import StructuredOutputsParams
+from tpllm.vllm_keywords import SAMPLING, checks_keywords
 
 # From about 1000 on every token is equally likely; at 1e37 float32 scores would overflow.
 MAX_TEMPERATURE = 1e6
@@ -32,6 +31,7 @@ class RequestOutputKind(Enum):
     FINAL_ONLY = 2  # everything, once the request has ended
 
 
+@checks_keywords("SamplingParams", SAMPLING)
 @dataclass(frozen=True, kw_only=True)
 class SamplingParams:
     """How to draw a request's tokens, what to report, and when to stop.
@@ -108,11 +108,6 @@ class SamplingParams:
     include_stop_str_in_output: bool = False
     output_kind: RequestOutputKind = RequestOutputKind.CUMULATIVE
     structured_outputs: StructuredOutputsParams | None = None
-
-    def __new__(cls, *args: Any, **settings: Any) -> Self:
-        # Before __init__, whose own TypeError would not say which name is the nearest.
-        refuse_unknown_settings(cls.__name__, settings, (field.name for field in fields(cls)))
-        return super().__new__(cls)
 
     def __post_init__(self) -> None:
         self._check_drawing()

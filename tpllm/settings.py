@@ -3,7 +3,7 @@
 import os
 from dataclasses import dataclass, fields
 from inspect import Parameter, Signature
-from typing import Any, Self, TypedDict
+from typing import TypedDict
 
 from tpllm.checks import (
     MAX_INT32,
@@ -13,7 +13,7 @@ from tpllm.checks import (
     check_number,
     check_seed,
 )
-from tpllm.errors import refuse_unknown_settings
+from tpllm.vllm_keywords import SETTINGS, checks_keywords
 
 DEVICES = ("auto", "cuda", "cpu")
 DTYPES = ("auto", "bfloat16", "float16", "float32")
@@ -69,6 +69,7 @@ class SettingsKeywords(TypedDict, total=False):
     step_timeout_s: float | None
 
 
+@checks_keywords("LLM", SETTINGS)
 @dataclass(frozen=True, kw_only=True)
 class Settings:
     """Every keyword of LLM. Names and meanings are vLLM's where vLLM has the same thing.
@@ -135,10 +136,6 @@ class Settings:
     seed: int = 0
     start_timeout_s: float = 600.0
     step_timeout_s: float | None = None
-
-    def __new__(cls, *args: Any, **settings: Any) -> Self:
-        refuse_unknown_settings("LLM", settings, (field.name for field in fields(cls)))
-        return super().__new__(cls)
 
     def __post_init__(self) -> None:
         self._keep("model", _check_path("model", self.model))

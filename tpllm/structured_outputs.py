@@ -8,11 +8,11 @@ from dataclasses import dataclass, fields
 from decimal import Decimal
 from functools import lru_cache
 from math import lcm
-from typing import Any, Self
+from typing import Any
 
 from tpllm.checks import check_bool
-from tpllm.errors import refuse_unknown_settings
 from tpllm.json_schema import normalized, to_text
+from tpllm.vllm_keywords import STRUCTURED, checks_keywords
 
 # Compiling this much takes some two seconds at worst.
 MAX_CHARS = 100_000
@@ -28,6 +28,7 @@ _EMBEDDED = re.compile(r"%json\s*")
 FORMS = ("json", "regex", "choice", "grammar", "json_object")
 
 
+@checks_keywords("StructuredOutputsParams", STRUCTURED)
 @dataclass(frozen=True, kw_only=True)
 class StructuredOutputsParams:
     """What the whole answer must be: exactly one of the first five. Names are vLLM's.
@@ -62,10 +63,6 @@ class StructuredOutputsParams:
     json_object: bool | None = None
     disable_any_whitespace: bool = False
     whitespace_pattern: str | None = None
-
-    def __new__(cls, *args: Any, **settings: Any) -> Self:
-        refuse_unknown_settings(cls.__name__, settings, (field.name for field in fields(cls)))
-        return super().__new__(cls)
 
     def __post_init__(self) -> None:
         given = [name for name in FORMS if getattr(self, name) is not None]

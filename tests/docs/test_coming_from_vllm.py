@@ -18,6 +18,7 @@ from tpllm import (
 )
 from tpllm.server.protocol import ChatCompletionRequest, CompletionRequest
 from tpllm.settings import Settings
+from tpllm.vllm_keywords import CALLS, SAMPLING, SETTINGS, STRUCTURED, Keywords
 
 PAGE = (ROOT / "docs" / "coming-from-vllm.md").read_text()
 SAME = PAGE.partition("## The same")[2].partition("## What differs")[0]
@@ -71,3 +72,28 @@ def test_nothing_absent_is_there() -> None:
     assert not told(ABSENT["`LLM`"]) & public(LLM)
     known = CompletionRequest.model_fields.keys() | ChatCompletionRequest.model_fields.keys()
     assert told(ABSENT["server: fields"]) and not told(ABSENT["server: fields"]) & known
+
+
+def rows_of(table: Keywords) -> list[str]:
+    """The rows of the page for a table of absent keywords."""
+    rows = []
+    for name, absent in table.items():
+        passes = ", ".join(f"`{value!r}`" for value in (None, *absent.harmless))
+        rows.append(f"| `{name}` | {passes} | {absent.way_out} |")
+    return rows
+
+
+@pytest.mark.parametrize(
+    "title, table",
+    [
+        ("`LLM` and `AsyncLLM`", SETTINGS),
+        ("`SamplingParams`", SAMPLING),
+        ("`StructuredOutputsParams`", STRUCTURED),
+        ("`generate`, `chat` and `beam_search`", CALLS),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_the_tables_of_absent_keywords_are_those_of_the_code(title: str, table: Keywords) -> None:
+    section = PAGE.partition(f"### {title}\n")[2].partition("\n#")[0]
+    rows = re.findall(r"^\| `.*$", section, re.M)
+    assert rows == rows_of(table), "\n".join(["write:", *rows_of(table)])

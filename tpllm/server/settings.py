@@ -1,14 +1,13 @@
 """ServerSettings: everything about the server that is not the engine's."""
 
 import re
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from ipaddress import ip_address
-from typing import Any, Self
 from urllib.parse import urlsplit
 
 from tpllm.checks import check_bool, check_int, check_number
-from tpllm.errors import refuse_unknown_settings
 from tpllm.sampling_params import MAX_LOGPROBS, MAX_N
+from tpllm.vllm_keywords import checks_keywords
 
 # Smallest and largest value of each whole number.
 RANGES = {
@@ -25,6 +24,7 @@ SWITCHES = ("parse_reasoning", "page", "log_requests")
 MAX_SECONDS = 7 * 24 * 3600.0
 
 
+@checks_keywords("ServerSettings", {})
 @dataclass(frozen=True, kw_only=True)
 class ServerSettings:
     """Every setting of the server, once.
@@ -76,10 +76,6 @@ class ServerSettings:
     parse_reasoning: bool = True
     page: bool = True
     log_requests: bool = False
-
-    def __new__(cls, *args: Any, **settings: Any) -> Self:
-        refuse_unknown_settings(cls.__name__, settings, (field.name for field in fields(cls)))
-        return super().__new__(cls)
 
     def __post_init__(self) -> None:
         if not isinstance(self.host, str) or not self.host or self.host != self.host.strip():
