@@ -85,7 +85,8 @@ def test_a_panic_while_files_are_read_is_refused_by_file(monkeypatch, tmp_path):
 
 
 def test_a_panic_while_a_grammar_is_compiled_is_refused(monkeypatch):
-    monkeypatch.setattr(grammars, "_source", panic)
+    monkeypatch.setattr(grammars, "source_of", panic)
+    monkeypatch.setattr(grammars, "NumberTokens", lambda tokenizer: None)
     loaded: Any = object()
     with pytest.raises(ValueError, match="regex='a' cannot be used: llguidance: index out of"):
         Grammars(lambda: loaded).compile(StructuredOutputsParams(regex="a"))

@@ -190,12 +190,13 @@ class Tokenizer:
         """
         if not getattr(self._inner, "is_fast", False):
             return None
-        encoded = self._inner(
-            text,
-            add_special_tokens=add_special_tokens,
-            return_offsets_mapping=True,
-            verbose=False,
-        )
+        with panics_as_errors(f"the tokenizer of {self.folder.name} cannot encode this text"):
+            encoded = self._inner(
+                text,
+                add_special_tokens=add_special_tokens,
+                return_offsets_mapping=True,
+                verbose=False,
+            )
         offsets, end = [], 0
         for begin, its_end in encoded["offset_mapping"]:
             # added tokens have no characters; some tokenizers leave out the space before a word
@@ -343,5 +344,3 @@ def require_tokenizer(tokenizer: Tokenizer | None) -> Tokenizer:
             "one); pass token ids, or name a tokenizer with tokenizer="
         )
     return tokenizer
-
-

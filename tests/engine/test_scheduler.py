@@ -269,14 +269,14 @@ def test_prompt_logprobs_that_were_handed_out_are_not_computed_again():
 
 def test_a_step_never_carries_more_options_than_the_limit():
     engine = SimulatedEngine(
-        num_blocks=500, block_size=16, max_num_seqs=50, max_num_batched_tokens=50
+        num_blocks=900, block_size=16, max_num_seqs=200, max_num_batched_tokens=200
     )
     limit = engine.limits.max_option_words
     bias = dict.fromkeys(range(VOCAB_SIZE), 0.0)
     first = engine.add(prompt_of(49), generate(1))
     while first.finish_reason is None:
         engine.step()
-    for _ in range(50):  # each of one token to compute
+    for _ in range(200):  # each of one token to compute
         engine.add(prompt_of(49), generate(1, repetition_penalty=1.5, logit_bias=bias))
     plan = send(engine)
     num_words = plan.row_options.size // plan.rows.size

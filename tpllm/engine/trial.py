@@ -182,7 +182,8 @@ class _Child:
     def _raise_end(self) -> NoReturn:
         self._processes.refuse_if_ending()
         self._processes.release(_GRACE_S)
-        code = self._processes.processes[0].returncode
+        code = self._processes.processes[0].poll()
+        assert code is not None, "it has been released"
         if code == -signal.SIGKILL:
             raise _KilledError("it was killed")
         if code == -signal.SIGXCPU:

@@ -24,6 +24,7 @@ from tpllm.engine.grammars import (
     read_tokenizer,
     source_of,
 )
+from tpllm.panics import panics_as_errors
 from tpllm.structured_outputs import StructuredOutputsParams
 
 if TYPE_CHECKING:
@@ -72,16 +73,13 @@ def _send(lines: Any, reply: dict[str, str | None]) -> None:
 def try_form(tokenizer: "LLTokenizer", form: dict[str, Any]) -> str | None:
     """Why a form cannot be used; None if it compiles and some answers can be followed."""
     try:
-        grammar = Grammar(tokenizer, source_of(StructuredOutputsParams(**form)))
-        for texts, num_tokens in _WALKS:
-            preferred = [id_ for text in texts for id_ in tokenizer.tokenize_str(text)[:1]]
-            _walk(tokenizer, grammar, preferred, num_tokens)
+        with panics_as_errors("the compiler fails on it"):
+            grammar = Grammar(tokenizer, source_of(StructuredOutputsParams(**form)))
+            for texts, num_tokens in _WALKS:
+                preferred = [id_ for text in texts for id_ in tokenizer.tokenize_str(text)[:1]]
+                _walk(tokenizer, grammar, preferred, num_tokens)
     except (ValueError, MemoryError) as error:
         return str(error) or "it takes too much memory; make it simpler"
-    except BaseException as error:  # a panic in native code is no Exception
-        if type(error).__name__ != "PanicException":
-            raise
-        return f"the compiler fails on it: {error}"
     return None
 
 
