@@ -121,7 +121,9 @@ def test_one_bad_request_among_many_is_named_and_none_is_started(llm):
     prompts: list[Any] = [GOOD] * 5000
     prompts[4321] = [10**9]
     steps = llm.coordinator.stats.num_steps
-    with pytest.raises(ValueError, match="prompt 4321: the prompt holds token id 1000000000, outside"):
+    with pytest.raises(
+        ValueError, match="prompt 4321: the prompt holds token id 1000000000, outside"
+    ):
         llm.generate(prompts, FEW, use_tqdm=False)
     assert llm.coordinator.stats.num_steps == steps
     assert_serves(llm)
