@@ -19,7 +19,6 @@ PLAIN = {
     "json_schema",
     "model_config",
     "outputs",
-    "panics",
     "sampling_params",
     "structured_outputs",
     "vllm_keywords",

@@ -11,7 +11,7 @@ from tpllm.checkpoint import resolve_model
 from tpllm.checkpoint_files import WEIGHTS_NAME
 from tpllm.engine import grammars
 from tpllm.engine.grammars import Grammars
-from tpllm.panics import panics_as_errors
+from tpllm.errors import panics_as_errors
 from tpllm.structured_outputs import StructuredOutputsParams
 from tpllm.tokenizer import Tokenizer
 

@@ -14,7 +14,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from tpllm.checks import read_json
-from tpllm.panics import panics_as_errors
+from tpllm.errors import panics_as_errors
 
 WEIGHTS_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"  # which file holds which tensor, if there are many

@@ -1,6 +1,7 @@
 """The errors a caller may want to catch, beyond ValueError and FileNotFoundError."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from difflib import get_close_matches
 from pathlib import Path
 
@@ -92,3 +93,30 @@ class SettingError(ValueError):
 
     From a worker it reaches the caller as this error, without the worker's traceback.
     """
+
+
+@contextmanager
+def panics_as_errors(what: str) -> Iterator[None]:
+    """Turn a panic within the block into a ValueError; everything else passes.
+
+    `pyo3_runtime.PanicException` is a BaseException, which no `except Exception` catches: one text
+    that tokenizers cannot take would end a thread, or a program. Each library has a class of its
+    own of that name, which cannot be imported.
+
+    Args:
+        what: the beginning of the message: what the library was asked for
+
+    Raises:
+        ValueError: the library panicked.
+    """
+    try:
+        yield
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":
+            raise
+        raise ValueError(f"{what}: {first_line(error)}") from error
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, or the name of its class where there is none."""
+    return next(iter(str(error).splitlines()), type(error).__name__)

@@ -16,7 +16,7 @@ from tpllm.detokenizer import (
     WindowDetokenizer,
     piece_of_byte_level,
 )
-from tpllm.panics import first_line, panics_as_errors
+from tpllm.errors import first_line, panics_as_errors
 
 # One of these is in every folder that AutoTokenizer can read.
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")

@@ -20,7 +20,7 @@ from tpllm.config import EngineConfig
 from tpllm.engine.bounded_json import WHITESPACE, bounded_grammar, bounded_schema
 from tpllm.engine.long_numbers import NumberLimit, NumberTokens
 from tpllm.engine.trial import Trials
-from tpllm.panics import panics_as_errors
+from tpllm.errors import panics_as_errors
 from tpllm.structured_outputs import (
     StructuredOutputsParams,
     compilable_grammar,

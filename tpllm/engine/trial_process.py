@@ -24,7 +24,7 @@ from tpllm.engine.grammars import (
     read_tokenizer,
     source_of,
 )
-from tpllm.panics import panics_as_errors
+from tpllm.errors import panics_as_errors
 from tpllm.structured_outputs import StructuredOutputsParams
 
 if TYPE_CHECKING:
