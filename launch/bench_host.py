@@ -34,7 +34,7 @@ import psutil
 from tpllm import LLM, RequestOutputKind, SamplingParams, __version__
 from tpllm.channel.ring import RingDescriptors, RingReader, RingWriter, create_ring
 from tpllm.channel.step_plan import ENTERING_WORDS, STEP, PlanLimits, StepPlan, StepResult
-from tpllm.checkpoint import SHIPPED_MODEL
+from tpllm.config.checkpoint import SHIPPED_MODEL
 from tpllm.engine import messages
 from tpllm.engine.block_manager import BlockManager
 from tpllm.engine.request import AddRequest, RequestUpdate, Sequence

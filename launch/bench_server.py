@@ -27,10 +27,10 @@ from pathlib import Path
 from typing import Any
 
 from tpllm import LLM, SamplingParams
-from tpllm.checkpoint import resolve_model
 from tpllm.cli.bench.prompts import random_prompt, single_token_words
 from tpllm.cli.bench.report import print_curve
 from tpllm.cli.bench.workloads import environment
+from tpllm.config.checkpoint import resolve_model
 from tpllm.tokenizer import TOKENIZER_FILES
 
 READY = re.compile(r"http://127\.0\.0\.1:\d+")

@@ -24,8 +24,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from tpllm.checkpoint_files import INDEX_NAME
-from tpllm.model_config import ModelConfig
+from tpllm.config.checkpoint_files import INDEX_NAME
+from tpllm.config.model_config import ModelConfig
 
 SHARD_BYTES = 4 << 30
 SELF = Path(__file__).resolve()

@@ -43,8 +43,8 @@ from launch.chaos_plans import (  # noqa: E402
 )
 from launch.leftovers import Traces  # noqa: E402
 from tpllm import SamplingParams, WorkerError  # noqa: E402
-from tpllm.config import EngineConfig  # noqa: E402
-from tpllm.devices import visible_gpus  # noqa: E402
+from tpllm.config.devices import visible_gpus  # noqa: E402
+from tpllm.config.engine_config import EngineConfig  # noqa: E402
 from tpllm.engine import processes  # noqa: E402
 from tpllm.engine.coordinator import Coordinator  # noqa: E402
 from tpllm.engine.request import AddRequest  # noqa: E402

@@ -6,7 +6,7 @@ import threading
 from dataclasses import dataclass
 from pathlib import Path
 
-from tpllm.devices import visible_gpus
+from tpllm.config.devices import visible_gpus
 
 GPU_SLACK_BYTES = 64 << 20  # other programs' comings and goings
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tpllm.cli.bench.workloads import seed_workload
-from tpllm.model_config import ModelConfig
+from tpllm.config.model_config import ModelConfig
 
 ALL_REDUCE_S = 5e-6
 BYTES = 2  # of an element, in half precision

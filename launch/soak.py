@@ -26,7 +26,7 @@ if __name__ == "__main__":
 
 from launch.soak_worker import continuation  # noqa: E402
 from tpllm import SamplingParams  # noqa: E402
-from tpllm.config import EngineConfig  # noqa: E402
+from tpllm.config.engine_config import EngineConfig  # noqa: E402
 from tpllm.engine.coordinator import Coordinator  # noqa: E402
 from tpllm.engine.request import AddRequest, RequestUpdate  # noqa: E402
 

@@ -14,7 +14,7 @@ import numpy as np
 from tpllm.channel.progress import Progress
 from tpllm.channel.ring import RingReader
 from tpllm.channel.step_plan import CONTROL, PlanLimits, StepPlan, StepResult
-from tpllm.config import EngineConfig
+from tpllm.config.engine_config import EngineConfig
 from tpllm.worker.__main__ import Spec, main
 from tpllm.worker.replies import Replies
 

@@ -21,9 +21,9 @@ from limit import weight_shapes
 from probe import graph_us
 from torch import Tensor
 
+from tpllm.config.model_config import ModelConfig
 from tpllm.layers.cublaslt import Algorithm, Problem, Product
 from tpllm.layers.matmul import load_table, save_table
-from tpllm.model_config import ModelConfig
 from tpllm.worker.cuda_graphs import decode_sizes
 
 COLD_BYTES = 300 << 20  # several times the L2

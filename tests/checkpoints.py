@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save_file
 
-from tpllm.checkpoint import resolve_model
+from tpllm.config.checkpoint import resolve_model
 
 DROP = object()  # as a field's value: leave the field out
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from launch import forked_workers
-from tpllm.checkpoint import SHIPPED_MODEL
+from tpllm.config.checkpoint import SHIPPED_MODEL
 from tpllm.engine import processes
 from tpllm.tokenizer import Tokenizer
 

@@ -3,7 +3,7 @@
 from functools import cache
 
 from tpllm import LLM, AsyncLLM, SamplingParams
-from tpllm.config import EngineConfig
+from tpllm.config.engine_config import EngineConfig
 from tpllm.engine.grammars import Grammars, read_tokenizer
 from tpllm.structured_outputs import StructuredOutputsParams
 

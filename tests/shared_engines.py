@@ -15,7 +15,7 @@ import tpllm
 from tests.grammar_texts import start_trials, start_trials_of
 from tests.server.conftest import Served, running_server
 from tpllm import LLM, AsyncLLM
-from tpllm.config import EngineConfig
+from tpllm.config.engine_config import EngineConfig
 
 SETTINGS: dict[str, Any] = {"device": "cpu", "max_num_seqs": 16, "num_kv_blocks": 300}
 NOT_HERE = "Qwen/Qwen3-8B"  # scripts that name it get the shipped model

@@ -24,7 +24,7 @@ from tests.leaks import is_running, wait_until
 from tests.scripts import running
 from tpllm import SamplingParams, WorkerError
 from tpllm.async_llm import AsyncLLM
-from tpllm.config import EngineConfig
+from tpllm.config.engine_config import EngineConfig
 from tpllm.engine import engine_client, messages
 from tpllm.engine.connection import Connection, Message
 from tpllm.engine.coordinator import MAX_STEPS_IN_FLIGHT
@@ -371,7 +371,7 @@ def test_an_engine_that_nobody_holds_is_gone(make_engine, nothing_left):
 PROGRAM = """
 import asyncio, os, signal
 from tpllm import AsyncLLM, SamplingParams
-from tpllm.config import EngineConfig
+from tpllm.config.engine_config import EngineConfig
 from tpllm.engine import engine_client
 from tpllm.engine.connection import Connection, Message
 engine_client.MODULE = "stub_engine"

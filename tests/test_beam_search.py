@@ -7,7 +7,7 @@ import torch
 
 from tpllm import LLM, BeamSearchParams
 from tpllm.beam_search import Beams
-from tpllm.checkpoint import resolve_model
+from tpllm.config.checkpoint import resolve_model
 from tpllm.errors import UnknownSettingError
 from tpllm.outputs import Logprob
 

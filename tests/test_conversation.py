@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tpllm.checkpoint import resolve_model
+from tpllm.config.checkpoint import resolve_model
 from tpllm.conversation import plain_messages, plain_tools
 from tpllm.server.prompts import Prompts
 from tpllm.server.protocol import ChatCompletionRequest

@@ -17,7 +17,6 @@ PLAIN = {
     "config",
     "errors",
     "json_schema",
-    "model_config",
     "outputs",
     "sampling_params",
     "structured_outputs",
@@ -26,12 +25,11 @@ PLAIN = {
 MAY_IMPORT = {
     "parallel": set(),
     "layers": {"parallel"},
-    "models": {"layers", "parallel", "model_config", "checkpoint_files"},
+    "models": {"layers", "parallel", "config"},
     "channel": PLAIN,
     "worker": PLAIN | {"models", "layers", "parallel", "channel", "child_process"},
     "server": PLAIN | {"async_llm", "conversation", "detokenizer"},
-    "engine": PLAIN
-    | {"__version__", "channel", "child_process", "devices", "interrupts", "resources"},
+    "engine": PLAIN | {"__version__", "channel", "child_process", "interrupts"},
 }
 WITHOUT_TORCH = {"torch", "triton", "transformers", "flash_attn"}
 MAY_USE_TORCH = {"parallel", "layers", "models", "worker"}
@@ -77,7 +75,7 @@ def test_import_tpllm_loads_nothing_heavy():
 
 
 def test_the_configuration_needs_no_torch():
-    statement = "from tpllm.config import EngineConfig; EngineConfig.resolve()"
+    statement = "from tpllm.config.engine_config import EngineConfig; EngineConfig.resolve()"
     assert not loaded_by(statement) & WITHOUT_TORCH
 
 

@@ -29,8 +29,8 @@ from tests.scripts import running
 from tpllm import LLM, SamplingParams, WorkerError, calls, interrupts, turns
 from tpllm import llm as llm_module
 from tpllm.channel import ring
-from tpllm.checkpoint import resolve_model
-from tpllm.config import EngineConfig
+from tpllm.config.checkpoint import resolve_model
+from tpllm.config.engine_config import EngineConfig
 from tpllm.engine import block_manager, coordinator, launcher, processes, scheduler
 from tpllm.engine.coordinator import Coordinator
 
@@ -258,7 +258,7 @@ def test_a_worker_that_raises_gives_its_traceback(tmp_path):
 KILLED = """
 import os, signal, threading, time
 from tpllm import LLM, SamplingParams
-from tpllm.config import EngineConfig
+from tpllm.config.engine_config import EngineConfig
 from tpllm.engine.coordinator import Coordinator
 
 SETTINGS = dict(device={device!r}, tensor_parallel_size={size}, skip_tokenizer_init=True)

@@ -13,7 +13,7 @@ import pytest
 from tests.checkpoints import write_config
 from tests.reference import shipped_greedy
 from tpllm import LLM, RequestOutput, RequestOutputKind, SamplingParams
-from tpllm.settings import Settings
+from tpllm.config.settings import Settings
 
 pytestmark = pytest.mark.usefixtures("forked_engines")
 

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tpllm.checkpoint import resolve_model
+from tpllm.config.checkpoint import resolve_model
 from tpllm.engine.request import PackedLogprobs, RequestUpdate, TokenLogprobs
 from tpllm.output_processor import OutputProcessor, Request
 from tpllm.outputs import CompletionOutput, Logprob, RequestOutput

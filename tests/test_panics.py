@@ -6,9 +6,9 @@ from typing import Any, NoReturn
 
 import pytest
 
-from tpllm import checkpoint_files
-from tpllm.checkpoint import resolve_model
-from tpllm.checkpoint_files import WEIGHTS_NAME
+from tpllm.config import checkpoint_files
+from tpllm.config.checkpoint import resolve_model
+from tpllm.config.checkpoint_files import WEIGHTS_NAME
 from tpllm.engine import grammars
 from tpllm.engine.grammars import Grammars
 from tpllm.errors import panics_as_errors

@@ -12,8 +12,8 @@ import torch
 from tests.marks import FOUR_GPUS
 from tests.reference import shipped_greedy
 from tpllm import SamplingParams
-from tpllm.checkpoint import resolve_model
-from tpllm.config import EngineConfig
+from tpllm.config.checkpoint import resolve_model
+from tpllm.config.engine_config import EngineConfig
 from tpllm.engine.coordinator import Coordinator
 from tpllm.engine.request import AddRequest, TokenLogprobs
 

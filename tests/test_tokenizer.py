@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from tpllm.bad_words import MAX_SPELLING_IDS, most_ids
-from tpllm.checkpoint import resolve_model
+from tpllm.config.checkpoint import resolve_model
 from tpllm.tokenizer import Tokenizer
 
 EXPECTED = json.loads((Path(__file__).parent / "data" / "expected.json").read_text())["items"]

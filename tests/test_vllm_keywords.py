@@ -19,8 +19,8 @@ from tpllm import (
     async_llm,
 )
 from tpllm import llm as llm_module
+from tpllm.config.settings import Settings
 from tpllm.errors import UnknownSettingError
-from tpllm.settings import Settings
 from tpllm.vllm_keywords import CALLS, SAMPLING, SETTINGS, STRUCTURED, Absent, without_absent
 
 pytestmark = pytest.mark.usefixtures("forked_engines")

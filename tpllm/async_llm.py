@@ -13,7 +13,8 @@ from dataclasses import replace
 from itertools import count
 from typing import Any, Self, Unpack
 
-from tpllm.config import EngineConfig
+from tpllm.config.engine_config import EngineConfig
+from tpllm.config.settings import Settings, SettingsKeywords, signature
 from tpllm.engine import messages
 from tpllm.engine.connection import Message
 from tpllm.engine.engine_client import EngineClient
@@ -23,7 +24,6 @@ from tpllm.output_processor import OutputProcessor, Request
 from tpllm.outputs import RequestOutput
 from tpllm.prompts import Prompt, as_list
 from tpllm.sampling_params import SamplingParams
-from tpllm.settings import Settings, SettingsKeywords, signature
 from tpllm.tokenizer import Tokenizer, require_tokenizer
 from tpllm.vllm_keywords import CALLS, without_absent
 
@@ -45,7 +45,7 @@ class AsyncLLM(AbstractAsyncContextManager["AsyncLLM"]):
     Args:
         model: local folder or Hugging Face id; None for the small model that ships with tpllm
         on_phase: called with rank and phase as the workers start, "loading weights" for one
-        **settings: see `tpllm.settings.Settings` for every keyword
+        **settings: see `tpllm.config.settings.Settings` for every keyword
 
     Raises:
         ValueError, FileNotFoundError: a setting or file is wrong; no process is left running.

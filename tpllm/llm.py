@@ -11,14 +11,14 @@ from tqdm import tqdm
 
 from tpllm.beam_search import Beams, BeamSearchOutput, BeamSearchParams
 from tpllm.calls import Call, Calls
-from tpllm.config import EngineConfig
+from tpllm.config.engine_config import EngineConfig
+from tpllm.config.settings import Settings, SettingsKeywords, signature
 from tpllm.engine.coordinator import Coordinator
 from tpllm.errors import WorkerError
 from tpllm.output_processor import OutputProcessor
 from tpllm.outputs import RequestOutput
 from tpllm.prompts import Prompt, as_list, one_for_each, plain_list
 from tpllm.sampling_params import RequestOutputKind, SamplingParams
-from tpllm.settings import Settings, SettingsKeywords, signature
 from tpllm.tokenizer import Tokenizer, require_tokenizer
 from tpllm.vllm_keywords import CALLS, without_absent
 
@@ -35,7 +35,7 @@ class LLM(AbstractContextManager["LLM"]):
     Args:
         model: local folder or Hugging Face id; None for the small model that ships with tpllm
         on_phase: called with rank and phase as the workers start, "loading weights" for one
-        **settings: see `tpllm.settings.Settings` for every keyword
+        **settings: see `tpllm.config.settings.Settings` for every keyword
 
     Raises:
         ValueError, FileNotFoundError: a setting or file is wrong; no process has been started, or,

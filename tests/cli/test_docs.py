@@ -3,7 +3,7 @@
 from tests.docs.pages import blocks_of
 from tests.scripts import ROOT
 from tpllm.cli.sources import collect
-from tpllm.settings import Settings
+from tpllm.config.settings import Settings
 
 BLOCKS = blocks_of(ROOT / "docs" / "cli.md")
 LINES = [line for block in BLOCKS if block.kind == "bash" for line in block.commands]

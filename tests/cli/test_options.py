@@ -16,9 +16,9 @@ from tpllm.cli.options import (
     options_of,
 )
 from tpllm.cli.sampling import UNTYPED
+from tpllm.config.settings import Settings
 from tpllm.sampling_params import SamplingParams
 from tpllm.server import ServerSettings
-from tpllm.settings import Settings
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,9 +7,9 @@ import pytest
 
 from tpllm.cli.options import options_of
 from tpllm.cli.sources import SETTINGS_CLASSES, collect, read_config
+from tpllm.config.settings import Settings
 from tpllm.errors import UnknownSettingError
 from tpllm.server import ServerSettings
-from tpllm.settings import Settings
 
 
 def write(folder: Path, text: str) -> Path:

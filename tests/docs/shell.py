@@ -16,9 +16,9 @@ import tpllm.server
 from tests.cli.fake_server import FakeServer, serving
 from tests.cli.stand_in import StandIn
 from tests.shared_engines import ADDRESS, NOT_HERE
-from tpllm.checkpoint import SHIPPED_MODEL
 from tpllm.cli import main
 from tpllm.cli.bench import workloads
+from tpllm.config.checkpoint import SHIPPED_MODEL
 
 ENDS_THE_SERVER = "kill %1"  # the job of a `tpllm serve ... &`, which a stand-in has ended
 

@@ -16,8 +16,8 @@ from tpllm import (
     SamplingParams,
     StructuredOutputsParams,
 )
+from tpllm.config.settings import Settings
 from tpllm.server.protocol import ChatCompletionRequest, CompletionRequest
-from tpllm.settings import Settings
 from tpllm.vllm_keywords import CALLS, SAMPLING, SETTINGS, STRUCTURED, Keywords
 
 PAGE = (ROOT / "docs" / "coming-from-vllm.md").read_text()

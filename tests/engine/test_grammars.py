@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from tests.engine.simulation import EOS, GRAMMARS, VOCAB_SIZE, ids_of_mask
-from tpllm.config import EngineConfig
+from tpllm.config.engine_config import EngineConfig
 from tpllm.engine import grammars
 from tpllm.engine.compiling import CompilingRequests
 from tpllm.engine.grammars import Grammar, Grammars, Matcher, fill_masks

@@ -13,7 +13,7 @@ import pytest
 
 from tests.leaks import is_running, process_state, wait_until
 from tests.scripts import ROOT
-from tpllm.config import EngineConfig
+from tpllm.config.engine_config import EngineConfig
 from tpllm.engine import trial
 from tpllm.engine.grammars import Grammars
 from tpllm.engine.processes import ClosedError
@@ -132,7 +132,7 @@ def test_a_process_that_cannot_start_is_no_mistake_of_the_form():
 
 PROGRAM = """
 import json, os, sys
-from tpllm.config import EngineConfig
+from tpllm.config.engine_config import EngineConfig
 from tpllm.engine.trial import Trials
 from tpllm.structured_outputs import StructuredOutputsParams
 trials = Trials(EngineConfig.resolve(device="cpu"))

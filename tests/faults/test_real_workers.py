@@ -21,8 +21,8 @@ from launch.chaos import Chaos
 from launch.chaos_plans import HANGS, Plan
 from tests.leaks import process_state, wait_until
 from tpllm import LLM
-from tpllm.checkpoint import resolve_model
-from tpllm.checkpoint_files import WEIGHTS_NAME
+from tpllm.config.checkpoint import resolve_model
+from tpllm.config.checkpoint_files import WEIGHTS_NAME
 from tpllm.engine import processes
 from tpllm.engine.watch import Watch
 

@@ -18,7 +18,7 @@ import pytest
 from launch.limit import Limit, weight_shapes
 from tpllm import SamplingParams
 from tpllm.cli.bench import workloads
-from tpllm.model_config import ModelConfig
+from tpllm.config.model_config import ModelConfig
 
 pytestmark = pytest.mark.usefixtures("forked_engines")
 

@@ -9,8 +9,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from tpllm.checkpoint_files import INDEX_NAME
-from tpllm.model_config import ModelConfig
+from tpllm.config.checkpoint_files import INDEX_NAME
+from tpllm.config.model_config import ModelConfig
 from tpllm.models.checkpoint_weights import DummyWeights, SafetensorsWeights
 
 TENSORS = {

@@ -16,7 +16,7 @@ from openai import APIError, BadRequestError, DefaultHttpxClient, OpenAI
 from tests.leaks import is_running, wait_until
 from tests.reference import TIE, shipped_greedy
 from tests.scripts import ROOT
-from tpllm.checkpoint import resolve_model
+from tpllm.config.checkpoint import resolve_model
 from tpllm.tokenizer import Tokenizer
 
 PROGRAM = """

@@ -16,7 +16,7 @@ from tests.server.fake_engine import FakeEngine
 from tests.server.test_http import CHAT, HELLO
 from tests.test_detokenizer import sentencepiece_like, word_level
 from tpllm import SamplingParams
-from tpllm.checkpoint import resolve_model
+from tpllm.config.checkpoint import resolve_model
 from tpllm.engine.request import PackedLogprobs, RequestUpdate, TokenLogprobs
 from tpllm.output_processor import OutputProcessor
 from tpllm.outputs import RequestOutput

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tpllm.config import EngineConfig
+from tpllm.config.engine_config import EngineConfig
 from tpllm.errors import SettingError
 from tpllm.parallel.group import TPGroup
 from tpllm.worker import cache_sizing

@@ -3,8 +3,8 @@ import torch
 from torch import nn
 
 from tests.checkpoints import write_config
+from tpllm.config.model_config import ModelConfig
 from tpllm.errors import SettingError
-from tpllm.model_config import ModelConfig
 from tpllm.worker.finite_weights import refuse_unnatural_weights
 
 SIZES = {"hidden_size": 8, "intermediate_size": 8, "vocab_size": 16, "num_hidden_layers": 1}

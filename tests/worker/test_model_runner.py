@@ -17,15 +17,15 @@ from tests.marks import FOUR_GPUS
 from tests.ranks import run_ranks
 from tests.reference import shipped_greedy
 from tpllm.channel.step_plan import PlanLimits, StepMasks, StepResult
-from tpllm.checkpoint import resolve_model
-from tpllm.config import EngineConfig
+from tpllm.config.checkpoint import resolve_model
+from tpllm.config.engine_config import EngineConfig
+from tpllm.config.model_config import ModelConfig
 from tpllm.engine.block_manager import BlockManager
 from tpllm.engine.request import AddRequest, Sequence
 from tpllm.engine.scheduler import Scheduler
 from tpllm.layers.attention import AttentionBatch, KVCache, PrefillBatch, make_backend
 from tpllm.layers.decode_parts import BEGIN, END, PART_WORDS, DecodeSplit
 from tpllm.layers.matmul import fast_matmul, plain_matmul
-from tpllm.model_config import ModelConfig
 from tpllm.models.checkpoint_weights import SafetensorsWeights
 from tpllm.models.qwen3 import Qwen3ForCausalLM
 from tpllm.models.step_part import StepPart

@@ -7,7 +7,7 @@ from functools import partial
 import pytest
 import torch
 
-from tpllm.config import EngineConfig
+from tpllm.config.engine_config import EngineConfig
 from tpllm.layers.attention import SplitDecodeBackend
 from tpllm.worker.warm_up import Kernels, KernelWarmUp
 

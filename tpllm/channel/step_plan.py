@@ -17,7 +17,7 @@ from typing import Self
 import numpy as np
 
 from tpllm.channel.logprobs import BLOCK_HEADER_WORDS, position_words
-from tpllm.config import EngineConfig
+from tpllm.config.engine_config import EngineConfig
 from tpllm.sampling_params import MAX_LOGPROBS
 
 VERSION = 3

@@ -16,7 +16,7 @@ import tpllm
 from tpllm.cli.options import add_flags, add_positional, given_flags
 from tpllm.cli.progress import StartupProgress
 from tpllm.cli.sources import Given, collect
-from tpllm.settings import Settings
+from tpllm.config.settings import Settings
 
 Commands: TypeAlias = "_SubParsersAction[ArgumentParser]"  # argparse has no public name for it
 NO_DEFAULTS: Mapping[str, object] = MappingProxyType({})

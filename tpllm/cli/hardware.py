@@ -8,7 +8,7 @@ from importlib.metadata import PackageNotFoundError, version
 from itertools import combinations
 from typing import Any
 
-from tpllm.devices import Gpu, visible_gpus
+from tpllm.config.devices import Gpu, visible_gpus
 
 # nvmlGpuP2PCapsIndex_t, as NVML counts: the binding's own name of the first is a tuple by a slip.
 _P2P_READ, _P2P_NVLINK = 0, 2

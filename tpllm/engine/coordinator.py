@@ -20,7 +20,7 @@ from tpllm.channel.step_plan import (
     StepResult,
 )
 from tpllm.checks import short
-from tpllm.config import EngineConfig
+from tpllm.config.engine_config import EngineConfig
 from tpllm.engine.block_manager import BlockManager
 from tpllm.engine.grammars import Grammars
 from tpllm.engine.launcher import WorkerGroup

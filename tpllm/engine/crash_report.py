@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from tpllm import __version__
-from tpllm.devices import visible_gpus
+from tpllm.config.devices import visible_gpus
 from tpllm.engine.diagnosis import RankState
 
 FOLDER_VARIABLE = "TPLLM_CRASH_DIR"

@@ -7,7 +7,7 @@ import weakref
 from collections.abc import Callable
 
 from tpllm.child_process import write_spec
-from tpllm.config import EngineConfig
+from tpllm.config.engine_config import EngineConfig
 from tpllm.engine import messages
 from tpllm.engine.child import Child
 from tpllm.engine.connection import Connection, Message

@@ -11,7 +11,7 @@ import sys
 from typing import NoReturn
 
 from tpllm.child_process import read_spec, tie_to_parent
-from tpllm.config import EngineConfig
+from tpllm.config.engine_config import EngineConfig
 from tpllm.engine import messages
 from tpllm.engine.compiling import CompilingRequests
 from tpllm.engine.connection import Connection, Message

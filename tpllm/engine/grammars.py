@@ -16,7 +16,7 @@ from weakref import WeakValueDictionary
 
 import numpy as np
 
-from tpllm.config import EngineConfig
+from tpllm.config.engine_config import EngineConfig
 from tpllm.engine.bounded_json import WHITESPACE, bounded_grammar, bounded_schema
 from tpllm.engine.long_numbers import NumberLimit, NumberTokens
 from tpllm.engine.trial import Trials

@@ -30,6 +30,7 @@ from tpllm.channel.ring import (
 )
 from tpllm.channel.step_plan import CONTROL, RESULT, PlanLimits
 from tpllm.child_process import write_spec
+from tpllm.config.resources import refuse_too_few_descriptors, refuse_too_little_room
 from tpllm.engine.diagnosis import RankState, examine
 from tpllm.engine.failure import Failure, await_ends, failure_of_ends, failure_of_hang
 from tpllm.engine.inbox import Inbox
@@ -43,7 +44,6 @@ from tpllm.engine.processes import (
 from tpllm.engine.watch import Timeouts, Watch
 from tpllm.errors import SettingError
 from tpllm.interrupts import Interrupts
-from tpllm.resources import refuse_too_few_descriptors, refuse_too_little_room
 
 CONTROL_BYTES = 1 << 16  # room for any control record; longer tracebacks are cut by the worker
 CLOSE_TIMEOUT_S = 3.0

@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 
 from tpllm.channel.ring import wait_readable
 from tpllm.child_process import write_spec
-from tpllm.config import EngineConfig
+from tpllm.config.engine_config import EngineConfig
 from tpllm.engine.processes import (
     ChildProcesses,
     ClosedError,

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from tpllm.child_process import read_spec, tie_to_parent
-from tpllm.config import EngineConfig
+from tpllm.config.engine_config import EngineConfig
 from tpllm.engine.grammars import (
     NOTHING_SATISFIES,
     Grammar,

@@ -12,8 +12,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from tpllm.checkpoint_files import EMBEDDING, HEAD, read_tensors, stored_name
-from tpllm.model_config import ModelConfig
+from tpllm.config.checkpoint_files import EMBEDDING, HEAD, read_tensors, stored_name
+from tpllm.config.model_config import ModelConfig
 
 
 class SafetensorsWeights:
@@ -24,7 +24,7 @@ class SafetensorsWeights:
     copy straight from it into their parameters, without a second buffer there.
 
     Args:
-        folder: what `tpllm.checkpoint` checks there is what is read here
+        folder: what `tpllm.config.checkpoint` checks there is what is read here
 
     Raises:
         FileNotFoundError: a file is missing.

@@ -18,6 +18,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from tpllm.config.model_config import ModelConfig
 from tpllm.layers.all_reduce_norm import AllReduceRMSNorm
 from tpllm.layers.attention import Attention, AttentionBackend, KVCache
 from tpllm.layers.embedding import ParallelLMHead, VocabParallelEmbedding
@@ -31,7 +32,6 @@ from tpllm.layers.matmul import Matmul
 from tpllm.layers.norm_linear import norm_linear
 from tpllm.layers.rotary import QKNormRope, rotary_cos_sin
 from tpllm.layers.weights import WeightSource, empty_parameter, fill
-from tpllm.model_config import ModelConfig
 from tpllm.models.step_part import StepPart
 from tpllm.parallel.group import TPGroup
 

@@ -6,10 +6,10 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
+from tpllm.config.model_config import ARCHITECTURES, ModelConfig
 from tpllm.layers.attention import KVCache
 from tpllm.layers.embedding import ParallelLMHead
 from tpllm.layers.weights import WeightSource
-from tpllm.model_config import ARCHITECTURES, ModelConfig
 from tpllm.models.step_part import StepPart
 
 
@@ -31,7 +31,7 @@ class CausalLM(Protocol):
 def model_class(config: ModelConfig) -> Any:
     """Class of `config.architecture`; its module is imported only now, one family at a time.
 
-    The table of names lives in `tpllm.model_config`, which must not import torch: an unknown
+    The table of names lives in `tpllm.config.model_config`, which must not import torch: an unknown
     architecture is refused there, before any worker starts.
     """
     module, name = ARCHITECTURES[config.architecture].split(":")

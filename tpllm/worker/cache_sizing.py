@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from tpllm.config import EngineConfig
+from tpllm.config.engine_config import EngineConfig
 from tpllm.errors import SettingError
 from tpllm.parallel.collectives import min_over_ranks
 from tpllm.parallel.group import TPGroup

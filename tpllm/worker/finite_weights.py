@@ -3,9 +3,9 @@
 import torch
 from torch import nn
 
+from tpllm.config.model_config import ModelConfig
 from tpllm.errors import SettingError
 from tpllm.layers.weights import WeightSource
-from tpllm.model_config import ModelConfig
 
 
 @torch.inference_mode()

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from tpllm.channel.step_plan import StepPlan
-from tpllm.config import EngineConfig
+from tpllm.config.engine_config import EngineConfig
 from tpllm.layers.attention import BACKENDS
 
 # Two halves pay where the GPU is busy for longer than the host, which launches twice as much.

@@ -22,7 +22,7 @@ import triton
 from torch import Tensor
 
 from tpllm.channel.step_plan import MAX_MASKED_STOP_IDS
-from tpllm.config import EngineConfig
+from tpllm.config.engine_config import EngineConfig
 from tpllm.layers.activation import silu_and_mul
 from tpllm.layers.all_reduce_norm import all_reduce_norm
 from tpllm.layers.attention import BACKENDS, Attention, AttentionBatch, make_backend

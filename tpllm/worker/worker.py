@@ -11,7 +11,7 @@ import torch
 from tpllm.channel.progress import Progress
 from tpllm.channel.ring import RingReader
 from tpllm.channel.step_plan import CONTROL, MASKS, PlanLimits, StepMasks, StepPlan
-from tpllm.config import EngineConfig
+from tpllm.config.engine_config import EngineConfig
 from tpllm.layers.attention import AttentionBackend, make_backend
 from tpllm.layers.matmul import Matmul, fast_matmul, plain_matmul
 from tpllm.layers.sum_trials import lanes_work, peer_memory_works

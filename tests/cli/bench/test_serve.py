@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 
 from tests.cli.fake_server import FakeServer, serving
-from tpllm.checkpoint import SHIPPED_MODEL
 from tpllm.cli import main
 from tpllm.cli.bench.client import Server
 from tpllm.cli.bench.prompts import WORDS, random_prompt, single_token_words, token_counter
+from tpllm.config.checkpoint import SHIPPED_MODEL
 
 
 def bench(fake: FakeServer, *words: str) -> int:

@@ -4,8 +4,8 @@ import asyncio
 import random
 from collections.abc import Awaitable, Callable
 
-from tpllm.checkpoint import resolve_model
 from tpllm.cli.bench.client import HTTPStatusError, Server
+from tpllm.config.checkpoint import resolve_model
 from tpllm.tokenizer import Tokenizer
 
 Count = Callable[[str], Awaitable[int]]  # tokens of a text

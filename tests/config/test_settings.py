@@ -5,8 +5,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tpllm.config.settings import Settings, SettingsKeywords
 from tpllm.errors import UnknownSettingError
-from tpllm.settings import Settings, SettingsKeywords
 
 
 def test_numpy_numbers_and_paths_become_plain_ones():

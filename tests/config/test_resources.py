@@ -6,12 +6,12 @@ from collections import namedtuple
 
 import pytest
 
-from tpllm.errors import SettingError
-from tpllm.resources import (
+from tpllm.config.resources import (
     refuse_too_few_descriptors,
     refuse_too_little_room,
     refuse_too_little_shared_memory,
 )
+from tpllm.errors import SettingError
 
 Room = namedtuple("Room", "f_bavail f_frsize f_files f_favail f_flag", defaults=(1, 1, 0))
 

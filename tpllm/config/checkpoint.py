@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from tpllm.checkpoint_files import (
+from tpllm.config.checkpoint_files import (
     EMBEDDING,
     HEAD,
     StoredTensor,
@@ -20,9 +20,9 @@ from tpllm.checkpoint_files import (
     read_tensors,
     stored_name,
 )
-from tpllm.model_config import ModelConfig
+from tpllm.config.model_config import ModelConfig
 
-SHIPPED_MODEL = Path(__file__).parent / "assets" / "tiny-qwen3"
+SHIPPED_MODEL = Path(__file__).parents[1] / "assets" / "tiny-qwen3"
 ADAPTER_NAME = "adapter_config.json"
 
 FLOAT_DTYPES = ("F16", "BF16", "F32", "F64")  # as safetensors writes them

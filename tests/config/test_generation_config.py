@@ -3,8 +3,8 @@ import json
 import pytest
 
 from tests.checkpoints import write_config
-from tpllm.config import EngineConfig
-from tpllm.generation_config import read_generation_defaults
+from tpllm.config.engine_config import EngineConfig
+from tpllm.config.generation_config import read_generation_defaults
 from tpllm.sampling_params import SamplingParams
 
 

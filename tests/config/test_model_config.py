@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from transformers import AutoConfig
 
 from tests.checkpoints import DROP, write_config
-from tpllm.checkpoint import resolve_model
-from tpllm.model_config import ModelConfig
+from tpllm.config.checkpoint import resolve_model
+from tpllm.config.model_config import ModelConfig
 
 
 def config_with(folder: Path, **changes) -> ModelConfig:

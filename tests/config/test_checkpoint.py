@@ -9,9 +9,9 @@ import pytest
 from safetensors.numpy import save_file
 
 from tests.checkpoints import write_config, write_weights
-from tpllm.checkpoint import check_checkpoint, resolve_model
-from tpllm.checkpoint_files import EMBEDDING, HEAD, INDEX_NAME, WEIGHTS_NAME, read_tensors
-from tpllm.model_config import ModelConfig
+from tpllm.config.checkpoint import check_checkpoint, resolve_model
+from tpllm.config.checkpoint_files import EMBEDDING, HEAD, INDEX_NAME, WEIGHTS_NAME, read_tensors
+from tpllm.config.model_config import ModelConfig
 
 
 @pytest.fixture

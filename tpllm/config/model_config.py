@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from tpllm.checks import read_json
-from tpllm.hf_config import read_fields, refuse_unimplemented
+from tpllm.config.hf_config import read_fields, refuse_unimplemented
 
 # Architecture (config.json's word) -> where its class is.
 ARCHITECTURES = {"Qwen3ForCausalLM": "tpllm.models.qwen3:Qwen3ForCausalLM"}

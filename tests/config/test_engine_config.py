@@ -2,11 +2,11 @@ from pathlib import Path
 
 import pytest
 
-import tpllm.config
+import tpllm.config.engine_config
 from tests.checkpoints import write_config
-from tpllm.checkpoint import resolve_model
-from tpllm.config import EngineConfig, why_no_flash_attn
-from tpllm.devices import Gpu
+from tpllm.config.checkpoint import resolve_model
+from tpllm.config.devices import Gpu
+from tpllm.config.engine_config import EngineConfig, why_no_flash_attn
 from tpllm.errors import UnknownSettingError
 
 H200 = Gpu("NVIDIA H200", "GPU-1", (9, 0))
@@ -18,9 +18,9 @@ def machine(monkeypatch):
     """Call it with GPUs, and whether flash-attn is installed, to be on such a machine."""
 
     def become(*gpus: Gpu, flash_attn: bool = True) -> None:
-        monkeypatch.setattr(tpllm.config, "visible_gpus", lambda: list(gpus))
+        monkeypatch.setattr(tpllm.config.engine_config, "visible_gpus", lambda: list(gpus))
         spec = object() if flash_attn else None
-        monkeypatch.setattr(tpllm.config, "find_spec", lambda name: spec)
+        monkeypatch.setattr(tpllm.config.engine_config, "find_spec", lambda name: spec)
         monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
 
     become()

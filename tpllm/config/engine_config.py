@@ -12,14 +12,14 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Self
 
-from tpllm.checkpoint import check_checkpoint, resolve_model
 from tpllm.checks import MAX_INT32
-from tpllm.devices import Gpu, visible_gpus
-from tpllm.generation_config import read_generation_defaults
-from tpllm.model_config import ModelConfig
-from tpllm.resources import refuse_too_little_shared_memory
+from tpllm.config.checkpoint import check_checkpoint, resolve_model
+from tpllm.config.devices import Gpu, visible_gpus
+from tpllm.config.generation_config import read_generation_defaults
+from tpllm.config.model_config import ModelConfig
+from tpllm.config.resources import refuse_too_little_shared_memory
+from tpllm.config.settings import Settings
 from tpllm.sampling_params import SamplingParams
-from tpllm.settings import Settings
 from tpllm.tokenizer import TOKENIZER_FILES
 
 HALF_DTYPES = ("bfloat16", "float16")

@@ -1,7 +1,7 @@
 import pytest
 
-import tpllm.devices
-from tpllm.devices import visible_gpus
+import tpllm.config.devices
+from tpllm.config.devices import visible_gpus
 
 pynvml = pytest.importorskip("pynvml")
 UUIDS = ["GPU-aa11", "GPU-aa22", "GPU-bb33"]
@@ -29,7 +29,7 @@ def three_gpus(monkeypatch):
     }
     for name, answer in answers.items():
         monkeypatch.setattr(pynvml, name, answer)
-    monkeypatch.setattr(tpllm.devices, "version", lambda package: "2.11.0+cu130")
+    monkeypatch.setattr(tpllm.config.devices, "version", lambda package: "2.11.0+cu130")
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
 
 
@@ -62,7 +62,7 @@ def test_cuda_visible_devices_is_read_as_cuda_reads_it(three_gpus, monkeypatch, 
 
 
 def test_a_torch_without_cuda_sees_no_gpu(three_gpus, monkeypatch):
-    monkeypatch.setattr(tpllm.devices, "version", lambda package: "2.13.0+cpu")
+    monkeypatch.setattr(tpllm.config.devices, "version", lambda package: "2.13.0+cpu")
     assert visible_gpus() == []
 
 
