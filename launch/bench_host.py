@@ -39,8 +39,8 @@ from tpllm.engine import messages
 from tpllm.engine.block_manager import BlockManager
 from tpllm.engine.request import AddRequest, RequestUpdate, Sequence
 from tpllm.engine.scheduler import Scheduler
-from tpllm.output_processor import OutputProcessor
-from tpllm.tokenizer import Tokenizer
+from tpllm.text.output_processor import OutputProcessor
+from tpllm.text.tokenizer import Tokenizer
 
 SPIN_S = 100e-6  # as the workers' own
 GOALS = {"hop_us": 50, "idle_cpu_percent": 1, "schedule_256_ms": 0.5, "detokenize_256_ms": 0.3}

@@ -30,8 +30,7 @@ from tpllm import LLM, SamplingParams
 from tpllm.cli.bench.prompts import random_prompt, single_token_words
 from tpllm.cli.bench.report import print_curve
 from tpllm.cli.bench.workloads import environment
-from tpllm.config.checkpoint import resolve_model
-from tpllm.tokenizer import TOKENIZER_FILES
+from tpllm.config.checkpoint import TOKENIZER_FILES, resolve_model
 
 READY = re.compile(r"http://127\.0\.0\.1:\d+")
 

@@ -16,7 +16,7 @@ import torch
 from launch import forked_workers
 from tpllm.config.checkpoint import SHIPPED_MODEL
 from tpllm.engine import processes
-from tpllm.tokenizer import Tokenizer
+from tpllm.text.tokenizer import Tokenizer
 
 _started = processes._start
 

@@ -29,8 +29,8 @@ from tpllm.engine import engine_client, messages
 from tpllm.engine.connection import Connection, Message
 from tpllm.engine.coordinator import MAX_STEPS_IN_FLIGHT
 from tpllm.engine.engine_client import EngineClient
-from tpllm.output_processor import OutputProcessor
 from tpllm.outputs import RequestOutput
+from tpllm.text.output_processor import OutputProcessor
 
 SHORT = SamplingParams(max_tokens=4, ignore_eos=True)
 ENDLESS = SamplingParams(max_tokens=None, ignore_eos=True)  # 1000 steps of a millisecond

@@ -12,7 +12,6 @@ from tests.structure import PACKAGE, imports_of
 
 # Plain data and checks, which any part may use except those that must run on their own.
 PLAIN = {
-    "bad_words",
     "checks",
     "config",
     "errors",
@@ -28,7 +27,7 @@ MAY_IMPORT = {
     "models": {"layers", "parallel", "config"},
     "channel": PLAIN,
     "worker": PLAIN | {"models", "layers", "parallel", "channel", "child_process"},
-    "server": PLAIN | {"async_llm", "conversation", "detokenizer"},
+    "server": PLAIN | {"async_llm", "text"},
     "engine": PLAIN | {"__version__", "channel", "child_process", "interrupts"},
 }
 WITHOUT_TORCH = {"torch", "triton", "transformers", "flash_attn"}

@@ -13,7 +13,7 @@ from tpllm.engine import grammars
 from tpllm.engine.grammars import Grammars
 from tpllm.errors import panics_as_errors
 from tpllm.structured_outputs import StructuredOutputsParams
-from tpllm.tokenizer import Tokenizer
+from tpllm.text.tokenizer import Tokenizer
 
 SHIPPED = resolve_model(None)
 

@@ -20,11 +20,11 @@ from tpllm.engine.connection import Message
 from tpllm.engine.engine_client import EngineClient
 from tpllm.engine.processes import ClosedError
 from tpllm.engine.stats import EngineStats
-from tpllm.output_processor import OutputProcessor, Request
 from tpllm.outputs import RequestOutput
-from tpllm.prompts import Prompt, as_list
 from tpllm.sampling_params import SamplingParams
-from tpllm.tokenizer import Tokenizer, require_tokenizer
+from tpllm.text.output_processor import OutputProcessor, Request
+from tpllm.text.prompts import Prompt, as_list
+from tpllm.text.tokenizer import Tokenizer, require_tokenizer
 from tpllm.vllm_keywords import CALLS, without_absent
 
 # Encoding this many characters takes about a millisecond, for which an event loop may well wait.

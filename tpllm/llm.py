@@ -15,11 +15,11 @@ from tpllm.config.engine_config import EngineConfig
 from tpllm.config.settings import Settings, SettingsKeywords, signature
 from tpllm.engine.coordinator import Coordinator
 from tpllm.errors import WorkerError
-from tpllm.output_processor import OutputProcessor
 from tpllm.outputs import RequestOutput
-from tpllm.prompts import Prompt, as_list, one_for_each, plain_list
 from tpllm.sampling_params import RequestOutputKind, SamplingParams
-from tpllm.tokenizer import Tokenizer, require_tokenizer
+from tpllm.text.output_processor import OutputProcessor
+from tpllm.text.prompts import Prompt, as_list, one_for_each, plain_list
+from tpllm.text.tokenizer import Tokenizer, require_tokenizer
 from tpllm.vllm_keywords import CALLS, without_absent
 
 Message = Mapping[str, Any]

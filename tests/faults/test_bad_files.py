@@ -212,7 +212,7 @@ def test_a_hostile_config_is_read_or_refused_by_name(changes, tmp_path):
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\xff", b'{"version": "1.0"}'])
 def test_a_damaged_tokenizer_is_refused_by_folder(content, tmp_path):
-    from tpllm.tokenizer import Tokenizer
+    from tpllm.text.tokenizer import Tokenizer
 
     write_checkpoint(tmp_path)
     (tmp_path / "tokenizer.json").write_bytes(content)

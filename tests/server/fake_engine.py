@@ -13,9 +13,9 @@ from typing import Any
 
 import tpllm
 from tpllm import SamplingParams, WorkerError
-from tpllm.conversation import plain_messages, plain_tools
 from tpllm.engine.stats import EngineStats
 from tpllm.outputs import CompletionOutput, Logprob, RequestOutput
+from tpllm.text.conversation import plain_messages, plain_tools
 
 MAX_MODEL_LEN = 2000
 NUM_LETTERS = 0x110000

@@ -17,7 +17,7 @@ from tests.leaks import is_running, wait_until
 from tests.reference import TIE, shipped_greedy
 from tests.scripts import ROOT
 from tpllm.config.checkpoint import resolve_model
-from tpllm.tokenizer import Tokenizer
+from tpllm.text.tokenizer import Tokenizer
 
 PROGRAM = """
 import sys

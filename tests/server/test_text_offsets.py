@@ -14,14 +14,14 @@ import pytest
 from tests.server.conftest import Served, running_server
 from tests.server.fake_engine import FakeEngine
 from tests.server.test_http import CHAT, HELLO
-from tests.test_detokenizer import sentencepiece_like, word_level
+from tests.text.test_detokenizer import sentencepiece_like, word_level
 from tpllm import SamplingParams
 from tpllm.config.checkpoint import resolve_model
 from tpllm.engine.request import PackedLogprobs, RequestUpdate, TokenLogprobs
-from tpllm.output_processor import OutputProcessor
 from tpllm.outputs import RequestOutput
 from tpllm.server.text_offsets import TextOffsets
-from tpllm.tokenizer import Tokenizer
+from tpllm.text.output_processor import OutputProcessor
+from tpllm.text.tokenizer import Tokenizer
 
 COMPLETIONS = "/v1/completions"
 SHIPPED = Tokenizer(resolve_model(None))

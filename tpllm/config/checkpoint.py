@@ -22,6 +22,8 @@ from tpllm.config.checkpoint_files import (
 )
 from tpllm.config.model_config import ModelConfig
 
+# One of these is in every folder that AutoTokenizer can read.
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
 SHIPPED_MODEL = Path(__file__).parents[1] / "assets" / "tiny-qwen3"
 ADAPTER_NAME = "adapter_config.json"
 

@@ -13,14 +13,13 @@ from pathlib import Path
 from typing import Any, Self
 
 from tpllm.checks import MAX_INT32
-from tpllm.config.checkpoint import check_checkpoint, resolve_model
+from tpllm.config.checkpoint import TOKENIZER_FILES, check_checkpoint, resolve_model
 from tpllm.config.devices import Gpu, visible_gpus
 from tpllm.config.generation_config import read_generation_defaults
 from tpllm.config.model_config import ModelConfig
 from tpllm.config.resources import refuse_too_little_shared_memory
 from tpllm.config.settings import Settings
 from tpllm.sampling_params import SamplingParams
-from tpllm.tokenizer import TOKENIZER_FILES
 
 HALF_DTYPES = ("bfloat16", "float16")
 STEP_TIMEOUT_S = {"cuda": 60.0, "cpu": 600.0}  # a GPU's longest step takes some seconds

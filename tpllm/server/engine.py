@@ -3,9 +3,9 @@
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from typing import Any, Protocol
 
-from tpllm.detokenizer import Detokenizer
 from tpllm.outputs import RequestOutput
 from tpllm.sampling_params import SamplingParams
+from tpllm.text.detokenizer import Detokenizer
 
 
 class ModelFacts(Protocol):

@@ -21,8 +21,8 @@ from pydantic import (
 )
 
 from tpllm.checks import MAX_INT32, are_ints, short
-from tpllm.conversation import ROLES
 from tpllm.server.foreign_fields import without_foreign_fields
+from tpllm.text.conversation import ROLES
 
 T = TypeVar("T")
 

@@ -3,7 +3,6 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from tpllm.bad_words import most_ids
 from tpllm.sampling_params import RequestOutputKind, SamplingParams
 from tpllm.server.errors import APIError, context_exceeded, from_value_error
 from tpllm.server.protocol import (
@@ -13,6 +12,7 @@ from tpllm.server.protocol import (
 )
 from tpllm.server.settings import ServerSettings
 from tpllm.server.structured import structured_outputs
+from tpllm.text.bad_words import most_ids
 
 SAME_NAME = (
     "n",

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from tpllm.detokenizer import Detokenizer
+from tpllm.text.detokenizer import Detokenizer
 
 BROKEN = "\N{REPLACEMENT CHARACTER}"
 

@@ -6,7 +6,7 @@ from collections.abc import Awaitable, Callable
 
 from tpllm.cli.bench.client import HTTPStatusError, Server
 from tpllm.config.checkpoint import resolve_model
-from tpllm.tokenizer import Tokenizer
+from tpllm.text.tokenizer import Tokenizer
 
 Count = Callable[[str], Awaitable[int]]  # tokens of a text
 

@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 
 from tpllm.config.checkpoint import resolve_model
 from tpllm.engine.request import PackedLogprobs, RequestUpdate, TokenLogprobs
-from tpllm.output_processor import OutputProcessor, Request
 from tpllm.outputs import CompletionOutput, Logprob, RequestOutput
 from tpllm.sampling_params import RequestOutputKind, SamplingParams
-from tpllm.tokenizer import Tokenizer
+from tpllm.text.output_processor import OutputProcessor, Request
+from tpllm.text.tokenizer import Tokenizer
 
 TOKENIZER = Tokenizer(resolve_model(None))
 DELTA, CUMULATIVE, FINAL_ONLY = (

@@ -12,8 +12,8 @@ from tokenizers import Tokenizer as Backend
 from transformers import PreTrainedTokenizerFast
 
 from tpllm.config.checkpoint import resolve_model
-from tpllm.detokenizer import Detokenizer
-from tpllm.tokenizer import Tokenizer
+from tpllm.text.detokenizer import Detokenizer
+from tpllm.text.tokenizer import Tokenizer
 
 SHIPPED = Tokenizer(resolve_model(None))
 MULTI_BYTE = "naïve — 日本 🙂 e\u0301 👩‍👩‍👧 \ufffd"

@@ -7,19 +7,16 @@ from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
-from tpllm.bad_words import MAX_SPELLING_IDS, spellings
 from tpllm.checks import is_unicode
-from tpllm.conversation import plain_messages, plain_tools, with_object_arguments
-from tpllm.detokenizer import (
+from tpllm.errors import first_line, panics_as_errors
+from tpllm.text.bad_words import MAX_SPELLING_IDS, spellings
+from tpllm.text.conversation import plain_messages, plain_tools, with_object_arguments
+from tpllm.text.detokenizer import (
     ByteDetokenizer,
     Detokenizer,
     WindowDetokenizer,
     piece_of_byte_level,
 )
-from tpllm.errors import first_line, panics_as_errors
-
-# One of these is in every folder that AutoTokenizer can read.
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
 
 
 class Tokenizer:
@@ -256,7 +253,7 @@ class Tokenizer:
 
         Args:
             messages: `{"role": "user", "content": "..."}` and so on, oldest first, in any form
-                that OpenAI's clients keep them in: see `tpllm.conversation`
+                that OpenAI's clients keep them in: see `tpllm.text.conversation`
             add_generation_prompt: end with what opens an answer
             continue_final_message: leave the last message open, for the model to go on with it
             chat_template: a Jinja template to use instead of the tokenizer's

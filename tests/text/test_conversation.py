@@ -12,10 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tpllm.config.checkpoint import resolve_model
-from tpllm.conversation import plain_messages, plain_tools
 from tpllm.server.prompts import Prompts
 from tpllm.server.protocol import ChatCompletionRequest
-from tpllm.tokenizer import Tokenizer
+from tpllm.text.conversation import plain_messages, plain_tools
+from tpllm.text.tokenizer import Tokenizer
 
 # Prints all that a template can see.
 ALL = (

@@ -2,7 +2,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tpllm.stop_strings import find_stop, num_undecided
+from tpllm.text.stop_strings import find_stop, num_undecided
 
 short = st.text("ab", min_size=1, max_size=4)
 

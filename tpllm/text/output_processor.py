@@ -9,14 +9,14 @@ from collections.abc import Iterable, Sequence
 from itertools import count
 from typing import NamedTuple, cast
 
-from tpllm.detokenizer import Detokenizer
 from tpllm.engine.request import AddRequest, RequestUpdate, TokenLogprobs
 from tpllm.errors import NoNextTokenError
-from tpllm.logprobs import PromptLogprobs, read_position
 from tpllm.outputs import CompletionOutput, FinishReason, Logprob, RequestOutput
 from tpllm.sampling_params import RequestOutputKind, SamplingParams
-from tpllm.stop_strings import find_stop, num_undecided
-from tpllm.tokenizer import Tokenizer
+from tpllm.text.detokenizer import Detokenizer
+from tpllm.text.logprobs import PromptLogprobs, read_position
+from tpllm.text.stop_strings import find_stop, num_undecided
+from tpllm.text.tokenizer import Tokenizer
 
 
 class Processed(NamedTuple):

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from tpllm import SamplingParams
-from tpllm.prompts import as_list, one_for_each
+from tpllm.text.prompts import as_list, one_for_each
 
 
 @pytest.mark.parametrize(

@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 
-from tpllm.bad_words import MAX_SPELLING_IDS, most_ids
 from tpllm.config.checkpoint import resolve_model
-from tpllm.tokenizer import Tokenizer
+from tpllm.text.bad_words import MAX_SPELLING_IDS, most_ids
+from tpllm.text.tokenizer import Tokenizer
 
-EXPECTED = json.loads((Path(__file__).parent / "data" / "expected.json").read_text())["items"]
+EXPECTED = json.loads((Path(__file__).parents[1] / "data" / "expected.json").read_text())["items"]
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,1 @@
+"""Between text and tokens, in the caller's process: prompts in, outputs out."""
