@@ -35,10 +35,10 @@ from tpllm import LLM, RequestOutputKind, SamplingParams, __version__
 from tpllm.channel.ring import RingDescriptors, RingReader, RingWriter, create_ring
 from tpllm.channel.step_plan import ENTERING_WORDS, STEP, PlanLimits, StepPlan, StepResult
 from tpllm.config.checkpoint import SHIPPED_MODEL
-from tpllm.engine import messages
 from tpllm.engine.block_manager import BlockManager
 from tpllm.engine.request import AddRequest, RequestUpdate, Sequence
 from tpllm.engine.scheduler import Scheduler
+from tpllm.supervision import messages
 from tpllm.text.output_processor import OutputProcessor
 from tpllm.text.tokenizer import Tokenizer
 
@@ -179,7 +179,9 @@ def measure_schedule(num_seqs: int, num_steps: int = 300) -> dict[str, Any]:
     """A decode step of `num_seqs` sequences, one step ahead of its results, as in the engine."""
     block_size, prompt_length = 256, 100
     blocks_per_seq = -(-(prompt_length + num_steps + 8) // block_size)
-    limits = PlanLimits(num_seqs, max(16384, num_seqs), blocks_per_seq, block_size, 8)
+    limits = PlanLimits(
+        num_seqs, max(16384, num_seqs), blocks_per_seq, block_size, 8, max_logprobs=20
+    )
     scheduler = Scheduler(BlockManager(num_seqs * blocks_per_seq + 1, block_size), limits)
     params = SamplingParams(max_tokens=None, ignore_eos=True)
     for i in range(num_seqs):

@@ -45,9 +45,10 @@ from launch.leftovers import Traces  # noqa: E402
 from tpllm import SamplingParams, WorkerError  # noqa: E402
 from tpllm.config.devices import visible_gpus  # noqa: E402
 from tpllm.config.engine_config import EngineConfig  # noqa: E402
-from tpllm.engine import processes  # noqa: E402
 from tpllm.engine.coordinator import Coordinator  # noqa: E402
 from tpllm.engine.request import AddRequest  # noqa: E402
+from tpllm.supervision import processes  # noqa: E402
+from tpllm.supervision.start import start_engine  # noqa: E402
 
 CLEAN_S = 5.0  # the promise
 DETECT_S = 3.0
@@ -92,7 +93,7 @@ def run_all(engine: Coordinator, requests: list[AddRequest], got: dict[str, list
 
 
 def quiet_answers(settings: dict[str, Any], requests: list[AddRequest]) -> dict[str, list[int]]:
-    engine = Coordinator(EngineConfig.resolve(**settings))
+    engine = start_engine(EngineConfig.resolve(**settings))
     try:
         got: dict[str, list[int]] = defaultdict(list)
         run_all(engine, requests, got)
@@ -103,7 +104,7 @@ def quiet_answers(settings: dict[str, Any], requests: list[AddRequest]) -> dict[
 
 def run_victim(settings: dict[str, Any]) -> None:
     """A program with an engine, which is killed when its worker comes to the fault's place."""
-    engine = Coordinator(EngineConfig.resolve(**settings), module="launch.chaos_worker")
+    engine = start_engine(EngineConfig.resolve(**settings), module="launch.chaos_worker")
     for round_ in range(1 << 30):
         run_all(engine, make_requests(random.Random(round_), 16), defaultdict(list))
 
@@ -159,7 +160,7 @@ class Chaos:
 
         try:
             config = EngineConfig.resolve(**self.settings)
-            engine = Coordinator(config, on_phase=on_phase, module="launch.chaos_worker")
+            engine = start_engine(config, on_phase=on_phase, module="launch.chaos_worker")
             run_all(engine, self.requests, got)
             engine.worker_times()  # for a fault that waits until the last step is done
         except WorkerError as error:

@@ -18,8 +18,8 @@ from contextlib import suppress
 from importlib.util import find_spec
 from typing import Any, NoReturn
 
-from tpllm.engine import processes
-from tpllm.engine.child import Child
+from tpllm.supervision import processes
+from tpllm.supervision.child import Child
 
 _exec = processes._start
 

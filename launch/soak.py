@@ -27,8 +27,8 @@ if __name__ == "__main__":
 from launch.soak_worker import continuation  # noqa: E402
 from tpllm import SamplingParams  # noqa: E402
 from tpllm.config.engine_config import EngineConfig  # noqa: E402
-from tpllm.engine.coordinator import Coordinator  # noqa: E402
 from tpllm.engine.request import AddRequest, RequestUpdate  # noqa: E402
+from tpllm.supervision.start import start_engine  # noqa: E402
 
 MAX_OUTSTANDING = 300
 ABORTED = 0.005  # of the requests there are, whenever some are aborted
@@ -52,7 +52,7 @@ class Soak:
         )
         self._vocab_size = config.model_config.vocab_size
         self._ends = set(config.model_config.eos_token_ids)
-        self.engine = Coordinator(config, module="launch.soak_worker")
+        self.engine = start_engine(config, module="launch.soak_worker")
         self._num_free = self.engine._blocks.num_free
         self._running: dict[str, tuple[AddRequest, list[int]]] = {}
         self._stems = [[self._rng.randrange(4000) for _ in range(60)] for _ in range(20)]

@@ -13,7 +13,7 @@ import numpy as np
 
 from tpllm.channel.progress import Progress
 from tpllm.channel.ring import RingReader
-from tpllm.channel.step_plan import CONTROL, PlanLimits, StepPlan, StepResult
+from tpllm.channel.step_plan import CONTROL, StepPlan, StepResult
 from tpllm.config.engine_config import EngineConfig
 from tpllm.worker.__main__ import Spec, main
 from tpllm.worker.replies import Replies
@@ -48,7 +48,7 @@ class SoakWorker:
     """Executes plans on a cache of digests."""
 
     def __init__(self, config: EngineConfig, num_blocks: int) -> None:
-        limits = PlanLimits.of(config)
+        limits = config.plan_limits
         self._vocab_size = config.model_config.vocab_size
         self._block_size = config.kv_block_size
         self._tables = np.zeros((limits.max_num_seqs, limits.max_blocks_per_seq), dtype=np.int32)

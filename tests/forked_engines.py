@@ -15,7 +15,7 @@ import torch
 
 from launch import forked_workers
 from tpllm.config.checkpoint import SHIPPED_MODEL
-from tpllm.engine import processes
+from tpllm.supervision import processes
 from tpllm.text.tokenizer import Tokenizer
 
 _started = processes._start

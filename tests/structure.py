@@ -22,7 +22,7 @@ ENTRY_POINTS = (
     "tpllm.llm",
     "tpllm.worker.__main__",
     "tpllm.models.qwen3",
-    "tpllm.engine.guard",
+    "tpllm.supervision.guard",
 )
 
 

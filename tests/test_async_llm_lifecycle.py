@@ -19,17 +19,17 @@ from unittest.mock import MagicMock, Mock
 import psutil
 import pytest
 
-from tests.engine.stub_worker import HANG, READY
 from tests.leaks import is_running, wait_until
 from tests.scripts import running
+from tests.supervision.stub_worker import HANG, READY
 from tpllm import SamplingParams, WorkerError
 from tpllm.async_llm import AsyncLLM
 from tpllm.config.engine_config import EngineConfig
-from tpllm.engine import engine_client, messages
-from tpllm.engine.connection import Connection, Message
 from tpllm.engine.coordinator import MAX_STEPS_IN_FLIGHT
-from tpllm.engine.engine_client import EngineClient
 from tpllm.outputs import RequestOutput
+from tpllm.supervision import engine_client, messages
+from tpllm.supervision.connection import Connection, Message
+from tpllm.supervision.engine_client import EngineClient
 from tpllm.text.output_processor import OutputProcessor
 
 SHORT = SamplingParams(max_tokens=4, ignore_eos=True)
@@ -40,7 +40,7 @@ MakeEngine = Callable[..., AsyncLLM]
 
 @pytest.fixture
 def make_engine(monkeypatch) -> MakeEngine:
-    folders = [str(Path(__file__).parent / "engine"), os.environ.get("PYTHONPATH", "")]
+    folders = [str(Path(__file__).parent / "supervision"), os.environ.get("PYTHONPATH", "")]
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, folders)))
     monkeypatch.setattr(engine_client, "MODULE", "stub_engine")
 
@@ -372,8 +372,8 @@ PROGRAM = """
 import asyncio, os, signal
 from tpllm import AsyncLLM, SamplingParams
 from tpllm.config.engine_config import EngineConfig
-from tpllm.engine import engine_client
-from tpllm.engine.connection import Connection, Message
+from tpllm.supervision import engine_client
+from tpllm.supervision.connection import Connection, Message
 engine_client.MODULE = "stub_engine"
 engine = AsyncLLM(device="cpu", tensor_parallel_size=2, skip_tokenizer_init=True)
 
@@ -407,7 +407,7 @@ REAPING = """
 import asyncio, os, signal
 signal.signal(signal.SIGCHLD, signal.SIG_IGN)
 from tpllm import AsyncLLM, SamplingParams, WorkerError
-from tpllm.engine import engine_client
+from tpllm.supervision import engine_client
 engine_client.MODULE = "stub_engine"
 
 async def one():

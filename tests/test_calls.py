@@ -22,7 +22,7 @@ from tests.ctrl_c import press_ctrl_c
 from tests.leaks import wait_until
 from tpllm import LLM, RequestOutputKind, SamplingParams, WorkerError
 from tpllm import llm as llm_module
-from tpllm.engine.coordinator import Coordinator
+from tpllm.supervision.start import start_engine
 
 pytestmark = pytest.mark.usefixtures("ctrl_c_raises", "forked_engines")
 
@@ -38,8 +38,8 @@ ENDLESS = SamplingParams(temperature=0, max_tokens=None, ignore_eos=True)
 @contextmanager
 def made_llm() -> Iterator[LLM]:
     with pytest.MonkeyPatch.context() as patch:
-        quick = partial(Coordinator, module="launch.soak_worker")
-        patch.setattr(llm_module, "Coordinator", quick)
+        quick = partial(start_engine, module="launch.soak_worker")
+        patch.setattr(llm_module, "start_engine", quick)
         made = LLM(device="cpu", num_kv_blocks=300, max_num_seqs=16, skip_tokenizer_init=True)
     with made:
         yield made

@@ -25,10 +25,10 @@ MAY_IMPORT = {
     "parallel": set(),
     "layers": {"parallel"},
     "models": {"layers", "parallel", "config"},
-    "channel": PLAIN,
-    "worker": PLAIN | {"models", "layers", "parallel", "channel", "child_process"},
+    "channel": set(),
+    "worker": PLAIN | {"models", "layers", "parallel", "channel"},
     "server": PLAIN | {"async_llm", "text"},
-    "engine": PLAIN | {"__version__", "channel", "child_process", "interrupts"},
+    "engine": PLAIN | {"channel"},
 }
 WITHOUT_TORCH = {"torch", "triton", "transformers", "flash_attn"}
 MAY_USE_TORCH = {"parallel", "layers", "models", "worker"}

@@ -1,8 +1,8 @@
 """Engines with real workers, from their start to every kind of end.
 
 That nothing is left behind is checked after each test by a fixture in tests/conftest.py; what the
-launcher alone can show is shown with cheaper workers in tests/engine/test_launcher.py. Engines are
-forked (`tests.forked_engines`) but for those whose start is the subject.
+launcher alone can show is shown with cheaper workers in tests/supervision/test_launcher.py. Engines
+are forked (`tests.forked_engines`) but for those whose start is the subject.
 """
 
 import gc
@@ -26,13 +26,14 @@ from tests.forked_engines import engines_are_started
 from tests.leaks import wait_until, worker_pids
 from tests.reference import shipped_greedy
 from tests.scripts import running
-from tpllm import LLM, SamplingParams, WorkerError, calls, interrupts, turns
+from tpllm import LLM, SamplingParams, WorkerError, calls, turns
 from tpllm import llm as llm_module
 from tpllm.channel import ring
 from tpllm.config.checkpoint import resolve_model
 from tpllm.config.engine_config import EngineConfig
-from tpllm.engine import block_manager, coordinator, launcher, processes, scheduler
-from tpllm.engine.coordinator import Coordinator
+from tpllm.engine import block_manager, coordinator, scheduler
+from tpllm.supervision import interrupts, launcher, processes
+from tpllm.supervision.start import start_engine
 
 pytestmark = pytest.mark.usefixtures("ctrl_c_raises", "forked_engines")
 
@@ -90,8 +91,8 @@ def test_ctrl_c_in_generate_ends_its_requests_and_leaves_the_engine_usable(llm):
 
 def test_ctrl_c_at_any_line_of_generate_leaves_the_engine_usable(monkeypatch):
     """With workers that draw tokens without a model: only the caller's process matters here."""
-    quick = partial(Coordinator, module="launch.soak_worker")
-    monkeypatch.setattr(llm_module, "Coordinator", quick)
+    quick = partial(start_engine, module="launch.soak_worker")
+    monkeypatch.setattr(llm_module, "start_engine", quick)
     llm = LLM(device="cpu", num_kv_blocks=64, skip_tokenizer_init=True)
     parts = (
         llm_module,
@@ -234,7 +235,7 @@ def test_a_worker_killed_while_it_loads_is_named(nothing_left):
 
     config = EngineConfig.resolve(device="cpu", tensor_parallel_size=2, skip_tokenizer_init=True)
     with pytest.raises(WorkerError, match=r"^worker rank . was killed by SIGKILL while "):
-        Coordinator(config, on_phase=kill_one)
+        start_engine(config, on_phase=kill_one)
     nothing_left()
 
 
@@ -247,7 +248,7 @@ def test_a_worker_that_raises_gives_its_traceback(tmp_path):
     for file in Path(folder).glob("*.safetensors"):
         file.unlink()
     with pytest.raises(WorkerError, match="worker rank . failed while loading weights:") as raised:
-        Coordinator(config)
+        start_engine(config)
     assert raised.value.rank in (0, 1)
     for part in ("Traceback (most recent call last)", "FileNotFoundError", "safetensors"):
         assert part in str(raised.value)
@@ -260,6 +261,7 @@ import os, signal, threading, time
 from tpllm import LLM, SamplingParams
 from tpllm.config.engine_config import EngineConfig
 from tpllm.engine.coordinator import Coordinator
+from tpllm.supervision.start import start_engine
 
 SETTINGS = dict(device={device!r}, tensor_parallel_size={size}, skip_tokenizer_init=True)
 moment = {moment!r}
@@ -281,7 +283,7 @@ elif moment == "running":
     llm.generate([[1, 2, 3]], SamplingParams(temperature=0, ignore_eos=True), use_tqdm=False)
 else:
     config = EngineConfig.resolve(**SETTINGS)
-    Coordinator(config, on_phase=lambda rank, phase: phase == moment and kill_me())
+    start_engine(config, on_phase=lambda rank, phase: phase == moment and kill_me())
 """
 MOMENTS = ["importing torch", "joining the group", "loading weights", "idle", "running"]
 

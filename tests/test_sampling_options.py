@@ -16,6 +16,7 @@ from tpllm.config.checkpoint import resolve_model
 from tpllm.config.engine_config import EngineConfig
 from tpllm.engine.coordinator import Coordinator
 from tpllm.engine.request import AddRequest, TokenLogprobs
+from tpllm.supervision.start import start_engine
 
 pytestmark = pytest.mark.usefixtures("forked_engines")
 
@@ -101,7 +102,7 @@ def serve(coordinator: Coordinator, names: list[str]) -> dict[str, Heard]:
 
 
 def start(**settings: Any) -> Coordinator:
-    return Coordinator(EngineConfig.resolve(None, device="cpu", **settings))
+    return start_engine(EngineConfig.resolve(None, device="cpu", **settings))
 
 
 @pytest.fixture(scope="module")
@@ -189,7 +190,7 @@ def test_splitting_the_work_changes_nothing(
 def test_gpus_report_what_the_cpu_reports(tp: int, together: dict[str, Heard]) -> None:
     """Graphs, kernels, and sums over peer memory, in float32."""
     config = EngineConfig.resolve(None, device="cuda", dtype="float32", tensor_parallel_size=tp)
-    coordinator = Coordinator(config)
+    coordinator = start_engine(config)
     try:
         assert_same(serve(coordinator, list(REQUESTS)), together)
     finally:

@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 
 from tpllm import SamplingParams, StructuredOutputsParams, UnknownSettingError
-from tpllm.engine import messages
 from tpllm.engine.request import AddRequest
+from tpllm.supervision import messages
 
 SCHEMA = {"type": "object", "properties": {"price": {"multipleOf": 0.01}}}
 

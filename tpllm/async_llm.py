@@ -15,13 +15,13 @@ from typing import Any, Self, Unpack
 
 from tpllm.config.engine_config import EngineConfig
 from tpllm.config.settings import Settings, SettingsKeywords, signature
-from tpllm.engine import messages
-from tpllm.engine.connection import Message
-from tpllm.engine.engine_client import EngineClient
-from tpllm.engine.processes import ClosedError
 from tpllm.engine.stats import EngineStats
 from tpllm.outputs import RequestOutput
 from tpllm.sampling_params import SamplingParams
+from tpllm.supervision import messages
+from tpllm.supervision.connection import Message
+from tpllm.supervision.engine_client import EngineClient
+from tpllm.supervision.processes import ClosedError
 from tpllm.text.output_processor import OutputProcessor, Request
 from tpllm.text.prompts import Prompt, as_list
 from tpllm.text.tokenizer import Tokenizer, require_tokenizer
@@ -335,10 +335,13 @@ class _Streams:
         return question
 
     def _refuse_if_over(self) -> None:
+        """Raise why nothing more comes, once the thread has noted it.
+
+        Between the end of the client and that note, only the thread can tell whether the engine
+        failed or was closed: it ends what is opened meanwhile.
+        """
         if self._end is not None:
             raise _again(self._end)
-        if self._client.closed:
-            raise RuntimeError("this AsyncLLM is closed; make a new one")
 
     # ---- the thread --------------------------------------------------------------------------
 

@@ -17,6 +17,7 @@ from tpllm.engine.coordinator import Coordinator
 from tpllm.errors import WorkerError
 from tpllm.outputs import RequestOutput
 from tpllm.sampling_params import RequestOutputKind, SamplingParams
+from tpllm.supervision.start import start_engine
 from tpllm.text.output_processor import OutputProcessor
 from tpllm.text.prompts import Prompt, as_list, one_for_each, plain_list
 from tpllm.text.tokenizer import Tokenizer, require_tokenizer
@@ -59,7 +60,7 @@ class LLM(AbstractContextManager["LLM"]):
                 if self.config.tokenizer_folder is not None:
                     self._tokenizer = Tokenizer(self.config.tokenizer_folder)
                     loading = pool.submit(self._tokenizer.load)
-                coordinator = Coordinator(self.config, on_phase=on_phase)
+                coordinator = start_engine(self.config, on_phase=on_phase)
             if self._tokenizer is not None:
                 loading.result()
         except BaseException:

@@ -132,9 +132,11 @@ def test_parts_of_a_larger_array_are_written_in_their_own_order():
 
 
 LIMITS = [
-    PlanLimits(1, 1, max_blocks_per_seq=1, block_size=1, vocab_size=5),
-    PlanLimits(7, 100, max_blocks_per_seq=13, block_size=16, vocab_size=4099),
-    PlanLimits(256, 16384, max_blocks_per_seq=160, block_size=256, vocab_size=151936),
+    PlanLimits(1, 1, max_blocks_per_seq=1, block_size=1, vocab_size=5, max_logprobs=20),
+    PlanLimits(7, 100, max_blocks_per_seq=13, block_size=16, vocab_size=4099, max_logprobs=20),
+    PlanLimits(
+        256, 16384, max_blocks_per_seq=160, block_size=256, vocab_size=151936, max_logprobs=20
+    ),
 ]
 
 

@@ -341,7 +341,12 @@ class SimulatedEngine:
     ) -> None:
         max_blocks_per_seq = -(-max_model_len // block_size)
         self.limits = PlanLimits(
-            max_num_seqs, max_num_batched_tokens, max_blocks_per_seq, block_size, VOCAB_SIZE
+            max_num_seqs,
+            max_num_batched_tokens,
+            max_blocks_per_seq,
+            block_size,
+            VOCAB_SIZE,
+            max_logprobs=20,
         )
         self.blocks = BlockManager(num_blocks, block_size, enable_prefix_caching)
         self.scheduler = Scheduler(self.blocks, self.limits)

@@ -18,11 +18,12 @@ from tpllm.engine.grammars import Grammar, Grammars, Matcher, fill_masks
 from tpllm.engine.request import AddRequest
 from tpllm.sampling_params import SamplingParams
 from tpllm.structured_outputs import StructuredOutputsParams
+from tpllm.supervision.start import engine_grammars
 
 
 @pytest.fixture(scope="module")
 def shipped() -> Iterator[Grammars]:
-    grammars = Grammars.of_engine(EngineConfig.resolve(device="cpu"))
+    grammars = engine_grammars(EngineConfig.resolve(device="cpu"))
     grammars.compile(StructuredOutputsParams(regex="a"))  # starts the process that tries forms
     yield grammars
     grammars.close()
@@ -315,18 +316,18 @@ def test_an_engine_without_a_tokenizer_or_its_file_says_what_to_do(tmp_path):
     form = StructuredOutputsParams(json_object=True)
     config = EngineConfig.resolve(device="cpu", skip_tokenizer_init=True)
     with pytest.raises(ValueError, match="needs a tokenizer, and this engine has none"):
-        Grammars.of_engine(config).compile(form)
+        engine_grammars(config).compile(form)
     (tmp_path / "tokenizer_config.json").write_text("{}")
     config = EngineConfig.resolve(device="cpu", tokenizer=str(tmp_path))
     with pytest.raises(ValueError, match="needs tokenizer.json, and .* has none"):
-        Grammars.of_engine(config).compile(form)
+        engine_grammars(config).compile(form)
     (tmp_path / "tokenizer.json").write_text(json.dumps({"model": None}))
     with pytest.raises(ValueError, match="llguidance cannot read .*tokenizer.json"):
-        Grammars.of_engine(config).compile(form)
+        engine_grammars(config).compile(form)
 
 
 def test_without_llguidance_the_error_names_the_extra(shipped, monkeypatch):
     monkeypatch.setitem(sys.modules, "llguidance", None)
-    fresh = Grammars.of_engine(EngineConfig.resolve(device="cpu"))
+    fresh = engine_grammars(EngineConfig.resolve(device="cpu"))
     with pytest.raises(ValueError, match=r"pip install 'tpllm\[structured\]'"):
         fresh.compile(StructuredOutputsParams(regex="a"))

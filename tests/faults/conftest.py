@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from launch import forked_workers
-from tpllm.engine import failure, launcher, processes
+from tpllm.supervision import failure, launcher, processes
 
 HERE = Path(__file__).parent
 

@@ -8,7 +8,7 @@ import os
 import signal
 import time
 
-from tests.engine.stub_worker import Stub
+from tests.supervision.stub_worker import Stub
 from tpllm.channel.progress import Board
 from tpllm.channel.ring import RingReader
 from tpllm.channel.step_plan import CONTROL

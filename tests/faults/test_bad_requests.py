@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from launch.soak_worker import continuation
 from tpllm import LLM, SamplingParams
 from tpllm import llm as llm_module
-from tpllm.engine.coordinator import Coordinator
+from tpllm.supervision.start import start_engine
 
 GOOD = [5, 6, 7]
 FEW = SamplingParams(temperature=0, max_tokens=3, ignore_eos=True)
@@ -36,7 +36,9 @@ def quiet_run(prompt: list[int], count: int = 3) -> list[int]:
 @pytest.fixture(scope="module")
 def llm() -> Iterator[LLM]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(llm_module, "Coordinator", partial(Coordinator, module="launch.soak_worker"))
+        patch.setattr(
+            llm_module, "start_engine", partial(start_engine, module="launch.soak_worker")
+        )
         with LLM(device="cpu", num_kv_blocks=2000, max_model_len=512) as llm:
             yield llm
 

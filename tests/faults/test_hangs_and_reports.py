@@ -8,14 +8,14 @@ from typing import Any
 
 import pytest
 
-from tests.engine.stub_worker import HANG, READY, SERVE, Acts, start, until_ready
 from tests.leaks import process_state, wait_until
+from tests.supervision.stub_worker import HANG, READY, SERVE, Acts, start, until_ready
 from tpllm.channel.step_plan import RESULT, STEP
-from tpllm.engine.crash_report import NUM_KEPT, write_report
-from tpllm.engine.diagnosis import RankState, is_ending, main_stack, rank_to_blame
-from tpllm.engine.launcher import WorkerGroup
-from tpllm.engine.watch import NUM_FIRST_STEPS, Timeouts
 from tpllm.errors import WorkerError
+from tpllm.supervision.crash_report import NUM_KEPT, write_report
+from tpllm.supervision.diagnosis import RankState, is_ending, main_stack, rank_to_blame
+from tpllm.supervision.launcher import WorkerGroup
+from tpllm.supervision.watch import NUM_FIRST_STEPS, Timeouts
 
 pytestmark = pytest.mark.usefixtures("fault_workers")
 

@@ -13,8 +13,8 @@ from launch.soak_worker import continuation
 from tests.leaks import wait_until
 from tpllm import LLM, SamplingParams, WorkerError
 from tpllm import llm as llm_module
-from tpllm.engine import processes
-from tpllm.engine.coordinator import Coordinator
+from tpllm.supervision import processes
+from tpllm.supervision.start import start_engine
 
 SHORT = SamplingParams(temperature=0, max_tokens=2, ignore_eos=True)
 LONG = SamplingParams(temperature=0, max_tokens=None, ignore_eos=True)  # thousands of steps
@@ -28,7 +28,7 @@ def make_llm() -> LLM:
 def test_finished_and_unfinished_outputs_come_with_the_error(monkeypatch, nothing_left):
     monkeypatch.setattr(processes, "_start", forked_workers.start)
     monkeypatch.setattr(
-        llm_module, "Coordinator", partial(Coordinator, module="launch.soak_worker")
+        llm_module, "start_engine", partial(start_engine, module="launch.soak_worker")
     )
     llm = make_llm()
 

@@ -8,12 +8,12 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from tests.engine.stub_worker import READY, SERVE, Acts, start, until_ready
 from tests.leaks import process_state, wait_until
+from tests.supervision.stub_worker import READY, SERVE, Acts, start, until_ready
 from tpllm.channel.step_plan import RESULT, STEP
-from tpllm.engine.launcher import WorkerGroup
-from tpllm.engine.watch import Timeouts
 from tpllm.errors import WorkerError
+from tpllm.supervision.launcher import WorkerGroup
+from tpllm.supervision.watch import Timeouts
 
 pytestmark = pytest.mark.usefixtures("fault_workers")
 

@@ -23,8 +23,8 @@ from tests.leaks import process_state, wait_until
 from tpllm import LLM
 from tpllm.config.checkpoint import resolve_model
 from tpllm.config.checkpoint_files import WEIGHTS_NAME
-from tpllm.engine import processes
-from tpllm.engine.watch import Watch
+from tpllm.supervision import processes
+from tpllm.supervision.watch import Watch
 
 ACTS = ("kill", "crash", "fail", "leave", "stop", "seize")
 PLACES = ("joining the group", "loading weights", "prefill", "decode", "idle")

@@ -8,7 +8,7 @@ from typing import cast
 import pytest
 
 from launch.soak import soak
-from tests.engine.stub_worker import start, until_ready
+from tests.supervision.stub_worker import start, until_ready
 from tpllm.channel.step_plan import RESULT, STEP
 from tpllm.errors import SettingError
 
@@ -41,7 +41,7 @@ def test_ten_engines_at_the_same_time_all_work_and_touch_nobody_s_leftovers():
 @pytest.mark.usefixtures("fault_workers")
 def test_a_directory_that_cannot_be_made_is_refused_by_name(tmp_path, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    monkeypatch.setattr("tpllm.engine.launcher.secrets.token_hex", lambda n: "taken")
+    monkeypatch.setattr("tpllm.supervision.launcher.secrets.token_hex", lambda n: "taken")
     (tmp_path / "tpllm-taken").write_text("a file in its place")
     with pytest.raises(SettingError, match=r"TMPDIR=.* takes no directory \(File exists\)"):
         until_ready(start(None, 1, "fault_worker"))
@@ -50,7 +50,7 @@ def test_a_directory_that_cannot_be_made_is_refused_by_name(tmp_path, monkeypatc
 @pytest.mark.usefixtures("fault_workers")
 def test_a_directory_that_others_can_enter_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    monkeypatch.setattr("tpllm.engine.launcher.secrets.token_hex", lambda n: "open")
+    monkeypatch.setattr("tpllm.supervision.launcher.secrets.token_hex", lambda n: "open")
     (tmp_path / "tpllm-open").mkdir(mode=0o755)
     with pytest.raises(SettingError, match="is not a private directory of this user"):
         until_ready(start(None, 1, "fault_worker"))

@@ -122,7 +122,9 @@ def run_all(
 ) -> tuple[dict[str, list[int]], Tensor]:
     """Tokens of every request, and the cache as they left it, without the reserved block."""
     model, tp, config = shipped_model(device, dtype, tp)
-    limits = PlanLimits(MAX_SEQS, max_step_tokens, 4, BLOCK_SIZE, config.vocab_size)
+    limits = PlanLimits(
+        MAX_SEQS, max_step_tokens, 4, BLOCK_SIZE, config.vocab_size, max_logprobs=20
+    )
     runner = make_runner(model, tp, limits, static=static, halved_from=halved_from)
     caches = allocate_cache(model, NUM_BLOCKS, tp)
     runner.use_cache(caches)
@@ -225,7 +227,7 @@ def test_halved_steps_change_nothing_in_lanes(world_size: int, dtype: torch.dtyp
 def test_decode_steps_of_all_sizes_share_their_inputs() -> None:
     """Block tables of each size alone would take gigabytes at 4,096 rows of 8,192 blocks."""
     model, tp, config = shipped_model("cpu", torch.float32)
-    limits = PlanLimits(40, 512, 4, BLOCK_SIZE, config.vocab_size)
+    limits = PlanLimits(40, 512, 4, BLOCK_SIZE, config.vocab_size, max_logprobs=20)
     runner = make_runner(model, tp, limits, static=True)
     inputs = [runner._inputs_of(size) for size in runner.decode_sizes]
     assert [len(each.block_tables) for each in inputs] == [1, 2, 4, 8, 16, 24, 32, 40]
@@ -235,7 +237,7 @@ def test_decode_steps_of_all_sizes_share_their_inputs() -> None:
 def test_the_largest_step_has_positions_of_its_own() -> None:
     """max_model_len may end inside a block; the trial goes to the block's end."""
     config = EngineConfig.resolve(device="cpu", max_model_len=300, max_num_seqs=1)
-    limits = PlanLimits.of(config)
+    limits = config.plan_limits
     worker = object.__new__(Worker)
     worker._config, worker._device, worker._dtype = config, torch.device("cpu"), torch.float32
     worker._tp, worker._progress = TPGroup.single(worker._device), Mock()
@@ -250,7 +252,7 @@ def test_the_largest_step_has_positions_of_its_own() -> None:
 def test_the_largest_step_leaves_no_options_behind(device: str) -> None:
     """It is run to measure memory, with every option on all rows."""
     model, tp, config = shipped_model(device, torch.float32)
-    limits = PlanLimits(3, 40, 4, BLOCK_SIZE, config.vocab_size)
+    limits = PlanLimits(3, 40, 4, BLOCK_SIZE, config.vocab_size, max_logprobs=20)
     runner = make_runner(model, tp, limits, static=False)
     runner.use_cache(allocate_cache(model, 1, tp))
     plan = largest_step(limits, runner.state.padding_row)
@@ -264,7 +266,7 @@ def test_the_largest_step_leaves_no_options_behind(device: str) -> None:
 
 def test_graphs_are_captured_on_padding_whatever_the_step_before_has_staged() -> None:
     model, tp, config = shipped_model("cpu", torch.float32)
-    limits = PlanLimits(20, 64, 4, BLOCK_SIZE, config.vocab_size)
+    limits = PlanLimits(20, 64, 4, BLOCK_SIZE, config.vocab_size, max_logprobs=20)
     runner = make_runner(model, tp, limits, static=True)
     split = DecodeSplit(model.local_num_kv_heads)
     for size in runner.graph_sizes:

@@ -17,7 +17,7 @@ from tpllm.worker.option_table import OptionTable
 from tpllm.worker.token_sampler import Drawing, StepOutput, TokenSampler
 
 V = 997
-LIMITS = PlanLimits(12, 100, 4, 16, V)
+LIMITS = PlanLimits(12, 100, 4, 16, V, max_logprobs=20)
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
 

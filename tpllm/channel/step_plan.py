@@ -12,13 +12,10 @@ understood. All arrays of a decoded plan are views of the received bytes.
 
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Self
 
 import numpy as np
 
 from tpllm.channel.logprobs import BLOCK_HEADER_WORDS, position_words
-from tpllm.config.engine_config import EngineConfig
-from tpllm.sampling_params import MAX_LOGPROBS
 
 VERSION = 3
 _HEADER_WORDS = 8  # int64: version, step, then up to six counts
@@ -152,17 +149,7 @@ class PlanLimits:
     max_blocks_per_seq: int
     block_size: int
     vocab_size: int
-
-    @classmethod
-    def of(cls, config: EngineConfig) -> Self:
-        """The limits that an engine of these settings keeps to, on both sides."""
-        return cls(
-            config.max_num_seqs,
-            config.max_num_batched_tokens,
-            config.max_blocks_per_seq,
-            config.kv_block_size,
-            config.model_config.vocab_size,
-        )
+    max_logprobs: int  # most alternatives to a token that are reported
 
     @property
     def max_tokens_per_seq(self) -> int:
@@ -205,8 +192,8 @@ class PlanLimits:
     @property
     def result_bytes(self) -> int:
         # each row may report on its new token and on a chunk of its prompt
-        logprobs = self.max_num_seqs * (2 * BLOCK_HEADER_WORDS + position_words(MAX_LOGPROBS))
-        logprobs += self.max_num_batched_tokens * position_words(MAX_LOGPROBS)
+        logprobs = self.max_num_seqs * (2 * BLOCK_HEADER_WORDS + position_words(self.max_logprobs))
+        logprobs += self.max_num_batched_tokens * position_words(self.max_logprobs)
         return _HEADER_WORDS * 8 + (2 * self.max_num_seqs + logprobs) * 4
 
 

@@ -12,9 +12,9 @@ import yaml
 
 from tpllm.cli.options import PREFIX, options_of
 from tpllm.config.settings import Settings
-from tpllm.engine import crash_report
 from tpllm.errors import refuse_unknown_settings
 from tpllm.server import ServerSettings
+from tpllm.supervision import crash_report
 
 # Whatever command runs, the environment and a file may hold the settings of all of them.
 SETTINGS_CLASSES: tuple[type, ...] = (Settings, ServerSettings)

@@ -12,6 +12,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Self
 
+from tpllm.channel.step_plan import PlanLimits
 from tpllm.checks import MAX_INT32
 from tpllm.config.checkpoint import TOKENIZER_FILES, check_checkpoint, resolve_model
 from tpllm.config.devices import Gpu, visible_gpus
@@ -19,7 +20,7 @@ from tpllm.config.generation_config import read_generation_defaults
 from tpllm.config.model_config import ModelConfig
 from tpllm.config.resources import refuse_too_little_shared_memory
 from tpllm.config.settings import Settings
-from tpllm.sampling_params import SamplingParams
+from tpllm.sampling_params import MAX_LOGPROBS, SamplingParams
 
 HALF_DTYPES = ("bfloat16", "float16")
 STEP_TIMEOUT_S = {"cuda": 60.0, "cpu": 600.0}  # a GPU's longest step takes some seconds
@@ -102,6 +103,18 @@ class EngineConfig(Settings):
     def max_blocks_per_seq(self) -> int:
         """Blocks of a sequence of `max_model_len` tokens: the width of a block table."""
         return -(-self.max_model_len // self.kv_block_size)
+
+    @property
+    def plan_limits(self) -> PlanLimits:
+        """The limits of a step, which the coordinator and the workers keep to."""
+        return PlanLimits(
+            self.max_num_seqs,
+            self.max_num_batched_tokens,
+            self.max_blocks_per_seq,
+            self.kv_block_size,
+            self.model_config.vocab_size,
+            MAX_LOGPROBS,
+        )
 
     @property
     def default_sampling_params(self) -> SamplingParams:

@@ -5,7 +5,7 @@ so it runs inside the caller's process offline and in a process of its own under
 """
 
 import time
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -16,19 +16,17 @@ from tpllm.channel.step_plan import (
     MASKS,
     RESULT,
     STEP,
-    PlanLimits,
     StepResult,
 )
 from tpllm.checks import short
 from tpllm.config.engine_config import EngineConfig
 from tpllm.engine.block_manager import BlockManager
 from tpllm.engine.grammars import Grammars
-from tpllm.engine.launcher import WorkerGroup
 from tpllm.engine.request import AddRequest, RequestUpdate, Sequence
 from tpllm.engine.scheduler import Scheduler, SchedulerStats
 from tpllm.engine.stats import TOTALS, EngineStats
 from tpllm.engine.step_histogram import StepHistogram
-from tpllm.engine.watch import Timeouts
+from tpllm.engine.transport import Transport
 from tpllm.errors import SettingError
 
 # One step runs while the next is planned and sent. More would only make an end token cost more.
@@ -50,45 +48,36 @@ class Coordinator:
 
     Args:
         config: its settings
-        grammars: None for those of the model's tokenizer, read when first needed
-        on_phase: hears each rank's phases of the start
-        module: what a worker runs; tests and trials of reliability put something else here
+        workers: the workers, which have been started; the coordinator ends them
+        grammars: compiles the grammars of structured outputs
 
     Raises:
-        ValueError: the configuration leaves no room for a cache.
+        SettingError: the settings leave no room for a cache.
         WorkerError: a worker failed, at start or later; nothing of the engine is left running.
     """
 
     def __init__(
         self,
         config: EngineConfig,
-        *,
-        grammars: Grammars | None = None,
-        on_phase: Callable[[int, str], None] | None = None,
-        module: str = "tpllm.worker",
+        workers: Transport,
+        grammars: Grammars,
     ) -> None:
         self.config = config
-        self._grammars = grammars or Grammars.of_engine(config)
-        self.limits = PlanLimits.of(config)
+        self._workers = workers
+        self._grammars = grammars
+        self.limits = config.plan_limits
         self.times = HostTimes()
-        settings = {"config": config.to_json()}
-        timeouts = Timeouts(config.start_timeout_s, config.step_timeout_s)
-        self._workers = WorkerGroup(
-            config.tensor_parallel_size, self.limits, settings, timeouts, module, on_phase
-        )
         try:
-            replies = [
-                self._workers.receive_control(rank) for rank in range(config.tensor_parallel_size)
-            ]
+            replies = [workers.receive_control(rank) for rank in range(workers.world_size)]
             self.num_kv_blocks: int = replies[0]["num_kv_blocks"]
             self.worker_info: dict[str, Any] = replies[0]["info"]
-            self._workers.phases[:] = ["ready"] * config.tensor_parallel_size
+            workers.note_ready()
             self._blocks = BlockManager(
                 self.num_kv_blocks, config.kv_block_size, config.enable_prefix_caching
             )
             self.max_total_tokens = self._fit_max_model_len()
         except BaseException:
-            self._workers.kill()
+            workers.kill()
             raise
         self._scheduler = Scheduler(self._blocks, self.limits)
         self._step_times = StepHistogram()

@@ -11,7 +11,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Sequence
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 from weakref import WeakValueDictionary
 
 import numpy as np
@@ -19,7 +19,6 @@ import numpy as np
 from tpllm.config.engine_config import EngineConfig
 from tpllm.engine.bounded_json import WHITESPACE, bounded_grammar, bounded_schema
 from tpllm.engine.long_numbers import NumberLimit, NumberTokens
-from tpllm.engine.trial import Trials
 from tpllm.errors import panics_as_errors
 from tpllm.structured_outputs import (
     StructuredOutputsParams,
@@ -39,6 +38,20 @@ _NOTHING_FITS = "NoExtensionBias"  # in llguidance's words
 NOTHING_SATISFIES = "nothing satisfies it"  # in ours
 _NOTHING_LEFT = "the request's other settings leave no token that fits"
 _TOKENIZER_FILE = "tokenizer.json"
+
+
+class Trials(Protocol):
+    """Tries forms where a crash of the compiler does no harm: see `tpllm.supervision.trial`."""
+
+    def check(self, form: StructuredOutputsParams) -> None:
+        """Return if the form can be used.
+
+        Raises:
+            ValueError: why it cannot.
+        """
+        ...
+
+    def close(self) -> None: ...
 
 
 class Grammars:
@@ -62,10 +75,6 @@ class Grammars:
         # also those that others have displaced there, as long as a request has them
         self._in_use: WeakValueDictionary[StructuredOutputsParams, Grammar] = WeakValueDictionary()
         self._books = threading.Lock()
-
-    @classmethod
-    def of_engine(cls, config: EngineConfig) -> "Grammars":
-        return cls(lambda: read_tokenizer(config), Trials(config))
 
     def load(self) -> None:
         """Read the tokenizer now rather than at first use.

@@ -12,9 +12,9 @@ import traceback
 from collections.abc import Callable
 from typing import Any, NoReturn
 
+from tpllm.channel.child_process import read_spec, tie_to_parent
 from tpllm.channel.progress import Progress
 from tpllm.channel.ring import RingDescriptors, RingReader, RingWriter
-from tpllm.child_process import read_spec, tie_to_parent
 from tpllm.errors import SettingError
 from tpllm.worker.replies import Replies
 from tpllm.worker.stacks import answer_with_stacks

@@ -10,7 +10,7 @@ import torch
 
 from tpllm.channel.progress import Progress
 from tpllm.channel.ring import RingReader
-from tpllm.channel.step_plan import CONTROL, MASKS, PlanLimits, StepMasks, StepPlan
+from tpllm.channel.step_plan import CONTROL, MASKS, StepMasks, StepPlan
 from tpllm.config.engine_config import EngineConfig
 from tpllm.layers.attention import AttentionBackend, make_backend
 from tpllm.layers.matmul import Matmul, fast_matmul, plain_matmul
@@ -88,7 +88,7 @@ class Worker:
             "gpu": torch.cuda.get_device_name(device) if on_gpu else None,
         }
 
-        limits = PlanLimits.of(config)
+        limits = config.plan_limits
         static_decode = on_gpu and backend.capturable
         self._use_graphs = static_decode and not config.enforce_eager
         self._runner = ModelRunner(
@@ -119,7 +119,7 @@ class Worker:
             self._tp,
             self._dtype,
             # whole blocks: the largest step, run as a trial, is as long as a row's cache
-            PlanLimits.of(config).max_tokens_per_seq,
+            config.plan_limits.max_tokens_per_seq,
             backend,
             matmul,
         )

@@ -15,19 +15,19 @@ import weakref
 from contextlib import suppress
 from typing import Any, NoReturn
 
+from tpllm.channel.child_process import write_spec
 from tpllm.channel.ring import wait_readable
-from tpllm.child_process import write_spec
 from tpllm.config.engine_config import EngineConfig
-from tpllm.engine.processes import (
+from tpllm.structured_outputs import StructuredOutputsParams
+from tpllm.supervision.interrupts import Interrupts
+from tpllm.supervision.processes import (
     ChildProcesses,
     ClosedError,
     child_environment,
     how_it_ended,
 )
-from tpllm.interrupts import Interrupts
-from tpllm.structured_outputs import StructuredOutputsParams
 
-MODULE = "tpllm.engine.trial_process"
+MODULE = "tpllm.supervision.trial_process"
 CPU_S = 10  # of the child, for one form
 MEMORY_BYTES = 2 << 30  # of address space, beyond what the child has with its tokenizer
 # Waits of a second, not seconds: while this process is stopped, as by a debugger, none passes.

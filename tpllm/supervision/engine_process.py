@@ -1,4 +1,4 @@
-"""The engine in a process of its own: `python -m tpllm.engine.engine_process FD`.
+"""The engine in a process of its own: `python -m tpllm.supervision.engine_process FD`.
 
 Started by `EngineClient` alone. The workers are children of this process, and all are tied: whoever
 ends, the others notice and end too. Between two steps it reads what callers want; without requests
@@ -10,14 +10,14 @@ import socket
 import sys
 from typing import NoReturn
 
-from tpllm.child_process import read_spec, tie_to_parent
+from tpllm.channel.child_process import read_spec, tie_to_parent
 from tpllm.config.engine_config import EngineConfig
-from tpllm.engine import messages
 from tpllm.engine.compiling import CompilingRequests
-from tpllm.engine.connection import Connection, Message
 from tpllm.engine.coordinator import Coordinator
-from tpllm.engine.grammars import Grammars
 from tpllm.engine.request import AddRequest
+from tpllm.supervision import messages
+from tpllm.supervision.connection import Connection, Message
+from tpllm.supervision.start import engine_grammars, start_engine
 
 _FLUSH_TIMEOUT_S = 5.0
 
@@ -30,11 +30,11 @@ def main() -> NoReturn:
     exit_code = 1
     try:
         config = EngineConfig.from_json(spec["config"])
-        grammars = Grammars.of_engine(config)
+        grammars = engine_grammars(config)
         compiling = CompilingRequests(grammars)
         if config.tokenizer_folder is not None:
             compiling.load_tokenizer()  # while the workers start
-        coordinator = Coordinator(
+        coordinator = start_engine(
             config,
             grammars=grammars,
             on_phase=lambda *phase: _tell_phase(connection, *phase),

@@ -6,24 +6,24 @@ import sys
 import weakref
 from collections.abc import Callable
 
-from tpllm.child_process import write_spec
+from tpllm.channel.child_process import write_spec
 from tpllm.config.engine_config import EngineConfig
-from tpllm.engine import messages
-from tpllm.engine.child import Child
-from tpllm.engine.connection import Connection, Message
-from tpllm.engine.diagnosis import is_stopped
-from tpllm.engine.launcher import CLOSE_TIMEOUT_S
-from tpllm.engine.processes import (
+from tpllm.errors import WorkerError
+from tpllm.supervision import messages
+from tpllm.supervision.child import Child
+from tpllm.supervision.connection import Connection, Message
+from tpllm.supervision.diagnosis import is_stopped
+from tpllm.supervision.interrupts import Interrupts
+from tpllm.supervision.launcher import CLOSE_TIMEOUT_S
+from tpllm.supervision.processes import (
     ChildProcesses,
     child_environment,
     fill_standard_descriptors,
     how_it_ended,
     stderr_or_null,
 )
-from tpllm.errors import WorkerError
-from tpllm.interrupts import Interrupts
 
-MODULE = "tpllm.engine.engine_process"
+MODULE = "tpllm.supervision.engine_process"
 _ASK_AFTER_S = 5.0  # of silence
 _GRACE_S = 5.0  # for a process whose connection has ended to end itself
 

@@ -9,8 +9,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from tpllm.engine.child import UNKNOWN_EXIT_CODE, Child
-from tpllm.engine.processes import how_it_ended
+from tpllm.supervision.child import UNKNOWN_EXIT_CODE, Child
+from tpllm.supervision.processes import how_it_ended
 
 
 def start(code: str) -> Child:
@@ -52,7 +52,7 @@ def test_the_exit_code_is_unknown_where_somebody_else_has_read_it(ask: Callable)
 def test_the_exit_code_is_unknown_where_the_kernel_reaps():
     code = """
 import signal, subprocess
-from tpllm.engine.child import UNKNOWN_EXIT_CODE, Child
+from tpllm.supervision.child import UNKNOWN_EXIT_CODE, Child
 signal.signal(signal.SIGCHLD, signal.SIG_IGN)
 for timeout_s in (None, 30.0):
     child = Child(subprocess.Popen(["true"]).pid)

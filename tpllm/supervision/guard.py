@@ -1,6 +1,6 @@
 """Removes an engine's directory once its last worker has ended, whatever ended it.
 
-The workers end with the coordinator: the kernel kills them (see `tpllm.child_process`), without
+The workers end with the coordinator: the kernel kills them (`tpllm.channel.child_process`) without
 asking their interpreters, which may be busy in native code. A process that is killed cannot clean
 up, so this one does. It is a program of its own, `python guard.py DIRECTORY FD`, started before the
 workers, and waits in one system call: FD is the reading end of a pipe whose writing end every

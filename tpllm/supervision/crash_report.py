@@ -18,7 +18,7 @@ from typing import Any
 
 from tpllm import __version__
 from tpllm.config.devices import visible_gpus
-from tpllm.engine.diagnosis import RankState
+from tpllm.supervision.diagnosis import RankState
 
 FOLDER_VARIABLE = "TPLLM_CRASH_DIR"
 NUM_KEPT = 20

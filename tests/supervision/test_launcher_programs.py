@@ -7,9 +7,9 @@ import signal
 
 import pytest
 
-from tests.engine.stub_worker import HANG
 from tests.leaks import wait_until
 from tests.scripts import running
+from tests.supervision.stub_worker import HANG
 
 pytestmark = pytest.mark.usefixtures("stub_workers", "ctrl_c_raises")
 
@@ -101,7 +101,7 @@ def test_a_killed_coordinator_takes_everything_along(moment):
 import os, signal
 from stub_worker import HANG, READY, start, until_ready
 from tpllm.channel.step_plan import RESULT, STEP
-from tpllm.engine import processes
+from tpllm.supervision import processes
 
 def kill_me():
     os.kill(os.getpid(), signal.SIGKILL)

@@ -8,11 +8,11 @@ from pathlib import Path
 import msgpack
 import pytest
 
-from tpllm.engine import messages
-from tpllm.engine.connection import Connection, Message
 from tpllm.engine.request import AddRequest, PackedLogprobs, RequestUpdate, TokenLogprobs
 from tpllm.errors import SettingError, WorkerError
 from tpllm.sampling_params import RequestOutputKind, SamplingParams
+from tpllm.supervision import messages
+from tpllm.supervision.connection import Connection, Message
 
 Pair = tuple[Connection, Connection]
 

@@ -26,12 +26,12 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
-from tpllm.engine.connection import Message
 from tpllm.engine.request import AddRequest, PackedLogprobs, RequestUpdate, TokenLogprobs
 from tpllm.engine.stats import EngineStats
 from tpllm.errors import SettingError, WorkerError
 from tpllm.sampling_params import SamplingParams
 from tpllm.structured_outputs import StructuredOutputsParams
+from tpllm.supervision.connection import Message
 
 _DEFAULTS = SamplingParams()
 # the caller's own business: the engine knows no text, and output_kind is no plain data

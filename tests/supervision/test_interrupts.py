@@ -7,7 +7,7 @@ from types import FrameType
 import pytest
 
 from tests.ctrl_c import press_ctrl_c
-from tpllm.interrupts import Interrupts
+from tpllm.supervision.interrupts import Interrupts
 
 pytestmark = pytest.mark.usefixtures("ctrl_c_raises")
 

@@ -19,6 +19,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
+from tpllm.channel.child_process import write_spec
 from tpllm.channel.progress import Board, create_board
 from tpllm.channel.ring import (
     Part,
@@ -29,21 +30,20 @@ from tpllm.channel.ring import (
     wait_readable,
 )
 from tpllm.channel.step_plan import CONTROL, RESULT, PlanLimits
-from tpllm.child_process import write_spec
 from tpllm.config.resources import refuse_too_few_descriptors, refuse_too_little_room
-from tpllm.engine.diagnosis import RankState, examine
-from tpllm.engine.failure import Failure, await_ends, failure_of_ends, failure_of_hang
-from tpllm.engine.inbox import Inbox
-from tpllm.engine.processes import (
+from tpllm.errors import SettingError
+from tpllm.supervision.diagnosis import RankState, examine
+from tpllm.supervision.failure import Failure, await_ends, failure_of_ends, failure_of_hang
+from tpllm.supervision.inbox import Inbox
+from tpllm.supervision.interrupts import Interrupts
+from tpllm.supervision.processes import (
     ChildProcesses,
     Command,
     child_environment,
     fill_standard_descriptors,
     stderr_or_null,
 )
-from tpllm.engine.watch import Timeouts, Watch
-from tpllm.errors import SettingError
-from tpllm.interrupts import Interrupts
+from tpllm.supervision.watch import Timeouts, Watch
 
 CONTROL_BYTES = 1 << 16  # room for any control record; longer tracebacks are cut by the worker
 CLOSE_TIMEOUT_S = 3.0
@@ -225,6 +225,10 @@ class WorkerGroup:
             finally:
                 for fd in fds:
                     self._poll.unregister(fd)
+
+    def note_ready(self) -> None:
+        """Every worker has said that it is ready."""
+        self.phases[:] = ["ready"] * self.world_size
 
     def health(self) -> list[dict[str, Any]]:
         """Of each rank: its rank and pid, what it said last that it does, whether it lives."""

@@ -20,9 +20,9 @@ import numpy as np
 from tpllm.channel.progress import Progress
 from tpllm.channel.ring import RingReader
 from tpllm.channel.step_plan import CONTROL, PlanLimits, StepPlan, StepResult
-from tpllm.engine.launcher import WorkerGroup
-from tpllm.engine.watch import Timeouts
 from tpllm.errors import SettingError
+from tpllm.supervision.launcher import WorkerGroup
+from tpllm.supervision.watch import Timeouts
 from tpllm.worker.__main__ import Spec, main
 from tpllm.worker.replies import Replies
 
@@ -45,7 +45,7 @@ def start(
     """Start stub workers; the fixture `stub_workers` lets them be found."""
     settings = {"acts": {str(rank): each for rank, each in (acts or {}).items()}}
     timeouts = Timeouts(start_timeout_s=timeout_s, step_timeout_s=timeout_s)
-    limits = PlanLimits(4, 64, 4, 16, 8)
+    limits = PlanLimits(4, 64, 4, 16, 8, max_logprobs=20)
     return WorkerGroup(world_size, limits, settings, timeouts, module, on_phase)
 
 

@@ -6,13 +6,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from tpllm.engine.child import UNKNOWN_EXIT_CODE, Child
-from tpllm.engine.crash_report import write_report
-from tpllm.engine.diagnosis import RankState, is_ending, main_stack, rank_to_blame
-from tpllm.engine.inbox import Complaint, Inbox
-from tpllm.engine.processes import how_it_ended, signal_name
-from tpllm.engine.watch import Watch
 from tpllm.errors import WorkerError
+from tpllm.supervision.child import UNKNOWN_EXIT_CODE, Child
+from tpllm.supervision.crash_report import write_report
+from tpllm.supervision.diagnosis import RankState, is_ending, main_stack, rank_to_blame
+from tpllm.supervision.inbox import Complaint, Inbox
+from tpllm.supervision.processes import how_it_ended, signal_name
+from tpllm.supervision.watch import Watch
 
 GRACE_S = 0.5  # to listen for causes
 ENDING_S = 2.0  # likewise, while a rank is on its way out: the driver may take a second for a GPU

@@ -17,17 +17,16 @@ import pytest
 
 from launch import forked_workers
 from tests.ctrl_c import is_interrupted
-from tests.engine import stub_worker
-from tests.engine.stub_worker import HANG, READY, SERVE, start, until_ready
 from tests.forked_engines import engines_are_started
 from tests.leaks import is_running, wait_until
-from tpllm import interrupts
+from tests.supervision import stub_worker
+from tests.supervision.stub_worker import HANG, READY, SERVE, start, until_ready
 from tpllm.channel import ring
 from tpllm.channel.step_plan import RESULT, STEP
-from tpllm.engine import child, failure, launcher, processes
-from tpllm.engine.launcher import WorkerGroup
-from tpllm.engine.watch import Timeouts
 from tpllm.errors import SettingError, WorkerError
+from tpllm.supervision import child, failure, interrupts, launcher, processes
+from tpllm.supervision.launcher import WorkerGroup
+from tpllm.supervision.watch import Timeouts
 
 pytestmark = pytest.mark.usefixtures("stub_workers", "ctrl_c_raises")
 

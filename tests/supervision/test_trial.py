@@ -14,11 +14,11 @@ import pytest
 from tests.leaks import is_running, process_state, wait_until
 from tests.scripts import ROOT
 from tpllm.config.engine_config import EngineConfig
-from tpllm.engine import trial
-from tpllm.engine.grammars import Grammars
-from tpllm.engine.processes import ClosedError
-from tpllm.engine.trial import Trials
 from tpllm.structured_outputs import StructuredOutputsParams
+from tpllm.supervision import trial
+from tpllm.supervision.processes import ClosedError
+from tpllm.supervision.start import engine_grammars
+from tpllm.supervision.trial import Trials
 
 CONFIG = EngineConfig.resolve(device="cpu")
 FORM = StructuredOutputsParams(regex="a+")
@@ -42,7 +42,7 @@ OVERFLOW = {"$ref": "#/$defs/d0", "$defs": {**DEEP, "d900": {"type": "null"}}}
 
 
 def test_a_crash_refuses_one_form_and_is_remembered():
-    grammars = Grammars.of_engine(CONFIG)
+    grammars = engine_grammars(CONFIG)
     form = StructuredOutputsParams(json=OVERFLOW)
     try:
         with pytest.raises(ValueError, match="json cannot be used: the compiler crashed on it"):
@@ -133,7 +133,7 @@ def test_a_process_that_cannot_start_is_no_mistake_of_the_form():
 PROGRAM = """
 import json, os, sys
 from tpllm.config.engine_config import EngineConfig
-from tpllm.engine.trial import Trials
+from tpllm.supervision.trial import Trials
 from tpllm.structured_outputs import StructuredOutputsParams
 trials = Trials(EngineConfig.resolve(device="cpu"))
 trials.check(StructuredOutputsParams(regex="a"))
@@ -163,6 +163,6 @@ def test_it_ends_with_the_program_however_that_ends(number):
 
 
 def test_it_loads_neither_torch_nor_transformers():
-    code = "import tpllm.engine.trial_process, sys, json; print(json.dumps([*sys.modules]))"
+    code = "import tpllm.supervision.trial_process, sys, json; print(json.dumps([*sys.modules]))"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, cwd=ROOT)
     assert not {"torch", "transformers"} & set(json.loads(run.stdout))

@@ -16,9 +16,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
-from tpllm.engine import guard
-from tpllm.engine.child import UNKNOWN_EXIT_CODE, Child
-from tpllm.interrupts import Interrupts
+from tpllm.supervision import guard
+from tpllm.supervision.child import UNKNOWN_EXIT_CODE, Child
+from tpllm.supervision.interrupts import Interrupts
 
 Command = tuple[list[str], tuple[int, ...]]  # words, and the descriptors to inherit
 
@@ -42,7 +42,7 @@ class ChildProcesses:
 
     owner_pid: int
     directory: Path | None = None
-    guard: Child | None = None  # see tpllm.engine.guard
+    guard: Child | None = None  # see tpllm.supervision.guard
     processes: list[Child] = field(default_factory=list)
     channels: list[Closable] = field(default_factory=list)
     descriptors: list[int] = field(default_factory=list)

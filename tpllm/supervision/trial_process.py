@@ -1,7 +1,7 @@
-"""The process that tries forms of answers: `python -m tpllm.engine.trial_process FD`.
+"""The process that tries forms of answers: `python -m tpllm.supervision.trial_process FD`.
 
-Started by `tpllm.engine.trial` alone. It reads a form from each line and replies with a line that
-says why the form cannot be used, or null. A form that goes beyond the limits ends it.
+`tpllm.supervision.trial` alone starts it. It reads a form from each line and replies with a line
+that says why the form cannot be used, or null. A form that goes beyond the limits ends it.
 """
 
 import json
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from tpllm.child_process import read_spec, tie_to_parent
+from tpllm.channel.child_process import read_spec, tie_to_parent
 from tpllm.config.engine_config import EngineConfig
 from tpllm.engine.grammars import (
     NOTHING_SATISFIES,

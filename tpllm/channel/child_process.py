@@ -33,7 +33,7 @@ def tie_to_parent(parent_pidfd: int) -> None:
     SIGKILL, since anything gentler waits for the interpreter: while a library is loaded from a cold
     disk, or a call into the driver hangs, that may take minutes, and a stopped process takes no
     other signal at all. The engine's directory is therefore removed by a process of its own
-    (`tpllm.engine.guard`).
+    (`tpllm.supervision.guard`).
 
     SIGINT gets its default action back: sent to this process alone, it ends it as any signal does.
     So does SIGCHLD: where a program ignores it, its child would lose the exit statuses of its own.

@@ -10,9 +10,9 @@ from typing import Any
 
 from launch import forked_workers
 from tpllm.channel.step_plan import PlanLimits
-from tpllm.engine import coordinator, engine_process, processes
-from tpllm.engine.launcher import WorkerGroup
-from tpllm.engine.watch import Timeouts
+from tpllm.supervision import engine_process, processes, start
+from tpllm.supervision.launcher import WorkerGroup
+from tpllm.supervision.watch import Timeouts
 
 ACTS = "TPLLM_TEST_ACTS"
 
@@ -32,6 +32,6 @@ def start_stubs(
 
 
 if __name__ == "__main__":
-    vars(coordinator)["WorkerGroup"] = start_stubs
+    vars(start)["WorkerGroup"] = start_stubs
     processes._start = forked_workers.start  # an interpreter for each would take most of the time
     engine_process.main()

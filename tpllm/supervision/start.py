@@ -1,0 +1,45 @@
+"""Starts an engine on this host: its workers first, then the coordinator that plans their steps."""
+
+from collections.abc import Callable
+
+from tpllm.config.engine_config import EngineConfig
+from tpllm.engine.coordinator import Coordinator
+from tpllm.engine.grammars import Grammars, read_tokenizer
+from tpllm.supervision.launcher import WorkerGroup
+from tpllm.supervision.trial import Trials
+from tpllm.supervision.watch import Timeouts
+
+
+def start_engine(
+    config: EngineConfig,
+    *,
+    grammars: Grammars | None = None,
+    on_phase: Callable[[int, str], None] | None = None,
+    module: str = "tpllm.worker",
+) -> Coordinator:
+    """Start the workers and return the coordinator once all are ready.
+
+    Args:
+        config: the engine's settings
+        grammars: None for those of the model's tokenizer, which is read when first needed
+        on_phase: called with rank and phase as the workers start
+        module: what a worker runs; tests and trials of reliability put something else here
+
+    Raises:
+        SettingError: the settings leave no room for a cache.
+        WorkerError: a worker failed to start; nothing of the engine is left running.
+    """
+    workers = WorkerGroup(
+        config.tensor_parallel_size,
+        config.plan_limits,
+        {"config": config.to_json()},
+        Timeouts(config.start_timeout_s, config.step_timeout_s),
+        module,
+        on_phase,
+    )
+    return Coordinator(config, workers, grammars or engine_grammars(config))
+
+
+def engine_grammars(config: EngineConfig) -> Grammars:
+    """Return the grammars of the model's tokenizer; a trial process compiles each one first."""
+    return Grammars(lambda: read_tokenizer(config), Trials(config))
