@@ -46,7 +46,7 @@ LONGEST_FIRST = [
     "faults/test_product.py",
     "engine/test_scheduler.py",
     "test_equality.py",
-    "layers/test_cuts.py",
+    "sampling/test_cuts.py",
     "server/test_end_to_end.py",
     "docs/test_code_blocks.py",
     "examples/test_examples.py",
@@ -60,7 +60,7 @@ LONGEST_FIRST = [
     "test_llm.py",
     "launch/test_benchmarks.py",
     "cli/test_chat.py",
-    "layers/test_sampler.py",
+    "sampling/test_sampler.py",
 ]
 
 

@@ -3,7 +3,8 @@
 import triton
 import triton.language as tl
 
-from tpllm.layers import all_reduce_norm, gumbel
+from tpllm.layers import all_reduce_norm
+from tpllm.sampling import gumbel
 
 
 @triton.jit

@@ -26,12 +26,13 @@ MAY_IMPORT = {
     "layers": {"parallel"},
     "models": {"layers", "parallel", "config"},
     "channel": set(),
-    "worker": PLAIN | {"models", "layers", "parallel", "channel"},
+    "sampling": {"channel", "parallel"},
+    "worker": PLAIN | {"models", "sampling", "layers", "parallel", "channel"},
     "server": PLAIN | {"async_llm", "text"},
     "engine": PLAIN | {"channel"},
 }
 WITHOUT_TORCH = {"torch", "triton", "transformers", "flash_attn"}
-MAY_USE_TORCH = {"parallel", "layers", "models", "worker"}
+MAY_USE_TORCH = {"parallel", "layers", "sampling", "models", "worker"}
 
 
 def files_of(part: str) -> list[Path]:

@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from tpllm.channel.step_plan import MAX_MASKED_STOP_IDS, RESERVED_BLOCK, ROW_STATE_WORDS
-from tpllm.layers.sampler import SamplingBatch
+from tpllm.sampling.sampler import SamplingBatch
 
 # words of a row's state, as `step_plan` lays them out
 _TEMPERATURE, _SEED, _MIN_POSITION, _STOP_IDS = 0, 1, 3, 4

@@ -11,10 +11,12 @@ from torch import Tensor
 from tpllm.channel.step_plan import ENTERING_WORDS, PlanLimits, StepMasks, StepPlan
 from tpllm.layers.attention import AttentionBatch, KVCache, PrefillBatch
 from tpllm.layers.decode_parts import PART_WORDS, DecodePlans, DecodeSplit
-from tpllm.layers.sampler import SamplingBatch
 from tpllm.models.registry import CausalLM
 from tpllm.models.step_part import StepPart
 from tpllm.parallel.group import TPGroup
+from tpllm.sampling.option_table import OptionTable, upload
+from tpllm.sampling.sampler import SamplingBatch
+from tpllm.sampling.token_sampler import Drawing, LogprobWords, StepOutput, TokenSampler
 from tpllm.worker.batch_state import BatchState, DecodeInputs, gather_decode_inputs
 from tpllm.worker.cuda_graphs import (
     MAX_CHUNKS,
@@ -35,10 +37,8 @@ from tpllm.worker.mixed_inputs import (
     padded,
     part_sizes,
 )
-from tpllm.worker.option_table import OptionTable, upload
 from tpllm.worker.staging import HostStaging
 from tpllm.worker.step_times import StepMarks
-from tpllm.worker.token_sampler import Drawing, LogprobWords, StepOutput, TokenSampler
 from tpllm.worker.trial_step import largest_step
 
 Mark = Callable[[], None]

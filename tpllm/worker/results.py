@@ -10,9 +10,9 @@ import numpy as np
 import torch
 
 from tpllm.channel.step_plan import PlanLimits, StepPlan, StepResult
+from tpllm.sampling.token_sampler import LogprobWords, StepOutput
 from tpllm.worker.replies import Replies
 from tpllm.worker.step_times import StepMarks, StepTimes
-from tpllm.worker.token_sampler import LogprobWords, StepOutput
 
 _NO_WORDS = np.empty(0, dtype=np.int32)
 _NUM_READBACKS = 4  # two steps in flight, the one before them for its times, and one to spare

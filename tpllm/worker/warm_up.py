@@ -26,18 +26,18 @@ from tpllm.config.engine_config import EngineConfig
 from tpllm.layers.activation import silu_and_mul
 from tpllm.layers.all_reduce_norm import all_reduce_norm
 from tpllm.layers.attention import BACKENDS, Attention, AttentionBatch, make_backend
-from tpllm.layers.cuts import Truncation, find_cuts, likeliest
 from tpllm.layers.decode_parts import PART_WORDS, DecodeSplit
 from tpllm.layers.gemv import Around, gemv
 from tpllm.layers.lane_sum import add_up_and_norm
 from tpllm.layers.linear import kv_head_shard
 from tpllm.layers.norm import RMSNorm
 from tpllm.layers.rotary import QKNormRope
-from tpllm.layers.sampler import SamplingBatch, best_candidate, sample
-from tpllm.layers.token_order import keys_of, rank_and_mass, scores_of
-from tpllm.layers.truncation import drop_below
 from tpllm.parallel.group import TPGroup
 from tpllm.parallel.peer_memory import NUM_PLACES, WIDTH_MULTIPLE, Mailboxes
+from tpllm.sampling.cuts import Truncation, find_cuts, likeliest
+from tpllm.sampling.sampler import SamplingBatch, best_candidate, sample
+from tpllm.sampling.token_order import keys_of, rank_and_mass, scores_of
+from tpllm.sampling.truncation import drop_below
 from tpllm.worker.batch_state import BatchState, DecodeInputs, gather_decode_inputs
 from tpllm.worker.halving import halved_from
 

@@ -20,14 +20,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tpllm.layers.gumbel import (
+from tpllm.parallel.collectives import all_gather
+from tpllm.parallel.group import TPGroup
+from tpllm.sampling.gumbel import (
     gumbel_from_bits,
     gumbel_reference,
     noise_bits,
     noise_bits_reference,
 )
-from tpllm.parallel.collectives import all_gather
-from tpllm.parallel.group import TPGroup
 
 _TILE = 2048  # ids a program: 75 programs for one sequence of Qwen3, so that they fill a GPU
 _NO_ID = tl.constexpr(2**31 - 1)  # above every token id

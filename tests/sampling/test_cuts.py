@@ -6,15 +6,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from tpllm.layers import cuts
-from tpllm.layers.cuts import (
+from tpllm.sampling import cuts
+from tpllm.sampling.cuts import (
     Truncation,
     find_cuts_reference,
     find_cuts_triton,
     likeliest_reference,
     likeliest_triton,
 )
-from tpllm.layers.token_order import keys_of
+from tpllm.sampling.token_order import keys_of
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 

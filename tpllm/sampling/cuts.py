@@ -29,7 +29,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tpllm.layers.token_order import (
+from tpllm.sampling.token_order import (
     ID_BITS,
     LARGEST,
     LOWEST_KEY,

@@ -18,15 +18,15 @@ from torch import Tensor
 from tpllm.channel.logprobs import LogprobBlock
 from tpllm.channel.row_options import RowOptions
 from tpllm.channel.step_plan import StepMasks
-from tpllm.layers.cuts import Truncation
-from tpllm.layers.logit_changes import add_at, ends_with, keep_only, penalize
-from tpllm.layers.logprobs import token_logprobs
-from tpllm.layers.sampler import SamplingBatch, sample
-from tpllm.layers.token_masks import MASK_BITS, keep_masked
-from tpllm.layers.token_order import scores_of
-from tpllm.layers.truncation import truncate
 from tpllm.parallel.group import TPGroup
-from tpllm.worker.option_table import OptionTable, RowLists, upload
+from tpllm.sampling.cuts import Truncation
+from tpllm.sampling.logit_changes import add_at, ends_with, keep_only, penalize
+from tpllm.sampling.logprobs import token_logprobs
+from tpllm.sampling.option_table import OptionTable, RowLists, upload
+from tpllm.sampling.sampler import SamplingBatch, sample
+from tpllm.sampling.token_masks import MASK_BITS, keep_masked
+from tpllm.sampling.token_order import scores_of
+from tpllm.sampling.truncation import truncate
 
 # Float32 scores that are made at once, 256 MiB: more rows take turns.
 MAX_ELEMENTS = 1 << 26

@@ -1,9 +1,9 @@
 import pytest
 import torch
 
-from tpllm.layers.logprobs import token_logprobs
-from tpllm.layers.token_order import scores_of
 from tpllm.parallel.group import TPGroup
+from tpllm.sampling.logprobs import token_logprobs
+from tpllm.sampling.token_order import scores_of
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from tpllm.layers.logit_changes import add_at, ends_with, keep_only, penalize
-from tpllm.layers.token_order import scores_of
+from tpllm.sampling.logit_changes import add_at, ends_with, keep_only, penalize
+from tpllm.sampling.token_order import scores_of
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 

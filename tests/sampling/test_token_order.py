@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tpllm.layers.token_order import (
+from tpllm.sampling.token_order import (
     LOWEST_KEY,
     UNIT,
     keys_of,

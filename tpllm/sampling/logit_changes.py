@@ -9,7 +9,7 @@ behind: what concerns another rank's ids, or a row that is not part of the step,
 import torch
 from torch import Tensor
 
-from tpllm.layers.token_order import with_spare_column
+from tpllm.sampling.token_order import with_spare_column
 
 
 def add_at(scores: Tensor, slots: Tensor, cols: Tensor, values: Tensor | float) -> None:

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tpllm.layers.token_masks import MASK_BITS, keep_masked_reference, keep_masked_triton
+from tpllm.sampling.token_masks import MASK_BITS, keep_masked_reference, keep_masked_triton
 
 VOCAB_SIZE = 5003  # neither whole words nor whole tiles
 

@@ -14,10 +14,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tpllm.layers.cuts import Truncation, find_cuts
-from tpllm.layers.token_order import ID_BITS, keys_in_kernel, keys_of
 from tpllm.parallel.collectives import all_gather, all_to_all
 from tpllm.parallel.group import TPGroup
+from tpllm.sampling.cuts import Truncation, find_cuts
+from tpllm.sampling.token_order import ID_BITS, keys_in_kernel, keys_of
 
 _TILE = 2048
 

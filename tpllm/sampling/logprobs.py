@@ -11,16 +11,16 @@ import math
 import torch
 from torch import Tensor
 
-from tpllm.layers.cuts import likeliest
-from tpllm.layers.token_order import (
+from tpllm.parallel.collectives import all_gather, all_reduce
+from tpllm.parallel.group import TPGroup
+from tpllm.sampling.cuts import likeliest
+from tpllm.sampling.token_order import (
     UNIT,
     keys_of,
     logits_and_ids,
     max_over_ranks,
     rank_and_mass,
 )
-from tpllm.parallel.collectives import all_gather, all_reduce
-from tpllm.parallel.group import TPGroup
 
 
 def token_logprobs(

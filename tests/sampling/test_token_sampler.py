@@ -9,12 +9,12 @@ from torch import Tensor
 
 from tpllm.channel.row_options import RowOptions, read_records
 from tpllm.channel.step_plan import PlanLimits, StepMasks
-from tpllm.layers.gumbel import gumbel_reference, noise_bits_reference
-from tpllm.layers.sampler import SamplingBatch
 from tpllm.parallel.group import TPGroup
-from tpllm.worker import token_sampler
-from tpllm.worker.option_table import OptionTable
-from tpllm.worker.token_sampler import Drawing, StepOutput, TokenSampler
+from tpllm.sampling import token_sampler
+from tpllm.sampling.gumbel import gumbel_reference, noise_bits_reference
+from tpllm.sampling.option_table import OptionTable
+from tpllm.sampling.sampler import SamplingBatch
+from tpllm.sampling.token_sampler import Drawing, StepOutput, TokenSampler
 
 V = 997
 LIMITS = PlanLimits(12, 100, 4, 16, V, max_logprobs=20)

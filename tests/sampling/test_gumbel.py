@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tpllm.layers.gumbel import (
+from tpllm.sampling.gumbel import (
     gumbel_from_bits,
     gumbel_reference,
     noise_bits,

@@ -4,9 +4,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from tpllm.layers import sampler
-from tpllm.layers.gumbel import gumbel_reference, noise_bits_reference
-from tpllm.layers.sampler import (
+from tpllm.parallel.group import TPGroup
+from tpllm.sampling import sampler
+from tpllm.sampling.gumbel import gumbel_reference, noise_bits_reference
+from tpllm.sampling.sampler import (
     SamplingBatch,
     best_candidate_reference,
     best_candidate_triton,
@@ -14,7 +15,6 @@ from tpllm.layers.sampler import (
     local_candidates_triton,
     sample,
 )
-from tpllm.parallel.group import TPGroup
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
