@@ -1,11 +1,11 @@
 """Tries whether the fused sums over peer memory can be made to go wrong.
 
-Calls of the kernel that adds up all ranks' terms, adds the residual and norms
-(tpllm/layers/all_reduce_norm.py), with random numbers of rows, random terms that are never the same
-twice, and ranks that are late at random. They come in chains: inside of one nothing but the
+Calls the kernel that adds up all ranks' partial sums, adds the residual and norms
+(tpllm/layers/all_reduce/all_reduce_norm.py) with random numbers of rows, random values that are
+never the same twice, and ranks that are late at random. They come in chains: inside of one nothing but the
 kernel's own exchange keeps the ranks together, apart from a gather here and there. Half of the
 chains are replayed from CUDA graphs, the others launched as they are, a third of these by turns in
-the two lanes of large steps (tpllm/layers/lane_sum.py).
+the two lanes of large steps (tpllm/layers/all_reduce/lane_sum.py).
 
 After a chain each of its sums is compared with NCCL's in float32, plus the residual, and each
 normed row with the plain norm of that sum. The kernel adds in float32 and rounds once, so a sum
@@ -39,9 +39,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tpllm.layers.all_reduce_norm import AllReduceRMSNorm, kept_rows
+from tpllm.layers.all_reduce.all_reduce_norm import AllReduceRMSNorm, kept_rows
+from tpllm.layers.all_reduce.sum_trials import lanes_work, peer_memory_works
 from tpllm.layers.norm import rms_norm_reference
-from tpllm.layers.sum_trials import lanes_work, peer_memory_works
 from tpllm.parallel.collectives import (
     all_gather,
     all_reduce,

@@ -5,7 +5,7 @@ then clusters, splits and options around the best of them. Each runs over as man
 weight as exceed the L2, as in a model, where every layer has its own; the best few are measured
 again from CUDA graphs. A product is bound by the weight's bytes up to some 200 rows, by arithmetic
 beyond. What beats torch's own product by 2 % enters the table of this kind of GPU, in
-tpllm/layers/matmul_algorithms/.
+tpllm/layers/linear/matmul_algorithms/.
 
     python launch/tune_matmuls.py --model launch/configs/Qwen3-8B --tp 2
 """
@@ -22,8 +22,8 @@ from probe import graph_us
 from torch import Tensor
 
 from tpllm.config.model_config import ModelConfig
-from tpllm.layers.cublaslt import Algorithm, Problem, Product
-from tpllm.layers.matmul import load_table, save_table
+from tpllm.layers.linear.cublaslt import Algorithm, Problem, Product
+from tpllm.layers.linear.matmul import load_table, save_table
 from tpllm.worker.cuda_graphs import decode_sizes
 
 COLD_BYTES = 300 << 20  # several times the L2

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from tpllm.layers import all_reduce_norm
+from tpllm.layers.all_reduce import all_reduce_norm
 from tpllm.sampling import gumbel
 
 

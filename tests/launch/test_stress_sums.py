@@ -15,7 +15,7 @@ from launch import stress_sums
 from launch.stress_sums import Errors, Sums, draw_chain, receive, stress
 from tests.lanes import with_gloo_lanes
 from tests.ranks import run_ranks
-from tpllm.layers.all_reduce_norm import AllReduceRMSNorm
+from tpllm.layers.all_reduce.all_reduce_norm import AllReduceRMSNorm
 from tpllm.parallel.collectives import all_gather
 from tpllm.parallel.group import TPGroup
 from tpllm.parallel.lanes import Lane

@@ -17,9 +17,9 @@ from tests.lanes import GlooLane, with_gloo_lanes
 from tests.mailboxes import with_shared_mailboxes
 from tests.ranks import run_ranks
 from tpllm.config.model_config import ModelConfig
-from tpllm.layers.attention import AttentionBatch, KVCache, PrefillBatch, make_backend
-from tpllm.layers.decode_parts import PART_WORDS
-from tpllm.layers.matmul import plain_matmul
+from tpllm.layers.attention.attention import AttentionBatch, KVCache, PrefillBatch, make_backend
+from tpllm.layers.attention.decode_parts import PART_WORDS
+from tpllm.layers.linear.matmul import plain_matmul
 from tpllm.models.checkpoint_weights import DummyWeights, SafetensorsWeights
 from tpllm.models.qwen3 import Qwen3ForCausalLM
 from tpllm.models.registry import model_class

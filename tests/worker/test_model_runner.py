@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.layers.decode_plans import assert_every_token_is_in_one_part
+from tests.layers.attention.decode_plans import assert_every_token_is_in_one_part
 from tests.marks import FOUR_GPUS
 from tests.ranks import run_ranks
 from tests.reference import shipped_greedy
@@ -23,9 +23,9 @@ from tpllm.config.model_config import ModelConfig
 from tpllm.engine.block_manager import BlockManager
 from tpllm.engine.request import AddRequest, Sequence
 from tpllm.engine.scheduler import Scheduler
-from tpllm.layers.attention import AttentionBatch, KVCache, PrefillBatch, make_backend
-from tpllm.layers.decode_parts import BEGIN, END, PART_WORDS, DecodeSplit
-from tpllm.layers.matmul import fast_matmul, plain_matmul
+from tpllm.layers.attention.attention import AttentionBatch, KVCache, PrefillBatch, make_backend
+from tpllm.layers.attention.decode_parts import BEGIN, END, PART_WORDS, DecodeSplit
+from tpllm.layers.linear.matmul import fast_matmul, plain_matmul
 from tpllm.models.checkpoint_weights import SafetensorsWeights
 from tpllm.models.qwen3 import Qwen3ForCausalLM
 from tpllm.models.step_part import StepPart

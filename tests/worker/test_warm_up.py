@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tpllm.config.engine_config import EngineConfig
-from tpllm.layers.attention import SplitDecodeBackend
+from tpllm.layers.attention.attention import SplitDecodeBackend
 from tpllm.worker.warm_up import Kernels, KernelWarmUp
 
 

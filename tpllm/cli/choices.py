@@ -4,7 +4,7 @@ from tpllm.cli.hardware import Hardware
 from tpllm.cli.sources import Given
 from tpllm.config.devices import visible_gpus
 from tpllm.config.engine_config import EngineConfig, why_no_flash_attn
-from tpllm.layers.matmul_algorithms import table_path
+from tpllm.layers.linear.matmul_algorithms import table_path
 
 Choice = tuple[str, str]  # what is taken, and why
 

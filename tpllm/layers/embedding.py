@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tpllm.layers.matmul import Matmul, plain_matmul
+from tpllm.layers.linear.matmul import Matmul, plain_matmul
 from tpllm.layers.weights import WeightSource, empty_parameter, fill
 from tpllm.parallel.collectives import all_reduce
 from tpllm.parallel.group import TPGroup

@@ -19,17 +19,17 @@ import torch
 from torch import Tensor, nn
 
 from tpllm.config.model_config import ModelConfig
-from tpllm.layers.all_reduce_norm import AllReduceRMSNorm
-from tpllm.layers.attention import Attention, AttentionBackend, KVCache
+from tpllm.layers.all_reduce.all_reduce_norm import AllReduceRMSNorm
+from tpllm.layers.attention.attention import Attention, AttentionBackend, KVCache
 from tpllm.layers.embedding import ParallelLMHead, VocabParallelEmbedding
-from tpllm.layers.linear import (
+from tpllm.layers.linear.linear import (
     MergedColumnParallelLinear,
     QKVParallelLinear,
     RowParallelLinear,
     kv_head_shard,
 )
-from tpllm.layers.matmul import Matmul
-from tpllm.layers.norm_linear import norm_linear
+from tpllm.layers.linear.matmul import Matmul
+from tpllm.layers.linear.norm_linear import norm_linear
 from tpllm.layers.rotary import QKNormRope, rotary_cos_sin
 from tpllm.layers.weights import WeightSource, empty_parameter, fill
 from tpllm.models.step_part import StepPart

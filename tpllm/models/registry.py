@@ -7,7 +7,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from tpllm.config.model_config import ARCHITECTURES, ModelConfig
-from tpllm.layers.attention import KVCache
+from tpllm.layers.attention.attention import KVCache
 from tpllm.layers.embedding import ParallelLMHead
 from tpllm.layers.weights import WeightSource
 from tpllm.models.step_part import StepPart

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from tpllm.layers.attention import AttentionBatch
+from tpllm.layers.attention.attention import AttentionBatch
 from tpllm.parallel.lanes import Lane
 
 

@@ -7,7 +7,7 @@ import torch
 
 from tpllm.channel.step_plan import StepPlan
 from tpllm.config.engine_config import EngineConfig
-from tpllm.layers.attention import BACKENDS
+from tpllm.layers.attention.attention import BACKENDS
 
 # Two halves pay where the GPU is busy for longer than the host, which launches twice as much.
 _HALVED_BYTES = 64 << 20  # of a step's hidden states

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from tpllm.errors import SettingError
-from tpllm.layers.attention import KVCache
+from tpllm.layers.attention.attention import KVCache
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from tpllm.channel.step_plan import ENTERING_WORDS, PlanLimits, StepMasks, StepPlan
-from tpllm.layers.attention import AttentionBatch, KVCache, PrefillBatch
-from tpllm.layers.decode_parts import PART_WORDS, DecodePlans, DecodeSplit
+from tpllm.layers.attention.attention import AttentionBatch, KVCache, PrefillBatch
+from tpllm.layers.attention.decode_parts import PART_WORDS, DecodePlans, DecodeSplit
 from tpllm.models.registry import CausalLM
 from tpllm.models.step_part import StepPart
 from tpllm.parallel.group import TPGroup

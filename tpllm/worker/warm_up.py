@@ -24,12 +24,12 @@ from torch import Tensor
 from tpllm.channel.step_plan import MAX_MASKED_STOP_IDS
 from tpllm.config.engine_config import EngineConfig
 from tpllm.layers.activation import silu_and_mul
-from tpllm.layers.all_reduce_norm import all_reduce_norm
-from tpllm.layers.attention import BACKENDS, Attention, AttentionBatch, make_backend
-from tpllm.layers.decode_parts import PART_WORDS, DecodeSplit
-from tpllm.layers.gemv import Around, gemv
-from tpllm.layers.lane_sum import add_up_and_norm
-from tpllm.layers.linear import kv_head_shard
+from tpllm.layers.all_reduce.all_reduce_norm import all_reduce_norm
+from tpllm.layers.all_reduce.lane_sum import add_up_and_norm
+from tpllm.layers.attention.attention import BACKENDS, Attention, AttentionBatch, make_backend
+from tpllm.layers.attention.decode_parts import PART_WORDS, DecodeSplit
+from tpllm.layers.linear.gemv import Around, gemv
+from tpllm.layers.linear.linear import kv_head_shard
 from tpllm.layers.norm import RMSNorm
 from tpllm.layers.rotary import QKNormRope
 from tpllm.parallel.group import TPGroup

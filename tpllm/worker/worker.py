@@ -12,9 +12,9 @@ from tpllm.channel.progress import Progress
 from tpllm.channel.ring import RingReader
 from tpllm.channel.step_plan import CONTROL, MASKS, StepMasks, StepPlan
 from tpllm.config.engine_config import EngineConfig
-from tpllm.layers.attention import AttentionBackend, make_backend
-from tpllm.layers.matmul import Matmul, fast_matmul, plain_matmul
-from tpllm.layers.sum_trials import lanes_work, peer_memory_works
+from tpllm.layers.all_reduce.sum_trials import lanes_work, peer_memory_works
+from tpllm.layers.attention.attention import AttentionBackend, make_backend
+from tpllm.layers.linear.matmul import Matmul, fast_matmul, plain_matmul
 from tpllm.layers.weights import WeightSource
 from tpllm.models.checkpoint_weights import DummyWeights, SafetensorsWeights
 from tpllm.models.registry import CausalLM, model_class

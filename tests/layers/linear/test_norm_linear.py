@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from tests.ranks import run_ranks
-from tpllm.layers.all_reduce_norm import AllReduceRMSNorm
-from tpllm.layers.linear import MergedColumnParallelLinear
-from tpllm.layers.norm_linear import norm_linear
+from tpllm.layers.all_reduce.all_reduce_norm import AllReduceRMSNorm
+from tpllm.layers.linear.linear import MergedColumnParallelLinear
+from tpllm.layers.linear.norm_linear import norm_linear
 from tpllm.parallel.group import TPGroup
 
 

@@ -5,16 +5,16 @@ import json
 import pytest
 import torch
 
-from tpllm.layers import cublaslt, matmul
-from tpllm.layers.cublaslt import Algorithm
-from tpllm.layers.matmul import (
+from tpllm.layers.linear import cublaslt, matmul
+from tpllm.layers.linear.cublaslt import Algorithm
+from tpllm.layers.linear.matmul import (
     Matmul,
     fast_matmul,
     load_table,
     plain_matmul,
     save_table,
 )
-from tpllm.layers.matmul_algorithms import table_path
+from tpllm.layers.linear.matmul_algorithms import table_path
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from tests.lanes import GlooLane, with_gloo_lanes
 from tests.mailboxes import with_shared_mailboxes
 from tests.ranks import run_ranks
-from tpllm.layers.sum_trials import lanes_work, peer_memory_works
+from tpllm.layers.all_reduce.sum_trials import lanes_work, peer_memory_works
 from tpllm.parallel.group import TPGroup
 
 

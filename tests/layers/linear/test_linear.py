@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tests.ranks import run_ranks
-from tpllm.layers.linear import (
+from tpllm.layers.linear.linear import (
     MergedColumnParallelLinear,
     QKVParallelLinear,
     RowParallelLinear,

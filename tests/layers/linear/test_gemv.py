@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tpllm.layers.gemv import Around, gemv_reference, gemv_triton
+from tpllm.layers.linear.gemv import Around, gemv_reference, gemv_triton
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 

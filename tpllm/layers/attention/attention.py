@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tpllm.layers.paged_decode import PagedDecode
+from tpllm.layers.attention.paged_decode import PagedDecode
 from tpllm.layers.rotary import QKNormRope, qk_norm_rope_store
 
 # Tokens whose pages plain torch gathers at once for decode rows, to bound the copy's memory.

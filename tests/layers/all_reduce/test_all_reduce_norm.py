@@ -7,15 +7,15 @@ import triton.language as tl
 
 from tests.mailboxes import with_shared_mailboxes
 from tests.ranks import run_ranks
-from tpllm.layers.all_reduce_norm import (
+from tpllm.layers.all_reduce.all_reduce_norm import (
     AllReduceRMSNorm,
     all_reduce_norm,
     kept_rows,
     sendable,
     take,
 )
+from tpllm.layers.all_reduce.sum_trials import peer_memory_works
 from tpllm.layers.norm import add_and_norm, rms_norm_reference
-from tpllm.layers.sum_trials import peer_memory_works
 from tpllm.parallel.collectives import all_reduce, with_peer_memory
 from tpllm.parallel.group import TPGroup
 from tpllm.parallel.peer_memory import EMPTY

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.layers.decode_plans import plan_of
-from tpllm.layers import attention
-from tpllm.layers.attention import (
+from tests.layers.attention.decode_plans import plan_of
+from tpllm.layers.attention import attention
+from tpllm.layers.attention.attention import (
     Attention,
     AttentionBackend,
     AttentionBatch,

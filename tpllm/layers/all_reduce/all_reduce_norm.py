@@ -21,8 +21,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from tpllm.layers.all_reduce.lane_sum import lane_sum_norm
 from tpllm.layers.dependent_launch import dependent_launch
-from tpllm.layers.lane_sum import lane_sum_norm
 from tpllm.layers.norm import RMSNorm, add_and_norm, row_warps
 from tpllm.parallel.collectives import all_reduce
 from tpllm.parallel.group import TPGroup

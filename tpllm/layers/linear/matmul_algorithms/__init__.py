@@ -1,4 +1,4 @@
-"""The fastest algorithms of cuBLASLt by kind of GPU, as measured; see `tpllm.layers.matmul`."""
+"""The fastest cuBLASLt algorithms of each kind of GPU, as measured: see `..matmul`."""
 
 from pathlib import Path
 

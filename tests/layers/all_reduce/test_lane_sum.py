@@ -9,10 +9,10 @@ from torch import Tensor
 from tests.lanes import with_gloo_lanes
 from tests.marks import FOUR_GPUS
 from tests.ranks import run_ranks
-from tpllm.layers.all_reduce_norm import AllReduceRMSNorm
-from tpllm.layers.lane_sum import lane_sum_norm
+from tpllm.layers.all_reduce.all_reduce_norm import AllReduceRMSNorm
+from tpllm.layers.all_reduce.lane_sum import lane_sum_norm
+from tpllm.layers.all_reduce.sum_trials import lanes_work
 from tpllm.layers.norm import rms_norm_reference
-from tpllm.layers.sum_trials import lanes_work
 from tpllm.parallel.collectives import all_reduce, with_lanes, with_peer_memory
 from tpllm.parallel.group import TPGroup
 from tpllm.parallel.lanes import Lane

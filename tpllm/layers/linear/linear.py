@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tpllm.layers.gemv import gemv
-from tpllm.layers.matmul import Matmul, plain_matmul
+from tpllm.layers.linear.gemv import gemv
+from tpllm.layers.linear.matmul import Matmul, plain_matmul
 from tpllm.layers.weights import WeightSource, divide, empty_parameter, fill, shard
 from tpllm.parallel.collectives import all_reduce
 from tpllm.parallel.group import TPGroup

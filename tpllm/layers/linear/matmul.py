@@ -14,9 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tpllm.layers import cublaslt
-from tpllm.layers.cublaslt import Algorithm, Problem, Product
-from tpllm.layers.matmul_algorithms import table_path
+from tpllm.layers.linear import cublaslt
+from tpllm.layers.linear.cublaslt import Algorithm, Problem, Product
+from tpllm.layers.linear.matmul_algorithms import table_path
 
 Shape = tuple[int, int, int]  # M, N, K
 
@@ -26,7 +26,7 @@ class Matmul:
 
     Args:
         algorithms: by shape; a shape that is not there is torch's affair
-        has_gemv: whether a single row goes through a kernel of our own, `tpllm.layers.gemv`
+        has_gemv: whether a single row goes through a kernel of our own, `tpllm.layers.linear.gemv`
     """
 
     def __init__(self, algorithms: dict[Shape, Algorithm], *, has_gemv: bool) -> None:

@@ -3,9 +3,9 @@
 from torch import Tensor
 
 from tpllm.layers.activation import silu_and_mul
-from tpllm.layers.all_reduce_norm import AllReduceRMSNorm
-from tpllm.layers.gemv import Around, gemv
-from tpllm.layers.linear import MergedColumnParallelLinear, QKVParallelLinear
+from tpllm.layers.all_reduce.all_reduce_norm import AllReduceRMSNorm
+from tpllm.layers.linear.gemv import Around, gemv
+from tpllm.layers.linear.linear import MergedColumnParallelLinear, QKVParallelLinear
 from tpllm.parallel.lanes import Lane
 
 

@@ -1,0 +1,1 @@
+"""All-reduce fused with residual addition and RMSNorm, over peer memory."""

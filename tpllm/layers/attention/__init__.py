@@ -1,0 +1,1 @@
+"""Attention over the KV cache: of prompts, and of decode rows."""

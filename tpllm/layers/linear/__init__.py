@@ -1,0 +1,1 @@
+"""Sharded linear layers and the matmuls behind them."""
