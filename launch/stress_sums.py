@@ -2,10 +2,10 @@
 
 Calls the kernel that adds up all ranks' partial sums, adds the residual and norms
 (tpllm/layers/all_reduce/all_reduce_norm.py) with random numbers of rows, random values that are
-never the same twice, and ranks that are late at random. They come in chains: inside of one nothing but the
-kernel's own exchange keeps the ranks together, apart from a gather here and there. Half of the
-chains are replayed from CUDA graphs, the others launched as they are, a third of these by turns in
-the two lanes of large steps (tpllm/layers/all_reduce/lane_sum.py).
+never the same twice, and ranks that are late at random. They come in chains: inside of one nothing
+but the kernel's own exchange keeps the ranks together, apart from a gather here and there. Half of
+the chains are replayed from CUDA graphs, the others launched as they are, a third of these by
+turns in the two lanes of large steps (tpllm/layers/all_reduce/lane_sum.py).
 
 After a chain each of its sums is compared with NCCL's in float32, plus the residual, and each
 normed row with the plain norm of that sum. The kernel adds in float32 and rounds once, so a sum

@@ -26,12 +26,13 @@ from tests.forked_engines import engines_are_started
 from tests.leaks import wait_until, worker_pids
 from tests.reference import shipped_greedy
 from tests.scripts import running
-from tpllm import LLM, SamplingParams, WorkerError, calls, turns
+from tpllm import LLM, SamplingParams, WorkerError
 from tpllm import llm as llm_module
 from tpllm.channel import ring
 from tpllm.config.checkpoint import resolve_model
 from tpllm.config.engine_config import EngineConfig
 from tpllm.engine import block_manager, coordinator, scheduler
+from tpllm.offline import calls, turns
 from tpllm.supervision import interrupts, launcher, processes
 from tpllm.supervision.start import start_engine
 

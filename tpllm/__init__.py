@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from tpllm.async_llm import AsyncLLM
-    from tpllm.beam_search import BeamSearchParams
     from tpllm.errors import NoNextTokenError, UnknownSettingError, WorkerError
     from tpllm.llm import LLM
+    from tpllm.offline.beam_search import BeamSearchParams
     from tpllm.outputs import CompletionOutput, Logprob, RequestOutput
     from tpllm.sampling_params import RequestOutputKind, SamplingParams
     from tpllm.structured_outputs import StructuredOutputsParams
@@ -42,7 +42,7 @@ __all__ = [
 _HOME = {
     "LLM": "tpllm.llm",
     "AsyncLLM": "tpllm.async_llm",
-    "BeamSearchParams": "tpllm.beam_search",
+    "BeamSearchParams": "tpllm.offline.beam_search",
     "CompletionOutput": "tpllm.outputs",
     "Logprob": "tpllm.outputs",
     "NoNextTokenError": "tpllm.errors",

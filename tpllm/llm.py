@@ -9,12 +9,12 @@ from typing import Any, Self, Unpack
 
 from tqdm import tqdm
 
-from tpllm.beam_search import Beams, BeamSearchOutput, BeamSearchParams
-from tpllm.calls import Call, Calls
 from tpllm.config.engine_config import EngineConfig
 from tpllm.config.settings import Settings, SettingsKeywords, signature
 from tpllm.engine.coordinator import Coordinator
 from tpllm.errors import WorkerError
+from tpllm.offline.beam_search import Beams, BeamSearchOutput, BeamSearchParams
+from tpllm.offline.calls import Call, Calls
 from tpllm.outputs import RequestOutput
 from tpllm.sampling_params import RequestOutputKind, SamplingParams
 from tpllm.supervision.start import start_engine

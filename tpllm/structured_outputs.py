@@ -11,7 +11,7 @@ from math import lcm
 from typing import Any
 
 from tpllm.checks import check_bool
-from tpllm.json_schema import normalized, to_text
+from tpllm.json_schema.rewrite import normalized, to_text
 from tpllm.vllm_keywords import STRUCTURED, checks_keywords
 
 # Compiling this much takes some two seconds at worst.
@@ -160,7 +160,7 @@ def _check_schema(value: object) -> str:
 
 @lru_cache(16)  # a server checks what its engine compiles: both want it
 def compilable_schema(text: str) -> str:
-    """A schema in the words that the compiler gets right: see `tpllm.json_schema`.
+    """A schema in the words that the compiler gets right: see `tpllm.json_schema.rewrite`.
 
     Raises:
         ValueError: it is none, or has something that is not supported.

@@ -4,7 +4,7 @@ import json
 import re
 from typing import Any
 
-from tpllm.engine.closed_objects import close_objects
+from tpllm.json_schema.closed_objects import close_objects
 
 # As JSON is written on a line, or indented. A weak model writes all that it may: where it may write
 # any 8 characters, the shipped one's answers have 2.4 times as many tokens, and with 40 no end.

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from tpllm.engine.closed_objects import close_objects
+from tpllm.json_schema.closed_objects import close_objects
 
 A: dict[str, Any] = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
 CLOSED = {**A, "additionalProperties": False}

@@ -12,11 +12,11 @@ from contextlib import contextmanager, suppress
 
 from tpllm.engine.coordinator import Coordinator
 from tpllm.errors import NoNextTokenError, WorkerError
+from tpllm.offline.turns import Turns
 from tpllm.outputs import RequestOutput
 from tpllm.sampling_params import RequestOutputKind, SamplingParams
 from tpllm.supervision.interrupts import Interrupts
 from tpllm.text.output_processor import OutputProcessor, Request
-from tpllm.turns import Turns
 
 
 class Call:

@@ -9,7 +9,7 @@ import pytest
 from tests.grammar_texts import fits, shipped_grammars
 from tests.scripts import ROOT
 from tpllm import StructuredOutputsParams
-from tpllm.json_schema import FORMATS, SUPPORTED, UNSUPPORTED
+from tpllm.json_schema.rewrite import FORMATS, SUPPORTED, UNSUPPORTED
 
 PAGE = (ROOT / "docs" / "structured-outputs.md").read_text()
 

@@ -5,7 +5,7 @@ from functools import partial
 import pytest
 
 from tests.leaks import wait_until
-from tpllm.turns import Turns
+from tpllm.offline.turns import Turns
 
 
 def test_threads_have_the_turn_in_the_order_in_which_they_asked():

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from tpllm import LLM, BeamSearchParams
-from tpllm.beam_search import Beams
 from tpllm.config.checkpoint import resolve_model
 from tpllm.errors import UnknownSettingError
+from tpllm.offline.beam_search import Beams
 from tpllm.outputs import Logprob
 
 pytestmark = pytest.mark.usefixtures("forked_engines")

@@ -12,8 +12,8 @@ from difflib import get_close_matches
 from math import isinf
 from typing import Any
 
-from tpllm.json_bounds import constant, count, rewrite_bounds
-from tpllm.json_disjoint import refuse_overlapping
+from tpllm.json_schema.bounds import constant, count, rewrite_bounds
+from tpllm.json_schema.disjoint import refuse_overlapping
 
 Schema = dict[str, Any]
 

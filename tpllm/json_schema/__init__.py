@@ -1,0 +1,1 @@
+"""JSON schemas rewritten for the grammar compiler: plain data in, plain data out."""
