@@ -18,8 +18,8 @@ from flash_attn import flash_attn_with_kvcache
 from probe import graph_us
 from torch import Tensor
 
-from tpllm.layers.attention.decode_parts import DecodeSplit
 from tpllm.layers.attention.paged_decode import PagedDecode
+from tpllm.layers.attention.split_schedule import DecodeSplit
 from tpllm.layers.rotary import QKNormRope
 
 PAGE, HEAD_DIM = 256, 128

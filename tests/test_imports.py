@@ -3,52 +3,74 @@
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
 import tpllm
-from tests.structure import PACKAGE, imports_of
+from tests.structure import (
+    FILES,
+    PACKAGE,
+    folder_imports,
+    folder_of,
+    imports_of,
+    repeated_names,
+    root_modules,
+    two_way_imports,
+)
 
-# Plain data and checks, which any part may use except those that must run on their own.
-PLAIN = {
-    "checks",
-    "config",
-    "errors",
-    "json_schema",
-    "outputs",
-    "sampling_params",
-    "structured_outputs",
-    "vllm_keywords",
-}
+# Plain data and checks, which the parts above the channel may all use.
+DATA = {"checks", "errors", "outputs", "sampling_params", "structured_outputs"}
+# What each folder and each module at the root may import. The order is the direction: nothing
+# imports what stands further down.
 MAY_IMPORT = {
+    "outputs": set(),
+    "checks": set(),
+    "errors": {"outputs"},
+    "vllm_keywords": {"checks", "errors"},
+    "json_schema": set(),
+    "structured_outputs": {"checks", "json_schema", "vllm_keywords"},
+    "sampling_params": {"checks", "structured_outputs", "vllm_keywords"},
+    "channel": set(),
+    "config": DATA | {"channel", "vllm_keywords"},
     "parallel": set(),
     "layers": {"parallel"},
-    "models": {"layers", "parallel", "config"},
-    "channel": set(),
     "sampling": {"channel", "parallel"},
-    "worker": PLAIN | {"models", "sampling", "layers", "parallel", "channel"},
-    "server": PLAIN | {"async_llm", "text"},
-    "engine": PLAIN | {"channel"},
+    "models": {"config", "layers", "parallel"},
+    "worker": DATA | {"channel", "config", "layers", "models", "parallel", "sampling"},
+    "engine": DATA | {"channel", "config", "json_schema"},
+    "text": DATA | {"engine"},
+    "supervision": DATA | {"channel", "config", "engine"},
+    "offline": DATA | {"engine", "supervision", "text", "vllm_keywords"},
+    "llm": DATA | {"config", "engine", "offline", "supervision", "text", "vllm_keywords"},
+    "async_llm": DATA | {"config", "engine", "supervision", "text", "vllm_keywords"},
+    "tpllm": DATA | {"async_llm", "llm", "offline"},
+    "server": DATA | {"async_llm", "text", "vllm_keywords"},
+    # of layers and supervision only where their tables and crash reports are kept
+    "cli": DATA | {"config", "layers", "llm", "server", "supervision", "text"},
+    "__main__": {"cli"},
 }
 WITHOUT_TORCH = {"torch", "triton", "transformers", "flash_attn"}
 MAY_USE_TORCH = {"parallel", "layers", "sampling", "models", "worker"}
 
 
-def files_of(part: str) -> list[Path]:
-    return sorted((PACKAGE / part).rglob("*.py"))
+def test_every_folder_and_root_module_has_a_place():
+    assert {folder_of(module) for module in FILES} == set(MAY_IMPORT)
 
 
 @pytest.mark.parametrize("part", MAY_IMPORT)
 def test_imports_run_downward(part):
-    assert files_of(part), f"tpllm/{part} has no files"
-    used = {
-        name.split(".")[1]
-        for file in files_of(part)
-        for name in imports_of(file)
-        if name.startswith("tpllm.")
-    }
-    assert used - {part} <= MAY_IMPORT[part]
+    assert folder_imports()[part] <= MAY_IMPORT[part]
+    above = list(MAY_IMPORT)[: list(MAY_IMPORT).index(part)]
+    assert MAY_IMPORT[part] <= set(above)
+
+
+def test_no_two_folders_import_each_other():
+    assert two_way_imports() == []
+
+
+def test_the_root_is_small_and_no_name_stands_in_three_places():
+    assert len(root_modules()) <= 10
+    assert repeated_names() == {}
 
 
 @pytest.mark.parametrize(

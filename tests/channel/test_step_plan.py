@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tpllm.channel.logprobs import LogprobBlock, position_words
+from tpllm.channel.logprob_records import LogprobBlock, position_words
 from tpllm.channel.ring import RingReader, RingWriter, create_ring
 from tpllm.channel.step_plan import (
     ENTERING_WORDS,

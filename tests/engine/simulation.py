@@ -18,7 +18,7 @@ import numpy as np
 import xxhash
 from llguidance import LLTokenizer, TokenizerWrapper
 
-from tpllm.channel.logprobs import LogprobBlock
+from tpllm.channel.logprob_records import LogprobBlock
 from tpllm.channel.row_options import RowOptions, read_records
 from tpllm.channel.step_plan import (
     RESERVED_BLOCK,

@@ -13,20 +13,20 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.lanes import GlooLane, with_gloo_lanes
-from tests.mailboxes import with_shared_mailboxes
+from tests.copy_streams import GlooLane, with_gloo_lanes
+from tests.peer_buffers import with_shared_mailboxes
 from tests.ranks import run_ranks
 from tpllm.config.model_config import ModelConfig
 from tpllm.layers.attention.attention import AttentionBatch, KVCache, PrefillBatch, make_backend
-from tpllm.layers.attention.decode_parts import PART_WORDS
+from tpllm.layers.attention.split_schedule import PART_WORDS
 from tpllm.layers.linear.matmul import plain_matmul
 from tpllm.models.checkpoint_weights import DummyWeights, SafetensorsWeights
+from tpllm.models.micro_batch import StepPart
 from tpllm.models.qwen3 import Qwen3ForCausalLM
 from tpllm.models.registry import model_class
-from tpllm.models.step_part import StepPart
 from tpllm.parallel.collectives import all_gather
+from tpllm.parallel.copy_streams import Lane
 from tpllm.parallel.group import TPGroup
-from tpllm.parallel.lanes import Lane
 
 BLOCK_SIZE = 4
 MAX_POSITIONS = 32

@@ -9,9 +9,9 @@ from torch import Tensor
 from tests.marks import FOUR_GPUS
 from tests.ranks import run_ranks
 from tpllm.parallel.group import TPGroup
-from tpllm.sampling.cuts import Truncation
 from tpllm.sampling.logprobs import token_logprobs
 from tpllm.sampling.sampler import SamplingBatch, sample
+from tpllm.sampling.thresholds import Truncation
 from tpllm.sampling.token_order import scores_of
 from tpllm.sampling.truncation import drop_below_reference, drop_below_triton, truncate
 

@@ -10,7 +10,8 @@ from tests.leaks import wait_until
 from tests.server.conftest import Served, running_server
 from tests.server.fake_engine import MAX_MODEL_LEN, LetterTokenizer
 from tests.server.test_http import CHAT, HELLO, error_of
-from tpllm.server import guard, prompts
+from tpllm.server import guard
+from tpllm.server import prompt_encoder as prompts
 from tpllm.server.errors import APIError
 
 COMPLETIONS = "/v1/completions"

@@ -10,7 +10,7 @@ import pytest
 
 from tpllm.outputs import Logprob
 from tpllm.server.json_turns import ENTRIES_PER_TURN, LongList, to_json_in_turns
-from tpllm.server.logprobs import Entry, chat_logprobs, completion_logprobs, prompt_logprobs
+from tpllm.server.logprob_bodies import Entry, chat_logprobs, completion_logprobs, prompt_logprobs
 
 N = 10 * ENTRIES_PER_TURN + 3
 IDS = list(range(N))

@@ -9,7 +9,7 @@ from openai import BadRequestError, OpenAI
 from tests.server.conftest import Served, running_server
 from tests.server.fake_engine import MAX_MODEL_LEN
 from tests.server.test_http import CHAT, HELLO, error_of
-from tpllm.server import prompts
+from tpllm.server import prompt_encoder as prompts
 
 COMPLETIONS = "/v1/completions"
 BEGINNING = f"This model's maximum context length is {MAX_MODEL_LEN} tokens. However, "

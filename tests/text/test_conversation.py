@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tpllm.config.checkpoint import resolve_model
-from tpllm.server.prompts import Prompts
+from tpllm.server.prompt_encoder import Prompts
 from tpllm.server.protocol import ChatCompletionRequest
 from tpllm.text.conversation import plain_messages, plain_tools
 from tpllm.text.tokenizer import Tokenizer

@@ -3,7 +3,7 @@
 import numpy as np
 
 from tpllm.channel.step_plan import StepPlan
-from tpllm.layers.attention.decode_parts import PART_WORDS, DecodeSplit
+from tpllm.layers.attention.split_schedule import PART_WORDS, DecodeSplit
 from tpllm.worker.cuda_graphs import MAX_CHUNKS, MixedSize
 from tpllm.worker.mixed_inputs import (
     LAST_TOKEN,

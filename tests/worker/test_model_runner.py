@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.layers.attention.decode_plans import assert_every_token_is_in_one_part
+from tests.layers.attention.split_schedules import assert_every_token_is_in_one_part
 from tests.marks import FOUR_GPUS
 from tests.ranks import run_ranks
 from tests.reference import shipped_greedy
@@ -24,15 +24,16 @@ from tpllm.engine.block_manager import BlockManager
 from tpllm.engine.request import AddRequest, Sequence
 from tpllm.engine.scheduler import Scheduler
 from tpllm.layers.attention.attention import AttentionBatch, KVCache, PrefillBatch, make_backend
-from tpllm.layers.attention.decode_parts import BEGIN, END, PART_WORDS, DecodeSplit
+from tpllm.layers.attention.split_schedule import BEGIN, END, PART_WORDS, DecodeSplit
 from tpllm.layers.linear.matmul import fast_matmul, plain_matmul
 from tpllm.models.checkpoint_weights import SafetensorsWeights
+from tpllm.models.micro_batch import StepPart
 from tpllm.models.qwen3 import Qwen3ForCausalLM
-from tpllm.models.step_part import StepPart
 from tpllm.parallel.collectives import with_lanes, with_peer_memory
 from tpllm.parallel.group import TPGroup
 from tpllm.sampling_params import SamplingParams
-from tpllm.worker import halving, model_runner
+from tpllm.worker import micro_batches as halving
+from tpllm.worker import model_runner
 from tpllm.worker.cuda_graphs import MixedSize
 from tpllm.worker.kv_cache import CacheShape
 from tpllm.worker.mixed_inputs import part_sizes

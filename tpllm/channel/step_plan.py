@@ -15,7 +15,7 @@ from itertools import pairwise
 
 import numpy as np
 
-from tpllm.channel.logprobs import BLOCK_HEADER_WORDS, position_words
+from tpllm.channel.logprob_records import BLOCK_HEADER_WORDS, position_words
 
 VERSION = 3
 _HEADER_WORDS = 8  # int64: version, step, then up to six counts

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from tpllm.channel.logprobs import LogprobBlock, read_blocks
+from tpllm.channel.logprob_records import LogprobBlock, read_blocks
 from tpllm.engine.request import Sequence, TokenLogprobs
 
 

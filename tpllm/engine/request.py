@@ -4,7 +4,7 @@ from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import NamedTuple
 
-from tpllm.channel.logprobs import LogprobBlock
+from tpllm.channel.logprob_records import LogprobBlock
 from tpllm.engine.grammars import Grammar, Matcher
 from tpllm.engine.row_options import row_options
 from tpllm.engine.token_rules import TokenRules

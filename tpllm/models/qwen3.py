@@ -32,7 +32,7 @@ from tpllm.layers.linear.matmul import Matmul
 from tpllm.layers.linear.norm_linear import norm_linear
 from tpllm.layers.rotary import QKNormRope, rotary_cos_sin
 from tpllm.layers.weights import WeightSource, empty_parameter, fill
-from tpllm.models.step_part import StepPart
+from tpllm.models.micro_batch import StepPart
 from tpllm.parallel.group import TPGroup
 
 # of each part of a step: what its last block has yielded [N, E], and the residual stream

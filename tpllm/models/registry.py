@@ -10,7 +10,7 @@ from tpllm.config.model_config import ARCHITECTURES, ModelConfig
 from tpllm.layers.attention.attention import KVCache
 from tpllm.layers.embedding import ParallelLMHead
 from tpllm.layers.weights import WeightSource
-from tpllm.models.step_part import StepPart
+from tpllm.models.micro_batch import StepPart
 
 
 class CausalLM(Protocol):

@@ -15,8 +15,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from tpllm.parallel.copy_streams import LaneMemory, copy_lanes
 from tpllm.parallel.group import TPGroup
-from tpllm.parallel.lanes import LaneMemory, copy_lanes
 from tpllm.parallel.peer_memory import WIDTH_MULTIPLE, PeerMemory, empty_mailboxes
 
 # Room for the rows of a sender, in bytes: enough programs of a sum at the same time to fill a link.

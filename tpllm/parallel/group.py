@@ -7,7 +7,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from tpllm.parallel.lanes import Lane
+from tpllm.parallel.copy_streams import Lane
 from tpllm.parallel.peer_memory import Mailboxes
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from tpllm.parallel.collectives import all_gather, all_reduce
 from tpllm.parallel.group import TPGroup
-from tpllm.sampling.cuts import likeliest
+from tpllm.sampling.thresholds import likeliest
 from tpllm.sampling.token_order import (
     UNIT,
     keys_of,

@@ -15,15 +15,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tpllm.channel.logprobs import LogprobBlock
+from tpllm.channel.logprob_records import LogprobBlock
 from tpllm.channel.row_options import RowOptions
 from tpllm.channel.step_plan import StepMasks
 from tpllm.parallel.group import TPGroup
-from tpllm.sampling.cuts import Truncation
 from tpllm.sampling.logit_changes import add_at, ends_with, keep_only, penalize
 from tpllm.sampling.logprobs import token_logprobs
 from tpllm.sampling.option_table import OptionTable, RowLists, upload
 from tpllm.sampling.sampler import SamplingBatch, sample
+from tpllm.sampling.thresholds import Truncation
 from tpllm.sampling.token_masks import MASK_BITS, keep_masked
 from tpllm.sampling.token_order import scores_of
 from tpllm.sampling.truncation import truncate

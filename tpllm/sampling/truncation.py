@@ -16,7 +16,7 @@ from torch import Tensor
 
 from tpllm.parallel.collectives import all_gather, all_to_all
 from tpllm.parallel.group import TPGroup
-from tpllm.sampling.cuts import Truncation, find_cuts
+from tpllm.sampling.thresholds import Truncation, find_cuts
 from tpllm.sampling.token_order import ID_BITS, keys_in_kernel, keys_of
 
 _TILE = 2048

@@ -19,7 +19,7 @@ from tpllm.server.answer_pieces import (
 )
 from tpllm.server.errors import APIError
 from tpllm.server.generation import Answer, Generation
-from tpllm.server.logprobs import chat_logprobs, prompt_logprobs
+from tpllm.server.logprob_bodies import chat_logprobs, prompt_logprobs
 from tpllm.server.protocol import ChatCompletionRequest
 from tpllm.server.responses import respond
 from tpllm.server.service import Service, new_id

@@ -11,7 +11,7 @@ from starlette.responses import Response
 from tpllm.outputs import CompletionOutput
 from tpllm.sampling_params import SamplingParams
 from tpllm.server.generation import Answer, Generation, PromptState
-from tpllm.server.logprobs import Entry, completion_logprobs, prompt_logprobs
+from tpllm.server.logprob_bodies import Entry, completion_logprobs, prompt_logprobs
 from tpllm.server.protocol import CompletionRequest
 from tpllm.server.responses import respond
 from tpllm.server.service import Service, new_id

@@ -9,7 +9,7 @@ from typing import Any
 from tpllm.outputs import CompletionOutput, RequestOutput
 from tpllm.sampling_params import SamplingParams
 from tpllm.server.engine import Engine
-from tpllm.server.logprobs import Position
+from tpllm.server.logprob_bodies import Position
 from tpllm.server.metrics import Metrics
 
 

@@ -10,7 +10,7 @@ from tpllm.server.engine import Engine
 from tpllm.server.errors import APIError
 from tpllm.server.generation import Generation
 from tpllm.server.metrics import Metrics
-from tpllm.server.prompts import Prompts
+from tpllm.server.prompt_encoder import Prompts
 from tpllm.server.responses import engine_failed
 from tpllm.server.sampling import Sampling
 from tpllm.server.settings import ServerSettings

@@ -10,7 +10,7 @@ import numpy as np
 from torch import Tensor
 
 from tpllm.channel.step_plan import StepPlan
-from tpllm.layers.attention.decode_parts import PART_WORDS, DecodeSplit
+from tpllm.layers.attention.split_schedule import PART_WORDS, DecodeSplit
 from tpllm.worker.cuda_graphs import MAX_CHUNKS, MixedSize
 
 Array = TypeVar("Array", np.ndarray, Tensor, int)

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from tpllm.channel.step_plan import ENTERING_WORDS, PlanLimits, StepMasks, StepPlan
 from tpllm.layers.attention.attention import AttentionBatch, KVCache, PrefillBatch
-from tpllm.layers.attention.decode_parts import PART_WORDS, DecodePlans, DecodeSplit
+from tpllm.layers.attention.split_schedule import PART_WORDS, DecodePlans, DecodeSplit
+from tpllm.models.micro_batch import StepPart
 from tpllm.models.registry import CausalLM
-from tpllm.models.step_part import StepPart
 from tpllm.parallel.group import TPGroup
 from tpllm.sampling.option_table import OptionTable, upload
 from tpllm.sampling.sampler import SamplingBatch
@@ -28,7 +28,7 @@ from tpllm.worker.cuda_graphs import (
     padded_mixed_size,
     padded_size,
 )
-from tpllm.worker.halving import halves
+from tpllm.worker.micro_batches import halves
 from tpllm.worker.mixed_inputs import (
     LAST_TOKEN,
     MixedInputs,

@@ -25,21 +25,21 @@ from tpllm.channel.step_plan import MAX_MASKED_STOP_IDS
 from tpllm.config.engine_config import EngineConfig
 from tpllm.layers.activation import silu_and_mul
 from tpllm.layers.all_reduce.all_reduce_norm import all_reduce_norm
-from tpllm.layers.all_reduce.lane_sum import add_up_and_norm
+from tpllm.layers.all_reduce.overlapped import add_up_and_norm
 from tpllm.layers.attention.attention import BACKENDS, Attention, AttentionBatch, make_backend
-from tpllm.layers.attention.decode_parts import PART_WORDS, DecodeSplit
+from tpllm.layers.attention.split_schedule import PART_WORDS, DecodeSplit
 from tpllm.layers.linear.gemv import Around, gemv
 from tpllm.layers.linear.linear import kv_head_shard
 from tpllm.layers.norm import RMSNorm
 from tpllm.layers.rotary import QKNormRope
 from tpllm.parallel.group import TPGroup
 from tpllm.parallel.peer_memory import NUM_PLACES, WIDTH_MULTIPLE, Mailboxes
-from tpllm.sampling.cuts import Truncation, find_cuts, likeliest
 from tpllm.sampling.sampler import SamplingBatch, best_candidate, sample
+from tpllm.sampling.thresholds import Truncation, find_cuts, likeliest
 from tpllm.sampling.token_order import keys_of, rank_and_mass, scores_of
 from tpllm.sampling.truncation import drop_below
 from tpllm.worker.batch_state import BatchState, DecodeInputs, gather_decode_inputs
-from tpllm.worker.halving import halved_from
+from tpllm.worker.micro_batches import halved_from
 
 _MAX_THREADS = 4
 # Compiling is half Python. Whoever waits for the interpreter shall have it soon: the main thread

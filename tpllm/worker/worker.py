@@ -12,21 +12,21 @@ from tpllm.channel.progress import Progress
 from tpllm.channel.ring import RingReader
 from tpllm.channel.step_plan import CONTROL, MASKS, StepMasks, StepPlan
 from tpllm.config.engine_config import EngineConfig
-from tpllm.layers.all_reduce.sum_trials import lanes_work, peer_memory_works
+from tpllm.layers.all_reduce.trial import lanes_work, peer_memory_works
 from tpllm.layers.attention.attention import AttentionBackend, make_backend
 from tpllm.layers.linear.matmul import Matmul, fast_matmul, plain_matmul
 from tpllm.layers.weights import WeightSource
 from tpllm.models.checkpoint_weights import DummyWeights, SafetensorsWeights
 from tpllm.models.registry import CausalLM, model_class
 from tpllm.parallel.collectives import barrier, with_lanes, with_peer_memory
+from tpllm.parallel.copy_streams import NUM_LANES
 from tpllm.parallel.group import TPGroup
-from tpllm.parallel.lanes import NUM_LANES
 from tpllm.worker.cache_sizing import cpu_cache_blocks, gpu_cache_blocks
 from tpllm.worker.finite_weights import refuse_unnatural_weights
-from tpllm.worker.halving import halved_from
 from tpllm.worker.kernel_profile import KernelProfile
 from tpllm.worker.kv_cache import CacheShape
 from tpllm.worker.memory import explained_out_of_memory
+from tpllm.worker.micro_batches import halved_from
 from tpllm.worker.model_runner import ModelRunner
 from tpllm.worker.replies import Replies
 from tpllm.worker.results import ResultSender

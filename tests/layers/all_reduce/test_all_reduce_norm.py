@@ -5,7 +5,7 @@ import torch
 import triton
 import triton.language as tl
 
-from tests.mailboxes import with_shared_mailboxes
+from tests.peer_buffers import with_shared_mailboxes
 from tests.ranks import run_ranks
 from tpllm.layers.all_reduce.all_reduce_norm import (
     AllReduceRMSNorm,
@@ -14,7 +14,7 @@ from tpllm.layers.all_reduce.all_reduce_norm import (
     sendable,
     take,
 )
-from tpllm.layers.all_reduce.sum_trials import peer_memory_works
+from tpllm.layers.all_reduce.trial import peer_memory_works
 from tpllm.layers.norm import add_and_norm, rms_norm_reference
 from tpllm.parallel.collectives import all_reduce, with_peer_memory
 from tpllm.parallel.group import TPGroup

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.layers.attention.decode_plans import plan_of
+from tests.layers.attention.split_schedules import plan_of
 from tpllm.layers.attention import attention
 from tpllm.layers.attention.attention import (
     Attention,

@@ -5,11 +5,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.layers.attention.decode_plans import plan_of
-from tpllm.layers.attention import decode_parts
+from tests.layers.attention.split_schedules import plan_of
+from tpllm.layers.attention import split_schedule as decode_parts
 from tpllm.layers.attention.attention import AttentionBatch, TorchAttentionBackend
-from tpllm.layers.attention.decode_parts import DecodePlans, DecodeSplit
 from tpllm.layers.attention.paged_decode import PagedDecode
+from tpllm.layers.attention.split_schedule import DecodePlans, DecodeSplit
 from tpllm.layers.rotary import QKNormRope, qk_norm_rope_store_reference, rotary_cos_sin
 
 

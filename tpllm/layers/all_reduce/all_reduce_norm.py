@@ -21,12 +21,12 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from tpllm.layers.all_reduce.lane_sum import lane_sum_norm
+from tpllm.layers.all_reduce.overlapped import lane_sum_norm
 from tpllm.layers.dependent_launch import dependent_launch
 from tpllm.layers.norm import RMSNorm, add_and_norm, row_warps
 from tpllm.parallel.collectives import all_reduce
+from tpllm.parallel.copy_streams import Lane
 from tpllm.parallel.group import TPGroup
-from tpllm.parallel.lanes import Lane
 from tpllm.parallel.peer_memory import NUM_PLACES, WIDTH_MULTIPLE
 
 _NUM_PLACES = tl.constexpr(NUM_PLACES)

@@ -23,8 +23,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from tpllm.layers.attention import decode_parts
-from tpllm.layers.attention.decode_parts import SCRATCH_PLACES, DecodeSplit
+from tpllm.layers.attention import split_schedule as decode_parts
+from tpllm.layers.attention.split_schedule import SCRATCH_PLACES, DecodeSplit
 from tpllm.layers.dependent_launch import dependent_launch
 from tpllm.layers.rotary import QKNormRope
 

@@ -6,7 +6,7 @@ from tpllm.layers.activation import silu_and_mul
 from tpllm.layers.all_reduce.all_reduce_norm import AllReduceRMSNorm
 from tpllm.layers.linear.gemv import Around, gemv
 from tpllm.layers.linear.linear import MergedColumnParallelLinear, QKVParallelLinear
-from tpllm.parallel.lanes import Lane
+from tpllm.parallel.copy_streams import Lane
 
 
 def norm_linear(

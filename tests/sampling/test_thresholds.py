@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from tpllm.sampling import cuts
-from tpllm.sampling.cuts import (
+from tpllm.sampling import thresholds as cuts
+from tpllm.sampling.thresholds import (
     Truncation,
     find_cuts_reference,
     find_cuts_triton,

@@ -9,16 +9,16 @@ from typing import Any
 
 import pytest
 import torch
+from launch.stress_all_reduce import Errors, Sums, draw_chain, receive, stress
 from torch import Tensor
 
 from launch import stress_sums
-from launch.stress_sums import Errors, Sums, draw_chain, receive, stress
-from tests.lanes import with_gloo_lanes
+from tests.copy_streams import with_gloo_lanes
 from tests.ranks import run_ranks
 from tpllm.layers.all_reduce.all_reduce_norm import AllReduceRMSNorm
 from tpllm.parallel.collectives import all_gather
+from tpllm.parallel.copy_streams import Lane
 from tpllm.parallel.group import TPGroup
-from tpllm.parallel.lanes import Lane
 
 CPU = TPGroup.single(torch.device("cpu"))
 

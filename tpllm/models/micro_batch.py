@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from tpllm.layers.attention.attention import AttentionBatch
-from tpllm.parallel.lanes import Lane
+from tpllm.parallel.copy_streams import Lane
 
 
 @dataclass

@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 
 from tests.worker.test_mixed_inputs import PLAN, SPLIT, int32
-from tpllm.worker.halving import halves
+from tpllm.worker.micro_batches import halves
 from tpllm.worker.mixed_inputs import LAST_TOKEN, MixedInputs, mixed_inputs
 
 

@@ -7,11 +7,11 @@ import torch
 from torch import Tensor
 
 from tpllm.layers.all_reduce.all_reduce_norm import all_reduce_norm
-from tpllm.layers.all_reduce.lane_sum import lane_sum_norm
+from tpllm.layers.all_reduce.overlapped import lane_sum_norm
 from tpllm.layers.norm import rms_norm_reference
 from tpllm.parallel.collectives import all_reduce, min_over_ranks
+from tpllm.parallel.copy_streams import Lane
 from tpllm.parallel.group import TPGroup
-from tpllm.parallel.lanes import Lane
 
 _EPS = 1e-6
 

@@ -5,8 +5,8 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from tests.layers.attention.decode_plans import assert_every_token_is_in_one_part
-from tpllm.layers.attention.decode_parts import (
+from tests.layers.attention.split_schedules import assert_every_token_is_in_one_part
+from tpllm.layers.attention.split_schedule import (
     BEGIN,
     COUNT,
     END,

@@ -6,16 +6,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.lanes import with_gloo_lanes
+from tests.copy_streams import with_gloo_lanes
 from tests.marks import FOUR_GPUS
 from tests.ranks import run_ranks
 from tpllm.layers.all_reduce.all_reduce_norm import AllReduceRMSNorm
-from tpllm.layers.all_reduce.lane_sum import lane_sum_norm
-from tpllm.layers.all_reduce.sum_trials import lanes_work
+from tpllm.layers.all_reduce.overlapped import lane_sum_norm
+from tpllm.layers.all_reduce.trial import lanes_work
 from tpllm.layers.norm import rms_norm_reference
 from tpllm.parallel.collectives import all_reduce, with_lanes, with_peer_memory
+from tpllm.parallel.copy_streams import Lane
 from tpllm.parallel.group import TPGroup
-from tpllm.parallel.lanes import Lane
 
 
 def sums_are_those_of_gloo(tp: TPGroup) -> None:

@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.lanes import GlooLane, with_gloo_lanes
-from tests.mailboxes import with_shared_mailboxes
+from tests.copy_streams import GlooLane, with_gloo_lanes
+from tests.peer_buffers import with_shared_mailboxes
 from tests.ranks import run_ranks
-from tpllm.layers.all_reduce.sum_trials import lanes_work, peer_memory_works
+from tpllm.layers.all_reduce.trial import lanes_work, peer_memory_works
 from tpllm.parallel.group import TPGroup
 
 

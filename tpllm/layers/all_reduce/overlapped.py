@@ -2,7 +2,7 @@
 
 N tokens, E hidden_size. As in `all_reduce_norm` each rank adds up a share of the rows, in rank
 order, norms it and sends the result to all; it keeps the residual stream of its share alone. But no
-kernel sends or waits: see `tpllm.parallel.lanes`.
+kernel sends or waits: see `tpllm.parallel.copy_streams`.
 
 Roofline: 2 * (size - 1) / size * N * E elements go over the link at 395 GB/s, beside products; the
 kernel between the two exchanges reads N * E and writes 2 / size * N * E elements at 4.3 TB/s.
@@ -14,8 +14,8 @@ import triton.language as tl
 from torch import Tensor
 
 from tpllm.layers.norm import add_and_norm, row_warps
+from tpllm.parallel.copy_streams import Lane
 from tpllm.parallel.group import TPGroup
-from tpllm.parallel.lanes import Lane
 
 
 @triton.jit(do_not_specialize=["has_residual"])

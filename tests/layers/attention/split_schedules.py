@@ -4,7 +4,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tpllm.layers.attention.decode_parts import (
+from tpllm.layers.attention.split_schedule import (
     BEGIN,
     CONTEXT_LEN,
     COUNT,

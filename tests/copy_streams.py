@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from tpllm.parallel.collectives import all_gather, all_to_all
+from tpllm.parallel.copy_streams import NUM_LANES, share_of
 from tpllm.parallel.group import TPGroup
-from tpllm.parallel.lanes import NUM_LANES, share_of
 
 
 class GlooLane:

@@ -5,7 +5,7 @@ Calls the kernel that adds up all ranks' partial sums, adds the residual and nor
 never the same twice, and ranks that are late at random. They come in chains: inside of one nothing
 but the kernel's own exchange keeps the ranks together, apart from a gather here and there. Half of
 the chains are replayed from CUDA graphs, the others launched as they are, a third of these by
-turns in the two lanes of large steps (tpllm/layers/all_reduce/lane_sum.py).
+turns in the two lanes of large steps (tpllm/layers/all_reduce/overlapped.py).
 
 After a chain each of its sums is compared with NCCL's in float32, plus the residual, and each
 normed row with the plain norm of that sum. The kernel adds in float32 and rounds once, so a sum
@@ -40,7 +40,7 @@ import torch
 from torch import Tensor
 
 from tpllm.layers.all_reduce.all_reduce_norm import AllReduceRMSNorm, kept_rows
-from tpllm.layers.all_reduce.sum_trials import lanes_work, peer_memory_works
+from tpllm.layers.all_reduce.trial import lanes_work, peer_memory_works
 from tpllm.layers.norm import rms_norm_reference
 from tpllm.parallel.collectives import (
     all_gather,
@@ -49,8 +49,8 @@ from tpllm.parallel.collectives import (
     with_lanes,
     with_peer_memory,
 )
+from tpllm.parallel.copy_streams import NUM_LANES
 from tpllm.parallel.group import TPGroup
-from tpllm.parallel.lanes import NUM_LANES
 
 WIDTHS = (1024, 4096, 5120)  # hidden sizes of Qwen3 0.6B, 8B and 32B
 EPS = 1e-6

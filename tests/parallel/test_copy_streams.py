@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from tpllm.parallel import lanes
-from tpllm.parallel.lanes import CopyLane, LaneMemory, share_of
+from tpllm.parallel import copy_streams as lanes
+from tpllm.parallel.copy_streams import CopyLane, LaneMemory, share_of
 
 CPU, MAX_ROWS, WIDTH = torch.device("cpu"), 10, 8
 
