@@ -49,7 +49,7 @@ GOALS = {"hop_us": 50, "idle_cpu_percent": 1, "schedule_256_ms": 0.5, "detokeniz
 # ---- hop -----------------------------------------------------------------------------------------
 
 
-def decode_plan(num_seqs: int) -> StepPlan:
+def split_schedule(num_seqs: int) -> StepPlan:
     """A step of one token for each of `num_seqs` sequences."""
     ones, empty = np.ones(num_seqs, dtype=np.int32), np.empty(0, dtype=np.int32)
     entering, updates = empty.reshape(0, ENTERING_WORDS), empty.reshape(0, 2)
@@ -77,7 +77,7 @@ def measure_hop(
     num_readers: int, spin_s: float, gap_s: float, num_records: int = 2000
 ) -> dict[str, Any]:
     """Microseconds of the hop when the next record comes `gap_s` after the last was taken."""
-    parts = decode_plan(256).parts()
+    parts = split_schedule(256).parts()
     ring = create_ring(num_readers, 8, sum(part.nbytes for part in parts))
     board_fd = os.memfd_create("bench-host")
     os.ftruncate(board_fd, num_readers * num_records * 8)

@@ -5,7 +5,7 @@ Calls the kernel that adds up all ranks' partial sums, adds the residual and nor
 never the same twice, and ranks that are late at random. They come in chains: inside of one nothing
 but the kernel's own exchange keeps the ranks together, apart from a gather here and there. Half of
 the chains are replayed from CUDA graphs, the others launched as they are, a third of these by
-turns in the two lanes of large steps (tpllm/layers/all_reduce/overlapped.py).
+turns in the two copy streams of large steps (tpllm/layers/all_reduce/overlapped.py).
 
 After a chain each of its sums is compared with NCCL's in float32, plus the residual, and each
 normed row with the plain norm of that sum. The kernel adds in float32 and rounds once, so a sum
@@ -40,16 +40,16 @@ import torch
 from torch import Tensor
 
 from tpllm.layers.all_reduce.all_reduce_norm import AllReduceRMSNorm, kept_rows
-from tpllm.layers.all_reduce.trial import lanes_work, peer_memory_works
+from tpllm.layers.all_reduce.trial import copy_streams_work, peer_memory_works
 from tpllm.layers.norm import rms_norm_reference
 from tpllm.parallel.collectives import (
     all_gather,
     all_reduce,
     min_over_ranks,
-    with_lanes,
+    with_copy_streams,
     with_peer_memory,
 )
-from tpllm.parallel.copy_streams import NUM_LANES
+from tpllm.parallel.copy_streams import NUM_COPY_STREAMS
 from tpllm.parallel.group import TPGroup
 
 WIDTHS = (1024, 4096, 5120)  # hidden sizes of Qwen3 0.6B, 8B and 32B
@@ -134,13 +134,13 @@ class Sums:
         if tp.device.type == "cuda":
             assert self.tp.peers is not None, "these GPUs share no memory: NCCL does every sum"
             assert peer_memory_works(self.tp), "sums are wrong at the start"
-        # up to half of the sums of many rows take two shots, in several rounds of the mailboxes
+        # up to half of the sums of many rows take two shots, in several rounds of the peer buffers
         limit = 2 * self.tp.peers.max_rows if self.tp.peers else MAX_ROWS_WITHOUT_PEERS
         self.max_rows = min(limit, max_rows or limit)
         if tp.device.type == "cuda":
-            self.tp = with_lanes(self.tp, self.max_rows)
-            assert self.tp.lanes, "streams of these GPUs do not wait for each other"
-            assert lanes_work(self.tp), "sums in lanes are wrong at the start"
+            self.tp = with_copy_streams(self.tp, self.max_rows)
+            assert self.tp.copy_streams, "streams of these GPUs do not wait for each other"
+            assert copy_streams_work(self.tp), "sums in copy_streams are wrong at the start"
         self.width = width
         self._errors = errors
         self._norm = AllReduceRMSNorm(width, EPS, tp=self.tp, dtype=self.dtype)
@@ -166,24 +166,26 @@ class Sums:
 
     @torch.inference_mode()
     def run_in_lanes(self, chain: list[Call]) -> None:
-        """The same by turns in the lanes: what precedes a sum runs beside the one before it."""
+        """The same by turns in the copy_streams: what precedes a sum runs beside the one before it."""
         terms = [self._term(call) for call in chain]
         residuals = [self._residual(call) for call in chain]
         streams: list[Tensor | None] = []
         results: list[tuple[Tensor, Tensor]] = []
         for i in range(len(chain) + 1):
             if i < len(chain):
-                lane, residual = self.tp.lanes[i % NUM_LANES], residuals[i]
-                with lane.computing():
+                copy_stream, residual = self.tp.copy_streams[i % NUM_COPY_STREAMS], residuals[i]
+                with copy_stream.computing():
                     self._precede(chain[i])
-                    ours = lane.share(chain[i].num_rows)
+                    ours = copy_stream.share(chain[i].num_rows)
                     streams.append(None if residual is None else residual[ours].clone())
             if i > 0:
-                lane = self.tp.lanes[(i - 1) % NUM_LANES]
-                normed, total = self._norm(terms[i - 1], streams[i - 1], lane)
-                results.append((normed.clone(), total))  # the lane's next sum goes there, too
+                copy_stream = self.tp.copy_streams[(i - 1) % NUM_COPY_STREAMS]
+                normed, total = self._norm(terms[i - 1], streams[i - 1], copy_stream)
+                results.append(
+                    (normed.clone(), total)
+                )  # the copy stream's next sum goes there, too
         for i, (term, residual) in enumerate(zip(terms, residuals, strict=True)):
-            kept = self.tp.lanes[i % NUM_LANES].share(len(term))
+            kept = self.tp.copy_streams[i % NUM_COPY_STREAMS].share(len(term))
             self._check(term, residual, *results[i], kept)
 
     def _precede(self, call: Call) -> None:
@@ -195,7 +197,7 @@ class Sums:
     def _term(self, call: Call) -> Tensor:
         term = torch.empty(call.num_rows, self.width, dtype=self.dtype, device=self.tp.device)
         term.normal_()
-        term[:, ::7] = -0.0  # what an empty mailbox looks like
+        term[:, ::7] = -0.0  # what an empty peer buffer looks like
         return term
 
     def _residual(self, call: Call) -> Tensor | None:
@@ -239,7 +241,7 @@ def stress(
 ) -> Iterator[dict[str, Any]]:
     """At least so many calls, and what is known after every 1,000 and at the end.
 
-    The figures: calls, those of them replayed from graphs and in lanes, wrong values and the worst
+    The figures: calls, those of them replayed from graphs and in copy streams, wrong values and the worst
     error of this rank, and whether all ranks have the same bits and nothing wrong.
     """
     errors = Errors(tp.device)
@@ -265,7 +267,7 @@ def stress(
             each = numbers.choice(sums)
             chain = draw_chain(numbers, tp.size, each.max_rows)
             length = len(chain)
-            if each.tp.lanes and numbers.random() < LANES_SHARE:
+            if each.tp.copy_streams and numbers.random() < LANES_SHARE:
                 each.run_in_lanes(chain)
                 num_in_lanes += length
             else:

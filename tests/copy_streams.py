@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from tpllm.parallel.collectives import all_gather, all_to_all
-from tpllm.parallel.copy_streams import NUM_LANES, share_of
+from tpllm.parallel.copy_streams import NUM_COPY_STREAMS, share_of
 from tpllm.parallel.group import TPGroup
 
 
@@ -28,7 +28,7 @@ class GlooLane:
     def share(self, num_rows: int) -> slice:
         return share_of(num_rows, self._tp.rank, self._tp.size)
 
-    def exchange_terms(self, x: Tensor) -> Tensor:
+    def exchange_partial_sums(self, x: Tensor) -> Tensor:
         self.num_rows += len(x)
         most = -(-len(x) // self._tp.size)
         terms = x.new_full((self._tp.size, most, x.shape[1]), torch.nan)
@@ -42,7 +42,7 @@ class GlooLane:
     def sums(self, num_rows: int) -> Tensor:
         return self._sums[:num_rows]
 
-    def exchange_sums(self, num_rows: int) -> None:
+    def exchange_outputs(self, num_rows: int) -> None:
         most = -(-num_rows // self._tp.size)
         ours = self._sums.new_full((most, self._sums.shape[1]), torch.nan)
         share = self._sums[self.share(num_rows)]
@@ -53,4 +53,6 @@ class GlooLane:
 
 
 def with_gloo_lanes(tp: TPGroup, max_rows: int, width: int) -> TPGroup:
-    return replace(tp, lanes=tuple(GlooLane(tp, max_rows, width) for _ in range(NUM_LANES)))
+    return replace(
+        tp, copy_streams=tuple(GlooLane(tp, max_rows, width) for _ in range(NUM_COPY_STREAMS))
+    )

@@ -1,4 +1,4 @@
-"""Mailboxes for CPU processes: sums over peer memory in Triton's interpreter."""
+"""PeerBuffers for CPU processes: sums over peer memory in Triton's interpreter."""
 
 import math
 import shutil
@@ -11,24 +11,24 @@ import torch.distributed as dist
 from tests.gpu_instructions import interpret_gpu_instructions
 from tpllm.parallel.collectives import barrier
 from tpllm.parallel.group import TPGroup
-from tpllm.parallel.peer_memory import EMPTY, NUM_PLACES, Mailboxes
+from tpllm.parallel.peer_memory import EMPTY, NUM_PLACES, PeerBuffers
 
 
 @dataclass
-class SharedMailboxes(Mailboxes):
+class SharedMailboxes(PeerBuffers):
     owned: tuple[torch.Tensor, ...]
 
 
-def with_shared_mailboxes(tp: TPGroup, max_rows: int, one_shot_rows: int, E: int) -> TPGroup:
-    """The group with mailboxes in a file that all ranks have mapped, for rows of E float32."""
+def with_shared_peer_buffers(tp: TPGroup, max_rows: int, one_shot_rows: int, E: int) -> TPGroup:
+    """The group with peer buffers in a file that all ranks have mapped, for rows of E float32."""
     interpret_gpu_instructions()
     shape = (tp.size, NUM_PLACES, tp.size, max_rows, E)
     path = [tempfile.mkdtemp() if tp.rank == 0 else None]
     dist.broadcast_object_list(path, 0, group=tp.process_group)
-    memory = torch.from_file(f"{path[0]}/mailboxes", shared=True, size=math.prod(shape))
-    mailboxes = memory.view(shape)
-    mailboxes[tp.rank].fill_(EMPTY)
-    pointers = torch.tensor([each.data_ptr() for each in mailboxes])
+    memory = torch.from_file(f"{path[0]}/peer_buffers", shared=True, size=math.prod(shape))
+    peer_buffers = memory.view(shape)
+    peer_buffers[tp.rank].fill_(EMPTY)
+    pointers = torch.tensor([each.data_ptr() for each in peer_buffers])
     barrier(tp)
     if tp.rank == 0:
         shutil.rmtree(str(path[0]))

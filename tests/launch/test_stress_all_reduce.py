@@ -9,15 +9,15 @@ from typing import Any
 
 import pytest
 import torch
-from launch.stress_all_reduce import Errors, Sums, draw_chain, receive, stress
 from torch import Tensor
 
-from launch import stress_sums
+from launch import stress_all_reduce
+from launch.stress_all_reduce import Errors, Sums, draw_chain, receive, stress
 from tests.copy_streams import with_gloo_lanes
 from tests.ranks import run_ranks
 from tpllm.layers.all_reduce.all_reduce_norm import AllReduceRMSNorm
 from tpllm.parallel.collectives import all_gather
-from tpllm.parallel.copy_streams import Lane
+from tpllm.parallel.copy_streams import CopyStream
 from tpllm.parallel.group import TPGroup
 
 CPU = TPGroup.single(torch.device("cpu"))
@@ -25,9 +25,9 @@ CPU = TPGroup.single(torch.device("cpu"))
 
 def figures_of(monkeypatch, capsys, *arguments: str) -> tuple[dict[str, Any], bool]:
     """What the script prints in its last line, and whether it ends well."""
-    monkeypatch.setattr(sys, "argv", ["stress_sums.py", "--device", "cpu", *arguments])
+    monkeypatch.setattr(sys, "argv", ["stress_all_reduce.py", "--device", "cpu", *arguments])
     with pytest.raises(SystemExit) as ended:
-        stress_sums.main()
+        stress_all_reduce.main()
     return json.loads(capsys.readouterr().out.splitlines()[-1]), not ended.value.code
 
 
@@ -45,16 +45,16 @@ def test_one_wrong_value_of_a_normed_row_or_of_a_sum_is_found(monkeypatch, index
         num_calls = 0
 
         def forward(
-            self, x: Tensor, residual: Tensor | None = None, lane: Lane | None = None
+            self, x: Tensor, residual: Tensor | None = None, copy_stream: CopyStream | None = None
         ) -> tuple[Tensor, Tensor]:
-            results = super().forward(x, residual, lane)
+            results = super().forward(x, residual, copy_stream)
             Wrong.num_calls += 1
             if Wrong.num_calls == 40:
                 results[index][-1, -1] += error
             return results
 
-    monkeypatch.setattr(stress_sums, "AllReduceRMSNorm", Wrong)
-    monkeypatch.setattr(stress_sums, "READ_EVERY", 20)
+    monkeypatch.setattr(stress_all_reduce, "AllReduceRMSNorm", Wrong)
+    monkeypatch.setattr(stress_all_reduce, "READ_EVERY", 20)
     rounds = list(stress(CPU, 60, seed=1, max_rows=2))
     right = [each["right"] for each in rounds]
     assert right[0] and not right[-1] and rounds[-1]["wrong"] > 0
@@ -63,7 +63,7 @@ def test_one_wrong_value_of_a_normed_row_or_of_a_sum_is_found(monkeypatch, index
 
 def sums_in_lanes_are_tried(tp: TPGroup) -> None:
     """Right ones pass; of wrong ones the wrong values are found, on the rank that has them."""
-    width, max_rows = stress_sums.WIDTHS[0], 6
+    width, max_rows = stress_all_reduce.WIDTHS[0], 6
     errors = Errors(tp.device)
     sums = Sums(tp, width, errors, max_rows)
     sums.tp = sums._norm.tp = with_gloo_lanes(sums.tp, max_rows, width)
@@ -98,7 +98,7 @@ def test_a_rank_that_is_silent_or_gone_is_told_from_one_that_answers() -> None:
 @pytest.mark.parametrize("last", [{"right": True}, {"right": False}, {"error": "hung"}])
 def test_the_exit_code_says_whether_all_was_right(monkeypatch, capsys, last) -> None:
     outcomes: list[dict[str, Any]] = [{"right": True, "calls": 10}, last]
-    monkeypatch.setattr(stress_sums, "run_ranks", lambda args, life: outcomes)
+    monkeypatch.setattr(stress_all_reduce, "run_ranks", lambda args, life: outcomes)
     figures, is_well = figures_of(monkeypatch, capsys, "--restarts", "2")
     assert is_well == last.get("right", False)
     assert figures["calls"] == 10 * len(figures["lives"]) == (30 if is_well else 10)

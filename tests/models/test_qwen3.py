@@ -14,18 +14,18 @@ import torch
 from torch import Tensor
 
 from tests.copy_streams import GlooLane, with_gloo_lanes
-from tests.peer_buffers import with_shared_mailboxes
+from tests.peer_buffers import with_shared_peer_buffers
 from tests.ranks import run_ranks
 from tpllm.config.model_config import ModelConfig
 from tpllm.layers.attention.attention import AttentionBatch, KVCache, PrefillBatch, make_backend
-from tpllm.layers.attention.split_schedule import PART_WORDS
+from tpllm.layers.attention.split_schedule import SPLIT_WORDS
 from tpllm.layers.linear.matmul import plain_matmul
 from tpllm.models.checkpoint_weights import DummyWeights, SafetensorsWeights
-from tpllm.models.micro_batch import StepPart
+from tpllm.models.micro_batch import MicroBatch
 from tpllm.models.qwen3 import Qwen3ForCausalLM
 from tpllm.models.registry import model_class
 from tpllm.parallel.collectives import all_gather
-from tpllm.parallel.copy_streams import Lane
+from tpllm.parallel.copy_streams import CopyStream
 from tpllm.parallel.group import TPGroup
 
 BLOCK_SIZE = 4
@@ -68,10 +68,12 @@ STEPS = [
 ]
 
 
-def make_part(sequences: list[Tensor], chunks: list[Chunk], lane: Lane | None = None) -> StepPart:
+def make_part(
+    sequences: list[Tensor], chunks: list[Chunk], copy_stream: CopyStream | None = None
+) -> MicroBatch:
     input_ids = torch.cat([sequences[c.sequence][c.start : c.stop] for c in chunks])
     positions = torch.cat([torch.arange(c.start, c.stop, dtype=torch.int32) for c in chunks])
-    return StepPart(input_ids, positions, make_batch(chunks), lane)
+    return MicroBatch(input_ids, positions, make_batch(chunks), copy_stream)
 
 
 def cut_in_two(chunks: list[Chunk]) -> tuple[list[Chunk], list[Chunk]]:
@@ -97,7 +99,7 @@ def make_batch(chunks: list[Chunk]) -> AttentionBatch:
         num_decode=len(decode),
         context_lens=int32([chunk.stop for chunk in decode]),
         block_tables=block_tables(decode),
-        decode_plan=int32([]).view(0, PART_WORDS),  # plain torch needs none
+        split_schedule=int32([]).view(0, SPLIT_WORDS),  # plain torch needs none
         prefill=make_prefill(prefill, len(decode)) if prefill else None,
     )
 
@@ -142,9 +144,9 @@ def run_steps(model: Qwen3ForCausalLM, sequences: list[Tensor], tp: TPGroup) -> 
     logits: list[list[Tensor]] = [[] for _ in sequences]
     for chunks in STEPS:
         parts = [make_part(sequences, chunks)]
-        if tp.lanes:
-            halves = zip(cut_in_two(chunks), tp.lanes, strict=True)
-            parts = [make_part(sequences, half, lane) for half, lane in halves]
+        if tp.copy_streams:
+            halves = zip(cut_in_two(chunks), tp.copy_streams, strict=True)
+            parts = [make_part(sequences, half, copy_stream) for half, copy_stream in halves]
         hidden = model(parts, kv_caches)
         local_logits = model.compute_logits(hidden)
         rows = torch.cat([*all_gather(local_logits, tp)], dim=-1)
@@ -171,7 +173,7 @@ def logits_equal_transformers_through_mailboxes(tp: TPGroup, folder: Path) -> No
     """Steps of more than two tokens are summed up in two shots, the others in one."""
     torch.set_num_threads(1)
     hidden_size = ModelConfig.from_folder(folder).hidden_size
-    tp = with_shared_mailboxes(tp, max_rows=4, one_shot_rows=2, E=hidden_size)
+    tp = with_shared_peer_buffers(tp, max_rows=4, one_shot_rows=2, E=hidden_size)
     logits_equal_transformers(tp, [folder])
 
 
@@ -181,9 +183,9 @@ def logits_equal_transformers_in_lanes(tp: TPGroup, folder: Path) -> None:
     hidden_size = ModelConfig.from_folder(folder).hidden_size
     tp = with_gloo_lanes(tp, sum(LENGTHS), hidden_size)
     logits_equal_transformers(tp, [folder])
-    for lane in tp.lanes:
-        assert isinstance(lane, GlooLane)
-        assert lane.num_rows > 0
+    for copy_stream in tp.copy_streams:
+        assert isinstance(copy_stream, GlooLane)
+        assert copy_stream.num_rows > 0
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""Where the lanes' copies and flags go, with a driver and peers that are memory of this process."""
+"""Where the copy streams' copies and flags go, with a driver and peers that are memory of this process."""
 
 import ctypes
 from types import SimpleNamespace
@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from tpllm.parallel import copy_streams as lanes
-from tpllm.parallel.copy_streams import CopyLane, LaneMemory, share_of
+from tpllm.parallel import copy_streams as copy_streams
+from tpllm.parallel.copy_streams import CopyEngineStream, CopyStreamMemory, share_of
 
 CPU, MAX_ROWS, WIDTH = torch.device("cpu"), 10, 8
 
@@ -23,77 +23,87 @@ class Driver:
     def cuStreamBatchMemOp_v2(self, stream: int, count: int, operations: Any, flags: int) -> int:
         assert len(operations) == count
         for each in operations:
-            if each.operation == lanes._WRITE:
+            if each.operation == copy_streams._WRITE:
                 ctypes.c_uint32.from_address(each.address).value = each.value
         return 0
 
 
 @pytest.fixture
-def ranks(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> list[list[CopyLane]]:
-    """The lanes of each rank, of as many as the test is parametrized with."""
+def ranks(
+    monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> list[list[CopyEngineStream]]:
+    """The copy streams of each rank, of as many as the test is parametrized with."""
 
     def empty(*shape: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
         return torch.full(shape, 7, dtype=dtype)
 
-    monkeypatch.setattr(lanes, "_driver", Driver)
-    monkeypatch.setattr(lanes, "symmetric_memory", SimpleNamespace(empty=empty))
+    monkeypatch.setattr(copy_streams, "_driver", Driver)
+    monkeypatch.setattr(copy_streams, "symmetric_memory", SimpleNamespace(empty=empty))
     monkeypatch.setattr(torch.cuda, "Stream", lambda *_, **__: SimpleNamespace(cuda_stream=0))
     monkeypatch.setattr(torch.cuda, "Event", lambda: None)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     size: int = request.param
-    memories = [LaneMemory(size, MAX_ROWS, WIDTH, torch.float32, CPU) for _ in range(size)]
+    memories = [CopyStreamMemory(size, MAX_ROWS, WIDTH, torch.float32, CPU) for _ in range(size)]
     handles = [
         SimpleNamespace(buffer_ptrs=[getattr(memory, name).data_ptr() for memory in memories])
         for name in ("rows", "flags")
     ]
     return [
-        [CopyLane(rank, memories[rank], handles, lane) for lane in range(lanes.NUM_LANES)]
+        [
+            CopyEngineStream(rank, memories[rank], handles, copy_stream)
+            for copy_stream in range(copy_streams.NUM_COPY_STREAMS)
+        ]
         for rank in range(size)
     ]
 
 
 @pytest.mark.parametrize("ranks", [2, 3, 4], indirect=True)
-def test_terms_and_sums_arrive_where_they_are_looked_for(ranks: list[list[CopyLane]]) -> None:
+def test_terms_and_sums_arrive_where_they_are_looked_for(
+    ranks: list[list[CopyEngineStream]],
+) -> None:
     values = torch.Generator().manual_seed(0)
     for num_rows in (MAX_ROWS, 7, 2, 1):
-        for index in range(lanes.NUM_LANES):
+        for index in range(copy_streams.NUM_COPY_STREAMS):
             everybodys = [each[index] for each in ranks]
             xs = [torch.randn(num_rows, WIDTH, generator=values) for _ in ranks]
-            terms = [lane.exchange_terms(x) for lane, x in zip(everybodys, xs, strict=True)]
-            for rank, lane in enumerate(everybodys):
-                ours = lane.share(num_rows)
+            terms = [
+                copy_stream.exchange_partial_sums(x)
+                for copy_stream, x in zip(everybodys, xs, strict=True)
+            ]
+            for rank, copy_stream in enumerate(everybodys):
+                ours = copy_stream.share(num_rows)
                 theirs = [
                     xs[peer][ours] if peer == rank else terms[rank][peer, : ours.stop - ours.start]
                     for peer in range(len(ranks))
                 ]
-                lane.sums(num_rows)[ours] = sum(theirs)
-            for lane in everybodys:
-                lane.exchange_sums(num_rows)
-            for lane in everybodys:
-                torch.testing.assert_close(lane.sums(num_rows), sum(xs))
+                copy_stream.sums(num_rows)[ours] = sum(theirs)
+            for copy_stream in everybodys:
+                copy_stream.exchange_outputs(num_rows)
+            for copy_stream in everybodys:
+                torch.testing.assert_close(copy_stream.sums(num_rows), sum(xs))
 
 
 @pytest.mark.parametrize("ranks", [3], indirect=True)
-def test_every_peer_has_a_flag_for_each_exchange(ranks: list[list[CopyLane]]) -> None:
+def test_every_peer_has_a_flag_for_each_exchange(ranks: list[list[CopyEngineStream]]) -> None:
     def flags(rank: int) -> list[list[list[int]]]:
         memory, _ = ranks[rank][0]._owners
         found: list[list[list[int]]] = memory.flags.tolist()
         return found
 
     assert flags(1) == [[[0, 0, 0]] * 2] * 2
-    ranks[0][1].exchange_terms(torch.zeros(MAX_ROWS, WIDTH))
+    ranks[0][1].exchange_partial_sums(torch.zeros(MAX_ROWS, WIDTH))
     assert flags(1) == flags(2) == [[[0, 0, 0], [0, 0, 0]], [[1, 0, 0], [0, 0, 0]]]
     ranks[2][1]._round = 5
-    ranks[2][1].exchange_sums(MAX_ROWS)
+    ranks[2][1].exchange_outputs(MAX_ROWS)
     assert flags(1) == [[[0, 0, 0], [0, 0, 0]], [[1, 0, 0], [0, 0, 5]]]
     assert flags(2)[1] == [[1, 0, 0], [0, 0, 0]]
 
 
 def test_a_refusing_driver_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     refusing = SimpleNamespace(cuStreamBatchMemOp_v2=lambda *_: 801)
-    monkeypatch.setattr(lanes, "_driver", lambda: refusing)
+    monkeypatch.setattr(copy_streams, "_driver", lambda: refusing)
     with pytest.raises(RuntimeError, match="801"):
-        lanes._run(lanes._memory_operations([(lanes._WRITE, 0)]), 0)
+        copy_streams._run(copy_streams._memory_operations([(copy_streams._WRITE, 0)]), 0)
 
 
 @pytest.mark.parametrize("num_rows, size", [(0, 2), (1, 2), (2, 3), (7, 4), (8, 4), (4, 3)])

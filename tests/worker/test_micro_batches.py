@@ -5,13 +5,13 @@ from dataclasses import replace
 import numpy as np
 
 from tests.worker.test_mixed_inputs import PLAN, SPLIT, int32
-from tpllm.worker.micro_batches import halves
+from tpllm.worker.micro_batches import split_plan
 from tpllm.worker.mixed_inputs import LAST_TOKEN, MixedInputs, mixed_inputs
 
 
 def halves_of(num_tokens: np.ndarray) -> tuple[MixedInputs, MixedInputs]:
     plan = replace(PLAN, num_tokens=num_tokens, token_ids=np.arange(int(num_tokens[2:].sum())))
-    first, second = halves(plan)
+    first, second = split_plan(plan)
     return mixed_inputs(first, SPLIT), mixed_inputs(second, SPLIT)
 
 
@@ -41,7 +41,7 @@ def test_halves_between_chunks_cut_none() -> None:
 
 def test_decode_rows_may_be_in_both_halves() -> None:
     plan = replace(PLAN, num_decode=3, num_tokens=int32(1, 1, 1, 1), token_ids=int32(40))
-    first, second = (mixed_inputs(half, SPLIT) for half in halves(plan))
+    first, second = (mixed_inputs(half, SPLIT) for half in split_plan(plan))
     assert (first.context_lens.tolist(), second.context_lens.tolist()) == ([10, 6], [1])
     assert (first.chunk_rows.tolist(), second.chunk_rows.tolist()) == ([], [2])
     assert second.token_ids.tolist() == [LAST_TOKEN, 40]

@@ -3,7 +3,7 @@
 import numpy as np
 
 from tpllm.channel.step_plan import StepPlan
-from tpllm.layers.attention.split_schedule import PART_WORDS, DecodeSplit
+from tpllm.layers.attention.split_schedule import SPLIT_WORDS, ContextSplit
 from tpllm.worker.cuda_graphs import MAX_CHUNKS, MixedSize
 from tpllm.worker.mixed_inputs import (
     LAST_TOKEN,
@@ -11,7 +11,7 @@ from tpllm.worker.mixed_inputs import (
     mixed_inputs,
     no_inputs,
     padded,
-    part_sizes,
+    upload_sizes,
 )
 
 
@@ -19,7 +19,7 @@ def int32(*values: int) -> np.ndarray:
     return np.array(values, dtype=np.int32)
 
 
-SPLIT = DecodeSplit(num_kv_heads=8)
+SPLIT = ContextSplit(num_kv_heads=8)
 # rows 4 and 0 decode; rows 1 and 2 compute two tokens each, row 2 after eight others
 PLAN = StepPlan(
     step=0,
@@ -50,7 +50,7 @@ def test_inputs_are_those_of_the_plan() -> None:
     assert inputs.positions.tolist() == [9, 5, 0, 1, 8, 9]
     assert inputs.token_ids.tolist() == [LAST_TOKEN, LAST_TOKEN, 30, 31, 40, 41]
     assert inputs.context_lens.tolist() == [10, 6]
-    assert inputs.decode_plan.tolist() == SPLIT.plan(int32(10, 6)).reshape(-1).tolist()
+    assert inputs.split_schedule.tolist() == SPLIT.plan(int32(10, 6)).reshape(-1).tolist()
     assert inputs.chunk_rows.tolist() == [1, 2]
     assert inputs.cu_seqlens_q.tolist() == [2, 4, 6]
     assert inputs.cu_seqlens_k.tolist() == [0, 2, 12]
@@ -60,12 +60,12 @@ def test_inputs_are_those_of_the_plan() -> None:
 def test_padding_sees_nothing_and_is_of_the_padding_row() -> None:
     size = MixedSize(8, 3)
     inputs = padded(mixed_inputs(PLAN, SPLIT), size, 7, SPLIT)
-    assert [part.size for part in inputs.parts()] == part_sizes(size, SPLIT)
+    assert [part.size for part in inputs.parts()] == upload_sizes(size, SPLIT)
     assert inputs.token_rows.tolist() == [4, 0, 1, 1, 2, 2, 7, 7]
     assert inputs.positions.tolist() == [9, 5, 0, 1, 8, 9, 0, 0]
     assert inputs.token_ids.tolist() == [LAST_TOKEN, LAST_TOKEN, 30, 31, 40, 41, 0, 0]
     assert inputs.context_lens.tolist() == [10, 6, 0]
-    parts = inputs.decode_plan.reshape(-1, PART_WORDS)
+    parts = inputs.split_schedule.reshape(-1, SPLIT_WORDS)
     assert np.array_equal(parts, SPLIT.plan(int32(10, 6, 0)))
     assert inputs.chunk_rows.tolist() == [1, 2] + [7] * (MAX_CHUNKS - 2)
     assert inputs.cu_seqlens_q.tolist() == [2, 4, 6] + [6] * (MAX_CHUNKS - 2)
@@ -76,6 +76,6 @@ def test_padding_sees_nothing_and_is_of_the_padding_row() -> None:
 def test_without_inputs_all_is_padding() -> None:
     inputs = padded(no_inputs(), MixedSize(4, 2), 7, SPLIT)
     assert inputs.token_rows.tolist() == [7] * 4
-    for part in (inputs.positions, inputs.token_ids, inputs.context_lens, inputs.decode_plan):
+    for part in (inputs.positions, inputs.token_ids, inputs.context_lens, inputs.split_schedule):
         assert not part.any()
     assert not inputs.cu_seqlens_q.any() and not inputs.cu_seqlens_k.any()

@@ -24,19 +24,19 @@ from tpllm.engine.block_manager import BlockManager
 from tpllm.engine.request import AddRequest, Sequence
 from tpllm.engine.scheduler import Scheduler
 from tpllm.layers.attention.attention import AttentionBatch, KVCache, PrefillBatch, make_backend
-from tpllm.layers.attention.split_schedule import BEGIN, END, PART_WORDS, DecodeSplit
+from tpllm.layers.attention.split_schedule import BEGIN, END, SPLIT_WORDS, ContextSplit
 from tpllm.layers.linear.matmul import fast_matmul, plain_matmul
 from tpllm.models.checkpoint_weights import SafetensorsWeights
-from tpllm.models.micro_batch import StepPart
+from tpllm.models.micro_batch import MicroBatch
 from tpllm.models.qwen3 import Qwen3ForCausalLM
-from tpllm.parallel.collectives import with_lanes, with_peer_memory
+from tpllm.parallel.collectives import with_copy_streams, with_peer_memory
 from tpllm.parallel.group import TPGroup
 from tpllm.sampling_params import SamplingParams
 from tpllm.worker import micro_batches as halving
 from tpllm.worker import model_runner
 from tpllm.worker.cuda_graphs import MixedSize
 from tpllm.worker.kv_cache import CacheShape
-from tpllm.worker.mixed_inputs import part_sizes
+from tpllm.worker.mixed_inputs import upload_sizes
 from tpllm.worker.model_runner import ModelRunner
 from tpllm.worker.step_times import StepMarks
 from tpllm.worker.trial_step import largest_step
@@ -95,7 +95,7 @@ def make_runner(
     limits: PlanLimits,
     *,
     static: bool,
-    halved_from: int | None = None,
+    micro_batch_threshold: int | None = None,
 ) -> ModelRunner:
     """One that pads its steps, as for graphs, where `static`."""
     return ModelRunner(
@@ -103,9 +103,9 @@ def make_runner(
         tp,
         limits,
         limits.vocab_size,
-        static_decode=static,
-        static_mixed=static,
-        halved_from=halved_from,
+        padded_decode=static,
+        padded_mixed=static,
+        micro_batch_threshold=micro_batch_threshold,
         receive_masks=no_masks,
     )
 
@@ -117,7 +117,7 @@ def run_all(
     *,
     static: bool = True,
     capture: bool = False,
-    halved_from: int | None = None,
+    micro_batch_threshold: int | None = None,
     max_step_tokens: int = 512,
     prompts_alone: bool = False,
 ) -> tuple[dict[str, list[int]], Tensor]:
@@ -126,7 +126,9 @@ def run_all(
     limits = PlanLimits(
         MAX_SEQS, max_step_tokens, 4, BLOCK_SIZE, config.vocab_size, max_logprobs=20
     )
-    runner = make_runner(model, tp, limits, static=static, halved_from=halved_from)
+    runner = make_runner(
+        model, tp, limits, static=static, micro_batch_threshold=micro_batch_threshold
+    )
     caches = allocate_cache(model, NUM_BLOCKS, tp)
     runner.use_cache(caches)
     if capture:
@@ -151,19 +153,21 @@ def run_all(
     return tokens, torch.stack([torch.stack(layer) for layer in caches])[:, :, 1:]
 
 
-@pytest.mark.parametrize("settings", [{}, {"halved_from": 24, **HALVED}], ids=["static", "halved"])
+@pytest.mark.parametrize(
+    "settings", [{}, {"micro_batch_threshold": 24, **HALVED}], ids=["static", "halved"]
+)
 def test_attention_is_planned_for_the_contexts_it_gets(monkeypatch, settings) -> None:
     """Plain torch needs no plan, so what the kernel would read is looked at on the way."""
     forward = Qwen3ForCausalLM.forward
     num_rows = []
 
-    def checked(model: Qwen3ForCausalLM, parts: list[StepPart], caches: list[KVCache]) -> Tensor:
-        for batch in (part.batch for part in parts):
-            plan = batch.decode_plan.numpy()
+    def checked(model: Qwen3ForCausalLM, parts: list[MicroBatch], caches: list[KVCache]) -> Tensor:
+        for batch in (part.attention for part in parts):
+            plan = batch.split_schedule.numpy()
             used = plan[plan[:, END] > plan[:, BEGIN]]
             assert_every_token_is_in_one_part(used, batch.context_lens.tolist())
-            num_parts = DecodeSplit(model.local_num_kv_heads).num_parts(batch.num_decode)
-            assert len(plan) == num_parts
+            num_splits = ContextSplit(model.local_num_kv_heads).num_splits(batch.num_decode)
+            assert len(plan) == num_splits
             num_rows.append(batch.num_decode)
         return forward(model, parts, caches)
 
@@ -187,27 +191,27 @@ def test_padded_steps_change_nothing() -> None:
 def test_halved_steps_change_nothing() -> None:
     whole_tokens, whole_cache = run_all("cpu", torch.float32, **HALVED)
     with count_halvings() as count:
-        tokens, cache = run_all("cpu", torch.float32, halved_from=24, **HALVED)
+        tokens, cache = run_all("cpu", torch.float32, micro_batch_threshold=24, **HALVED)
     assert count.call_count > 2
     assert tokens == whole_tokens
     torch.testing.assert_close(cache, whole_cache, rtol=1e-4, atol=1e-4)
 
 
 def count_halvings() -> Any:
-    return patch.object(model_runner, "halves", side_effect=halving.halves)
+    return patch.object(model_runner, "split_plan", side_effect=halving.split_plan)
 
 
 def halved_steps_change_nothing(tp: TPGroup, dtype: torch.dtype) -> None:
-    """In lanes. In bfloat16, where products of other sizes round elsewhere, of prompts alone."""
+    """In copy streams. In bfloat16, where products of other sizes round elsewhere, of prompts alone."""
     hidden_size = ModelConfig.from_folder(resolve_model(None)).hidden_size
     tp = with_peer_memory(tp, hidden_size, dtype)
-    tp = with_lanes(tp, HALVED["max_step_tokens"] // 2)
-    assert tp.lanes
+    tp = with_copy_streams(tp, HALVED["max_step_tokens"] // 2)
+    assert tp.copy_streams
     device, exact = str(tp.device), dtype == torch.float32
     settings = {**HALVED, "prompts_alone": not exact}
-    whole_tokens, whole_cache = run_all(device, dtype, replace(tp, lanes=()), **settings)
+    whole_tokens, whole_cache = run_all(device, dtype, replace(tp, copy_streams=()), **settings)
     with count_halvings() as count:
-        tokens, cache = run_all(device, dtype, tp, halved_from=24, **settings)
+        tokens, cache = run_all(device, dtype, tp, micro_batch_threshold=24, **settings)
     assert count.call_count > 2
     if exact:
         assert tokens == whole_tokens
@@ -269,12 +273,12 @@ def test_graphs_are_captured_on_padding_whatever_the_step_before_has_staged() ->
     model, tp, config = shipped_model("cpu", torch.float32)
     limits = PlanLimits(20, 64, 4, BLOCK_SIZE, config.vocab_size, max_logprobs=20)
     runner = make_runner(model, tp, limits, static=True)
-    split = DecodeSplit(model.local_num_kv_heads)
+    split = ContextSplit(model.local_num_kv_heads)
     for size in runner.graph_sizes:
         runner._staging.upload([np.full(512, 99_999, dtype=np.int32)])
         runner._stage_padding(size)
         if isinstance(size, MixedSize):
-            rows, *rest = runner._staging.views(part_sizes(size, split))
+            rows, *rest = runner._staging.views(upload_sizes(size, split))
             assert {row for part in (rows, rest.pop(4)) for row in part.tolist()} == {20}
         else:
             of_one_token = split.plan(np.ones(size, dtype=np.int32)).reshape(-1)
@@ -316,10 +320,10 @@ def test_half_precision_is_as_exact_as_transformers() -> None:
         prefill = PrefillBatch(bounds, bounds, N, N, table, has_context=False)
         nothing = positions[:0]
         attention = AttentionBatch(
-            BLOCK_SIZE + positions, 0, nothing, table[:0], nothing.view(0, PART_WORDS), prefill
+            BLOCK_SIZE + positions, 0, nothing, table[:0], nothing.view(0, SPLIT_WORDS), prefill
         )
         caches = allocate_cache(model, 3, tp)
-        hidden = model([StepPart(batch[0].int(), positions, attention)], caches)
+        hidden = model([MicroBatch(batch[0].int(), positions, attention)], caches)
         ours = model.compute_logits(hidden)
     our_error = (ours.float() - exact).pow(2).mean().sqrt().item()
     their_error = (theirs.float() - exact).pow(2).mean().sqrt().item()

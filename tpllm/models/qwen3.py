@@ -5,7 +5,7 @@ I intermediate_size, V vocab_size. H, K and I are this rank's share inside a blo
 [N, E] are whole and equal on every rank.
 
 The N tokens are those of all sequences in a step, or in one of its halves, one after the other,
-without padding; `part` says which token belongs to which sequence. The residual stream travels
+without padding; `batch` says which token belongs to which sequence. The residual stream travels
 beside the hidden states, so that each norm adds and normalises in one pass over memory. Embedding,
 attention and MLP return this rank's term of a sum over the ranks; the norm that follows adds the
 terms up.
@@ -32,10 +32,10 @@ from tpllm.layers.linear.matmul import Matmul
 from tpllm.layers.linear.norm_linear import norm_linear
 from tpllm.layers.rotary import QKNormRope, rotary_cos_sin
 from tpllm.layers.weights import WeightSource, empty_parameter, fill
-from tpllm.models.micro_batch import StepPart
+from tpllm.models.micro_batch import MicroBatch
 from tpllm.parallel.group import TPGroup
 
-# of each part of a step: what its last block has yielded [N, E], and the residual stream
+# of each batch of a step: what its last block has yielded [N, E], and the residual stream
 States = list[tuple[Tensor, Tensor | None]]
 
 
@@ -83,18 +83,18 @@ class Qwen3Attention(nn.Module):
         self,
         x: Tensor,
         residual: Tensor | None,
-        part: StepPart,
+        batch: MicroBatch,
         cos_sin: Tensor,
         kv_cache: KVCache,
     ) -> tuple[Tensor, Tensor]:
         # [N, (H + 2K) * D]
-        qkv, residual = norm_linear(self.norm, self.qkv_proj, x, residual, part.lane)
-        rope = QKNormRope(self.q_norm, self.k_norm, self.eps, part.positions, cos_sin)
-        x = self.attention(qkv, *kv_cache, part.batch, rope)  # [N, H * D]
+        qkv, residual = norm_linear(self.norm, self.qkv_proj, x, residual, batch.copy_stream)
+        rope = QKNormRope(self.q_norm, self.k_norm, self.eps, batch.positions, cos_sin)
+        x = self.attention(qkv, *kv_cache, batch.attention, rope)  # [N, H * D]
         return self.o_proj.partial(x), residual  # [N, E]
 
     def load(self, weights: WeightSource, name: str) -> None:
-        self.qkv_proj.load(weights, [f"{name}.{part}_proj" for part in "qkv"])
+        self.qkv_proj.load(weights, [f"{name}.{letter}_proj" for letter in "qkv"])
         self.o_proj.load(weights, f"{name}.o_proj")
         fill(self.q_norm, weights.read(f"{name}.q_norm.weight"), f"{name}.q_norm.weight")
         fill(self.k_norm, weights.read(f"{name}.k_norm.weight"), f"{name}.k_norm.weight")
@@ -115,9 +115,9 @@ class Qwen3MLP(nn.Module):
             config.intermediate_size, config.hidden_size, tp=tp, dtype=dtype, matmul=matmul
         )
 
-    def forward(self, x: Tensor, residual: Tensor, part: StepPart) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, residual: Tensor, batch: MicroBatch) -> tuple[Tensor, Tensor]:
         x, residual = norm_linear(
-            self.norm, self.gate_up_proj, x, residual, part.lane, swiglu=True
+            self.norm, self.gate_up_proj, x, residual, batch.copy_stream, swiglu=True
         )  # [N, I]
         return self.down_proj.partial(x), residual  # [N, E]
 
@@ -142,16 +142,20 @@ class Qwen3DecoderLayer(nn.Module):
         self.mlp = Qwen3MLP(config, tp, dtype, matmul)
 
     def forward(
-        self, states: States, parts: Sequence[StepPart], cos_sin: Tensor, kv_cache: KVCache
+        self,
+        states: States,
+        micro_batches: Sequence[MicroBatch],
+        cos_sin: Tensor,
+        kv_cache: KVCache,
     ) -> States:
-        """Each block for all parts in turn: one computes while another's sum is on its way."""
+        """Run each block for all micro-batches in turn: one computes while another is all-reduced."""
         attended, yielded = [], []
-        for (x, residual), part in zip(states, parts, strict=True):
-            with part.computing():
-                attended.append(self.self_attn(x, residual, part, cos_sin, kv_cache))
-        for (x, residual), part in zip(attended, parts, strict=True):
-            with part.computing():
-                yielded.append(self.mlp(x, residual, part))
+        for (x, residual), batch in zip(states, micro_batches, strict=True):
+            with batch.computing():
+                attended.append(self.self_attn(x, residual, batch, cos_sin, kv_cache))
+        for (x, residual), batch in zip(attended, micro_batches, strict=True):
+            with batch.computing():
+                yielded.append(self.mlp(x, residual, batch))
         return yielded
 
     def load(self, weights: WeightSource, name: str) -> None:
@@ -184,16 +188,18 @@ class Qwen3Model(nn.Module):
         self.norm = _norm(config, tp, dtype)
         self.cos_sin = rotary_cos_sin(config.head_dim, max_positions, config.rope_theta, tp.device)
 
-    def forward(self, parts: Sequence[StepPart], kv_caches: list[KVCache]) -> list[Tensor]:
+    def forward(
+        self, micro_batches: Sequence[MicroBatch], kv_caches: list[KVCache]
+    ) -> list[Tensor]:
         states: States = []
-        for part in parts:
-            with part.computing():
-                states.append((self.embed_tokens.partial(part.input_ids), None))
+        for batch in micro_batches:
+            with batch.computing():
+                states.append((self.embed_tokens.partial(batch.input_ids), None))
         for layer, kv_cache in zip(self.layers, kv_caches, strict=True):
-            states = layer(states, parts, self.cos_sin, kv_cache)
+            states = layer(states, micro_batches, self.cos_sin, kv_cache)
         return [
-            self.norm(x, residual, part.lane)[0]
-            for (x, residual), part in zip(states, parts, strict=True)
+            self.norm(x, residual, batch.copy_stream)[0]
+            for (x, residual), batch in zip(states, micro_batches, strict=True)
         ]
 
     def load(self, weights: WeightSource, name: str) -> None:
@@ -242,17 +248,17 @@ class Qwen3ForCausalLM(nn.Module):
         self.local_num_kv_heads = kv_heads.stop - kv_heads.start
         self.head_dim = config.head_dim
 
-    def forward(self, parts: Sequence[StepPart], kv_caches: list[KVCache]) -> Tensor:
+    def forward(self, micro_batches: Sequence[MicroBatch], kv_caches: list[KVCache]) -> Tensor:
         """Run the N tokens of a step through the model and write their keys and values.
 
         Args:
-            parts: of the step, each attending to itself and to those before it
+            micro_batches: of the step, each attending to itself and to those before it
             kv_caches: one pair a layer, each [num_blocks, block_size, local_num_kv_heads, head_dim]
 
         Returns:
             Hidden states [N, E] after the final norm, equal on every rank.
         """
-        hidden: list[Tensor] = self.model(parts, kv_caches)
+        hidden: list[Tensor] = self.model(micro_batches, kv_caches)
         return hidden[0] if len(hidden) == 1 else torch.cat(hidden)
 
     def compute_logits(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:

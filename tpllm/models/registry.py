@@ -10,7 +10,7 @@ from tpllm.config.model_config import ARCHITECTURES, ModelConfig
 from tpllm.layers.attention.attention import KVCache
 from tpllm.layers.embedding import ParallelLMHead
 from tpllm.layers.weights import WeightSource
-from tpllm.models.micro_batch import StepPart
+from tpllm.models.micro_batch import MicroBatch
 
 
 class CausalLM(Protocol):
@@ -21,7 +21,7 @@ class CausalLM(Protocol):
     head_dim: int
     lm_head: ParallelLMHead
 
-    def __call__(self, parts: Sequence[StepPart], kv_caches: list[KVCache]) -> Tensor: ...
+    def __call__(self, micro_batches: Sequence[MicroBatch], kv_caches: list[KVCache]) -> Tensor: ...
 
     def compute_logits(self, hidden: Tensor, out: Tensor | None = None) -> Tensor: ...
 

@@ -15,9 +15,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from tpllm.parallel.copy_streams import LaneMemory, copy_lanes
+from tpllm.parallel.copy_streams import CopyStreamMemory, make_copy_streams
 from tpllm.parallel.group import TPGroup
-from tpllm.parallel.peer_memory import WIDTH_MULTIPLE, PeerMemory, empty_mailboxes
+from tpllm.parallel.peer_memory import WIDTH_MULTIPLE, PeerMemory, clear_peer_buffers
 
 # Room for the rows of a sender, in bytes: enough programs of a sum at the same time to fill a link.
 _MAILBOX_BYTES = 4 << 20
@@ -88,18 +88,18 @@ def with_peer_memory(tp: TPGroup, width: int, dtype: torch.dtype) -> TPGroup:
     row_bytes = width * dtype.itemsize
     max_rows = max(2, _MAILBOX_BYTES // row_bytes)
     one_shot_rows = max_rows if tp.size == 2 else max(1, _ONE_SHOT_BYTES // row_bytes)
-    mailboxes = _made_by_all(
-        tp, lambda: empty_mailboxes(tp.size, max_rows, width, dtype, tp.device), "NCCL serves"
+    peer_buffers = _made_by_all(
+        tp, lambda: clear_peer_buffers(tp.size, max_rows, width, dtype, tp.device), "NCCL serves"
     )
-    if mailboxes is None:
+    if peer_buffers is None:
         return tp
     group = tp.process_group
-    peers = _made_by_all(tp, lambda: PeerMemory(group, mailboxes, one_shot_rows), "NCCL serves")
+    peers = _made_by_all(tp, lambda: PeerMemory(group, peer_buffers, one_shot_rows), "NCCL serves")
     return replace(tp, peers=peers)
 
 
-def with_lanes(tp: TPGroup, max_rows: int) -> TPGroup:
-    """The same group with `lanes`, for sums of up to `max_rows` of the mailboxes' rows in each.
+def with_copy_streams(tp: TPGroup, max_rows: int) -> TPGroup:
+    """The same group with `copy_streams`, for sums of up to `max_rows` of the peer buffers' rows in each.
 
     Every rank of a group with peer memory calls this together, and all get the same answer.
     """
@@ -107,11 +107,15 @@ def with_lanes(tp: TPGroup, max_rows: int) -> TPGroup:
     assert group is not None
     assert peers is not None
     memory = _made_by_all(
-        tp, lambda: LaneMemory(tp.size, max_rows, peers.width, peers.dtype, tp.device), instead
+        tp,
+        lambda: CopyStreamMemory(tp.size, max_rows, peers.width, peers.dtype, tp.device),
+        instead,
     )
     if memory is None:
         return tp
-    return replace(tp, lanes=_made_by_all(tp, lambda: copy_lanes(group, memory), instead) or ())
+    return replace(
+        tp, copy_streams=_made_by_all(tp, lambda: make_copy_streams(group, memory), instead) or ()
+    )
 
 
 def _made_by_all(tp: TPGroup, make: Callable[[], Made], instead: str) -> Made | None:

@@ -1,8 +1,8 @@
 """Lanes in which sums over the ranks travel while the multiprocessors compute something else.
 
 A step of many prompt tokens runs in two halves, block by block in turn: while the sum of one half
-is on its way, in that half's lane, the other half computes. What a sum sends over the links is
-carried by the GPUs' copy engines, and the lane's stream waits for it without any kernel: one that
+is on its way, in that half's copy stream, the other half computes. What a sum sends over the links is
+carried by the GPUs' copy engines, and the copy stream's stream waits for it without any kernel: one that
 sends and waits would find no room beside a product, which takes all registers of a multiprocessor.
 
 The halves compute on one stream, in an order that is the same everywhere. On a stream for each they
@@ -32,20 +32,20 @@ import torch.distributed as dist
 import torch.distributed._symmetric_memory as symmetric_memory
 from torch import Tensor
 
-NUM_LANES = 2
-_TERMS, _SUMS = 0, 1  # the exchanges of a round
+NUM_COPY_STREAMS = 2
+_PARTIAL_SUMS, _OUTPUTS = 0, 1  # the exchanges of a round
 _FLAG_BYTES = 4
 _WAIT, _WRITE = 1, 2  # CUstreamBatchMemOpType, for values of 32 bits
 
 
-class Lane(Protocol):
-    """What a half of a step needs; the halves' lanes go through the same calls on every rank.
+class CopyStream(Protocol):
+    """What a half of a step needs; the halves' copy streams go through the same calls on every rank.
 
     N rows of width E, of which each rank adds up `share(N)`.
     """
 
     def computing(self) -> AbstractContextManager[None]:
-        """Inside, what the lane's next sum is of is launched on the current stream."""
+        """Inside, what the copy stream's next sum is of is launched on the current stream."""
         ...
 
     def exchanging(self) -> AbstractContextManager[None]:
@@ -59,7 +59,7 @@ class Lane(Protocol):
         """The rows that this rank adds up; of few rows some ranks have none."""
         ...
 
-    def exchange_terms(self, x: Tensor) -> Tensor:
+    def exchange_partial_sums(self, x: Tensor) -> Tensor:
         """Of x [N, E] give each rank its share: [size, n, E], what each rank gave of ours.
 
         Our own term is not among them. What is behind our share is undefined.
@@ -67,10 +67,10 @@ class Lane(Protocol):
         ...
 
     def sums(self, num_rows: int) -> Tensor:
-        """[N, E], where this rank's share is to be written before `exchange_sums`."""
+        """[N, E], where this rank's share is to be written before `exchange_outputs`."""
         ...
 
-    def exchange_sums(self, num_rows: int) -> None:
+    def exchange_outputs(self, num_rows: int) -> None:
         """Give our share of `sums` to all ranks, and get theirs."""
         ...
 
@@ -81,8 +81,8 @@ def share_of(num_rows: int, rank: int, size: int) -> slice:
     return slice(min(rank * rows, num_rows), min((rank + 1) * rows, num_rows))
 
 
-class LaneMemory:
-    """What a rank gives for the lanes: room for rows, and flags, which its peers can map.
+class CopyStreamMemory:
+    """What a rank gives for the copy_streams: room for rows, and flags, which its peers can map.
 
     Args:
         size: number of ranks
@@ -96,19 +96,21 @@ class LaneMemory:
         self, size: int, max_rows: int, width: int, dtype: torch.dtype, device: torch.device
     ) -> None:
         most = -(-max_rows // size)  # rows of a share
-        shape = (NUM_LANES, size * most + max_rows, width)
+        shape = (NUM_COPY_STREAMS, size * most + max_rows, width)
         self.rows = symmetric_memory.empty(*shape, dtype=dtype, device=device)
         self.terms = self.rows[:, :-max_rows].unflatten(1, (size, most))
         self.sums = self.rows[:, -max_rows:]
-        # [lane, exchange, sender]
-        flags = symmetric_memory.empty(NUM_LANES, 2, size, dtype=torch.int32, device=device)
+        # [copy_stream, exchange, sender]
+        flags = symmetric_memory.empty(NUM_COPY_STREAMS, 2, size, dtype=torch.int32, device=device)
         self.flags = flags.zero_()
         to_itself = [(operation, self.flags.data_ptr()) for operation in (_WRITE, _WAIT)]
         _run(_memory_operations(to_itself), torch.cuda.Stream(device).cuda_stream)
         torch.cuda.synchronize()
 
 
-def copy_lanes(group: dist.ProcessGroup, memory: LaneMemory) -> tuple["CopyLane", ...]:
+def make_copy_streams(
+    group: dist.ProcessGroup, memory: CopyStreamMemory
+) -> tuple["CopyEngineStream", ...]:
     """Lanes between the GPUs of a group.
 
     Every rank makes them at the same time, when all have their memory.
@@ -117,23 +119,26 @@ def copy_lanes(group: dist.ProcessGroup, memory: LaneMemory) -> tuple["CopyLane"
         RuntimeError: the GPUs cannot reach each other's memory.
     """
     handles = [symmetric_memory.rendezvous(each, group) for each in (memory.rows, memory.flags)]
-    return tuple(CopyLane(group.rank(), memory, handles, lane) for lane in range(NUM_LANES))
+    return tuple(
+        CopyEngineStream(group.rank(), memory, handles, copy_stream)
+        for copy_stream in range(NUM_COPY_STREAMS)
+    )
 
 
-class CopyLane:
-    """A lane between GPUs.
+class CopyEngineStream:
+    """A copy stream between GPUs.
 
     Args:
         rank: this one
         memory: of this rank
         handles: of everybody's rows and flags; they own the mappings of the peers' memory
-        index: which lane it is
+        index: which copy stream it is
     """
 
-    def __init__(self, rank: int, memory: LaneMemory, handles: list[Any], index: int) -> None:
-        self._terms: Tensor = memory.terms[index]  # [size, most rows of a share, width]
+    def __init__(self, rank: int, memory: CopyStreamMemory, handles: list[Any], index: int) -> None:
+        self._partial_sums: Tensor = memory.terms[index]  # [size, most rows of a share, width]
         self._sums: Tensor = memory.sums[index]  # [max_rows, width]
-        self._rank, self._size = rank, len(self._terms)
+        self._rank, self._size = rank, len(self._partial_sums)
         self._owners = (memory, handles)
         # each rank begins with another
         self._peers = [(rank + i) % self._size for i in range(1, self._size)]
@@ -144,11 +149,13 @@ class CopyLane:
         self._row_bytes = self._sums[0].nbytes
         # where each rank has room for our terms, and for all sums
         first = memory.rows[:index].nbytes
-        ours, behind = self._terms[:rank].nbytes, self._terms.nbytes
-        self._terms_at = [ptr + first + ours for ptr in handles[0].buffer_ptrs]
-        self._sums_at = [ptr + first + behind for ptr in handles[0].buffer_ptrs]
+        ours, behind = self._partial_sums[:rank].nbytes, self._partial_sums.nbytes
+        self._partial_sums_at = [ptr + first + ours for ptr in handles[0].buffer_ptrs]
+        self._outputs_at = [ptr + first + behind for ptr in handles[0].buffer_ptrs]
         flags_at = [ptr + memory.flags[:index].nbytes for ptr in handles[1].buffer_ptrs]
-        self._signals = [self._signals_of(exchange, flags_at) for exchange in (_TERMS, _SUMS)]
+        self._signals = [
+            self._signals_of(exchange, flags_at) for exchange in (_PARTIAL_SUMS, _OUTPUTS)
+        ]
 
     @contextmanager
     def computing(self) -> Iterator[None]:
@@ -166,25 +173,25 @@ class CopyLane:
     def share(self, num_rows: int) -> slice:
         return share_of(num_rows, self._rank, self._size)
 
-    def exchange_terms(self, x: Tensor) -> Tensor:
+    def exchange_partial_sums(self, x: Tensor) -> Tensor:
         self._round += 1
         for peer in self._peers:
             theirs = share_of(len(x), peer, self._size)
             source = x.data_ptr() + theirs.start * self._row_bytes
-            self._copy(self._terms_at[peer], source, theirs.stop - theirs.start)
-        self._signal(_TERMS)
-        return self._terms
+            self._copy(self._partial_sums_at[peer], source, theirs.stop - theirs.start)
+        self._signal(_PARTIAL_SUMS)
+        return self._partial_sums
 
     def sums(self, num_rows: int) -> Tensor:
         return self._sums[:num_rows]
 
-    def exchange_sums(self, num_rows: int) -> None:
+    def exchange_outputs(self, num_rows: int) -> None:
         ours = self.share(num_rows)
         offset = ours.start * self._row_bytes
         for peer in self._peers:
-            source = self._sums_at[self._rank] + offset
-            self._copy(self._sums_at[peer] + offset, source, ours.stop - ours.start)
-        self._signal(_SUMS)
+            source = self._outputs_at[self._rank] + offset
+            self._copy(self._outputs_at[peer] + offset, source, ours.stop - ours.start)
+        self._signal(_OUTPUTS)
 
     def _copy(self, target: int, source: int, num_rows: int) -> None:
         if num_rows:

@@ -7,8 +7,8 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from tpllm.parallel.copy_streams import Lane
-from tpllm.parallel.peer_memory import Mailboxes
+from tpllm.parallel.copy_streams import CopyStream
+from tpllm.parallel.peer_memory import PeerBuffers
 
 
 @dataclass(frozen=True)
@@ -23,17 +23,17 @@ class TPGroup:
         size: number of ranks, one process and one device each
         device: where this rank's weights and activations live
         process_group: the torch.distributed group, or None where `size` is 1
-        peers: mailboxes in memory that all ranks can write, for sums; None where NCCL or
+        peers: peer buffers in memory that all ranks can write, for sums; None where NCCL or
             Gloo does everything
-        lanes: in which the halves of a large step run beside each other; none where they do not
+        copy_streams: in which the halves of a large step run beside each other; none where they do not
     """
 
     rank: int
     size: int
     device: torch.device
     process_group: dist.ProcessGroup | None
-    peers: Mailboxes | None = None
-    lanes: tuple[Lane, ...] = ()
+    peers: PeerBuffers | None = None
+    copy_streams: tuple[CopyStream, ...] = ()
 
     @staticmethod
     def single(device: torch.device) -> "TPGroup":

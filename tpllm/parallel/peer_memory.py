@@ -1,10 +1,10 @@
 """Memory of every rank that every other rank can write directly, over NVLink.
 
-Each rank has a mailbox from every other one. A kernel puts rows into those of its peers and then
-looks into its own until the peers' rows are there: no signal is needed, because an empty mailbox
+Each rank has a peer buffer from every other one. A kernel puts rows into those of its peers and then
+looks into its own until the peers' rows are there: no signal is needed, because an empty peer buffer
 holds nothing but `EMPTY`, which no row contains. Whoever takes a row leaves `EMPTY` behind.
 
-Each row of a mailbox has two places, used in turn. A rank that runs ahead can so leave a row while
+Each row of a peer buffer has two places, used in turn. A rank that runs ahead can so leave a row while
 the one before is still being read, and it cannot get further: to finish that next exchange it needs
 the row that the slower rank sends after it has read and emptied the first place. That holds also
 for two ranks that exchange nothing in a round of a sum in two shots: whoever adds up a row takes a
@@ -27,17 +27,17 @@ WIDTH_MULTIPLE = 8  # of a row's elements, so that they travel 16 bytes at a tim
 
 
 @dataclass
-class Mailboxes:
-    """Mailboxes for rows of `width` on every rank, as a rank's kernels see them.
+class PeerBuffers:
+    """PeerBuffers for rows of `width` on every rank, as a rank's kernels see them.
 
     Attributes:
-        mailbox_ptrs: address of an array with the address of each rank's mailboxes, in rank order;
+        peer_buffer_ptrs: address of an array with the address of each rank's peer buffers, in rank order;
             those of a rank are [NUM_PLACES, size, max_rows, width], by place and sender
         places: [max_rows] int32, where each row goes next, 0 <= place < NUM_PLACES
         one_shot_rows: of up to so many rows every rank sends all to all others
     """
 
-    mailbox_ptrs: int
+    peer_buffer_ptrs: int
     places: Tensor
     max_rows: int
     one_shot_rows: int
@@ -45,10 +45,10 @@ class Mailboxes:
     dtype: torch.dtype
 
 
-def empty_mailboxes(
+def clear_peer_buffers(
     size: int, max_rows: int, width: int, dtype: torch.dtype, device: torch.device
 ) -> Tensor:
-    """Memory for a rank's mailboxes, which its peers can map: [NUM_PLACES, size, max_rows, width].
+    """Memory for a rank's peer buffers, which its peers can map: [NUM_PLACES, size, max_rows, width].
 
     Raises:
         RuntimeError: there is no such memory, or not enough.
@@ -57,22 +57,22 @@ def empty_mailboxes(
     return symmetric_memory.empty(*shape, dtype=dtype, device=device).fill_(EMPTY)
 
 
-class PeerMemory(Mailboxes):
-    """Mailboxes in the memory of the GPUs of a group.
+class PeerMemory(PeerBuffers):
+    """PeerBuffers in the memory of the GPUs of a group.
 
-    Every rank makes them, with the same arguments and empty mailboxes of its own, at the same time.
+    Every rank makes them, with the same arguments and empty peer buffers of its own, at the same time.
 
     Raises:
         RuntimeError: the GPUs cannot reach each other's memory.
     """
 
-    def __init__(self, group: dist.ProcessGroup, mailboxes: Tensor, one_shot_rows: int) -> None:
-        max_rows, width = mailboxes.shape[2:]
-        places = torch.zeros(max_rows, dtype=torch.int32, device=mailboxes.device)
+    def __init__(self, group: dist.ProcessGroup, peer_buffers: Tensor, one_shot_rows: int) -> None:
+        max_rows, width = peer_buffers.shape[2:]
+        places = torch.zeros(max_rows, dtype=torch.int32, device=peer_buffers.device)
         # the handle owns the mappings of the peers' memory, and keeps ours
-        self._handle = symmetric_memory.rendezvous(mailboxes, group)
-        self._mailboxes = mailboxes
+        self._handle = symmetric_memory.rendezvous(peer_buffers, group)
+        self._peer_buffers = peer_buffers
         ptrs: int = self._handle.buffer_ptrs_dev
-        super().__init__(ptrs, places, max_rows, one_shot_rows, width, mailboxes.dtype)
+        super().__init__(ptrs, places, max_rows, one_shot_rows, width, peer_buffers.dtype)
         torch.cuda.synchronize()
-        dist.barrier(group)  # nobody sends before all mailboxes are empty
+        dist.barrier(group)  # nobody sends before all peer buffers are empty

@@ -101,15 +101,15 @@ def _load_tile(
     row_ptr: tl.tensor,
     part: tl.tensor,
     first: tl.tensor,
-    part_stride: tl.tensor,
-    part_size: tl.tensor,
+    split_stride: tl.tensor,
+    split_size: tl.tensor,
     TILE: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
     """Scores and ids of tokens of a row, and which of them there are: [TILE] each."""
     cols = first + tl.arange(0, TILE)
-    mask = cols < part_size
-    scores = tl.load(row_ptr + part * part_stride + cols, mask=mask, other=-float("inf"))
-    return scores, part * part_size + cols, mask
+    mask = cols < split_size
+    scores = tl.load(row_ptr + part * split_stride + cols, mask=mask, other=-float("inf"))
+    return scores, part * split_size + cols, mask
 
 
 @triton.jit
@@ -122,9 +122,9 @@ def _score_of(key: tl.tensor, ID_BITS: tl.constexpr) -> tl.tensor:
 @triton.jit
 def _sums_from(
     row_ptr: tl.tensor,
-    part_stride: tl.tensor,
-    num_parts: tl.tensor,
-    part_size: tl.tensor,
+    split_stride: tl.tensor,
+    num_splits: tl.tensor,
+    split_size: tl.tensor,
     points: tl.tensor,  # [POINTS] int64
     largest: tl.tensor,
     temperature: tl.tensor,
@@ -138,9 +138,9 @@ def _sums_from(
     """Number of tokens from each point on, and the sum of their weights: [POINTS] int64 each."""
     counts = tl.zeros([POINTS, TILE], dtype=tl.int32)
     sums = tl.zeros([POINTS, TILE], dtype=tl.int64)
-    for part in tl.range(0, num_parts):
-        for first in tl.range(0, part_size, TILE, num_stages=4):
-            scores, ids, mask = _load_tile(row_ptr, part, first, part_stride, part_size, TILE)
+    for part in tl.range(0, num_splits):
+        for first in tl.range(0, split_size, TILE, num_stages=4):
+            scores, ids, mask = _load_tile(row_ptr, part, first, split_stride, split_size, TILE)
             keys = keys_in_kernel(scores, ids, ID_BITS)
             hit = (keys[None, :] >= points[:, None]) & mask[None, :]
             counts += hit.to(tl.int32)
@@ -179,9 +179,9 @@ def _between(
 @triton.jit
 def _cut_of(
     row_ptr: tl.tensor,
-    part_stride: tl.tensor,
-    num_parts: tl.tensor,
-    part_size: tl.tensor,
+    split_stride: tl.tensor,
+    num_splits: tl.tensor,
+    split_size: tl.tensor,
     gathered_ptr: tl.tensor,  # [CAPACITY] int64
     counter_ptr: tl.tensor,  # int32, zero
     floor: tl.tensor,  # key from which on tokens count at all
@@ -211,9 +211,9 @@ def _cut_of(
     while is_first | (num_low - num_high > CAPACITY):
         counts, sums = _sums_from(
             row_ptr,
-            part_stride,
-            num_parts,
-            part_size,
+            split_stride,
+            num_splits,
+            split_size,
             points,
             largest,
             temperature,
@@ -246,9 +246,9 @@ def _cut_of(
         is_first = False
     # Gather the tokens from `low` to `high`; in which order does not matter.
     counter_ptrs = counter_ptr + tl.zeros([TILE], dtype=tl.int32)
-    for part in tl.range(0, num_parts):
-        for first in tl.range(0, part_size, TILE, num_stages=4):
-            scores, ids, mask = _load_tile(row_ptr, part, first, part_stride, part_size, TILE)
+    for part in tl.range(0, num_splits):
+        for first in tl.range(0, split_size, TILE, num_stages=4):
+            scores, ids, mask = _load_tile(row_ptr, part, first, split_stride, split_size, TILE)
             keys = keys_in_kernel(scores, ids, ID_BITS)
             hit = (keys >= low) & (keys < high) & mask
             place = tl.atomic_add(counter_ptrs, 1, mask=hit, sem="relaxed")
@@ -284,9 +284,9 @@ def _find_cuts_kernel(
     counters_ptr: tl.tensor,  # [S, 2] int32, zero
     cuts_ptr: tl.tensor,  # [S] int64
     row_stride: tl.tensor,
-    part_stride: tl.tensor,
-    num_parts: tl.tensor,
-    part_size: tl.tensor,  # Vl
+    split_stride: tl.tensor,
+    num_splits: tl.tensor,
+    split_size: tl.tensor,  # Vl
     HAS_TOP_K: tl.constexpr,
     HAS_TOP_P: tl.constexpr,
     HAS_MIN_P: tl.constexpr,
@@ -303,9 +303,9 @@ def _find_cuts_kernel(
     temperature = tl.load(temperatures_ptr + row)
     temperature = tl.where(temperature > 0, temperature, 1.0)
     highest = tl.full([TILE], -float("inf"), dtype=tl.float32)
-    for part in tl.range(0, num_parts):
-        for first in tl.range(0, part_size, TILE, num_stages=4):
-            scores, _, _ = _load_tile(row_ptr, part, first, part_stride, part_size, TILE)
+    for part in tl.range(0, num_splits):
+        for first in tl.range(0, split_size, TILE, num_stages=4):
+            scores, _, _ = _load_tile(row_ptr, part, first, split_stride, split_size, TILE)
             highest = tl.maximum(highest, scores)
     largest = tl.max(highest, axis=0)
     none = tl.full([], -float("inf"), dtype=tl.float32)
@@ -320,13 +320,13 @@ def _find_cuts_kernel(
         if top_k > 0:
             found = _cut_of(
                 row_ptr,
-                part_stride,
-                num_parts,
-                part_size,
+                split_stride,
+                num_splits,
+                split_size,
                 gathered_ptr,
                 counters_ptr + row * 2,
                 lowest,
-                tl.minimum(top_k, num_parts * part_size).to(tl.int64),
+                tl.minimum(top_k, num_splits * split_size).to(tl.int64),
                 largest,
                 temperature,
                 False,
@@ -343,9 +343,9 @@ def _find_cuts_kernel(
         if top_p < 1:
             found = _cut_of(
                 row_ptr,
-                part_stride,
-                num_parts,
-                part_size,
+                split_stride,
+                num_splits,
+                split_size,
                 gathered_ptr,
                 counters_ptr + row * 2 + 1,
                 cut,
@@ -371,7 +371,7 @@ def find_cuts_triton(scores: Tensor, truncation: Truncation) -> Tensor:
         scores: [S, parts, Vl] float32, no NaN, last dimension contiguous; column c of part p is
             token p * Vl + c
     """
-    num_rows, num_parts, part_size = scores.shape
+    num_rows, num_splits, split_size = scores.shape
     gathered = torch.empty(num_rows, _CAPACITY, dtype=torch.int64, device=scores.device)
     counters = torch.zeros(num_rows, 2, dtype=torch.int32, device=scores.device)
     cuts = torch.empty(num_rows, dtype=torch.int64, device=scores.device)
@@ -387,8 +387,8 @@ def find_cuts_triton(scores: Tensor, truncation: Truncation) -> Tensor:
         cuts,
         scores.stride(0),
         scores.stride(1),
-        num_parts,
-        part_size,
+        num_splits,
+        split_size,
         HAS_TOP_K=top_ks is not None,
         HAS_TOP_P=top_ps is not None,
         HAS_MIN_P=min_ps is not None,

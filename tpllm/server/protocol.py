@@ -197,7 +197,7 @@ def _check_messages(value: Any) -> Any:
     """Sizes and roles. The rest is checked where messages are rendered: see conversation.py."""
     if not isinstance(value, list) or len(value) > MAX_MESSAGES:
         return value
-    num_parts = len(value)
+    num_splits = len(value)
     for i, message in enumerate(value):
         if not isinstance(message, dict):
             continue
@@ -211,8 +211,8 @@ def _check_messages(value: Any) -> Any:
                 raise ValueError(
                     f"messages[{i}].{name} has {num_entries} entries, and may have {MAX_ENTRIES}"
                 )
-            num_parts += num_entries
-    if num_parts > MAX_PARTS:
+            num_splits += num_entries
+    if num_splits > MAX_PARTS:
         raise ValueError(f"messages have more than {MAX_PARTS} parts and calls; send fewer")
     return value
 

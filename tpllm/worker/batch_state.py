@@ -76,7 +76,7 @@ class DecodeInputs:
 
     rows: Tensor  # [S] int32
     positions: Tensor  # [S] int32, of the token that goes in
-    decode_plan: Tensor  # [parts, PART_WORDS] int32, of their attention: see `DecodeSplit`
+    split_schedule: Tensor  # [parts, SPLIT_WORDS] int32, of their attention: see `ContextSplit`
     input_ids: Tensor  # [S] int32
     slots: Tensor  # [S] int32
     context_lens: Tensor  # [S] int32, the token that goes in included
@@ -88,7 +88,7 @@ class DecodeInputs:
         cls,
         rows: Tensor,
         positions: Tensor,
-        decode_plan: Tensor,
+        split_schedule: Tensor,
         max_blocks: int,
         device: torch.device,
     ) -> "DecodeInputs":
@@ -105,7 +105,7 @@ class DecodeInputs:
         return cls(
             rows=rows,
             positions=positions,
-            decode_plan=decode_plan,
+            split_schedule=split_schedule,
             input_ids=_zeros(S, device=device),
             slots=_zeros(S, device=device),
             context_lens=context_lens,
@@ -113,7 +113,7 @@ class DecodeInputs:
             sampling=sampling,
         )
 
-    def first(self, rows: Tensor, positions: Tensor, decode_plan: Tensor) -> "DecodeInputs":
+    def first(self, rows: Tensor, positions: Tensor, split_schedule: Tensor) -> "DecodeInputs":
         """The same buffers for fewer rows, given as to `empty`: steps run one after the other."""
         S = rows.numel()
         context_lens = self.context_lens[:S]
@@ -127,7 +127,7 @@ class DecodeInputs:
         return DecodeInputs(
             rows=rows,
             positions=positions,
-            decode_plan=decode_plan,
+            split_schedule=split_schedule,
             input_ids=self.input_ids[:S],
             slots=self.slots[:S],
             context_lens=context_lens,

@@ -13,7 +13,7 @@ from tpllm.layers.attention.attention import BACKENDS
 _HALVED_BYTES = 64 << 20  # of a step's hidden states
 
 
-def halved_from(config: EngineConfig, dtype: torch.dtype) -> int | None:
+def micro_batch_threshold(config: EngineConfig, dtype: torch.dtype) -> int | None:
     """Tokens from which on a step runs in two halves, if the GPUs can; None if no step does."""
     if not BACKENDS[config.attention_backend].prefill_capturable:
         return None  # lengths are read on the host, so that the halves would follow each other
@@ -22,7 +22,7 @@ def halved_from(config: EngineConfig, dtype: torch.dtype) -> int | None:
     return num_tokens if num_tokens <= most else None
 
 
-def halves(plan: StepPlan) -> tuple[StepPlan, StepPlan]:
+def split_plan(plan: StepPlan) -> tuple[StepPlan, StepPlan]:
     """The plan's tokens in two halves.
 
     A chunk in the middle is cut in two; the second part of it has the first as context. What is of

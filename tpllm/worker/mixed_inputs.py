@@ -10,7 +10,7 @@ import numpy as np
 from torch import Tensor
 
 from tpllm.channel.step_plan import StepPlan
-from tpllm.layers.attention.split_schedule import PART_WORDS, DecodeSplit
+from tpllm.layers.attention.split_schedule import SPLIT_WORDS, ContextSplit
 from tpllm.worker.cuda_graphs import MAX_CHUNKS, MixedSize
 
 Array = TypeVar("Array", np.ndarray, Tensor, int)
@@ -27,7 +27,7 @@ class MixedInputs(Generic[Array]):
         positions: [N] its index in its sequence
         token_ids: [N] of prompts; LAST_TOKEN for decode rows, whose token only the device knows
         context_lens: [D] tokens that each decode row may see, itself included; 0 for padding
-        decode_plan: their attention as `DecodeSplit` divides it, PART_WORDS for each part
+        split_schedule: their attention as `ContextSplit` divides it, SPLIT_WORDS for each part
         chunk_rows: [P] row of each chunk
         cu_seqlens_q: [P + 1] where each chunk's tokens begin in the step, and where the last ends
         cu_seqlens_k: [P + 1] running sum of the chunks' context lengths
@@ -37,7 +37,7 @@ class MixedInputs(Generic[Array]):
     positions: Array
     token_ids: Array
     context_lens: Array
-    decode_plan: Array
+    split_schedule: Array
     chunk_rows: Array
     cu_seqlens_q: Array
     cu_seqlens_k: Array
@@ -47,13 +47,13 @@ class MixedInputs(Generic[Array]):
         return [getattr(self, name) for name in self.__dataclass_fields__]
 
 
-def part_sizes(size: MixedSize, split: DecodeSplit) -> list[int]:
+def upload_sizes(size: MixedSize, split: ContextSplit) -> list[int]:
     """Words of each array of inputs that are padded to a size."""
     N, D, P = size.num_tokens, size.num_decode, MAX_CHUNKS
-    return [N, N, N, D, split.num_parts(D) * PART_WORDS, P, P + 1, P + 1]
+    return [N, N, N, D, split.num_splits(D) * SPLIT_WORDS, P, P + 1, P + 1]
 
 
-def mixed_inputs(plan: StepPlan, split: DecodeSplit) -> MixedInputs[np.ndarray]:
+def mixed_inputs(plan: StepPlan, split: ContextSplit) -> MixedInputs[np.ndarray]:
     """A plan's inputs, of their true sizes."""
     D = plan.num_decode
     token_rows, positions, cu_seqlens = flatten_chunks(plan.rows, plan.starts, plan.num_tokens)
@@ -75,7 +75,7 @@ def mixed_inputs(plan: StepPlan, split: DecodeSplit) -> MixedInputs[np.ndarray]:
 
 
 def padded(
-    inputs: MixedInputs[np.ndarray], size: MixedSize, padding_row: int, split: DecodeSplit
+    inputs: MixedInputs[np.ndarray], size: MixedSize, padding_row: int, split: ContextSplit
 ) -> MixedInputs[np.ndarray]:
     """The inputs at a graph's size: tokens of the padding row, and chunks without tokens."""
     fills = MixedInputs[int](
@@ -83,7 +83,7 @@ def padded(
         positions=0,
         token_ids=0,
         context_lens=0,
-        decode_plan=0,
+        split_schedule=0,
         chunk_rows=padding_row,
         cu_seqlens_q=inputs.cu_seqlens_q[-1],
         cu_seqlens_k=inputs.cu_seqlens_k[-1],
@@ -92,7 +92,7 @@ def padded(
         *(
             np.pad(part, (0, num_words - part.size), constant_values=fill)
             for part, num_words, fill in zip(
-                inputs.parts(), part_sizes(size, split), fills.parts(), strict=True
+                inputs.parts(), upload_sizes(size, split), fills.parts(), strict=True
             )
         )
     )

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from tpllm.channel.step_plan import ENTERING_WORDS, PlanLimits, StepMasks, StepPlan
 from tpllm.layers.attention.attention import AttentionBatch, KVCache, PrefillBatch
-from tpllm.layers.attention.split_schedule import PART_WORDS, DecodePlans, DecodeSplit
-from tpllm.models.micro_batch import StepPart
+from tpllm.layers.attention.split_schedule import SPLIT_WORDS, ContextSplit, SplitSchedules
+from tpllm.models.micro_batch import MicroBatch
 from tpllm.models.registry import CausalLM
 from tpllm.parallel.group import TPGroup
 from tpllm.sampling.option_table import OptionTable, upload
@@ -28,14 +28,14 @@ from tpllm.worker.cuda_graphs import (
     padded_mixed_size,
     padded_size,
 )
-from tpllm.worker.micro_batches import halves
+from tpllm.worker.micro_batches import split_plan
 from tpllm.worker.mixed_inputs import (
     LAST_TOKEN,
     MixedInputs,
     mixed_inputs,
     no_inputs,
     padded,
-    part_sizes,
+    upload_sizes,
 )
 from tpllm.worker.staging import HostStaging
 from tpllm.worker.step_times import StepMarks
@@ -55,10 +55,10 @@ class ModelRunner:
 
     Args:
         model: this rank's shard, weights loaded.
-        static_decode: run decode steps padded, from fixed buffers (on a GPU, with an attention
+        padded_decode: run decode steps padded, from fixed buffers (on a GPU, with an attention
             backend that can be captured).
-        static_mixed: likewise small mixed steps.
-        halved_from: run the forward of larger mixed steps in two halves, from so many tokens on.
+        padded_mixed: likewise small mixed steps.
+        micro_batch_threshold: run the forward of larger mixed steps in two halves, from so many tokens on.
         receive_masks: waits for the masks of a step whose forward has been launched.
     """
 
@@ -69,19 +69,19 @@ class ModelRunner:
         limits: PlanLimits,
         vocab_size: int,
         *,
-        static_decode: bool,
-        static_mixed: bool,
-        halved_from: int | None = None,
+        padded_decode: bool,
+        padded_mixed: bool,
+        micro_batch_threshold: int | None = None,
         receive_masks: Callable[[int], StepMasks],
     ) -> None:
         self._model = model
         self._tp = tp
         self._limits = limits
-        self._static_decode = static_decode
-        self._static_mixed = static_mixed
-        self._halved_from = halved_from
-        self._split = DecodeSplit(model.local_num_kv_heads)
-        self._decode_plans = DecodePlans(self._split)
+        self._uses_padded_decode = padded_decode
+        self._uses_padded_mixed = padded_mixed
+        self._micro_batch_threshold = micro_batch_threshold
+        self._split = ContextSplit(model.local_num_kv_heads)
+        self._split_schedules = SplitSchedules(self._split)
         self._kv_caches: list[KVCache] = []
         self._decode_graphs: dict[int, CapturedStep] = {}
         self._mixed_graphs: dict[MixedSize, CapturedStep] = {}
@@ -97,12 +97,12 @@ class ModelRunner:
         )
         # One for all graphs: what a step left here is there for the rows that ask for more.
         self._decode_logits = lm_head.weight.new_empty(
-            limits.max_num_seqs if static_decode else 0, lm_head.local_vocab_size
+            limits.max_num_seqs if padded_decode else 0, lm_head.local_vocab_size
         )
         words = 3 * limits.max_num_batched_tokens + 8 * (limits.max_num_seqs + 1)
         words += ENTERING_WORDS * limits.max_num_seqs + 2 * limits.max_block_updates
         words += 3 * MAX_CHUNKS + 64
-        words += PART_WORDS * 2 * self._split.num_parts(limits.max_num_seqs)
+        words += SPLIT_WORDS * 2 * self._split.num_splits(limits.max_num_seqs)
         self._staging = HostStaging(words, tp.device)
         self.decode_sizes = decode_sizes(limits.max_num_seqs)
         self.mixed_sizes = mixed_sizes(limits.max_num_batched_tokens, limits.max_num_seqs)
@@ -111,7 +111,7 @@ class ModelRunner:
     @property
     def graph_sizes(self) -> list[int | MixedSize]:
         """Sizes of decode and of mixed steps that can have a graph, the largest first."""
-        mixed = self.mixed_sizes if self._static_mixed else []
+        mixed = self.mixed_sizes if self._uses_padded_mixed else []
         return [*reversed(mixed), *reversed(self.decode_sizes)]
 
     def use_cache(self, kv_caches: list[KVCache]) -> None:
@@ -155,7 +155,7 @@ class ModelRunner:
         """
         self._options.enter(plan.entering[:, 0], plan.row_options)
         marks.is_decode = plan.num_decode == plan.rows.size
-        if marks.is_decode and self._static_decode:
+        if marks.is_decode and self._uses_padded_decode:
             return self._run_decode(plan, marks)
         return self._run_mixed(plan, marks)
 
@@ -169,11 +169,11 @@ class ModelRunner:
         rows[:S] = plan.rows
         starts = np.zeros(size, dtype=np.int32)
         starts[:S] = plan.starts
-        decode_plan = self._decode_plans.next(starts + 1)
+        split_schedule = self._split_schedules.next(starts + 1)
         marks.begin()
         # Most steps bring no updates and ask for nothing beyond a token. They skip what would make
         # views: at batch 1 the host has little more time than the GPU.
-        *_, where = self._staging.send([rows, starts, decode_plan, plan.block_updates])
+        *_, where = self._staging.send([rows, starts, split_schedule, plan.block_updates])
         if plan.block_updates.size:
             updates = self._staging.buffer[where]
             self.state.apply(updates[:0], updates)
@@ -197,10 +197,10 @@ class ModelRunner:
             num_decode=size,
             context_lens=inputs.context_lens,
             block_tables=inputs.block_tables,
-            decode_plan=inputs.decode_plan,
+            split_schedule=inputs.split_schedule,
             prefill=None,
         )
-        part = StepPart(inputs.input_ids, inputs.positions, batch)
+        part = MicroBatch(inputs.input_ids, inputs.positions, batch)
         hidden = self._model([part], self._kv_caches)
         mark_sampling()
         logits = self._model.compute_logits(hidden, out=self._decode_logits[:size])
@@ -209,15 +209,15 @@ class ModelRunner:
     def _inputs_of(self, size: int) -> DecodeInputs:
         inputs = self._decode_inputs.get(size)
         if inputs is None:
-            plan_words = self._split.num_parts(size) * PART_WORDS
+            plan_words = self._split.num_splits(size) * SPLIT_WORDS
             rows, starts, words = self._staging.views([size, size, plan_words])
-            decode_plan = words.view(-1, PART_WORDS)
+            split_schedule = words.view(-1, SPLIT_WORDS)
             largest = self.decode_sizes[-1]
             if size == largest:
                 max_blocks, device = self._limits.max_blocks_per_seq, self._tp.device
-                inputs = DecodeInputs.empty(rows, starts, decode_plan, max_blocks, device)
+                inputs = DecodeInputs.empty(rows, starts, split_schedule, max_blocks, device)
             else:
-                inputs = self._inputs_of(largest).first(rows, starts, decode_plan)
+                inputs = self._inputs_of(largest).first(rows, starts, split_schedule)
             self._decode_inputs[size] = inputs
         return inputs
 
@@ -272,14 +272,16 @@ class ModelRunner:
         """What yields a step's hidden states [N, E], given its inputs as staged; and the inputs."""
         num_tokens, num_chunks = int(plan.num_tokens.sum()), plan.rows.size - plan.num_decode
         size = None
-        if self._static_mixed:
+        if self._uses_padded_mixed:
             size = padded_mixed_size(self.mixed_sizes, num_tokens, plan.num_decode, num_chunks)
         if size is not None:
             inputs = mixed_inputs(plan, self._split)
             inputs = padded(inputs, size, self.state.padding_row, self._split)
             return partial(self._replay_mixed, size), inputs.parts()
-        is_halved = self._halved_from is not None and num_tokens >= self._halved_from
-        plans = halves(plan) if is_halved else (plan,)
+        is_split = (
+            self._micro_batch_threshold is not None and num_tokens >= self._micro_batch_threshold
+        )
+        plans = split_plan(plan) if is_split else (plan,)
         arrays = [array for each in plans for array in mixed_inputs(each, self._split).parts()]
         return partial(self._eagerly_mixed, plans), arrays
 
@@ -291,11 +293,15 @@ class ModelRunner:
         return graph.result
 
     def _eagerly_mixed(self, plans: Sequence[StepPlan], inputs: Sequence[Tensor]) -> Tensor:
-        """In one piece, or in the halves' lanes; the inputs of all plans one behind the other."""
-        lanes = self._tp.lanes if len(plans) > 1 and self._tp.lanes else [None] * len(plans)
+        """In one piece, or in the halves' copy streams; the inputs of all plans one behind the other."""
+        copy_streams = (
+            self._tp.copy_streams
+            if len(plans) > 1 and self._tp.copy_streams
+            else [None] * len(plans)
+        )
         num_each = len(inputs) // len(plans)
         parts = []
-        for i, (plan, lane) in enumerate(zip(plans, lanes, strict=True)):
+        for i, (plan, copy_stream) in enumerate(zip(plans, copy_streams, strict=True)):
             chunks = slice(plan.num_decode, None)
             part = self._mixed_part(
                 MixedInputs(*inputs[i * num_each : (i + 1) * num_each]),
@@ -303,12 +309,12 @@ class ModelRunner:
                 max_seqlen_k=int((plan.starts + plan.num_tokens)[chunks].max(initial=0)),
                 has_context=bool(plan.starts[chunks].any()),
             )
-            parts.append(replace(part, lane=lane))
+            parts.append(replace(part, copy_stream=copy_stream))
         return self._model(parts, self._kv_caches)
 
     def _padded_mixed(self, size: MixedSize) -> Tensor:
         """Hidden states of a step as staged, padded to `size`: reads fixed buffers only."""
-        inputs = MixedInputs(*self._staging.views(part_sizes(size, self._split)))
+        inputs = MixedInputs(*self._staging.views(upload_sizes(size, self._split)))
         longest = self._limits.max_blocks_per_seq * self._limits.block_size
         part = self._mixed_part(
             inputs, max_seqlen_q=size.num_tokens, max_seqlen_k=longest, has_context=True
@@ -322,7 +328,7 @@ class ModelRunner:
         max_seqlen_q: int,
         max_seqlen_k: int,
         has_context: bool,
-    ) -> StepPart:
+    ) -> MicroBatch:
         """What the model computes of these tokens; see `PrefillBatch` for the arguments."""
         state = self.state
         num_decode = inputs.context_lens.numel()
@@ -341,12 +347,12 @@ class ModelRunner:
             num_decode=num_decode,
             context_lens=inputs.context_lens,
             block_tables=state.block_tables[inputs.token_rows[:num_decode]],
-            decode_plan=inputs.decode_plan.view(-1, PART_WORDS),
+            split_schedule=inputs.split_schedule.view(-1, SPLIT_WORDS),
             prefill=prefill,
         )
         last_tokens = state.last_tokens[inputs.token_rows]
         input_ids = torch.where(inputs.token_ids == LAST_TOKEN, last_tokens, inputs.token_ids)
-        return StepPart(input_ids, inputs.positions, batch)
+        return MicroBatch(input_ids, inputs.positions, batch)
 
     def _prompt_logprobs(
         self, plan: StepPlan, hidden: Tensor, first_tokens: np.ndarray
@@ -384,8 +390,11 @@ class ModelRunner:
     def run_largest_step(self, marks: StepMarks) -> None:
         """Run the steps that take the most memory, on the reserved block and row alone."""
         sizes = {self._limits.max_num_batched_tokens}
-        if self._halved_from is not None and self._halved_from > max(sizes) // 2:
-            sizes.add(self._halved_from - 1)  # in one piece it takes more than a half
+        if (
+            self._micro_batch_threshold is not None
+            and self._micro_batch_threshold > max(sizes) // 2
+        ):
+            sizes.add(self._micro_batch_threshold - 1)  # in one piece it takes more than a half
         for size in sorted(sizes):
             num_seqs = min(self._limits.max_num_seqs, size)
             limits = replace(self._limits, max_num_batched_tokens=size, max_num_seqs=num_seqs)

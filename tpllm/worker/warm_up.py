@@ -25,21 +25,21 @@ from tpllm.channel.step_plan import MAX_MASKED_STOP_IDS
 from tpllm.config.engine_config import EngineConfig
 from tpllm.layers.activation import silu_and_mul
 from tpllm.layers.all_reduce.all_reduce_norm import all_reduce_norm
-from tpllm.layers.all_reduce.overlapped import add_up_and_norm
+from tpllm.layers.all_reduce.overlapped import reduce_and_norm
 from tpllm.layers.attention.attention import BACKENDS, Attention, AttentionBatch, make_backend
-from tpllm.layers.attention.split_schedule import PART_WORDS, DecodeSplit
+from tpllm.layers.attention.split_schedule import SPLIT_WORDS, ContextSplit
 from tpllm.layers.linear.gemv import Around, gemv
 from tpllm.layers.linear.linear import kv_head_shard
 from tpllm.layers.norm import RMSNorm
 from tpllm.layers.rotary import QKNormRope
 from tpllm.parallel.group import TPGroup
-from tpllm.parallel.peer_memory import NUM_PLACES, WIDTH_MULTIPLE, Mailboxes
+from tpllm.parallel.peer_memory import NUM_PLACES, WIDTH_MULTIPLE, PeerBuffers
 from tpllm.sampling.sampler import SamplingBatch, best_candidate, sample
 from tpllm.sampling.thresholds import Truncation, find_cuts, likeliest
 from tpllm.sampling.token_order import keys_of, rank_and_mass, scores_of
 from tpllm.sampling.truncation import drop_below
 from tpllm.worker.batch_state import BatchState, DecodeInputs, gather_decode_inputs
-from tpllm.worker.micro_batches import halved_from
+from tpllm.worker.micro_batches import micro_batch_threshold
 
 _MAX_THREADS = 4
 # Compiling is half Python. Whoever waits for the interpreter shall have it soon: the main thread
@@ -100,7 +100,7 @@ class Kernels:
         self.num_heads = model.num_attention_heads // world_size
         kv_heads = kv_head_shard(model.num_key_value_heads, self.tp)
         self.num_kv_heads = kv_heads.stop - kv_heads.start
-        self.split = DecodeSplit(self.num_kv_heads)
+        self.split = ContextSplit(self.num_kv_heads)
         self.has_sums = world_size > 1 and not config.disable_custom_all_reduce
         self.has_sums &= model.hidden_size % WIDTH_MULTIPLE == 0
         self.local_vocab_size = -(-model.vocab_size // world_size)
@@ -119,7 +119,7 @@ class Kernels:
                 (3, 1),  # in two shots, groups of rows for each program
             )
         ]
-        if halved_from(self.config, self.dtype):
+        if micro_batch_threshold(self.config, self.dtype):
             sums.append(self.lane_sum)
         return sums
 
@@ -161,7 +161,7 @@ class Kernels:
         caches = [self.new(1, self.config.kv_block_size, K, D) for _ in range(2)]
         tables = self.new(S, self.config.max_blocks_per_seq, dtype=torch.int32)
         nothing = self.new(S, dtype=torch.int32)
-        plan = self.new(self.split.num_parts(S), PART_WORDS, dtype=torch.int32)
+        plan = self.new(self.split.num_splits(S), SPLIT_WORDS, dtype=torch.int32)
         batch = AttentionBatch(nothing, S, nothing, tables, plan, None)
         cos_sin = self.new(1, D, dtype=torch.float32)
         rope = QKNormRope(self.new(D), self.new(D), 1e-6, nothing, cos_sin)
@@ -182,7 +182,7 @@ class Kernels:
         rows = self.new(NUM_PLACES, size, 4, E)
         pointers = torch.full((size,), rows.data_ptr(), device=self.device)
         places = self.new(4, dtype=torch.int32)
-        peers = Mailboxes(pointers.data_ptr(), places, 4, one_shot_rows, E, self.dtype)
+        peers = PeerBuffers(pointers.data_ptr(), places, 4, one_shot_rows, E, self.dtype)
         x, residual = self.new(N, E), self.new(N, E)
         tp = replace(self.tp, peers=peers)
         all_reduce_norm(x, residual, self.norm_weight(), 1e-6, tp, has_residual=True)
@@ -190,7 +190,7 @@ class Kernels:
     def lane_sum(self) -> None:
         x, out = (self.new(1, self.model.hidden_size) for _ in range(2))
         terms = self.new(self.tp.size, 1, self.model.hidden_size)
-        add_up_and_norm(x, terms, None, self.norm_weight(), out, 1e-6, self.tp)
+        reduce_and_norm(x, terms, None, self.norm_weight(), out, 1e-6, self.tp)
 
     def swiglu(self) -> None:
         silu_and_mul(self.new(2, 2 * self.model.intermediate_size // self.tp.size))
@@ -242,6 +242,6 @@ class Kernels:
         max_blocks = self.config.max_blocks_per_seq
         state = BatchState(1, max_blocks, self.config.kv_block_size, self.device)
         rows = self.new(1, dtype=torch.int32)
-        plan = self.new(0, PART_WORDS, dtype=torch.int32)
+        plan = self.new(0, SPLIT_WORDS, dtype=torch.int32)
         inputs = DecodeInputs.empty(rows, rows.clone(), plan, max_blocks, self.device)
         gather_decode_inputs(state, inputs)

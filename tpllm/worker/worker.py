@@ -12,21 +12,21 @@ from tpllm.channel.progress import Progress
 from tpllm.channel.ring import RingReader
 from tpllm.channel.step_plan import CONTROL, MASKS, StepMasks, StepPlan
 from tpllm.config.engine_config import EngineConfig
-from tpllm.layers.all_reduce.trial import lanes_work, peer_memory_works
+from tpllm.layers.all_reduce.trial import copy_streams_work, peer_memory_works
 from tpllm.layers.attention.attention import AttentionBackend, make_backend
 from tpllm.layers.linear.matmul import Matmul, fast_matmul, plain_matmul
 from tpllm.layers.weights import WeightSource
 from tpllm.models.checkpoint_weights import DummyWeights, SafetensorsWeights
 from tpllm.models.registry import CausalLM, model_class
-from tpllm.parallel.collectives import barrier, with_lanes, with_peer_memory
-from tpllm.parallel.copy_streams import NUM_LANES
+from tpllm.parallel.collectives import barrier, with_copy_streams, with_peer_memory
+from tpllm.parallel.copy_streams import NUM_COPY_STREAMS
 from tpllm.parallel.group import TPGroup
 from tpllm.worker.cache_sizing import cpu_cache_blocks, gpu_cache_blocks
 from tpllm.worker.finite_weights import refuse_unnatural_weights
 from tpllm.worker.kernel_profile import KernelProfile
 from tpllm.worker.kv_cache import CacheShape
 from tpllm.worker.memory import explained_out_of_memory
-from tpllm.worker.micro_batches import halved_from
+from tpllm.worker.micro_batches import micro_batch_threshold
 from tpllm.worker.model_runner import ModelRunner
 from tpllm.worker.replies import Replies
 from tpllm.worker.results import ResultSender
@@ -82,23 +82,25 @@ class Worker:
             "attention": backend.name,
             "matmul": matmul.name,
             "all_reduce": "peer memory" if self._tp.peers else "NCCL" if on_gpu else "Gloo",
-            "halved_from": halved_from(config, self._dtype) if self._tp.lanes else None,
+            "micro_batch_threshold": micro_batch_threshold(config, self._dtype)
+            if self._tp.copy_streams
+            else None,
             "load_s": round(time.perf_counter() - begin, 2),
             "torch": torch.__version__,
             "gpu": torch.cuda.get_device_name(device) if on_gpu else None,
         }
 
         limits = config.plan_limits
-        static_decode = on_gpu and backend.capturable
-        self._use_graphs = static_decode and not config.enforce_eager
+        padded_decode = on_gpu and backend.capturable
+        self._use_graphs = padded_decode and not config.enforce_eager
         self._runner = ModelRunner(
             model,
             self._tp,
             limits,
             config.model_config.vocab_size,
-            static_decode=static_decode,
-            static_mixed=static_decode and backend.prefill_capturable,
-            halved_from=info["halved_from"],
+            padded_decode=padded_decode,
+            padded_mixed=padded_decode and backend.prefill_capturable,
+            micro_batch_threshold=info["micro_batch_threshold"],
             receive_masks=self._receive_masks,
         )
         with explained_out_of_memory(device, "while it made room for the KV cache"):
@@ -235,15 +237,17 @@ class _Beating:
 def _with_peer_memory(tp: TPGroup, config: EngineConfig, dtype: torch.dtype) -> TPGroup:
     """The group with peer memory where that is there and right; NCCL does everything otherwise.
 
-    Likewise with lanes, where a step may be so large that its halves run beside each other.
+    Likewise with copy streams, where a step may be so large that its halves run beside each other.
     """
     with_peers = with_peer_memory(tp, config.model_config.hidden_size, dtype)
     if not peer_memory_works(with_peers):
         return tp
-    if not halved_from(config, dtype):
+    if not micro_batch_threshold(config, dtype):
         return with_peers
-    laned = with_lanes(with_peers, -(-config.max_num_batched_tokens // NUM_LANES))
-    return laned if lanes_work(laned) else with_peers
+    with_streams = with_copy_streams(
+        with_peers, -(-config.max_num_batched_tokens // NUM_COPY_STREAMS)
+    )
+    return with_streams if copy_streams_work(with_streams) else with_peers
 
 
 def _take_device(config: EngineConfig, rank: int, world_size: int) -> torch.device:

@@ -5,7 +5,7 @@ import torch
 import triton
 import triton.language as tl
 
-from tests.peer_buffers import with_shared_mailboxes
+from tests.peer_buffers import with_shared_peer_buffers
 from tests.ranks import run_ranks
 from tpllm.layers.all_reduce.all_reduce_norm import (
     AllReduceRMSNorm,
@@ -71,18 +71,18 @@ def test_a_row_comes_through_a_mailbox_and_leaves_it_empty(device_and_dtype) -> 
     device, dtype = device_and_dtype
     values = [1.0, -1.0, 0.0, -0.0, torch.inf, -torch.inf, torch.nan, -6e-8, 65504.0, 0.1]
     x = torch.tensor(values, device=device).to(dtype)
-    mailbox = torch.full_like(x, EMPTY)
+    peer_buffer = torch.full_like(x, EMPTY)
     out = torch.empty_like(x)
-    _send_and_take[(1,)](x, mailbox, out, E=len(values))
+    _send_and_take[(1,)](x, peer_buffer, out, E=len(values))
     assert torch.equal(out.nan_to_num(7.0), x.nan_to_num(7.0))
-    assert mailbox.signbit().all() and not mailbox.any()
+    assert peer_buffer.signbit().all() and not peer_buffer.any()
 
 
 def sums_are_those_of_gloo(tp: TPGroup, one_shot_rows: int) -> None:
-    """Sums of few and of many rows by turns, in each way, by which mailboxes change places."""
+    """Sums of few and of many rows by turns, in each way, by which peer buffers change places."""
     torch.set_num_threads(1)
     E, eps = 40, 1e-6
-    tp = with_shared_mailboxes(tp, 8, one_shot_rows, E)
+    tp = with_shared_peer_buffers(tp, 8, one_shot_rows, E)
     values = torch.Generator().manual_seed(tp.rank)
     same = torch.Generator().manual_seed(9)
     weight = torch.rand(E, generator=same)
@@ -132,7 +132,7 @@ def sums_survive_many_calls(tp: TPGroup, E: int, num_calls: int) -> None:
 
 
 def a_graph_of_sums_replays(tp: TPGroup) -> None:
-    """An odd number of sums: each replay finds the mailboxes' places the other way round."""
+    """An odd number of sums: each replay finds the peer buffers' places the other way round."""
     E, N = 1024, 7
     tp = with_peer_memory(tp, E, torch.bfloat16)
     assert tp.peers is not None

@@ -1,4 +1,4 @@
-"""Sums in lanes: the kernel's arithmetic here, over Gloo; the exchange on several GPUs."""
+"""Sums in copy_streams: the kernel's arithmetic here, over Gloo; the exchange on several GPUs."""
 
 from dataclasses import dataclass, field
 
@@ -10,11 +10,11 @@ from tests.copy_streams import with_gloo_lanes
 from tests.marks import FOUR_GPUS
 from tests.ranks import run_ranks
 from tpllm.layers.all_reduce.all_reduce_norm import AllReduceRMSNorm
-from tpllm.layers.all_reduce.overlapped import lane_sum_norm
-from tpllm.layers.all_reduce.trial import lanes_work
+from tpllm.layers.all_reduce.overlapped import overlapped_all_reduce_norm
+from tpllm.layers.all_reduce.trial import copy_streams_work
 from tpllm.layers.norm import rms_norm_reference
-from tpllm.parallel.collectives import all_reduce, with_lanes, with_peer_memory
-from tpllm.parallel.copy_streams import Lane
+from tpllm.parallel.collectives import all_reduce, with_copy_streams, with_peer_memory
+from tpllm.parallel.copy_streams import CopyStream
 from tpllm.parallel.group import TPGroup
 
 
@@ -30,10 +30,10 @@ def sums_are_those_of_gloo(tp: TPGroup) -> None:
         x = torch.randn(N, E, generator=values)
         stream = torch.randn(N, E, generator=same) if N % 2 else None
         expected = all_reduce(x.clone(), tp) + (0.0 if stream is None else stream)
-        lane = tp.lanes[N % 2]
-        ours = lane.share(N)
+        copy_stream = tp.copy_streams[N % 2]
+        ours = copy_stream.share(N)
         residual = None if stream is None else stream[ours].clone()
-        normed, total = lane_sum_norm(x, residual, weight, eps, tp, lane)
+        normed, total = overlapped_all_reduce_norm(x, residual, weight, eps, tp, copy_stream)
         torch.testing.assert_close(total, expected[ours])
         torch.testing.assert_close(normed, rms_norm_reference(expected, weight, eps))
 
@@ -46,9 +46,9 @@ def test_sums_in_lanes_are_those_of_gloo(world_size: int) -> None:
 
 @dataclass
 class Work:
-    """A chain of sums in a lane."""
+    """A chain of sums in a copy stream."""
 
-    lane: Lane
+    copy_stream: CopyStream
     terms: Tensor  # [chain, N, E]
     term: Tensor | None = None  # the next one to be summed
     stream: Tensor | None = None  # the residual stream
@@ -57,43 +57,43 @@ class Work:
 
 
 def sums_survive_many_calls(tp: TPGroup, E: int, num_calls: int) -> None:
-    """Chains of sums of random sizes in both lanes, beside products, with ranks that are late.
+    """Chains of sums of random sizes in both copy streams, beside products, with ranks that are late.
 
-    A chain's sums are checked against NCCL's when it is over: inside of it nothing but the lanes'
+    A chain's sums are checked against NCCL's when it is over: inside of it nothing but the copy streams'
     own exchanges keeps the ranks together.
     """
     max_rows, chain = 999, 5
     tp = with_peer_memory(tp, E, torch.bfloat16)
-    tp = with_lanes(tp, max_rows)
-    assert tp.lanes
-    assert lanes_work(tp)
+    tp = with_copy_streams(tp, max_rows)
+    assert tp.copy_streams
+    assert copy_streams_work(tp)
     norm = AllReduceRMSNorm(E, 1e-6, tp=tp, dtype=torch.bfloat16)
     norm.weight.fill_(1.5)
     sizes = torch.Generator().manual_seed(0)
     values = torch.Generator(tp.device).manual_seed(tp.rank)
     wrong = torch.zeros((), dtype=torch.int64, device=tp.device)
     factor = torch.ones(E, E, dtype=torch.bfloat16, device=tp.device)
-    for call in range(0, num_calls, chain * len(tp.lanes)):
+    for call in range(0, num_calls, chain * len(tp.copy_streams)):
         works = []
-        for lane in tp.lanes:
+        for copy_stream in tp.copy_streams:
             N = int(torch.randint(1, max_rows + 1, (), generator=sizes))
             terms = torch.empty(chain, N, E, dtype=torch.bfloat16, device=tp.device)
-            works.append(Work(lane, terms.normal_(generator=values)))
+            works.append(Work(copy_stream, terms.normal_(generator=values)))
         for i in range(chain + 1):
             for work in works:
                 if i > 0:  # the sum of what was launched in the round before
                     assert work.term is not None
-                    normed, work.stream = norm(work.term, work.stream, work.lane)
+                    normed, work.stream = norm(work.term, work.stream, work.copy_stream)
                     work.found.append(normed.clone())
                     work.residuals.append(work.stream.clone())
                 if i < chain:
-                    with work.lane.computing():
+                    with work.copy_stream.computing():
                         if (call + i + tp.rank) % 4 == 0:
                             torch.cuda._sleep(200_000)
                         work.term = work.terms[i] + 0 * torch.mm(work.terms[i], factor)
         for work in works:
             terms, residuals, found = work.terms, work.residuals, work.found
-            ours = work.lane.share(terms.shape[1])
+            ours = work.copy_stream.share(terms.shape[1])
             before = torch.zeros_like(residuals[0], dtype=torch.float32)
             for i in range(chain):
                 stream = all_reduce(terms[i].float(), tp)[ours] + before

@@ -1,4 +1,4 @@
-"""The trials at start, where the mailboxes and lanes are those of CPU processes."""
+"""The trials at start, where the peer buffers and copy streams are those of CPU processes."""
 
 from dataclasses import replace
 
@@ -7,29 +7,29 @@ import torch
 from torch import Tensor
 
 from tests.copy_streams import GlooLane, with_gloo_lanes
-from tests.peer_buffers import with_shared_mailboxes
+from tests.peer_buffers import with_shared_peer_buffers
 from tests.ranks import run_ranks
-from tpllm.layers.all_reduce.trial import lanes_work, peer_memory_works
+from tpllm.layers.all_reduce.trial import copy_streams_work, peer_memory_works
 from tpllm.parallel.group import TPGroup
 
 
 class WrongLane(GlooLane):
     """Gives one rank the others' terms with another sign."""
 
-    def exchange_terms(self, x: Tensor) -> Tensor:
-        terms = super().exchange_terms(x)
+    def exchange_partial_sums(self, x: Tensor) -> Tensor:
+        terms = super().exchange_partial_sums(x)
         return -terms if self._tp.rank == 1 else terms
 
 
 def trials_tell_right_sums_from_wrong_ones(tp: TPGroup) -> None:
     torch.set_num_threads(1)
     assert not peer_memory_works(tp)  # there is none
-    tp = with_shared_mailboxes(tp, max_rows=4, one_shot_rows=2, E=40)
+    tp = with_shared_peer_buffers(tp, max_rows=4, one_shot_rows=2, E=40)
     assert tp.peers is not None
     assert peer_memory_works(tp)
-    assert lanes_work(with_gloo_lanes(tp, 9, 40))
-    lanes = (GlooLane(tp, 9, 40), WrongLane(tp, 9, 40))
-    assert not lanes_work(replace(tp, lanes=lanes))
+    assert copy_streams_work(with_gloo_lanes(tp, 9, 40))
+    copy_streams = (GlooLane(tp, 9, 40), WrongLane(tp, 9, 40))
+    assert not copy_streams_work(replace(tp, copy_streams=copy_streams))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="its kernels would run on CPU memory")

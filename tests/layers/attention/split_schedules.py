@@ -13,13 +13,13 @@ from tpllm.layers.attention.split_schedule import (
     INDEX,
     SCRATCH,
     SEQ,
-    DecodeSplit,
+    ContextSplit,
 )
 
 
 def plan_of(context_lens: list[int], num_kv_heads: int) -> Tensor:
-    """On the CPU: [P, PART_WORDS] int32."""
-    return torch.from_numpy(DecodeSplit(num_kv_heads).plan(np.array(context_lens, dtype=np.int32)))
+    """On the CPU: [P, SPLIT_WORDS] int32."""
+    return torch.from_numpy(ContextSplit(num_kv_heads).plan(np.array(context_lens, dtype=np.int32)))
 
 
 def assert_every_token_is_in_one_part(parts: np.ndarray, context_lens: list[int]) -> None:

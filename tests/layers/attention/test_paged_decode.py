@@ -9,7 +9,7 @@ from tests.layers.attention.split_schedules import plan_of
 from tpllm.layers.attention import split_schedule as decode_parts
 from tpllm.layers.attention.attention import AttentionBatch, TorchAttentionBackend
 from tpllm.layers.attention.paged_decode import PagedDecode
-from tpllm.layers.attention.split_schedule import DecodePlans, DecodeSplit
+from tpllm.layers.attention.split_schedule import ContextSplit, SplitSchedules
 from tpllm.layers.rotary import QKNormRope, qk_norm_rope_store_reference, rotary_cos_sin
 
 
@@ -57,7 +57,7 @@ def division(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
         case "some in parts":
             monkeypatch.setattr(decode_parts, "_LARGE_PROGRAMS", 14)
         case "small programs":
-            monkeypatch.setattr(DecodeSplit, "has_large_programs", lambda split, num_seqs: False)
+            monkeypatch.setattr(ContextSplit, "has_large_programs", lambda split, num_seqs: False)
 
 
 @pytest.mark.usefixtures("division")
@@ -79,14 +79,14 @@ def test_matches_plain_torch(
     plain, exact = plain_and_exact(q, k_cache, v_cache, batch)
     decode = PagedDecode()
     for _ in range(2):  # the second time on used scratch memory
-        ours = decode(q, k_cache, v_cache, batch.block_tables, batch.decode_plan, 0.3)
+        ours = decode(q, k_cache, v_cache, batch.block_tables, batch.split_schedule, 0.3)
         assert_as_accurate(ours, plain, exact)
 
 
 def test_a_context_in_one_part_needs_no_scratch(device) -> None:
     q, k_cache, v_cache, batch = make_case([64, 640], 1, 2, 16, 16, device, torch.float32)
     decode = PagedDecode()
-    decode(q, k_cache, v_cache, batch.block_tables, batch.decode_plan, 1.0)
+    decode(q, k_cache, v_cache, batch.block_tables, batch.split_schedule, 1.0)
     assert decode._scratch is not None
     counters, scratch = decode._scratch
     assert int(counters.abs().sum()) == 0  # left as they were found
@@ -128,7 +128,7 @@ def test_norms_rotates_and_stores_on_the_way(
     exact, exact_keys, _ = apart(torch.float64)
     rope = QKNormRope(q_weight, k_weight, 1e-6, positions, cos_sin)
     q = qkv.view(S, -1, D)[:, :H]
-    ours = PagedDecode()(q, k_cache, v_cache, batch.block_tables, batch.decode_plan, 0.3, rope)
+    ours = PagedDecode()(q, k_cache, v_cache, batch.block_tables, batch.split_schedule, 0.3, rope)
     assert_as_accurate(ours, plain, exact)
     at_slots = [cache.view(-1, K, D)[slots] for cache in (k_cache, plain_keys, exact_keys)]
     assert_as_accurate(*at_slots)
@@ -143,10 +143,10 @@ def test_a_plan_that_goes_on_reads_the_new_tokens(
     monkeypatch.setattr(decode_parts, "_MIN_PART", decode_parts.GRAIN)
     contexts = [130, 65, 200]
     q, k_cache, v_cache, batch = make_case(contexts, 2, 3, 32, 16, device, dtype)
-    plans = DecodePlans(DecodeSplit(2))
+    plans = SplitSchedules(ContextSplit(2))
     for missing in range(20, 0, -1):
         plans.next(np.array(contexts) - missing)
     plan = torch.from_numpy(plans.next(np.array(contexts))).to(device)
-    assert not torch.equal(plan, batch.decode_plan)
+    assert not torch.equal(plan, batch.split_schedule)
     ours = PagedDecode()(q, k_cache, v_cache, batch.block_tables, plan, 0.3)
     assert_as_accurate(ours, *plain_and_exact(q, k_cache, v_cache, batch))

@@ -12,11 +12,11 @@ from tpllm.layers.attention.split_schedule import (
     END,
     GRAIN,
     INDEX,
-    PART_WORDS,
     SCRATCH,
     SCRATCH_PLACES,
-    DecodePlans,
-    DecodeSplit,
+    SPLIT_WORDS,
+    ContextSplit,
+    SplitSchedules,
 )
 
 CONTEXTS = st.lists(st.integers(0, 200) | st.integers(0, 40_000), max_size=300)
@@ -25,12 +25,12 @@ KV_HEADS = st.sampled_from([1, 2, 3, 4, 8, 16, 64, 300])
 
 def used_parts(context_lens: list[int], num_kv_heads: int) -> np.ndarray:
     """The parts of a plan; what comes after them is nothing."""
-    split = DecodeSplit(num_kv_heads)
+    split = ContextSplit(num_kv_heads)
     return used_of(split, split.plan(np.array(context_lens, dtype=np.int32)), len(context_lens))
 
 
-def used_of(split: DecodeSplit, plan: np.ndarray, num_seqs: int) -> np.ndarray:
-    assert plan.shape == (split.num_parts(num_seqs), PART_WORDS)
+def used_of(split: ContextSplit, plan: np.ndarray, num_seqs: int) -> np.ndarray:
+    assert plan.shape == (split.num_splits(num_seqs), SPLIT_WORDS)
     assert plan.dtype == np.int32
     used = plan[:, END] > plan[:, BEGIN]
     num_used = int(used.sum())
@@ -61,9 +61,9 @@ def test_parts_to_be_joined_have_places_of_their_own(
 
 @given(st.integers(1, 2000), KV_HEADS)
 def test_a_plan_of_more_sequences_is_no_smaller(num_seqs: int, num_kv_heads: int) -> None:
-    split = DecodeSplit(num_kv_heads)
-    assert split.num_parts(0) == 0
-    assert split.num_parts(num_seqs - 1) <= split.num_parts(num_seqs)
+    split = ContextSplit(num_kv_heads)
+    assert split.num_splits(0) == 0
+    assert split.num_splits(num_seqs - 1) <= split.num_splits(num_seqs)
 
 
 @pytest.mark.parametrize(
@@ -101,8 +101,8 @@ def test_plans_go_on_from_step_to_step(
     context_lens: list[int], steps: list[int], num_kv_heads: int
 ) -> None:
     """Each sequence grows by a token, or by none, as padding does; or there are fewer of them."""
-    split = DecodeSplit(num_kv_heads)
-    plans = DecodePlans(split)
+    split = ContextSplit(num_kv_heads)
+    plans = SplitSchedules(split)
     lens = np.array(context_lens, dtype=np.int32)
     for step in steps:
         parts = used_of(split, plans.next(lens), lens.size)
@@ -115,7 +115,7 @@ def test_plans_go_on_from_step_to_step(
 
 
 def test_a_division_is_made_anew_after_a_while() -> None:
-    plans = DecodePlans(DecodeSplit(8))
+    plans = SplitSchedules(ContextSplit(8))
     longest = []
     for length in range(128, 128 + 3 * GRAIN):
         plan = plans.next(np.array([length], dtype=np.int32))
@@ -125,8 +125,8 @@ def test_a_division_is_made_anew_after_a_while() -> None:
 
 
 def test_other_sequences_are_divided_anew() -> None:
-    split = DecodeSplit(8)
-    plans = DecodePlans(split)
+    split = ContextSplit(8)
+    plans = SplitSchedules(split)
     for lens in ([500, 700], [501, 702], [500, 702], [501, 703, 4]):
         context_lens = np.array(lens, dtype=np.int32)
         assert np.array_equal(plans.next(context_lens), split.plan(context_lens))

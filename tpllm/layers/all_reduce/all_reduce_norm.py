@@ -21,11 +21,11 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from tpllm.layers.all_reduce.overlapped import lane_sum_norm
+from tpllm.layers.all_reduce.overlapped import overlapped_all_reduce_norm
 from tpllm.layers.dependent_launch import dependent_launch
 from tpllm.layers.norm import RMSNorm, add_and_norm, row_warps
 from tpllm.parallel.collectives import all_reduce
-from tpllm.parallel.copy_streams import Lane
+from tpllm.parallel.copy_streams import CopyStream
 from tpllm.parallel.group import TPGroup
 from tpllm.parallel.peer_memory import NUM_PLACES, WIDTH_MULTIPLE
 
@@ -34,7 +34,7 @@ _NUM_PLACES = tl.constexpr(NUM_PLACES)
 
 @triton.jit
 def empty_like(row: tl.tensor) -> tl.tensor:
-    """What a mailbox holds before the row is there, negative zeros, as integers."""
+    """What a peer buffer holds before the row is there, negative zeros, as integers."""
     if row.dtype.primitive_bitwidth == 32:
         empty = tl.full(row.shape, -(2**31), tl.int32)
     else:
@@ -50,7 +50,7 @@ def sendable(row: tl.tensor) -> tl.tensor:
 
 @triton.jit
 def _is_missing(row: tl.tensor) -> tl.tensor:
-    """1 for each value of a mailbox's row that is not there yet: int32."""
+    """1 for each value of a peer buffer's row that is not there yet: int32."""
     empty = empty_like(row)
     return (row.to(empty.dtype, bitcast=True) == empty).to(tl.int32)
 
@@ -63,7 +63,7 @@ def _make_empty(row_ptrs: tl.tensor, row: tl.tensor, mask: tl.tensor) -> None:
 
 @triton.jit
 def take(row_ptrs: tl.tensor, mask: tl.tensor) -> tl.tensor:
-    """Wait for a row in this rank's mailbox, empty its place and return it.
+    """Wait for a row in this rank's peer buffer, empty its place and return it.
 
     Each value tells by itself whether it has come, so the order of arrival does not matter.
     """
@@ -75,8 +75,8 @@ def take(row_ptrs: tl.tensor, mask: tl.tensor) -> tl.tensor:
 
 
 @triton.jit
-def _mailbox(
-    mailbox_ptrs: tl.tensor,
+def _peer_buffer(
+    peer_buffer_ptrs: tl.tensor,
     rank: tl.tensor,
     sender: tl.tensor,
     place: tl.tensor,
@@ -87,9 +87,9 @@ def _mailbox(
     SIZE: tl.constexpr,
 ) -> tl.tensor:
     """Where the rank finds that row of the sender: a pointer to its first element."""
-    mailboxes = tl.load(mailbox_ptrs.to(tl.pointer_type(tl.uint64)) + rank)
+    peer_buffers = tl.load(peer_buffer_ptrs.to(tl.pointer_type(tl.uint64)) + rank)
     offset = ((place * SIZE + sender).to(tl.int64) * max_rows + row) * E
-    return tl.multiple_of(mailboxes.to(tl.pointer_type(dtype)), 16) + tl.multiple_of(offset, 8)
+    return tl.multiple_of(peer_buffers.to(tl.pointer_type(dtype)), 16) + tl.multiple_of(offset, 8)
 
 
 @triton.jit
@@ -103,7 +103,7 @@ def _send_to_all(
     x: tl.tensor,
     mask: tl.tensor,
     cols: tl.tensor,
-    mailbox_ptrs: tl.tensor,
+    peer_buffer_ptrs: tl.tensor,
     place: tl.tensor,
     row: tl.tensor,
     max_rows: tl.tensor,
@@ -111,10 +111,10 @@ def _send_to_all(
     RANK: tl.constexpr,
     SIZE: tl.constexpr,
 ) -> None:
-    """Send x to that row of every peer's mailbox."""
+    """Send x to that row of every peer's peer buffer."""
     for peer in tl.static_range(SIZE):
         if peer != RANK:
-            box = _mailbox(mailbox_ptrs, peer, RANK, place, row, max_rows, x.dtype, E, SIZE)
+            box = _peer_buffer(peer_buffer_ptrs, peer, RANK, place, row, max_rows, x.dtype, E, SIZE)
             _send(box + cols, x, mask)
 
 
@@ -123,7 +123,7 @@ def _look(
     x: tl.tensor,
     mask: tl.tensor,
     cols: tl.tensor,
-    mailbox_ptrs: tl.tensor,
+    peer_buffer_ptrs: tl.tensor,
     place: tl.tensor,
     row: tl.tensor,
     max_rows: tl.tensor,
@@ -131,13 +131,13 @@ def _look(
     RANK: tl.constexpr,
     SIZE: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor]:
-    """The sum of x and of what the mailboxes hold, and how much of it is still empty."""
+    """The sum of x and of what the peer buffers hold, and how much of it is still empty."""
     missing = tl.zeros(x.shape, dtype=tl.int32)
     total = tl.zeros(x.shape, dtype=tl.float32)
     for peer in tl.static_range(SIZE):
         term = x
         if peer != RANK:
-            box = _mailbox(mailbox_ptrs, RANK, peer, place, row, max_rows, x.dtype, E, SIZE)
+            box = _peer_buffer(peer_buffer_ptrs, RANK, peer, place, row, max_rows, x.dtype, E, SIZE)
             term = tl.load(box + cols, mask=mask, other=0.0, volatile=True)
             missing += _is_missing(term)
         total += term.to(tl.float32)
@@ -149,7 +149,7 @@ def _sum_of_terms(
     x: tl.tensor,
     mask: tl.tensor,
     cols: tl.tensor,
-    mailbox_ptrs: tl.tensor,
+    peer_buffer_ptrs: tl.tensor,
     place: tl.tensor,
     row: tl.tensor,
     max_rows: tl.tensor,
@@ -162,12 +162,14 @@ def _sum_of_terms(
     All peers' rows are looked for at the same time, as `take` looks for one: each look costs a
     way to memory and a sum over the program's threads.
     """
-    total, num_missing = _look(x, mask, cols, mailbox_ptrs, place, row, max_rows, E, RANK, SIZE)
+    total, num_missing = _look(x, mask, cols, peer_buffer_ptrs, place, row, max_rows, E, RANK, SIZE)
     while num_missing != 0:
-        total, num_missing = _look(x, mask, cols, mailbox_ptrs, place, row, max_rows, E, RANK, SIZE)
+        total, num_missing = _look(
+            x, mask, cols, peer_buffer_ptrs, place, row, max_rows, E, RANK, SIZE
+        )
     for peer in tl.static_range(SIZE):
         if peer != RANK:
-            box = _mailbox(mailbox_ptrs, RANK, peer, place, row, max_rows, x.dtype, E, SIZE)
+            box = _peer_buffer(peer_buffer_ptrs, RANK, peer, place, row, max_rows, x.dtype, E, SIZE)
             _make_empty(box + cols, x, mask)
     return total
 
@@ -183,7 +185,7 @@ def _fence() -> None:
 @triton.jit(do_not_specialize=["max_rows", "has_residual"])
 def _all_reduce_norm_one_shot(
     x_ptr: tl.tensor,  # [N, E]
-    mailbox_ptrs: tl.tensor,
+    peer_buffer_ptrs: tl.tensor,
     places_ptr: tl.tensor,  # [max_rows]
     residual_ptr: tl.tensor,  # [N, E]
     weight_ptr: tl.tensor,  # [E]
@@ -208,11 +210,11 @@ def _all_reduce_norm_one_shot(
         gdc_wait()
     x = tl.load(x_ptr + offsets, mask=mask, other=0.0)
     place = tl.load(places_ptr + row)
-    _send_to_all(x, mask, cols, mailbox_ptrs, place, row, max_rows, E, RANK, SIZE)
+    _send_to_all(x, mask, cols, peer_buffer_ptrs, place, row, max_rows, E, RANK, SIZE)
     if PDL:
         gdc_launch_dependents()
     residual = tl.load(residual_ptr + offsets, mask=mask & (has_residual != 0), other=0.0)
-    total = _sum_of_terms(x, mask, cols, mailbox_ptrs, place, row, max_rows, E, RANK, SIZE)
+    total = _sum_of_terms(x, mask, cols, peer_buffer_ptrs, place, row, max_rows, E, RANK, SIZE)
     # not before all threads have read it: the sum over them in `_look` holds a barrier
     tl.store(places_ptr + row, (place + 1) % _NUM_PLACES)
     total, normed = add_and_norm(total, residual.to(tl.float32), weight, dtype, eps, E)
@@ -223,7 +225,7 @@ def _all_reduce_norm_one_shot(
 @triton.jit(do_not_specialize=["max_rows", "num_rows", "has_residual"])
 def _all_reduce_norm_two_shot(
     x_ptr: tl.tensor,  # [N, E]
-    mailbox_ptrs: tl.tensor,
+    peer_buffer_ptrs: tl.tensor,
     places_ptr: tl.tensor,  # [max_rows]
     residual_ptr: tl.tensor,  # [N, E], of which this rank keeps every SIZE-th row
     weight_ptr: tl.tensor,  # [E]
@@ -241,7 +243,7 @@ def _all_reduce_norm_two_shot(
     """One program: groups of ROWS rows, one after the other; ROWS is 1 or SIZE.
 
     Of SIZE rows each rank adds up one, and sends it to the others normed. Terms go through the
-    program's mailbox row, normed rows through the one max_rows / 2 behind it.
+    program's peer buffer row, normed rows through the one max_rows / 2 behind it.
     """
     program = tl.program_id(0)
     behind = program + max_rows // 2
@@ -257,7 +259,9 @@ def _all_reduce_norm_two_shot(
             adder = row % SIZE
             if (row < num_rows) & (adder != RANK):
                 x = tl.load(x_ptr + row.to(tl.int64) * E + cols, mask=mask, other=0.0)
-                box = _mailbox(mailbox_ptrs, adder, RANK, place, program, max_rows, dtype, E, SIZE)
+                box = _peer_buffer(
+                    peer_buffer_ptrs, adder, RANK, place, program, max_rows, dtype, E, SIZE
+                )
                 _send(box + cols, x, mask)
         ours = first if ROWS == 1 else first + RANK
         if (ours < num_rows) & (ours % SIZE == RANK):
@@ -265,12 +269,12 @@ def _all_reduce_norm_two_shot(
             x = tl.load(x_ptr + offsets, mask=mask, other=0.0)
             residual = tl.load(residual_ptr + offsets, mask=mask & (has_residual != 0), other=0.0)
             total = _sum_of_terms(
-                x, mask, cols, mailbox_ptrs, place, program, max_rows, E, RANK, SIZE
+                x, mask, cols, peer_buffer_ptrs, place, program, max_rows, E, RANK, SIZE
             )
             total, normed = add_and_norm(total, residual.to(tl.float32), weight, dtype, eps, E)
             normed = sendable(normed.to(dtype))  # for this rank, too: all have the same bits
             _send_to_all(
-                normed, mask, cols, mailbox_ptrs, place_behind, behind, max_rows, E, RANK, SIZE
+                normed, mask, cols, peer_buffer_ptrs, place_behind, behind, max_rows, E, RANK, SIZE
             )
             tl.store(residual_ptr + offsets, total, mask=mask)
             tl.store(out_ptr + offsets, normed, mask=mask)
@@ -278,8 +282,8 @@ def _all_reduce_norm_two_shot(
             row = first + i
             adder = row % SIZE
             if (row < num_rows) & (adder != RANK):
-                box = _mailbox(
-                    mailbox_ptrs, RANK, adder, place_behind, behind, max_rows, dtype, E, SIZE
+                box = _peer_buffer(
+                    peer_buffer_ptrs, RANK, adder, place_behind, behind, max_rows, dtype, E, SIZE
                 )
                 out_ptrs = out_ptr + row.to(tl.int64) * E + cols
                 tl.store(out_ptrs, take(box + cols, mask), mask=mask)
@@ -335,7 +339,7 @@ def all_reduce_norm(
         kernel, num_rows = _all_reduce_norm_two_shot, [N]
     kernel[(num_programs,)](
         x,
-        peers.mailbox_ptrs,
+        peers.peer_buffer_ptrs,
         peers.places,
         residual,
         weight,
@@ -363,7 +367,7 @@ class AllReduceRMSNorm(RMSNorm):
     Shapes:
         x [N, E], this rank's partial sum; the normed sum [N, E], equal on every rank; the residual
         [N, E], for the next norm of the same N tokens and for nobody else: see `kept_rows`, and,
-        for a half of a step in its lane, `lane_sum_norm`
+        for a half of a step in its copy stream, `overlapped_all_reduce_norm`
     """
 
     def __init__(self, hidden_size: int, eps: float, *, tp: TPGroup, dtype: torch.dtype) -> None:
@@ -371,11 +375,13 @@ class AllReduceRMSNorm(RMSNorm):
         self.tp = tp
 
     def forward(
-        self, x: Tensor, residual: Tensor | None = None, lane: Lane | None = None
+        self, x: Tensor, residual: Tensor | None = None, copy_stream: CopyStream | None = None
     ) -> tuple[Tensor, Tensor]:
         """Return (normed, residual), the residual now holding the sum that was normalised."""
-        if lane is not None:
-            return lane_sum_norm(x, residual, self.weight, self.eps, self.tp, lane)
+        if copy_stream is not None:
+            return overlapped_all_reduce_norm(
+                x, residual, self.weight, self.eps, self.tp, copy_stream
+            )
         if self.tp.peers is None:
             return super().forward(all_reduce(x, self.tp), residual)
         has_residual = residual is not None

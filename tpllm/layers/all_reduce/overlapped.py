@@ -1,4 +1,4 @@
-"""All-reduce, residual addition and RMSNorm in a lane: the sums of prompts, sent by copy engines.
+"""All-reduce, residual addition and RMSNorm in a copy_stream: the sums of prompts, sent by copy engines.
 
 N tokens, E hidden_size. As in `all_reduce_norm` each rank adds up a share of the rows, in rank
 order, norms it and sends the result to all; it keeps the residual stream of its share alone. But no
@@ -14,12 +14,12 @@ import triton.language as tl
 from torch import Tensor
 
 from tpllm.layers.norm import add_and_norm, row_warps
-from tpllm.parallel.copy_streams import Lane
+from tpllm.parallel.copy_streams import CopyStream
 from tpllm.parallel.group import TPGroup
 
 
 @triton.jit(do_not_specialize=["has_residual"])
-def _add_up_and_norm(
+def _reduce_and_norm_kernel(
     x_ptr: tl.tensor,  # [n, E], this rank's term of its share
     terms_ptr: tl.tensor,  # [SIZE, at least n, E], those of the others
     residual_ptr: tl.tensor,  # [n, E]
@@ -51,31 +51,36 @@ def _add_up_and_norm(
     tl.store(out_ptr + offsets, normed, mask=mask)
 
 
-def lane_sum_norm(
-    x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, tp: TPGroup, lane: Lane
+def overlapped_all_reduce_norm(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor,
+    eps: float,
+    tp: TPGroup,
+    copy_stream: CopyStream,
 ) -> tuple[Tensor, Tensor]:
-    """Add up all ranks' x in the lane, and norm the result.
+    """Add up all ranks' x in the copy stream, and norm the result.
 
     Args:
         x: [N, E] contiguous, this rank's partial sum
-        residual: this rank's `lane.share(N)` of the stream, to which the sum is added in place, as
-            the lane's last sum has left it; None at the first norm
+        residual: this rank's `copy_stream.share(N)` of the stream, to which the sum is added in place, as
+            the copy stream's last sum has left it; None at the first norm
         weight: [E]
 
     Returns:
-        The normalised sum [N, E], which the lane's next one overwrites, and the residual [n, E].
+        The normalised sum [N, E], which the copy stream's next one overwrites, and the residual [n, E].
     """
     assert x.is_contiguous()
     N = len(x)
-    ours, out = lane.share(N), lane.sums(N)
-    with lane.exchanging():
-        terms = lane.exchange_terms(x)
-        residual = add_up_and_norm(x[ours], terms, residual, weight, out[ours], eps, tp)
-        lane.exchange_sums(N)
+    ours, out = copy_stream.share(N), copy_stream.sums(N)
+    with copy_stream.exchanging():
+        terms = copy_stream.exchange_partial_sums(x)
+        residual = reduce_and_norm(x[ours], terms, residual, weight, out[ours], eps, tp)
+        copy_stream.exchange_outputs(N)
     return out, residual
 
 
-def add_up_and_norm(
+def reduce_and_norm(
     x: Tensor,
     terms: Tensor,
     residual: Tensor | None,
@@ -95,7 +100,7 @@ def add_up_and_norm(
         residual = torch.empty_like(x)
     block = triton.next_power_of_2(E)
     if num_rows:
-        _add_up_and_norm[(num_rows,)](
+        _reduce_and_norm_kernel[(num_rows,)](
             x,
             terms,
             residual,

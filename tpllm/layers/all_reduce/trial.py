@@ -7,38 +7,43 @@ import torch
 from torch import Tensor
 
 from tpllm.layers.all_reduce.all_reduce_norm import all_reduce_norm
-from tpllm.layers.all_reduce.overlapped import lane_sum_norm
+from tpllm.layers.all_reduce.overlapped import overlapped_all_reduce_norm
 from tpllm.layers.norm import rms_norm_reference
 from tpllm.parallel.collectives import all_reduce, min_over_ranks
-from tpllm.parallel.copy_streams import Lane
+from tpllm.parallel.copy_streams import CopyStream
 from tpllm.parallel.group import TPGroup
 
 _EPS = 1e-6
 
 
 def peer_memory_works(tp: TPGroup) -> bool:
-    """Whether sums through mailboxes are right, in one shot and in two; False without any."""
+    """Whether sums through peer buffers are right, in one shot and in two; False without any."""
     peers = tp.peers
     if peers is None:
         return False
     sizes = (peers.one_shot_rows, 1, peers.max_rows // 2, 3 * peers.max_rows + 1, 3)
-    return _are_right(tp, sizes, partial(_through_mailboxes, tp))
+    return _are_right(tp, sizes, partial(_through_peer_buffers, tp))
 
 
-def lanes_work(tp: TPGroup) -> bool:
-    """Whether sums in the lanes of a group with peer memory are right."""
+def copy_streams_work(tp: TPGroup) -> bool:
+    """Whether sums in the copy streams of a group with peer memory are right."""
     sizes = (1, 2 * tp.size + 1, 3)
-    return all([_are_right(tp, sizes, partial(_in_lane, tp, lane)) for lane in tp.lanes])
+    return all(
+        [
+            _are_right(tp, sizes, partial(_overlapped, tp, copy_stream))
+            for copy_stream in tp.copy_streams
+        ]
+    )
 
 
-def _through_mailboxes(tp: TPGroup, x: Tensor, weight: Tensor) -> Tensor:
+def _through_peer_buffers(tp: TPGroup, x: Tensor, weight: Tensor) -> Tensor:
     return all_reduce_norm(x, torch.empty_like(x), weight, _EPS, tp, has_residual=False)
 
 
-def _in_lane(tp: TPGroup, lane: Lane, x: Tensor, weight: Tensor) -> Tensor:
-    with lane.computing():
+def _overlapped(tp: TPGroup, copy_stream: CopyStream, x: Tensor, weight: Tensor) -> Tensor:
+    with copy_stream.computing():
         term = x.clone()
-    return lane_sum_norm(term, None, weight, _EPS, tp, lane)[0]
+    return overlapped_all_reduce_norm(term, None, weight, _EPS, tp, copy_stream)[0]
 
 
 def _are_right(
@@ -53,7 +58,7 @@ def _are_right(
     for num_rows in sizes:
         x = torch.empty(num_rows, peers.width, dtype=peers.dtype, device=tp.device)
         x.normal_(generator=generator)
-        x[:, :8] = -0.0  # what looks like an empty mailbox arrives, too
+        x[:, :8] = -0.0  # what looks like an empty peer buffer arrives, too
         expected = rms_norm_reference(all_reduce(x.clone(), tp), weight, _EPS)
         right &= torch.allclose(sum_norm(x, weight), expected, rtol=0.02, atol=0.02)
     return bool(min_over_ranks(int(right), tp))

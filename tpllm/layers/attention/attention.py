@@ -63,7 +63,7 @@ class AttentionBatch:
         context_lens: [S] int32, tokens each of them may see, itself included; 0 where a row is
             padding, and its token none of a decode row
         block_tables: [S, B] int32
-        decode_plan: [parts, PART_WORDS] int32, how these contexts are divided: `DecodeSplit.plan`
+        split_schedule: [parts, SPLIT_WORDS] int32, how these contexts are divided: `ContextSplit.plan`
         prefill: the remaining tokens, or None if there are none
     """
 
@@ -71,7 +71,7 @@ class AttentionBatch:
     num_decode: int
     context_lens: Tensor
     block_tables: Tensor
-    decode_plan: Tensor
+    split_schedule: Tensor
     prefill: PrefillBatch | None
 
 
@@ -217,7 +217,7 @@ class SplitDecodeBackend(TorchAttentionBackend):
         out: Tensor | None = None,
     ) -> Tensor:
         return self._split_decode(
-            q, k_cache, v_cache, batch.block_tables, batch.decode_plan, scale, rope, out
+            q, k_cache, v_cache, batch.block_tables, batch.split_schedule, scale, rope, out
         )
 
 

@@ -24,16 +24,16 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from tpllm.layers.attention import split_schedule as decode_parts
-from tpllm.layers.attention.split_schedule import SCRATCH_PLACES, DecodeSplit
+from tpllm.layers.attention.split_schedule import SCRATCH_PLACES, ContextSplit
 from tpllm.layers.dependent_launch import dependent_launch
 from tpllm.layers.rotary import QKNormRope
 
-_PART_WORDS = tl.constexpr(decode_parts.PART_WORDS)
+_PART_WORDS = tl.constexpr(decode_parts.SPLIT_WORDS)
 _SEQ, _CONTEXT_LEN = tl.constexpr(decode_parts.SEQ), tl.constexpr(decode_parts.CONTEXT_LEN)
 _BEGIN, _END = tl.constexpr(decode_parts.BEGIN), tl.constexpr(decode_parts.END)
 _INDEX, _COUNT = tl.constexpr(decode_parts.INDEX), tl.constexpr(decode_parts.COUNT)
 _SCRATCH = tl.constexpr(decode_parts.SCRATCH)
-# Keys that a program reads at a time, and its warps: see `DecodeSplit.has_large_programs`.
+# Keys that a program reads at a time, and its warps: see `ContextSplit.has_large_programs`.
 _LARGE_SHAPE = {"BLOCK_N": 64, "num_warps": 4}
 _SMALL_SHAPE = {"BLOCK_N": 32, "num_warps": 2}
 # Two tiles are on their way, where pages are no smaller than a tile; with three, fewer programs
@@ -76,7 +76,7 @@ def _paged_decode_kernel(
     k_cache_ptr: tl.tensor,  # [num_blocks, block_size, K, D]
     v_cache_ptr: tl.tensor,
     block_tables_ptr: tl.tensor,  # [S, B]
-    plan_ptr: tl.tensor,  # [P, PART_WORDS]
+    plan_ptr: tl.tensor,  # [P, SPLIT_WORDS]
     out_ptr: tl.tensor,  # [S, H, D]
     scratch_ptr: tl.tensor,  # [places, K, G, D + 2] fp32: sum of values, maximum, normaliser
     counters_ptr: tl.tensor,  # [places, K] int32, zero before and after
@@ -101,11 +101,11 @@ def _paged_decode_kernel(
     kv_head = tl.program_id(0)
     # The plan and the tables are from before the step's first layer, two kernels back at least, and
     # may be read at once. Keys and values shall leave them in the L2, for the next layer.
-    part_ptr = plan_ptr + tl.program_id(1) * _PART_WORDS
-    begin, end = _kept(part_ptr + _BEGIN), _kept(part_ptr + _END)
-    seq, context_len = _kept(part_ptr + _SEQ), _kept(part_ptr + _CONTEXT_LEN)
-    index, count = _kept(part_ptr + _INDEX), _kept(part_ptr + _COUNT)
-    place = _kept(part_ptr + _SCRATCH)
+    split_ptr = plan_ptr + tl.program_id(1) * _PART_WORDS
+    begin, end = _kept(split_ptr + _BEGIN), _kept(split_ptr + _END)
+    seq, context_len = _kept(split_ptr + _SEQ), _kept(split_ptr + _CONTEXT_LEN)
+    index, count = _kept(split_ptr + _INDEX), _kept(split_ptr + _COUNT)
+    place = _kept(split_ptr + _SCRATCH)
     if begin == end:  # no part; another program waits for what comes before this kernel
         return
 
@@ -175,8 +175,8 @@ def _paged_decode_kernel(
 
     rows = heads * (D + 2)  # [G]
     first_ptr = scratch_ptr + (place * NUM_KV_HEADS + kv_head) * (G * (D + 2))
-    part_stride = NUM_KV_HEADS * G * (D + 2)
-    mine_ptr = first_ptr + index * part_stride
+    split_stride = NUM_KV_HEADS * G * (D + 2)
+    mine_ptr = first_ptr + index * split_stride
     tl.store(mine_ptr + rows[:, None] + dims, total, mask=head_mask)
     tl.store(mine_ptr + rows + D, maximum, mask=heads < G)
     tl.store(mine_ptr + rows + D + 1, normaliser, mask=heads < G)
@@ -190,20 +190,20 @@ def _paged_decode_kernel(
     normaliser = tl.zeros([G_PADDED], dtype=tl.float32)
     total = tl.zeros([G_PADDED, D_PADDED], dtype=tl.float32)
     for other in tl.range(0, count):  # in order, whoever came last: the same bits every time
-        theirs_ptr = first_ptr + other * part_stride
-        part_maximum = tl.load(
+        theirs_ptr = first_ptr + other * split_stride
+        split_maximum = tl.load(
             theirs_ptr + rows + D, mask=heads < G, other=0.0, cache_modifier=".cg"
         )
-        part_normaliser = tl.load(
+        split_normaliser = tl.load(
             theirs_ptr + rows + D + 1, mask=heads < G, other=1.0, cache_modifier=".cg"
         )
-        part_total = tl.load(
+        split_total = tl.load(
             theirs_ptr + rows[:, None] + dims, mask=head_mask, other=0.0, cache_modifier=".cg"
         )
-        new_maximum = tl.maximum(maximum, part_maximum)
-        shrink, weight = tl.exp2(maximum - new_maximum), tl.exp2(part_maximum - new_maximum)
-        normaliser = normaliser * shrink + part_normaliser * weight
-        total = total * shrink[:, None] + part_total * weight[:, None]
+        new_maximum = tl.maximum(maximum, split_maximum)
+        shrink, weight = tl.exp2(maximum - new_maximum), tl.exp2(split_maximum - new_maximum)
+        normaliser = normaliser * shrink + split_normaliser * weight
+        total = total * shrink[:, None] + split_total * weight[:, None]
         maximum = new_maximum
     tl.store(out_ptrs, total / normaliser[:, None], mask=head_mask)
 
@@ -228,8 +228,8 @@ class PagedDecode:
         """Attend with one query per sequence.
 
         Shapes: q [S, H, D], heads and their elements contiguous; caches
-        [num_blocks, block_size, K, D] contiguous; block_tables [S, B] int32; plan [P, PART_WORDS]
-        int32, of the context lengths, by `DecodeSplit(K)`. The result is [S, H, D]; or `out`,
+        [num_blocks, block_size, K, D] contiguous; block_tables [S, B] int32; plan [P, SPLIT_WORDS]
+        int32, of the context lengths, by `ContextSplit(K)`. The result is [S, H, D]; or `out`,
         contiguous and of S rows or more, of which those with a context are written.
 
         With `rope` the rows of q go on with the raw keys and values of the newest token: queries
@@ -253,7 +253,7 @@ class PagedDecode:
         D_padded = max(16, triton.next_power_of_2(D))
         token_bytes, memory = 2 * D_padded * k_cache.element_size(), _tile_memory(q.device)
         fits = _LARGE_SHAPE["BLOCK_N"] * token_bytes <= memory
-        shape = _LARGE_SHAPE if DecodeSplit(K).has_large_programs(S) and fits else _SMALL_SHAPE
+        shape = _LARGE_SHAPE if ContextSplit(K).has_large_programs(S) and fits else _SMALL_SHAPE
         _paged_decode_kernel[(K, plan.shape[0])](
             q,
             k_cache,

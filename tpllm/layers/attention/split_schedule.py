@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-PART_WORDS = 8  # a sector of memory, of which one word is free
+SPLIT_WORDS = 8  # a sector of memory, of which one word is free
 # Of a part: its sequence, and the length of that one's context; where the part begins and ends;
 # which of how many parts of its sequence it is; and the scratch place of the first of these.
 SEQ, CONTEXT_LEN, BEGIN, END, INDEX, COUNT, SCRATCH = range(7)
@@ -32,7 +32,7 @@ SCRATCH_PLACES = _LARGE_PROGRAMS
 
 
 @dataclass(frozen=True)
-class DecodeSplit:
+class ContextSplit:
     """The division for a model's KV heads.
 
     Args:
@@ -48,7 +48,7 @@ class DecodeSplit:
         """
         return num_seqs * self.num_kv_heads <= 2 * _LARGE_PROGRAMS
 
-    def num_parts(self, num_seqs: int) -> int:
+    def num_splits(self, num_seqs: int) -> int:
         """P, the size of a plan for S sequences: no less than for fewer.
 
         In a large batch a quarter of what runs at a time is left for the parts of long contexts.
@@ -61,13 +61,13 @@ class DecodeSplit:
         return max(1, programs // self.num_kv_heads)
 
     def plan(self, context_lens: np.ndarray) -> np.ndarray:
-        """The parts, the longest first: [P, PART_WORDS] int32, zeros where there are fewer.
+        """The parts, the longest first: [P, SPLIT_WORDS] int32, zeros where there are fewer.
 
         Args:
             context_lens: [S], tokens that each sequence's query sees; 0 for none
         """
         S = context_lens.size
-        plan = np.zeros((self.num_parts(S), PART_WORDS), dtype=np.int32)
+        plan = np.zeros((self.num_splits(S), SPLIT_WORDS), dtype=np.int32)
         lens = context_lens.astype(np.int64)
         longest = int(lens.max(initial=0))
         if longest == 0:
@@ -95,7 +95,7 @@ class DecodeSplit:
 
         It is a multiple of GRAIN, and no shorter than _MIN_PART or the longest by _MAX_PARTS.
         """
-        most = self.num_parts(int(np.count_nonzero(lens)))
+        most = self.num_splits(int(np.count_nonzero(lens)))
         too_short = _cdiv(max(_MIN_PART, _cdiv(longest, _MAX_PARTS)), GRAIN) - 1
         enough = max(too_short + 1, _cdiv(longest, GRAIN))
         while enough - too_short > 1:
@@ -107,7 +107,7 @@ class DecodeSplit:
         return int(enough * GRAIN)
 
 
-class DecodePlans:
+class SplitSchedules:
     """The plans of one decode step after the other, which mostly go on from the last one.
 
     As long as each sequence has as many tokens as in the step before or one more, the parts stay,
@@ -115,7 +115,7 @@ class DecodePlans:
     0.1 ms. After GRAIN steps there is one all the same.
     """
 
-    def __init__(self, split: DecodeSplit) -> None:
+    def __init__(self, split: ContextSplit) -> None:
         self._split = split
         self._lens: np.ndarray = np.empty(0, dtype=np.int32)
         self._plan = split.plan(self._lens)
@@ -123,13 +123,13 @@ class DecodePlans:
         self._age = 0
 
     def next(self, context_lens: np.ndarray) -> np.ndarray:
-        """A plan as `DecodeSplit.plan` makes it, but for the order, and the length of last parts.
+        """A plan as `ContextSplit.plan` makes it, but for the order, and the length of last parts.
 
         Args:
             context_lens: [S], none of them 0
 
         Returns:
-            [P, PART_WORDS] int32, which the next call changes.
+            [P, SPLIT_WORDS] int32, which the next call changes.
         """
         if self._goes_on(context_lens):
             parts = self._parts

@@ -6,7 +6,7 @@ from tpllm.layers.activation import silu_and_mul
 from tpllm.layers.all_reduce.all_reduce_norm import AllReduceRMSNorm
 from tpllm.layers.linear.gemv import Around, gemv
 from tpllm.layers.linear.linear import MergedColumnParallelLinear, QKVParallelLinear
-from tpllm.parallel.copy_streams import Lane
+from tpllm.parallel.copy_streams import CopyStream
 
 
 def norm_linear(
@@ -14,7 +14,7 @@ def norm_linear(
     linear: QKVParallelLinear | MergedColumnParallelLinear,
     x: Tensor,
     residual: Tensor | None,
-    lane: Lane | None = None,
+    copy_stream: CopyStream | None = None,
     *,
     swiglu: bool = False,
 ) -> tuple[Tensor, Tensor]:
@@ -23,7 +23,7 @@ def norm_linear(
     Args:
         x: [N, E], this rank's term of what the norm adds up
         residual: [N, E]; None at the first norm. Not to be used afterwards
-        lane: where the sum runs, in a half of a step
+        copy_stream: where the sum runs, in a half of a step
         swiglu: whether `silu(gate) * up` of the output's halves is wanted
 
     Returns:
@@ -33,7 +33,7 @@ def norm_linear(
     if one_row and norm.tp.size == 1:
         around = Around((norm.weight, norm.eps), residual, swiglu)
         return gemv(x, linear.weight, around=around)
-    x, residual = norm(x, residual, lane)
+    x, residual = norm(x, residual, copy_stream)
     if one_row:
         return gemv(x, linear.weight, around=Around(swiglu=swiglu))[0], residual
     x = linear(x)
