@@ -111,18 +111,25 @@ class Calls:
             raise
 
     def advance(self, call: Call) -> list[RequestOutput]:
-        """What is new of a call's requests; does a step where nothing is.
+        """Return what is new of a call's requests, after as many steps as that takes.
+
+        The list is empty where another thread has asked for its turn meanwhile. The turn is kept
+        from step to step otherwise: taking it and guarding it from Ctrl-C anew costs some
+        microseconds, after which a worker that waits for its next plan may have fallen asleep.
 
         Raises:
             WorkerError: a worker has failed, in this call or in another.
             RuntimeError: the engine has been closed.
         """
-        with Interrupts(), self.turn():  # Ctrl-C comes between two steps, with the books in order
-            if not call.changed:
+        with Interrupts() as interrupts, self.turn():
+            while not call.changed:
                 if self._failure is not None:
                     raise copy.copy(self._failure)  # each call adds its own outputs
                 self._refuse_if_closed()
                 self._step()
+                interrupts.check()  # Ctrl-C comes between two steps, with the books in order
+                if self._over or self._turns.is_awaited:
+                    break
             return call.take()
 
     @contextmanager

@@ -18,6 +18,11 @@ class Turns:
         self._changed = threading.Condition()  # its lock is reentrant
         self._line: deque[int] = deque()  # of thread ids; the first one has the turn
 
+    @property
+    def is_awaited(self) -> bool:
+        """Whether a thread waits for the turn of another."""
+        return len(self._line) > 1
+
     @contextmanager
     def take(self) -> Iterator[None]:
         """Wait for the turn, and have it for the length of a block.
