@@ -213,7 +213,28 @@ def test_the_reason_for_the_end_is_openais(
     assert streamed[-1].choices[0].finish_reason == reason
 
 
-@pytest.mark.parametrize("choice", ["required", NAMED, "auto"])
+def allowed(mode: Any, *names: str) -> dict[str, Any]:
+    tools = [{"type": "function", "function": {"name": name}} for name in names]
+    return {"type": "allowed_tools", "allowed_tools": {"mode": mode, "tools": tools}}
+
+
+@pytest.mark.parametrize("mode", ["auto", "required"])
+def test_of_allowed_tools_alone_the_model_is_told(
+    client: OpenAI, served: Served, mode: str
+) -> None:
+    served.engine.reply = CALL
+    time: Any = {"type": "function", "function": {"name": "time"}}
+    answer = ask(client, tools=[time, *TOOLS], tool_choice=allowed(mode, "weather")).choices[0]
+    assert answer.finish_reason == "tool_calls"
+    (tool,) = served.engine.tokenizer.rendered[0]["tools"]
+    assert tool["function"]["name"] == "weather"
+    (_, params) = served.engine.seen[0]
+    form = params.structured_outputs
+    assert form is None if mode == "auto" else "weather" in form.grammar
+    assert mode == "auto" or '"time' not in form.grammar
+
+
+@pytest.mark.parametrize("choice", ["required", NAMED, "auto", allowed("required", "weather")])
 def test_a_call_that_is_cut_off_leaves_no_tags_in_the_content(
     client: OpenAI, served: Served, choice: Any
 ) -> None:
@@ -346,7 +367,7 @@ def test_max_completion_tokens_goes_before_max_tokens(client: OpenAI, served: Se
         ({"extra_body": {"guided_regex": ""}}, "guided_regex: regex='' must be", "guided_regex"),
         (
             {"extra_body": {"structured_outputs": {"regexp": "a"}}},
-            "structured_outputs: StructuredOutputsParams has no setting 'regexp'; did you mean",
+            "structured_outputs: has no setting 'regexp'; did you mean",
             "structured_outputs",
         ),
         (
@@ -358,6 +379,16 @@ def test_max_completion_tokens_goes_before_max_tokens(client: OpenAI, served: Se
         (
             {"tools": TOOLS, "tool_choice": {"type": "function", "function": {"name": "time"}}},
             "tool_choice={'type': 'function', 'function': {'name': 'time'}} names none",
+            "tool_choice",
+        ),
+        (
+            {"tools": TOOLS, "tool_choice": allowed("auto", "time")},
+            "tool_choice={'type': 'allowed_tools', 'allowed_tools'",
+            "tool_choice",
+        ),
+        (
+            {"tools": TOOLS, "tool_choice": allowed("any", "weather")},
+            "tool_choice={'type': 'allowed_tools', 'allowed_tools'",
             "tool_choice",
         ),
         (

@@ -202,6 +202,12 @@ def test_pydantics_words_reach_nobody() -> None:
             "messages[0].content[0].type='image_url' cannot be read",
             "messages[0].content[0].type",
         ),
+        (
+            CHAT,
+            {"max_completion_tokens": 5, "min_tokens": 9},
+            "min_tokens=9 is more than max_completion_tokens=5",
+            "min_tokens",
+        ),
         (COMPLETIONS, {"prompt": [True]}, "prompt[0]=True must be a text", "prompt[0]"),
         (COMPLETIONS, {"prompt": "\ud800"}, "prompt 0 holds a lone surrogate", "prompt"),
         (COMPLETIONS, {"prompt": [1, -1]}, "prompt holds -1, which is no token id", "prompt"),

@@ -30,6 +30,8 @@ FIELDS: list[tuple[dict[str, Any], dict[str, Any] | None]] = [
         },
         {"json": SCHEMA},
     ),
+    ({"response_format": {"type": "json_object", "schema": SCHEMA}}, {"json": SCHEMA}),
+    ({"response_format": {"type": "json_object", "schema": None}}, {"json_object": True}),
     ({"extra_body": {"guided_json": SCHEMA}}, {"json": SCHEMA}),
     ({"extra_body": {"guided_json": json.dumps(SCHEMA)}}, {"json": SCHEMA}),
     ({"extra_body": {"guided_regex": "a+"}}, {"regex": "a+"}),
@@ -184,6 +186,65 @@ def test_a_function_whose_arguments_are_no_object_is_refused(
     body: Any = refused.value.body
     assert body["message"].startswith(f"tools[1].function.parameters has type {kind!r}; the arg")
     assert body["param"] == "tools[1].function.parameters"
+
+
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        (
+            {
+                "tools": [
+                    *TOOLS,
+                    tool_named({"type": "object", "properties": {"n": {"not": {}}}}),
+                ],
+                "tool_choice": "required",
+            },
+            "tools[1].function.parameters: properties.n: not is not supported; say what",
+        ),
+        (
+            {"response_format": {"type": "json_object", "schema": {"minLength": -1}}},
+            "response_format: minLength=-1 must be a whole number",
+        ),
+        (
+            {"response_format": {"type": "json_object", "schema": "x"}},
+            "response_format of type 'json_object' needs schema, a JSON schema",
+        ),
+        ({"extra_body": {"guided_json": {"if": {}}}}, "guided_json: if is not supported; write"),
+        (
+            {"extra_body": {"structured_outputs": {"jsn": {}}}},
+            "structured_outputs: has no setting 'jsn'; did you mean 'json'?",
+        ),
+        (
+            {"extra_body": {"structured_outputs": {}}},
+            "structured_outputs: must have exactly one of json, regex",
+        ),
+    ],
+)
+def test_a_wrong_form_is_told_in_the_words_of_its_field(
+    client: OpenAI, fields: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(BadRequestError) as refused:
+        ask(client, **fields)
+    body: Any = refused.value.body
+    assert body["message"].startswith(message)
+    assert body["param"] == message.replace(" of", ":").split(":")[0]
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        " has no token to begin with beside allowed_token_ids; allow what the form needs",
+        ": the request's other settings leave no token that fits",
+    ],
+)
+def test_what_leaves_no_token_is_told_with_the_field_that_was_sent(words: str) -> None:
+    request = ChatCompletionRequest(messages=HELLO, guided_choice=["a"])
+    with pytest.raises(APIError) as refused, naming_the_field(request):
+        raise ValueError(f"structured_outputs{words}")
+    assert (refused.value.message, refused.value.param) == (
+        f"guided_choice{words}",
+        "guided_choice",
+    )
 
 
 def test_a_schema_that_cannot_be_compiled_is_blamed_on_its_tool(

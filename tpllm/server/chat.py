@@ -24,6 +24,7 @@ from tpllm.server.protocol import ChatCompletionRequest
 from tpllm.server.responses import respond
 from tpllm.server.service import Service, new_id
 from tpllm.server.structured import naming_the_field
+from tpllm.server.tool_choice import tool_choice
 from tpllm.server.usage import StreamedUsage
 
 
@@ -49,8 +50,7 @@ class _Chat:
         self._id = new_id("chatcmpl-")
         self._created = int(time.time())
         self._num_top = body.top_logprobs or 0
-        self._uses_tools = bool(body.tools) and body.tool_choice != "none"
-        self._must_call = self._uses_tools and body.tool_choice not in (None, "auto")
+        self._tool_choice = tool_choice(body)
         self._thinking = Thinking.NONE
 
     async def whole(self) -> dict[str, Any]:
@@ -94,15 +94,16 @@ class _Chat:
     def _conversation(self) -> ChatCompletionRequest:
         """The request as the template shall see it."""
         changes: dict[str, Any] = {}
-        if self._body.tool_choice == "none":
-            changes["tools"] = None
+        if not self._tool_choice.is_named:  # a grammar holds the answer to that one
+            changes["tools"] = self._tool_choice.tools or None
         if self._body.reasoning_effort == "none" and self._body.enable_thinking is None:
             changes["enable_thinking"] = False
         return self._body.model_copy(update=changes)
 
     def _parser(self) -> AnswerParser:
         max_calls = 1 if self._body.parallel_tool_calls is False else None
-        return AnswerParser(self._thinking, self._uses_tools, max_calls, self._must_call)
+        choice = self._tool_choice
+        return AnswerParser(self._thinking, bool(choice.tools), max_calls, choice.must_call)
 
     @property
     def _shows_reasoning(self) -> bool:
@@ -155,7 +156,7 @@ class _Chat:
 
         Where the function was named, it had no choice, and OpenAI's reason is "stop".
         """
-        calls = parser.num_calls and not isinstance(self._body.tool_choice, dict)
+        calls = parser.num_calls and not self._tool_choice.is_named
         return "tool_calls" if reason == "stop" and calls else reason
 
     def _logprobs(self, part: Answer | CompletionOutput) -> dict[str, Any] | None:

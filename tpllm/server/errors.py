@@ -125,7 +125,7 @@ def from_value_error(error: ValueError, renamed: Mapping[str, str] | None = None
     """
     message = str(error)
     for ours, theirs in (renamed or {}).items():
-        message = re.sub(rf"^{ours}\b", theirs, message)
+        message = re.sub(rf"\b{ours}\b", theirs, message)
     return APIError(400, message, param=_blamed(message))
 
 

@@ -10,6 +10,7 @@ from tpllm.checks import short
 from tpllm.server.answer_parser import CALL, END_CALL
 from tpllm.server.errors import APIError
 from tpllm.server.protocol import ChatCompletionRequest, Structured, Tool
+from tpllm.server.tool_choice import tool_choice
 from tpllm.structured_outputs import StructuredOutputsParams
 
 # vLLM's older names
@@ -25,6 +26,7 @@ _ONE_LINE = {"whitespace_pattern": " ?"}
 # keys of a schema that says nothing of an object's content, beside empty `properties`
 _WITHOUT_CONTENT = {"$schema", "title", "description", "type", "properties", "required"}
 _NO_CONTENT = {"type": "object", "properties": {}, "additionalProperties": False}
+_OUR_NAMES = ("StructuredOutputsParams: ", "StructuredOutputsParams ", "structured_outputs ")
 _RULES_BEFORE_TOOLS = 3  # of the grammar of calls; then each tool has two
 # where llguidance finds a mistake in it: line and column before the reason, lines around after it
 _PLACE = re.compile(r"at (\d+)\(\d+\): (.*?)(?= \d+ \| |$)")
@@ -48,9 +50,24 @@ def structured_outputs(body: Structured) -> StructuredOutputsParams | None:
             400, f"{' and '.join(forms)} all say what the answer must be; keep one", param=field
         )
     try:
-        return StructuredOutputsParams(**forms[field])
+        return _params(field, forms[field])
+    except APIError as error:
+        if isinstance(body, ChatCompletionRequest) and error.message.startswith(
+            "tool_choice: %json"
+        ):
+            _check_schemas(body)
+        raise
+
+
+def _params(field: str, form: dict[str, Any]) -> StructuredOutputsParams:
+    try:
+        return StructuredOutputsParams(**form)
     except ValueError as error:
-        raise APIError(400, f"{field}: {error}", param=field) from None
+        words = str(error)
+        # the client has sent a schema in its own field, or the fields of structured_outputs
+        for ours in ("json: ",) if field != "structured_outputs" else _OUR_NAMES:
+            words = words.removeprefix(ours)
+        raise APIError(400, f"{field}: {words}", param=field) from None
 
 
 @contextmanager
@@ -65,9 +82,12 @@ def naming_the_field(body: Structured) -> Iterator[None]:
     except ValueError as error:
         words, refused, reason = str(error).partition(" cannot be used: ")
         forms = _forms(body)
-        if not refused or not words.startswith("structured_outputs: ") or not forms:
+        if not words.startswith("structured_outputs") or not forms:
             raise
         field, what = next(iter(forms)), "what it asks for"
+        if not refused:  # beside other settings, no token fits
+            words = field + words.removeprefix("structured_outputs")
+            raise APIError(400, words, param=field) from None
         if field == "tool_choice" and isinstance(body, ChatCompletionRequest):
             field, what, reason = _blamed_tool(body, reason)
         raise APIError(400, f"{field}: {what} cannot be used: {reason}", param=field) from None
@@ -77,7 +97,7 @@ def _blamed_tool(body: ChatCompletionRequest, reason: str) -> tuple[str, str, st
     """The field, what it holds, and what is wrong with it, of calls that cannot be compiled."""
     if found := _PLACE.search(reason):
         number = (int(found[1]) - 1 - _RULES_BEFORE_TOOLS) // 2
-        chosen = _tools_to_call(body)
+        chosen = tool_choice(body).tools
         if 0 <= number < len(chosen) and body.tools:
             return _parameters(body.tools.index(chosen[number])), "this schema", found[2]
     return "tool_choice", "a tool's parameters", reason
@@ -96,10 +116,10 @@ def _forms(body: Structured) -> dict[str, dict[str, Any]]:
         if (value := getattr(body, field)) is not None:
             forms[field] = {name: value}
     if isinstance(body, ChatCompletionRequest):
-        tools = _tools_to_call(body)
-        if tools:
-            several = body.parallel_tool_calls is not False and body.tool_choice == "required"
-            forms["tool_choice"] = {"grammar": _calls(tools, several)}
+        choice = tool_choice(body)
+        if choice.must_call:
+            several = body.parallel_tool_calls is not False and not choice.is_named
+            forms["tool_choice"] = {"grammar": _calls(choice.tools, several)}
     return forms
 
 
@@ -120,49 +140,38 @@ def _check_tools(tools: Sequence[Tool]) -> None:
             )
 
 
+def _check_schemas(body: ChatCompletionRequest) -> None:
+    """Refuse the first schema that is wrong, of the tools that the answer must choose from."""
+    tools = body.tools or []
+    for tool in tool_choice(body).tools:
+        form = {"json": _arguments(tool.function.parameters or {})}
+        _params(_parameters(tools.index(tool)), form)
+
+
 def _response_format(value: dict[str, Any]) -> dict[str, Any] | None:
     kind = value.get("type")
     if kind == "text":
         return None
-    if kind == "json_object":
+    if kind == "json_object" and value.get("schema") is None:
         return {"json_object": True}
-    if kind != "json_schema":
+    if kind not in ("json_object", "json_schema"):
         raise APIError(
             400,
-            f"response_format of type {kind!r} is not supported; use 'json_schema', 'json_object' "
-            "or 'text'",
+            f"response_format of type {short(kind)} is not supported; use 'json_schema', "
+            "'json_object' or 'text'",
             param="response_format",
         )
-    described = value.get("json_schema")
+    # llama.cpp and others take a schema beside "json_object", too
+    name = "schema" if kind == "json_object" else "json_schema.schema"
+    described = value if kind == "json_object" else value.get("json_schema")
     schema = described.get("schema") if isinstance(described, dict) else None
     if not isinstance(schema, dict):
         raise APIError(
             400,
-            "response_format of type 'json_schema' needs json_schema.schema, a JSON schema",
+            f"response_format of type {kind!r} needs {name}, a JSON schema",
             param="response_format",
         )
     return {"json": schema}
-
-
-def _tools_to_call(body: ChatCompletionRequest) -> Sequence[Tool]:
-    """The tools of which the answer must call one; none where it need not."""
-    choice, tools = body.tool_choice, body.tools or []
-    if choice in (None, "none", "auto"):
-        return []
-    if choice == "required":
-        chosen = tools
-    else:
-        named = choice.get("function") if isinstance(choice, dict) else None
-        name = named.get("name") if isinstance(named, dict) else None
-        chosen = [tool for tool in tools if tool.function.name == name]
-    if not chosen:
-        raise APIError(
-            400,
-            f"tool_choice={choice!r} names none of the {len(tools)} tools; use 'auto', 'none', "
-            '\'required\' or {"type": "function", "function": {"name": ...}}',
-            param="tool_choice",
-        )
-    return chosen
 
 
 def _calls(tools: Sequence[Tool], several: bool) -> str:
