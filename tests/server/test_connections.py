@@ -52,6 +52,13 @@ def padded(size: int) -> bytes:
 # ---- heads -----------------------------------------------------------------------------------
 
 
+def test_blanks_around_a_value_are_no_part_of_it(served: Served) -> None:
+    with socket.create_connection(("127.0.0.1", served.port)) as sock:
+        sock.sendall(b"GET /version HTTP/1.1\r\nhost:  localhost \t\r\nx-request-id: mine \r\n\r\n")
+        answer = read_answer(sock)
+    assert answer.startswith(b"HTTP/1.1 200") and b"x-request-id: mine\r\n" in answer
+
+
 @pytest.mark.parametrize("piece", [1000, 2**16 - 2, 2**16 - 1, 2**16, 2**20])
 def test_a_head_has_a_limit_to_the_byte_however_it_is_cut(served: Served, piece: int) -> None:
     for size, status in ((MAX_HEAD_BYTES, 200), (MAX_HEAD_BYTES + 1, 431)):

@@ -37,6 +37,7 @@ DEFAULTS: dict[str, Any] = {
     "logits_processors": None,
     "mm_processor_kwargs": None,
     "media_io_kwargs": {},
+    "max_tokens": -1,
     "documents": [],
     "chat_template": None,
     "add_special_tokens": False,
@@ -73,6 +74,18 @@ def test_fields_of_others_pass_at_their_defaults(http: httpx.Client, served: Ser
     params = [replace(params, logit_bias=None) for _, params in served.engine.seen]
     assert all(each == params[0] for each in params)
     assert all(each["tools"] is None for each in served.engine.tokenizer.rendered)
+
+
+def test_the_body_of_llama_cpps_page_passes(http: httpx.Client) -> None:
+    fields = {
+        **{"cache_prompt": True, "reasoning_format": "auto", "timings_per_token": True},
+        **{"temperature": 0.8, "dynatemp_range": 0, "dynatemp_exponent": 1, "top_k": 40},
+        **{"top_p": 0.95, "min_p": 0.05, "typical_p": 1, "xtc_probability": 0},
+        **{"xtc_threshold": 0.1, "repeat_last_n": 64, "repeat_penalty": 1},
+        **{"presence_penalty": 0, "frequency_penalty": 0, "dry_multiplier": 0, "dry_base": 1.75},
+        **{"dry_allowed_length": 2, "dry_penalty_last_n": -1, "max_tokens": -1},
+    }
+    assert http.post(CHAT, json={**HELLO, **fields}).status_code == 200
 
 
 @pytest.mark.parametrize("path", WHOLE)

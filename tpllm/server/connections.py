@@ -143,7 +143,7 @@ class Connection(HttpToolsProtocol):
         if self._is_too_large:
             raise TooLarge  # the parser stops, and has send_400_response called
         if self._next is Part.HEAD:
-            super().on_header(name, value)
+            super().on_header(name, value.rstrip(b" \t"))  # the parser strips its beginning alone
 
     def on_headers_complete(self) -> None:
         self._next = Part.BODY

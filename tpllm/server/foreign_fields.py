@@ -18,6 +18,26 @@ WITHOUT_EFFECT = frozenset(
         "keep_alive",
         "request_id",
         "rid",
+        # routes and accounts of OpenRouter
+        "provider",
+        "route",
+        "session_id",
+        "usage",
+        # places and reports of llama.cpp
+        "id_slot",
+        "n_keep",
+        "return_progress",
+        "timings_per_token",
+        # what belongs to a sampler or penalty that is refused unless it is off
+        "dry_allowed_length",
+        "dry_base",
+        "dry_penalty_last_n",
+        "dry_sequence_breakers",
+        "dynatemp_exponent",
+        "mirostat_eta",
+        "mirostat_tau",
+        "repeat_last_n",
+        "xtc_threshold",
     }
 )
 
@@ -82,7 +102,11 @@ FOREIGN: dict[str, tuple[tuple[Any, ...], str]] = {
     "repeat_penalty": ((1,), "use repetition_penalty"),
     "return_tokens": ((False,), "use /tokenize"),
     "tfs_z": ((1,), "use top_p"),
+    "reasoning_format": (("auto", "deepseek"), "start the server with --no-parse-reasoning"),
+    "safe_prompt": ((False,), _LEAVE_OUT),
+    "think": ((), "use enable_thinking"),
     "top_a": ((0,), "use min_p"),
+    "transforms": (_EMPTY_LIST, _LEAVE_OUT),
     "typical_p": ((1,), "use top_p"),
     "xtc_probability": ((0,), "use temperature"),
     # OpenAI

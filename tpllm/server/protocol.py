@@ -36,6 +36,14 @@ MAX_TEXT_CHARS = 1024  # of a stop string or a bad word
 
 Entries = Annotated[list[T], Field(max_length=MAX_ENTRIES, fail_fast=True)]
 Ids = Annotated[list[int], Field(fail_fast=True)]
+
+
+def _length(value: object) -> object:
+    return None if value == -1 and isinstance(value, int) else value
+
+
+# llama.cpp's and LM Studio's clients send -1 where they leave it open.
+Length = Annotated[int | None, BeforeValidator(_length)]
 ShortText = Annotated[str, Field(max_length=MAX_TEXT_CHARS)]
 
 
@@ -132,7 +140,7 @@ class Generation(Structured, WithoutEffect):
     seed: int | None = None
     stop: Stops | None = None
     logit_bias: dict[str, float] | None = None
-    max_tokens: int | None = None
+    max_tokens: Length = None
     # vLLM's additions
     top_k: int | None = None
     min_p: float | None = None
@@ -268,7 +276,7 @@ class Conversation(TemplateOptions):
 class ChatCompletionRequest(Generation, Conversation):
     """POST /v1/chat/completions."""
 
-    max_completion_tokens: int | None = None
+    max_completion_tokens: Length = None
     logprobs: bool | None = None
     top_logprobs: int | None = None
     tool_choice: TextOrObject | None = None
