@@ -73,11 +73,11 @@ def test_a_form_that_is_none_is_refused(message):
 )
 def test_a_multiple_that_would_be_compiled_for_ever_is_refused(numbers):
     parts = ", ".join(f'{{"multipleOf": {number}}}' for number in numbers)
-    with pytest.raises(ValueError, match="json asks for multipleOf .* at most 65535"):
+    with pytest.raises(ValueError, match="multipleOf.* (at most 65535|out of the range)"):
         StructuredOutputsParams(json=f'{{"anyOf": [{parts}]}}')
 
 
-@pytest.mark.parametrize("numbers", [[0.01, 100], [2, 3, 5, 7, 11], [1000, 250, 0.5], [0], [-4]])
+@pytest.mark.parametrize("numbers", [[0.01, 100], [2, 3, 5, 7, 11], [1000, 250, 0.5], [-4]])
 def test_ordinary_multiples_are_let_pass(numbers):
     StructuredOutputsParams(json={"anyOf": [{"multipleOf": number} for number in numbers]})
 

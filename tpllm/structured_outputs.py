@@ -11,6 +11,7 @@ from math import lcm
 from typing import Any
 
 from tpllm.checks import check_bool
+from tpllm.json_schema.bounds import MAX_EXPONENT
 from tpllm.json_schema.rewrite import normalized, to_text
 from tpllm.vllm_keywords import STRUCTURED, checks_keywords
 
@@ -23,7 +24,10 @@ MAX_MULTIPLE = 2**16 - 1
 # overflow a stack of 8 MiB, and that ends the process.
 MAX_RULES = 1000
 _REFERENCE = re.compile(r'"\$\w*[rR]ef"')
-_DECODER = json.JSONDecoder(parse_float=Decimal)
+# Decimal also for whole numbers that are too long for an int
+_DECODER = json.JSONDecoder(
+    parse_float=Decimal, parse_int=lambda text: int(text) if len(text) < 1000 else Decimal(text)
+)
 _EMBEDDED = re.compile(r"%json\s*")
 FORMS = ("json", "regex", "choice", "grammar", "json_object")
 
@@ -171,9 +175,9 @@ def compilable_schema(text: str) -> str:
 
 
 def _compilable(name: str, schema: Any) -> str:
-    _check_references(name, schema)
-    _check_multiples(name, schema)
     try:
+        _check_references(name, schema)
+        _check_multiples(name, schema)
         return to_text(normalized(schema))
     except RecursionError:
         raise ValueError(f"{name} is nested too deeply; make it simpler") from None
@@ -217,9 +221,12 @@ def _naming(name: str) -> Iterator[None]:
 
 def _check_multiples(name: str, schema: object) -> None:
     """Refuse a multipleOf that would be compiled for ever."""
-    numbers = {abs(Decimal(number)) for number in _multiples(schema)} - {Decimal(0)}
+    numbers = {Decimal(number).copy_abs() for number in _multiples(schema)} - {Decimal(0)}
     if not numbers:
         return
+    for number in numbers:  # before any arithmetic, which would overflow
+        if abs(number.adjusted()) > MAX_EXPONENT:
+            raise ValueError(f"multipleOf={number} is out of the range of numbers")
     # a power of ten that makes whole numbers of them all
     exponents = [int(number.normalize().as_tuple().exponent) for number in numbers]
     digits = -min(0, *exponents)

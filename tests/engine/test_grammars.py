@@ -100,7 +100,7 @@ def test_a_grammar_may_be_gbnf_or_lark(grammar):
 
 CHOICES = {
     "few": ["yes", "no"],
-    "odd": ['say "x"\\', "line\nbreak\t", "é😀", "%json {}", "a|b"],
+    "odd": ['say "x"\\', "line\nbreak\t", "é😀", "%json {}", "a|b", "\x00\x7f\u2028"],
     "prefixes of each other": ["y", "yes", "yes, sir", "yes, sir!"],
     "2500": [f"K{i}" for i in range(2500)],
     "15000": [f"K{i}" for i in range(15_000)],
@@ -123,6 +123,17 @@ def test_choices_are_taken_word_for_word(shipped, choice):
         matcher = compiled.start()
         fits = all([matcher.advance(id_) for id_ in tokenizer.tokenize_str(text)])
         assert not (fits and matcher.inner.is_accepting())
+
+
+def test_a_choice_that_spells_an_end_token_is_a_text(shipped):
+    text = "<|im_end|>"
+    compiled = shipped.compile(StructuredOutputsParams(choice=[text]))
+    matcher = compiled.start()
+    for letter in text:
+        (row,) = fill_masks([matcher], [()], 128)
+        assert not ids_of_mask(row) & compiled.end_token_ids
+        assert matcher.advance(compiled._tokenizer.tokenize_str(letter)[0])
+    assert matcher.inner.is_accepting()
 
 
 @pytest.mark.parametrize(
@@ -226,8 +237,7 @@ REFUSED: dict[str, dict[str, Any]] = {
     "regex='\\(a' cannot be used": {"regex": "(a"},
     "look-around": {"regex": "(?=a)b"},
     "json cannot be used: Invalid type: foo": {"json": {"type": "foo"}},
-    "Unsatisfiable schema": {"json": {"type": "integer", "minimum": 5, "maximum": 3}},
-    "does not fetch resources": {"json": {"$ref": "http://localhost/schema.json"}},
+    "nothing satisfies it: minimum": {"json": {"type": "integer", "minimum": 5, "maximum": 3}},
     "Failed to convert the grammar": {"grammar": "root ::= ("},
     'unknown name: "foo"': {"grammar": "start: foo"},
     "nothing satisfies it": {"regex": "[^\\x00-\\x{10FFFF}]"},

@@ -59,12 +59,14 @@ def test_bounds_of_any_size_are_kept(schema, fitting, others):
 
 
 REFUSED: dict[str, dict[str, Any]] = {
-    "json: minimum is more than 9223372036854775807": {
+    "json: minimum=10000000000000000000 is more than 9223372036854775807": {
         "type": "integer",
         "minimum": 10**19,
         "maximum": 10**19 + 5,
     },
-    "json: properties.a: maximum is less than": {"properties": {"a": {"maximum": -(2**63) + 5}}},
+    "json: properties.a: maximum=-9223372036854775803 is less than": {
+        "properties": {"a": {"maximum": -(2**63) + 5}}
+    },
     "json: no number that could be written": {"minimum": 2**53 + 1, "maximum": 2**53 + 1},
     "json: items: minimum='5' must be a number": {"items": {"minimum": "5"}},
     "json: const: 9007199254740993 cannot be given exactly": {"const": 2**53 + 1},
@@ -128,11 +130,13 @@ def test_no_number_near_a_bound_is_let_pass_outside_of_it(kind, limits):
             text = f"{value.normalize():f}" if value else "0"
             if not is_within(value, schema):
                 assert not fits(form, text)
-            elif abs(value) < 2**53 and (kind == "number" or "." not in text):
+            elif abs(value) < (2**49 if "." in text else 2**53) and not (
+                kind == "integer" and "." in text
+            ):
                 assert fits(form, text)
     except ValueError as error:  # nothing lies between, or nothing that could be written
         assert any(
-            word in str(error) for word in ("nsatisfiable", "more than", "less than", "lies")
+            word in str(error) for word in ("nothing satisfies", "more than", "less than", "lies")
         )
 
 

@@ -9,7 +9,8 @@ import pytest
 from tests.grammar_texts import fits, shipped_grammars
 from tests.scripts import ROOT
 from tpllm import StructuredOutputsParams
-from tpllm.json_schema.rewrite import FORMATS, SUPPORTED, UNSUPPORTED
+from tpllm.json_schema.formats import FORMATS
+from tpllm.json_schema.rewrite import SUPPORTED, UNSUPPORTED
 
 PAGE = (ROOT / "docs" / "structured-outputs.md").read_text()
 
@@ -67,6 +68,10 @@ WORKS: list[tuple[str, dict[str, Any], Any, Any]] = [
     ("minProperties", {"type": "object", "minProperties": 1}, {"a": 0}, {}),
     ("maxProperties", {"type": "object", "maxProperties": 1}, {"a": 0}, {"a": 0, "b": 0}),
 ]
+ZOD_EMAIL = (
+    r"^(?!\.)(?!.*\.\.)([A-Za-z0-9_'+\-\.]*)[A-Za-z0-9_+-]@"
+    r"([A-Za-z0-9][A-Za-z0-9\-]*\.)+[A-Za-z]{2,}$"
+)
 MORE_THAT_WORKS: dict[str, tuple[dict[str, Any], Any, Any]] = {
     "a oneOf of objects told apart by a const": ({"oneOf": [A, B]}, {"kind": "a"}, {"kind": "c"}),
     "the same behind references, as pydantic writes it": (
@@ -113,6 +118,40 @@ MORE_THAT_WORKS: dict[str, tuple[dict[str, Any], Any, Any]] = {
         },
         2,
         1,
+    ),
+    "an enum of the names of properties, as pydantic writes dict[Enum, int]": (
+        {
+            "type": "object",
+            "additionalProperties": {"type": "integer"},
+            "propertyNames": {"$ref": "#/$defs/N"},
+            "$defs": {"N": {"enum": ["a", "b"], "type": "string"}},
+        },
+        {"b": 1},
+        {"c": 1},
+    ),
+    "a format of the names of properties": (
+        {
+            "type": "object",
+            "additionalProperties": {"type": "integer"},
+            "propertyNames": {"format": "uuid4"},
+        },
+        {"12345678-1234-4234-9234-123456789abc": 1},
+        {"a": "x"},
+    ),
+    "pydantic's Decimal": (
+        {"type": "string", "pattern": r"^(?!^[-+.]*$)[+-]?0*\d*\.?\d*$"},
+        "-12.50",
+        "-.",
+    ),
+    "zod's email": (
+        {"type": "string", "format": "email", "pattern": ZOD_EMAIL},
+        "a.b@c.de",
+        "a..b@c.de",
+    ),
+    "an unknown format beside a pattern": (
+        {"type": "string", "format": "e164", "pattern": r"^\+[0-9]{6,14}$"},
+        "+4912345678",
+        "12",
     ),
     "hundreds of optional properties": (
         {
@@ -199,6 +238,12 @@ REFUSED: dict[str, dict[str, Any]] = {
         "$ref": "#/components/A",
         "components": {"A": {"type": "integer", "minimum": -(2**63), "maximum": -(2**63)}},
     },
+    r"\$ref='http://a/b' leads out of the schema": {"$ref": "http://a/b"},
+    "multipleOf=0 must be more than 0": {"type": "integer", "multipleOf": 0},
+    "multipleOf=1E-300 cannot be followed": {"type": "number", "multipleOf": 1e-300},
+    "properties.a: minimum=10000000000000000000 is more": {
+        "properties": {"a": {"type": "integer", "minimum": 10**19}}
+    },
     "items: 3 must be a schema": {"items": 3},
     "too many to tell": {"oneOf": [{"const": i} for i in range(3000)]},
 }
@@ -222,6 +267,67 @@ def test_annotations_pass_and_change_nothing(name):
 def test_every_format_of_the_page_compiles(name):
     form = StructuredOutputsParams(json={"type": "string", "format": name})
     assert not fits(form, '"?"')
+
+
+@pytest.mark.parametrize(
+    "name, right, wrong",
+    [
+        ("date", ["2024-02-29", "2000-02-29", "0001-01-01"], ["2023-02-29", "1900-02-29"]),
+        ("date", ["9999-12-31"], ["0000-01-01", "2024-04-31", "2024-13-01", "0000-02-29"]),
+        ("time", ["23:59:59Z", "00:00:00.123456+01:30"], ["23:59:60Z", "24:00:00Z", "00:00:00"]),
+        ("date-time", ["2024-02-29T00:00:00.1Z"], ["2024-02-29", "2024-02-29T00:00:00.1234567Z"]),
+        (
+            "uuid4",
+            ["12345678-1234-4234-9234-123456789abc"],
+            ["12345678-1234-1234-9234-123456789abc"],
+        ),
+        ("base64", ["", "YQ==", "YWI="], ["Y", "YQ="]),
+    ],
+)
+def test_formats_are_those_that_programs_read(name, right, wrong):
+    form = StructuredOutputsParams(json={"type": "string", "format": name})
+    assert all(fits(form, f'"{text}"') for text in right)
+    assert not any(fits(form, f'"{text}"') for text in wrong)
+
+
+@pytest.mark.parametrize("name", ["email", "hostname", "duration", "date-time"])
+def test_what_has_a_format_has_an_end(name):
+    form = {"type": "string", "format": name}
+    if name == "date-time":
+        form["pattern"] = r"^.*\.1*Z$"
+    text = {
+        "email": "a" * 300 + "@b.de",
+        "hostname": ".".join(["a" * 50] * 6),
+        "duration": f"P{'1' * 40}D",
+        "date-time": f"2024-01-01T00:00:00.{'1' * 40}Z",
+    }[name]
+    assert not fits(StructuredOutputsParams(json=form), f'"{text}"')
+
+
+def test_numbers_of_any_size_have_an_answer_or_a_reason():
+    big = ("1e99999999999", "-1e99999999999", "9" * 5000, "Infinity", "1e-99999999999")
+    for number in big:
+        for keyword in ("minimum", "maximum", "const", "multipleOf"):
+            text = f'{{"type": "integer", "{keyword}": {number}}}'
+            try:
+                StructuredOutputsParams(json=text)
+            except ValueError as error:
+                assert keyword in str(error) and "class" not in str(error)
+
+
+@pytest.mark.parametrize(
+    "schema, reason",
+    [
+        (
+            {"type": "integer", "exclusiveMinimum": 5, "exclusiveMaximum": 6},
+            r"nothing satisfies it: minimum \(6\) is greater than maximum \(5\)",
+        ),
+        ({"type": "string", "pattern": r"\bfoo"}, "look-around is not supported"),
+    ],
+)
+def test_reasons_are_in_words_of_the_schema(schema, reason):
+    with pytest.raises(ValueError, match=reason):
+        shipped_grammars().compile(StructuredOutputsParams(json=schema))
 
 
 def test_no_reason_names_an_option_that_does_not_exist():

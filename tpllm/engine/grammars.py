@@ -7,6 +7,7 @@ with a lexer of its own, so that none depends on the company that it has.
 
 import json
 import os
+import re
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Sequence
@@ -36,7 +37,15 @@ _MAX_ITEMS_IN_ROW = 50_000
 _MAX_ITEMS_IN_STEP = 500_000
 _NOTHING_FITS = "NoExtensionBias"  # in llguidance's words
 NOTHING_SATISFIES = "nothing satisfies it"  # in ours
-_NOTHING_LEFT = "the request's other settings leave no token that fits"
+# Lines of an error that show where the grammar is wrong that we have made of a form.
+_NOT_SHOWN = re.compile(r"<|\d+ \| |\^+$")
+_OURS = {
+    r'^at \d+\(\d+\): invalid regex ".*" \(in regex\): ': "",
+    r"^Unsatisfiable schema: ": f"{NOTHING_SATISFIES}: ",
+    r"^recursion limit exceeded.*": "it is nested too deeply; make it simpler",
+    r"lookarounds not supported yet; (\w+) in regex.*": r"look-around is not supported: \1",
+}
+NOTHING_LEFT = "the request's other settings leave no token that fits"
 _TOKENIZER_FILE = "tokenizer.json"
 
 
@@ -199,7 +208,7 @@ class Matcher:
         """Note the next token; False where the answer cannot go on, or end, like this."""
         if self.failure is None and token_id in self._grammar.end_token_ids:
             if not self.inner.is_accepting():
-                self.failure = _NOTHING_LEFT
+                self.failure = NOTHING_LEFT
         elif self.failure is None:
             self._tokens.append(token_id)
             if self.number_limit is not None:
@@ -215,7 +224,7 @@ class Matcher:
         if self.inner.is_error():
             self.failure = _reason(self.inner)
         elif num_fitting < len(self._tokens):
-            self.failure = _NOTHING_LEFT
+            self.failure = NOTHING_LEFT
 
 
 def fill_masks(
@@ -336,17 +345,20 @@ def source_of(params: StructuredOutputsParams) -> str:
     if params.choice is not None:
         # one terminal: as alternatives of a rule, more than a row of the parser holds ran dry
         words = " | ".join(json.dumps(text, ensure_ascii=False) for text in params.choice)
-        return LLMatcher.grammar_from_lark(f"start: CHOICE\nCHOICE: {words}")
+        words = words.replace("\x7f", "\\u007f")  # the one letter that Lark wants escaped, too
+        # without no_forcing a text that spells a special token would become that token
+        options = '%llguidance {"no_forcing": true}'
+        return LLMatcher.grammar_from_lark(f"{options}\nstart: CHOICE\nCHOICE: {words}")
     if params.grammar is not None:
         return grammar_from("grammar", bounded_grammar(compilable_grammar(params.grammar)))
-    options: dict[str, Any] = {"whitespace_pattern": params.whitespace_pattern or WHITESPACE}
+    spaces: dict[str, Any] = {"whitespace_pattern": params.whitespace_pattern or WHITESPACE}
     if params.disable_any_whitespace:
-        options = {"whitespace_flexible": False}
+        spaces = {"whitespace_flexible": False}
     schema = {"type": "object"}
     if params.json is not None:
         schema = json.loads(compilable_schema(str(params.json)))
     text = bounded_schema(schema)
-    return LLMatcher.grammar_from_json_schema(text, overrides=options)  # type: ignore[arg-type]
+    return LLMatcher.grammar_from_json_schema(text, overrides=spaces)  # type: ignore[arg-type]
 
 
 def _has_json(params: StructuredOutputsParams) -> bool:
@@ -367,6 +379,9 @@ def _form(params: StructuredOutputsParams) -> str:
 def _reason(matcher: "LLMatcher") -> str:
     """What is wrong, in one line."""
     lines = [line.strip() for line in matcher.get_error().splitlines()]
-    shown = [line for line in lines if line and not line.startswith("<")]
-    reason = " ".join(shown)[:300]
-    return NOTHING_SATISFIES if reason == _NOTHING_FITS else reason
+    reason = " ".join(line for line in lines if line and not _NOT_SHOWN.match(line))
+    if reason == _NOTHING_FITS:
+        return NOTHING_SATISFIES
+    for theirs, ours in _OURS.items():
+        reason = re.sub(theirs, ours, reason)
+    return reason[:300]

@@ -6,10 +6,11 @@ beyond 2**53 some between them, next to a bound that is no double, cannot be giv
 """
 
 import math
-from decimal import ROUND_FLOOR, Decimal
+from decimal import ROUND_CEILING, ROUND_FLOOR, Decimal
 from typing import Any
 
 _MAX_COUNT = 2**31 - 1  # of letters or items, more than any answer has
+MAX_EXPONENT = 400  # of ten; doubles end at 308
 _SAFE = 2**53  # up to here every whole number is a double
 # The largest double below 2**63: llguidance reads the digits of a bound into an int64.
 _LIMIT = 2**63 - 1024
@@ -34,14 +35,18 @@ def rewrite_bounds(schema: dict[str, Any], at: str) -> None:
     """
     kinds = schema.get("type")
     kinds = kinds if isinstance(kinds, list) else [kinds]
-    highest = _INT_LIMIT if "integer" in kinds and "number" not in kinds else _LIMIT
+    is_integer = "integer" in kinds and "number" not in kinds
+    highest = _INT_LIMIT if is_integer else _LIMIT
     low = _bound(schema, "minimum", "exclusiveMinimum", 1, at)
     high = _bound(schema, "maximum", "exclusiveMaximum", -1, at)
+    if is_integer:
+        low = None if low is None else low.to_integral_value(ROUND_CEILING)
+        high = None if high is None else high.to_integral_value(ROUND_FLOOR)
     limit = min(highest, _INT_LIMIT - 1)
     if low is not None and low > limit:
-        raise ValueError(f"{at}minimum is more than {limit}; {_AS_TEXT}")
+        raise ValueError(f"{at}minimum={low:.20g} is more than {limit}; {_AS_TEXT}")
     if high is not None and high < -_LIMIT:
-        raise ValueError(f"{at}maximum is less than {-_LIMIT}; {_AS_TEXT}")
+        raise ValueError(f"{at}maximum={high:.20g} is less than {-_LIMIT}; {_AS_TEXT}")
     if low is not None and low >= _ONE_SIDED and high is None:
         high = Decimal(highest)
     if high is not None and high <= -_ONE_SIDED and low is None:
@@ -115,15 +120,23 @@ def _plain(number: float) -> int | float:
 def _decimal(value: Any, name: str) -> Decimal:
     if isinstance(value, bool) or not isinstance(value, int | float | Decimal):
         raise ValueError(f"{name}={value!r} must be a number")
-    return Decimal(value)
+    number = Decimal(value)
+    if number.is_nan():
+        raise ValueError(f"{name}={value} must be a number")
+    # beyond doubles, as infinity is; Decimal's own arithmetic would overflow
+    if not number.is_finite() or number.adjusted() > MAX_EXPONENT:
+        return Decimal((number.is_signed(), (1,), MAX_EXPONENT))
+    return number if number.adjusted() > -MAX_EXPONENT else number * 0
 
 
 def _check_step(step: Any, at: str) -> None:
     """Whether llguidance can make a whole number of it, as it does: tenfold, in doubles."""
+    if step == 0:
+        raise ValueError(f"{at}multipleOf=0 must be more than 0")
     number = abs(float(_decimal(step, f"{at}multipleOf")))
-    while number != math.floor(number) and number < 2**32:
+    while number < 2**32 and number != math.floor(number):
         number *= 10
-    if number >= 2**32:
+    if number >= 2**32 or number == 0:
         raise ValueError(
             f"{at}multipleOf={step} cannot be followed; use a power of ten, such as 0.01, or whole "
             "numbers of a smaller unit"
@@ -156,7 +169,7 @@ def constant(value: Any, place: str) -> Any:
         return {name: constant(each, place) for name, each in value.items()}
     if isinstance(value, bool) or not isinstance(value, int | float | Decimal):
         return value
-    number = Decimal(value)
+    number = _decimal(value, place)
     double = float(number)
     is_whole = abs(double) >= _SAFE
     if abs(double) >= 2**63 or (is_whole and Decimal(double) != number):

@@ -27,6 +27,17 @@ def refuse_overlapping(branches: Sequence[Any], root: dict[str, Any], at: str) -
             )
 
 
+def target(root: dict[str, Any], reference: Any) -> Any:
+    """The place within `root` that a $ref leads to; None where there is none."""
+    if not isinstance(reference, str) or not reference.startswith("#/"):
+        return None
+    found: Any = root
+    for step in reference[2:].split("/"):
+        step = step.replace("~1", "/").replace("~0", "~")
+        found = found.get(step) if isinstance(found, dict) else None
+    return found
+
+
 class _Comparison:
     """Compares schemas of one document, a limited number of times."""
 
@@ -62,18 +73,9 @@ class _Comparison:
         if not isinstance(schema, dict) or depth == 0 or self._num_left < 0:
             return
         yield schema
-        yield from self._parts(self._target(schema.get("$ref")), depth - 1)
+        yield from self._parts(target(self._root, schema.get("$ref")), depth - 1)
         for each in schema.get("allOf") or ():
             yield from self._parts(each, depth - 1)
-
-    def _target(self, reference: Any) -> Any:
-        if not isinstance(reference, str) or not reference.startswith("#/"):
-            return None
-        found: Any = self._root
-        for step in reference[2:].split("/"):
-            step = step.replace("~1", "/").replace("~0", "~")
-            found = found.get(step) if isinstance(found, dict) else None
-        return found
 
     def _differ(self, one: dict[str, Any], other: dict[str, Any], depth: int) -> bool:
         """Whether the keywords of both exclude each other."""

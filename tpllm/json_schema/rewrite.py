@@ -8,12 +8,13 @@ the caller's schema lets pass too; `docs/structured-outputs.md` says where it le
 
 import json
 from decimal import Decimal
-from difflib import get_close_matches
 from math import isinf
 from typing import Any
 
+from tpllm.checks import short
 from tpllm.json_schema.bounds import constant, count, rewrite_bounds
-from tpllm.json_schema.disjoint import refuse_overlapping
+from tpllm.json_schema.disjoint import refuse_overlapping, target
+from tpllm.json_schema.formats import rewrite_texts
 
 Schema = dict[str, Any]
 
@@ -50,12 +51,6 @@ _NO_EFFECT: dict[str, tuple[Any, ...]] = {
     "unevaluatedProperties": (True, {}),
     "unevaluatedItems": (True, {}),
 }
-FORMATS = (
-    *("date-time", "time", "date", "duration"),
-    *("email", "hostname", "ipv4", "ipv6", "uuid", "uri"),
-)
-# These say how a text is shown or stored, not which texts there are.
-_FORMATS_OF_ANY_TEXT = ("password", "binary", "path", "unknown")
 _DRAFTS = ("http://json-schema.org/", "https://json-schema.org/")
 # how forced tool calls ask for their whitespace
 _WHITESPACE_OPTIONS = ("whitespace_pattern", "whitespace_flexible")
@@ -101,13 +96,15 @@ class _Normalizer:
 
     def __init__(self, root: Schema) -> None:
         self._root = root
+        self._has_id = "$id" in root or "id" in root
 
     def schema(self, schema: Any, place: str) -> Any:
         """A schema or a boolean, somewhere in the root; `place` is its path, in words."""
         if not isinstance(schema, dict):
             if isinstance(schema, bool):
                 return schema
-            raise ValueError(f"{_at(place)}{_short(schema)} must be a schema, an object")
+            raise ValueError(f"{_at(place)}{short(schema)} must be a schema, an object")
+        schema = self._with_named_properties(schema)
         result: Schema = {}
         for keyword, value in schema.items():
             self._check_keyword(keyword, value, place)
@@ -124,9 +121,30 @@ class _Normalizer:
                 result[keyword] = self.schema(value, inside)
             elif keyword in SUPPORTED:
                 result[keyword] = self._value(keyword, value, inside)
-        self._drop_formats(result, place)
+        rewrite_texts(result, _at(place))
         rewrite_bounds(result, _at(place))
         return self._one_of_as_any_of(result, place)
+
+    def _with_named_properties(self, schema: Schema) -> Schema:
+        """Names that are listed become properties, and a pattern of names one of properties."""
+        names = schema.get("propertyNames")
+        if isinstance(names, dict) and "$ref" in names:
+            names = target(self._root, names["$ref"])
+        others = schema.get("properties") or schema.get("patternProperties")
+        if not isinstance(names, dict) or others:
+            return schema
+        names = dict(names)
+        rewrite_texts(names, "propertyNames: ")
+        value = schema.get("additionalProperties", True)
+        listed = [names["const"]] if "const" in names else names.get("enum")
+        if listed and all(isinstance(name, str) for name in listed):
+            found = {"properties": dict.fromkeys(listed, value)}
+        elif "pattern" in names and not names.keys() & set(UNSUPPORTED):
+            found = {"patternProperties": {names["pattern"]: value}}
+        else:
+            return schema
+        rest = {name: each for name, each in schema.items() if name != "propertyNames"}
+        return {**rest, **found, "additionalProperties": False}
 
     def _one_of_as_any_of(self, schema: Schema, place: str) -> Schema:
         """Replace a oneOf whose branches exclude each other; the order of keywords stays."""
@@ -159,6 +177,10 @@ class _Normalizer:
             return [constant(each, place) for each in value]
         if keyword in _COUNTS:
             return count(keyword, value, place)
+        if keyword == "$ref" and isinstance(value, str) and value[:1] != "#" and not self._has_id:
+            raise ValueError(
+                f"{place}={value!r} leads out of the schema; put what it names under $defs"
+            )
         if keyword == "$ref" and isinstance(value, str) and value.startswith("#/"):
             first = value.split("/")[1]
             if first not in (*_MAPS, *_LISTS, *_SINGLE):
@@ -168,27 +190,6 @@ class _Normalizer:
                 )
         return value
 
-    def _drop_formats(self, schema: Schema, place: str) -> None:
-        """Leave out a format that is none of texts, or any text has."""
-        if (name := schema.get("format")) is None:
-            return
-        kinds = schema.get("type", "string")
-        of_text = kinds == "string" or (isinstance(kinds, list) and "string" in kinds)
-        if not of_text or name in _FORMATS_OF_ANY_TEXT:
-            del schema["format"]
-        elif name not in FORMATS:
-            near = get_close_matches(str(name), FORMATS, n=1)
-            mend = f"did you mean {near[0]!r}?" if near else f"use one of {', '.join(FORMATS)}"
-            raise ValueError(
-                f"{_at(place)}format={_short(name)} is not supported; {mend}, give a pattern "
-                "instead, or leave it out"
-            )
-
 
 def _at(place: str) -> str:
     return f"{place}: " if place else ""
-
-
-def _short(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."

@@ -18,6 +18,7 @@ import numpy as np
 from tpllm.channel.child_process import read_spec, tie_to_parent
 from tpllm.config.engine_config import EngineConfig
 from tpllm.engine.grammars import (
+    NOTHING_LEFT,
     NOTHING_SATISFIES,
     Grammar,
     fill_masks,
@@ -99,10 +100,10 @@ def _walk(
         if matcher.failure is not None or not fitting.size:
             raise ValueError(_dead_end(matcher.failure, tokenizer.decode_str(tokens)))
         next_id = next((id_ for id_ in preferred if id_ in fitting), int(fitting[0]))
-        if next_id in grammar.end_token_ids:
-            return
         if not matcher.advance(next_id):
             raise ValueError(_dead_end(matcher.failure, tokenizer.decode_str(tokens)))
+        if next_id in grammar.end_token_ids:
+            return
         tokens.append(next_id)
 
 
@@ -110,7 +111,7 @@ def _dead_end(failure: str | None, text: str) -> str:
     """What is wrong with a form of which an answer has come to `text`."""
     text = text.rstrip()  # that of JSON may come anywhere
     shown = repr(text if len(text) <= _SHOWN_CHARS else "..." + text[-_SHOWN_CHARS:])
-    if failure in (None, NOTHING_SATISFIES):
+    if failure in (None, NOTHING_LEFT, NOTHING_SATISFIES):
         return f"nothing that fits can follow {shown}"
     return f"{failure} after {shown}"
 
