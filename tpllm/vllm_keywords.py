@@ -149,6 +149,18 @@ CALLS: Keywords = {
     "trace_headers": Absent(_LEAVE_OUT, ({},)),
 }
 
+PROMPTS: Keywords = {
+    "cache_salt": Absent("use enable_prefix_caching=False of LLM", ("",)),
+    "decoder_prompt": Absent("models have no encoder; give the prompt alone"),
+    "encoder_prompt": Absent("models have no encoder; give the prompt alone"),
+    "mm_processor_kwargs": Absent(_NO_IMAGES, ({},)),
+    "multi_modal_data": Absent(_NO_IMAGES, ({},)),
+    "multi_modal_uuids": Absent(_NO_IMAGES, ({},)),
+    "prompt_embeds": Absent("give a text or token ids"),
+    "role": Absent("call LLM.chat with messages"),
+    "type": Absent(_LEAVE_OUT, ("text", "token", "tokens")),
+}
+
 _T = TypeVar("_T")
 
 
@@ -161,12 +173,21 @@ def without_absent(
         UnknownSettingError: one is absent and asks for something, or nobody has it.
     """
     refuse_unknown_settings(owner, [name for name in given if name not in absent], known)
+    refuse_absent(owner, given, absent)
+    return {name: value for name, value in given.items() if name not in absent}
+
+
+def refuse_absent(owner: str, given: Mapping[Any, Any], absent: Keywords) -> None:
+    """Check that those of vLLM's keywords that are absent here ask for nothing.
+
+    Raises:
+        UnknownSettingError: one does.
+    """
     for name, value in given.items():
         if name in absent and not _is_harmless(value, absent[name].harmless):
             raise UnknownSettingError(
                 f"{owner}: {name}={short(value)} is absent in tpllm; {absent[name].way_out}"
             )
-    return {name: value for name, value in given.items() if name not in absent}
 
 
 def _is_harmless(value: object, harmless: tuple[Any, ...]) -> bool:

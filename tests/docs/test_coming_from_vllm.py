@@ -18,7 +18,7 @@ from tpllm import (
 )
 from tpllm.config.settings import Settings
 from tpllm.server.protocol import ChatCompletionRequest, CompletionRequest
-from tpllm.vllm_keywords import CALLS, SAMPLING, SETTINGS, STRUCTURED, Keywords
+from tpllm.vllm_keywords import CALLS, PROMPTS, SAMPLING, SETTINGS, STRUCTURED, Keywords
 
 PAGE = (ROOT / "docs" / "coming-from-vllm.md").read_text()
 SAME = PAGE.partition("## The same")[2].partition("## What differs")[0]
@@ -90,6 +90,7 @@ def rows_of(table: Keywords) -> list[str]:
         ("`SamplingParams`", SAMPLING),
         ("`StructuredOutputsParams`", STRUCTURED),
         ("`generate`, `chat` and `beam_search`", CALLS),
+        ("Prompts, as dicts", PROMPTS),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )

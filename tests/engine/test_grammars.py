@@ -237,6 +237,8 @@ REFUSED: dict[str, dict[str, Any]] = {
     "regex='\\(a' cannot be used": {"regex": "(a"},
     "look-around": {"regex": "(?=a)b"},
     "json cannot be used: Invalid type: foo": {"json": {"type": "foo"}},
+    "but an empty answer or an end token": {"regex": r"<\|im_end\|>"},
+    "cannot be used: nothing satisfies it but an empty": {"grammar": 'root ::= ""'},
     "nothing satisfies it: minimum": {"json": {"type": "integer", "minimum": 5, "maximum": 3}},
     "Failed to convert the grammar": {"grammar": "root ::= ("},
     'unknown name: "foo"': {"grammar": "start: foo"},

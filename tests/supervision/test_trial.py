@@ -106,7 +106,6 @@ DRY: dict[str, dict[str, Any]] = {
             "required": ["a"],
         }
     },
-    "''": {"regex": r"<\|im_end\|>"},  # the token, which would end an empty answer
     "'a'": {"grammar": 'start: "a" B\nB: /b/ & /c/'},
 }
 

@@ -28,6 +28,7 @@ from tpllm.text.prompts import as_list, one_for_each
         ([iter([5, 6]), range(2)], [[5, 6], [0, 1]]),
         ({"a": 1, "b": 2}.keys(), ["a", "b"]),
         ({"prompt": "a", "prompt_token_ids": None, "multi_modal_data": None}, ["a"]),
+        ({"type": "text", "prompt": "a", "multi_modal_data": {}, "cache_salt": ""}, ["a"]),
         ([[]], [[]]),  # an empty prompt is the engine's to refuse
     ],
 )
@@ -55,7 +56,12 @@ def test_all_forms_become_texts_or_plain_ids(prompts, expected):
         ([1, 2.5], "prompt 0 holds 2.5"),
         ([True, 2], "prompt 0 holds True"),
         ({"text": "a"}, "prompt 0 has an unknown 'text'; give"),
-        ({"prompt": "a", "multi_modal_data": {}}, "prompt 0 has an unknown 'multi_modal_data'"),
+        (
+            {"prompt": "a", "multi_modal_data": {"image": 1}},
+            "prompt 0: multi_modal_data={'image': 1} is absent in tpllm; models read text alone",
+        ),
+        ({"prompt": "a", "cache_salt": "x"}, "cache_salt='x' is absent.*enable_prefix_caching"),
+        ([{"role": "user", "content": "a"}], "role='user' is absent in tpllm; call LLM.chat"),
         ({"prompt": 5}, "prompt 0 is {'prompt': 5}; give"),
         ({"prompt_token_ids": "hello"}, "prompt_token_ids='hello' is a text"),
         ({1: 2, "a": 3}, "prompt 0 has an unknown 1"),

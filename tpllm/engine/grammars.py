@@ -169,8 +169,9 @@ class Grammar:
         self.first_mask = mask = self._first.compute_bitmask()
         if self._first.is_error():
             raise ValueError(_reason(self._first))
-        if self._first.is_stopped() or not any(mask):
-            raise ValueError("nothing satisfies it but an empty answer")
+        fitting = np.flatnonzero(np.unpackbits(np.frombuffer(mask, np.uint8), bitorder="little"))
+        if self._first.is_stopped() or self.end_token_ids.issuperset(fitting.tolist()):
+            raise ValueError("nothing satisfies it but an empty answer or an end token")
 
     def compile(self) -> "LLMatcher":
         """A matcher that shares nothing.

@@ -6,6 +6,7 @@ from typing import Any
 
 from tpllm.checks import are_ints, short
 from tpllm.sampling_params import SamplingParams
+from tpllm.vllm_keywords import PROMPTS, refuse_absent
 
 Prompt = str | Sequence[int] | Mapping[str, Any]
 
@@ -58,8 +59,10 @@ def one_for_each(
 
 def _text_or_ids(index: int, prompt: Any) -> str | list[int]:
     if isinstance(prompt, Mapping):
+        refuse_absent(f"prompt {index}", prompt, PROMPTS)
         for key, value in prompt.items():
-            if key not in ("prompt", "prompt_token_ids") and value is not None:
+            known = key in ("prompt", "prompt_token_ids") or key in PROMPTS
+            if not known and value is not None:
                 raise ValueError(f"prompt {index} has an unknown {short(key)}; give {_FORMS}")
         if prompt.get("prompt_token_ids") is not None:
             prompt = prompt["prompt_token_ids"]
