@@ -49,7 +49,9 @@ def test_a_crash_refuses_one_form_and_is_remembered():
             grammars.compile(form)
         assert grammars.compile(FORM).first_mask
         begin = time.perf_counter()
-        with pytest.raises(ValueError, match="the compiler crashed on it, or took more than"):
+        with pytest.raises(
+            ValueError, match="the compiler crashed on it, or took more than .* MiB or 10 s"
+        ):
             grammars.compile(form)
         assert time.perf_counter() - begin < 0.1
     finally:
@@ -77,7 +79,7 @@ def test_what_takes_too_long_or_too_much_is_refused(trials, monkeypatch):
     monkeypatch.setattr(trial, "CPU_S", 10)
     monkeypatch.setattr(trial, "MEMORY_BYTES", 8 << 20)
     try:
-        with pytest.raises(ValueError, match="took more than 8 MiB|too much memory"):
+        with pytest.raises(ValueError, match="took more than 8 MiB or|too much memory"):
             small.check(slow)
     finally:
         small.close()

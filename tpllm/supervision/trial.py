@@ -190,8 +190,8 @@ class _Child:
             raise _DiedError(f"trying it took more than {CPU_S} s; make it simpler")
         how, _ = how_it_ended(code)
         raise _DiedError(
-            f"the compiler crashed on it, or took more than {MEMORY_BYTES >> 20} MiB: the process "
-            f"that tried it {how}; make it simpler"
+            f"the compiler crashed on it, or took more than {MEMORY_BYTES >> 20} MiB or {CPU_S} s: "
+            f"the process that tried it {how}; make it simpler"
         )
 
     def end(self) -> None:
