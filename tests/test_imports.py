@@ -27,7 +27,7 @@ MAY_IMPORT = {
     "checks": set(),
     "errors": {"outputs"},
     "vllm_keywords": {"checks", "errors"},
-    "json_schema": set(),
+    "json_schema": {"checks"},
     "structured_outputs": {"checks", "json_schema", "vllm_keywords"},
     "sampling_params": {"checks", "structured_outputs", "vllm_keywords"},
     "channel": set(),
