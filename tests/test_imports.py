@@ -38,7 +38,7 @@ MAY_IMPORT = {
     "models": {"config", "layers", "parallel"},
     "worker": DATA | {"channel", "config", "layers", "models", "parallel", "sampling"},
     "engine": DATA | {"channel", "config", "json_schema"},
-    "text": DATA | {"engine"},
+    "text": DATA | {"engine", "vllm_keywords"},
     "supervision": DATA | {"channel", "config", "engine"},
     "offline": DATA | {"engine", "supervision", "text", "vllm_keywords"},
     "llm": DATA | {"config", "engine", "offline", "supervision", "text", "vllm_keywords"},
