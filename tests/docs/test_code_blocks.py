@@ -57,10 +57,9 @@ def test_every_comment_about_needs_is_before_a_block() -> None:
 def test_no_block_is_of_a_kind_that_escapes_the_tests() -> None:
     kinds = {block.kind for blocks in BLOCKS.values() for block in blocks}
     assert kinds <= {*RUNNABLE, "yaml", "text"}
-    for page, blocks in BLOCKS.items():  # none without a kind, either, but for drawings
+    for page, blocks in BLOCKS.items():  # none without a kind, either
         fences = len(re.findall("^```", page.read_text(), re.M))
-        if page.name != "architecture.md":
-            assert fences == 2 * len(blocks), page
+        assert fences == 2 * len(blocks), page
 
 
 @pytest.mark.parametrize("page", WITH_CODE, ids=lambda page: page.name)
