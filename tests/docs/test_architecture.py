@@ -40,3 +40,10 @@ def test_the_figures_are_about_those_of_today() -> None:
     for name, value in figures.items():
         [stated] = re.findall(rf"^\| {name}.*? \| ([\d,]+) \|", PAGE, re.M)
         assert int(stated.replace(",", "")) == pytest.approx(value, rel=0.05), name
+
+
+def test_the_readme_has_a_row_for_every_folder() -> None:
+    section = (ROOT / "README.md").read_text().partition("## Where things live")[2]
+    listed = set(re.findall(r"^\| `tpllm/(\w+)/` \|", section.partition("\n## ")[0], re.M))
+    folders = {file.parent.name for file in structure.PACKAGE.glob("*/__init__.py")}
+    assert listed == folders
