@@ -236,7 +236,7 @@ def test_an_answer_that_meets_the_limit_of_the_shared_lexer_goes_on_with_its_own
 REFUSED: dict[str, dict[str, Any]] = {
     "regex='\\(a' cannot be used": {"regex": "(a"},
     "look-around": {"regex": "(?=a)b"},
-    "json cannot be used: Invalid type: foo": {"json": {"type": "foo"}},
+    "json cannot be used: regex parse error": {"json": {"type": "string", "pattern": "("}},
     "but an empty answer or an end token": {"regex": r"<\|im_end\|>"},
     "cannot be used: nothing satisfies it but an empty": {"grammar": 'root ::= ""'},
     "nothing satisfies it: minimum": {"json": {"type": "integer", "minimum": 5, "maximum": 3}},

@@ -247,10 +247,18 @@ def test_what_leaves_no_token_is_told_with_the_field_that_was_sent(words: str) -
     )
 
 
+def test_a_schema_with_a_wrong_keyword_is_blamed_on_its_tool() -> None:
+    wrong = tool_named({"type": "object", "properties": {"n": {"type": "strin"}}})
+    request = ChatCompletionRequest(messages=HELLO, tools=[*TOOLS, wrong], tool_choice="required")
+    with pytest.raises(APIError, match=r"properties\.n\.type='strin' must be one of") as refused:
+        structured_outputs(request)
+    assert refused.value.param == "tools[1].function.parameters"
+
+
 def test_a_schema_that_cannot_be_compiled_is_blamed_on_its_tool(
     client: OpenAI, served: Served
 ) -> None:
-    wrong = tool_named({"type": "object", "properties": {"n": {"type": "strin"}}})
+    wrong = tool_named({"type": "object", "properties": {"n": {"type": "string", "pattern": "("}}})
     request = ChatCompletionRequest(messages=HELLO, tools=[*TOOLS, wrong], tool_choice="required")
     form = structured_outputs(request)
     assert form is not None
@@ -259,5 +267,5 @@ def test_a_schema_that_cannot_be_compiled_is_blamed_on_its_tool(
     assert refused.value.param == "tools[1].function.parameters"
     assert refused.value.message == (
         "tools[1].function.parameters: this schema cannot be used: failed to compile JSON schema: "
-        "Invalid type: strin"
+        "regex parse error: ( error: unclosed group"
     )

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 from decimal import Decimal
 from itertools import combinations
 from typing import Any
+from urllib.parse import unquote
 
 _TYPES = frozenset({"null", "boolean", "number", "string", "array", "object"})
 _MAX_DEPTH = 16  # of references and nested schemas that are followed
@@ -32,9 +33,12 @@ def target(root: dict[str, Any], reference: Any) -> Any:
     if not isinstance(reference, str) or not reference.startswith("#/"):
         return None
     found: Any = root
-    for step in reference[2:].split("/"):
+    for step in unquote(reference[2:]).split("/"):
         step = step.replace("~1", "/").replace("~0", "~")
-        found = found.get(step) if isinstance(found, dict) else None
+        if isinstance(found, list) and step.isdecimal() and int(step) < len(found):
+            found = found[int(step)]
+        else:
+            found = found.get(step) if isinstance(found, dict) else None
     return found
 
 

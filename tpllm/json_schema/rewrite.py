@@ -15,6 +15,7 @@ from tpllm.checks import short
 from tpllm.json_schema.bounds import constant, count, rewrite_bounds
 from tpllm.json_schema.disjoint import refuse_overlapping, target
 from tpllm.json_schema.formats import rewrite_texts
+from tpllm.json_schema.shape import check_shape, refuse_wrapper
 
 Schema = dict[str, Any]
 
@@ -64,6 +65,7 @@ def normalized(schema: Schema) -> Schema:
     Raises:
         ValueError: a keyword is not supported, or its value is none; names place and mend.
     """
+    refuse_wrapper(schema)
     rewritten: Schema = _Normalizer(schema).schema(schema, "")
     if isinstance(options := schema.get("x-guidance"), dict):
         kept = {name: options[name] for name in _WHITESPACE_OPTIONS if name in options}
@@ -109,6 +111,7 @@ class _Normalizer:
         for keyword, value in schema.items():
             self._check_keyword(keyword, value, place)
             inside = f"{place}.{keyword}" if place else keyword
+            check_shape(keyword, value, inside, self._root)
             if keyword in _MAPS and isinstance(value, dict):
                 result[keyword] = {
                     name: self.schema(each, f"{inside}.{name}") for name, each in value.items()
