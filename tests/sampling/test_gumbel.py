@@ -24,7 +24,7 @@ def _noise_bits_kernel(seeds_ptr, positions_ptr, out_ptr, first_id, NUM_IDS: tl.
 
 
 def noise_bits_triton(seeds: Tensor, positions: Tensor, first_id: int, num_ids: int) -> Tensor:
-    """`noise_bits` of the kernel, shaped and typed as the reference's."""
+    """Run `noise_bits` in a kernel; shape and dtype are those of the reference."""
     out = seeds.new_empty(len(seeds), num_ids)
     _noise_bits_kernel[(len(seeds),)](seeds, positions, out, first_id, NUM_IDS=num_ids)
     return out.long() & 0xFFFFFFFF
@@ -46,7 +46,7 @@ def gumbel_triton(bits: Tensor) -> Tensor:
 
 
 def random_rows(num_rows: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Seeds over all 64 bits and positions over all that an int32 holds."""
+    """Return seeds of all 64 bits and positions of all int32 values."""
     rng = torch.Generator().manual_seed(num_rows)
     seeds = torch.randint(-(2**31), 2**31, (num_rows, 2), generator=rng).int()
     positions = torch.randint(2**31, (num_rows,), generator=rng).int()
@@ -65,7 +65,7 @@ def random_rows(num_rows: int, device: torch.device) -> tuple[Tensor, Tensor]:
         ),
     ],
 )
-def test_philox_gives_the_vectors_of_its_authors(
+def test_philox_returns_the_vectors_of_its_authors(
     counter: list[int], key: list[int], expected: str
 ) -> None:
     words = philox_reference(
@@ -88,7 +88,7 @@ def test_kernel_and_reference_bits_are_equal(first_id: int, device: torch.device
 
 
 @pytest.mark.parametrize("first_id, num_ids", [(0, 1), (1, 1), (3, 2), (4, 4), (5, 90), (0, 101)])
-def test_noise_does_not_depend_on_the_slice_asked_for(first_id: int, num_ids: int) -> None:
+def test_noise_does_not_depend_on_the_slice(first_id: int, num_ids: int) -> None:
     seeds, positions = random_rows(6, torch.device("cpu"))
     bits = noise_bits_reference(seeds, positions, 0, 101)
     noise = gumbel_reference(bits)
@@ -115,7 +115,7 @@ def test_gumbel_follows_the_exact_formula(implementation: str, device: torch.dev
         [
             torch.arange(8),
             around_powers,
-            torch.arange(2**28 - 512, 2**28 + 512, 37),  # the series gives way to the logarithm
+            torch.arange(2**28 - 512, 2**28 + 512, 37),  # the border between series and logarithm
             torch.randint(2**32, (500,), generator=rng),
         ]
     ).to(device)
@@ -123,7 +123,7 @@ def test_gumbel_follows_the_exact_formula(implementation: str, device: torch.dev
     exact = -torch.log(-torch.log1p(-u))
     noise = gumbel(bits).double()
     assert ((noise - exact).abs()[u < 0.99] < 4e-6).all()
-    # Near u = 1, where no id wins, fp32 has no finer steps than 6e-8.
+    # Near u = 1, where no id wins, fp32 has steps of 6e-8.
     assert ((noise - exact).abs()[u >= 0.99] < 1e-3).all()
 
 
@@ -131,7 +131,7 @@ def test_gumbel_follows_the_exact_formula(implementation: str, device: torch.dev
 def test_gumbel_keeps_its_steps_in_both_tails(implementation: str, device: torch.device) -> None:
     gumbel = {"triton": gumbel_triton, "reference": gumbel_reference}[implementation]
     top = gumbel(torch.arange(1000, device=device))
-    assert (top.diff() < 0).all()  # each of the 1000 largest values is its own
+    assert (top.diff() < 0).all()  # the 1000 largest values are all different
     assert top[0].item() == pytest.approx(22.8738, abs=1e-3)  # -log(2**-33)
     bottom = gumbel(torch.arange(2**32 - 1000, 2**32, 7, device=device))
     assert bottom.isfinite().all() and (bottom.diff() <= 0).all()

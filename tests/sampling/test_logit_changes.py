@@ -17,7 +17,7 @@ V = 50
 def random_scores(
     num_rows: int, device: torch.device, vocab_start: int = 0, size: int = V
 ) -> Tensor:
-    """A slice of the same random logits, wherever it begins."""
+    """Return a slice of random logits, which do not depend on the slice."""
     rng = torch.Generator().manual_seed(num_rows)
     logits = 3 * torch.randn(num_rows, V, generator=rng)
     return scores_of(logits[:, vocab_start : vocab_start + size].to(device), vocab_start, V)
@@ -27,7 +27,7 @@ def int64(device: torch.device, values: list[int]) -> Tensor:
     return torch.tensor(values, device=device)
 
 
-def test_values_are_added_where_they_belong_and_nowhere_else(device: torch.device) -> None:
+def test_values_are_added_at_their_entries_only(device: torch.device) -> None:
     scores = random_scores(3, device)
     expected = scores.clone()
     slots, cols = int64(device, [0, 2, -1, 2]), int64(device, [0, 49, 7, 3])
@@ -38,7 +38,7 @@ def test_values_are_added_where_they_belong_and_nowhere_else(device: torch.devic
     assert torch.equal(scores, expected)
 
 
-def test_banned_stays_banned_whatever_is_added(device: torch.device) -> None:
+def test_a_banned_id_stays_banned_when_values_are_added(device: torch.device) -> None:
     scores = random_scores(1, device)
     where = int64(device, [0]), int64(device, [5])
     add_at(scores, *where, -torch.inf)
@@ -49,33 +49,33 @@ def test_banned_stays_banned_whatever_is_added(device: torch.device) -> None:
 def test_only_allowed_ids_remain_in_the_rows_that_have_some(device: torch.device) -> None:
     scores = random_scores(3, device)
     expected = torch.full_like(scores, -torch.inf)
-    expected[1] = scores[1]  # has none
+    expected[1] = scores[1]  # has no allowed ids
     expected[0, [3, 4]] = scores[0, [3, 4]]
     slots, cols = int64(device, [0, -1, 0]), int64(device, [4, 9, 3])
-    keep_only(scores, int64(device, [0, 2]), slots, cols)  # those of row 2 are other ranks'
+    keep_only(scores, int64(device, [0, 2]), slots, cols)  # row 2's ids are on other ranks
     assert torch.equal(scores, expected)
 
 
-def test_a_sequence_counts_only_within_the_generated_tokens(device: torch.device) -> None:
+def test_a_bad_word_matches_only_within_the_generated_tokens(device: torch.device) -> None:
     tokens = torch.tensor(
         [[9, 9, 1, 2, 3, 0], [1, 2, 3, 0, 0, 0]], dtype=torch.int32, device=device
     )
-    words = torch.tensor(  # from the last token backwards
+    words = torch.tensor(  # last token first
         [[3, 2, -1], [3, 2, 1], [3, 1, -1], [-1, -1, -1], [3, -1, -1], [3, 2, 1], [3, 2, 9]],
         dtype=torch.int32,
         device=device,
     )
     rows = int64(device, [0, 0, 0, 0, 1, 1, 0])
-    ends = int64(device, [5, 5, 5, 5, 3, 3, 5])
-    floors = int64(device, [2, 2, 2, 2, 2, 1, 2])
-    found = ends_with(tokens, rows, ends, floors, words)
+    lengths = int64(device, [5, 5, 5, 5, 3, 3, 5])
+    prompt_lengths = int64(device, [2, 2, 2, 2, 2, 1, 2])
+    found = ends_with(tokens, rows, lengths, prompt_lengths, words)
     assert found.tolist() == [True, True, False, True, True, False, False]
 
 
 def vllm_penalties(
     logits: Tensor, tokens: list[int], num_prompt: int, repetition: float, freq: float, pres: float
 ) -> Tensor:
-    """One row in float64, by vLLM's definitions."""
+    """Penalize one row in float64, by vLLM's definitions."""
     out = logits.double().clone()
     for token in set(tokens):
         out[token] = out[token] / repetition if out[token] > 0 else out[token] * repetition
@@ -91,7 +91,7 @@ def test_penalties_follow_their_definitions(num_shards: int, device: torch.devic
     num_prompt = [1, 3, 10, 12]
     values = [[1.3, 0.5, 0.25], [0.7, -2.0, 2.0], [1.0, 0.5, -0.5], [2.0, 1.0, 1.0]]
     rows = [3, 0, 4, 1]  # row 2 has no penalties
-    table = torch.full((4, 31), 10**6, dtype=torch.int32)  # unknown tokens lie anywhere
+    table = torch.full((4, 31), 10**6, dtype=torch.int32)  # unused entries hold invalid tokens
     for i, history in enumerate(histories):
         table[i, : len(history)] = torch.tensor(history, dtype=torch.int32)
     for start in range(0, V, V // num_shards):

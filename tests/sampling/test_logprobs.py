@@ -17,7 +17,7 @@ def test_logprobs_and_ranks_are_those_of_a_log_softmax(
     rng = torch.Generator().manual_seed(vocab_size)
     logits = (5 * torch.randn(num_rows, vocab_size + 3, generator=rng)).to(device, dtype)
     token_ids = torch.randint(0, vocab_size, (num_rows,), generator=rng).int().to(device)
-    scores = scores_of(logits, 0, vocab_size)  # what lies beyond the vocabulary does not count
+    scores = scores_of(logits, 0, vocab_size)  # padding does not count
     words = token_logprobs(scores, token_ids, k, 0, TPGroup.single(device))
     assert words.shape == (num_rows, 3 + 2 * k)
 

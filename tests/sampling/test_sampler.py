@@ -30,7 +30,7 @@ Stages = tuple[Callable[[Tensor, SamplingBatch, int, int], Tensor], Callable[[Te
     ids=["triton", "reference"],
 )
 def stages(request: pytest.FixtureRequest) -> Stages:
-    """The two stages of sampling: best of each tile of a slice, best of candidates."""
+    """Return the two stages of sampling: best of each tile of a slice, best of candidates."""
     param: Stages = request.param
     return param
 
@@ -42,7 +42,7 @@ def make_batch(
     min_positions: list[int] | int = 0,
     stop_ids: list[list[int]] | None = None,
 ) -> SamplingBatch:
-    """Rows with a seed and a position each, at random; no stop ids unless given."""
+    """Return settings of rows with random seeds and positions; no stop ids by default."""
     rng = torch.Generator().manual_seed(num_rows)
     return SamplingBatch(
         temperatures=torch.tensor(temperatures).expand(num_rows).contiguous().to(device),
@@ -59,14 +59,14 @@ def random_logits(num_rows: int, vocab_size: int, where: Where) -> Tensor:
     return (4 * torch.randn(num_rows, vocab_size, generator=rng)).to(device, dtype)
 
 
-def draw(stages: Stages, logits: Tensor, batch: SamplingBatch) -> list[int]:
+def sample_through(stages: Stages, logits: Tensor, batch: SamplingBatch) -> list[int]:
     """Sample from the whole vocabulary through the given stages."""
     local_candidates, best_candidate = stages
     return best_candidate(local_candidates(logits, batch, 0, logits.shape[1]))[1].tolist()
 
 
 def shards_of(logits: Tensor, world_size: int) -> list[Tensor]:
-    """Slices [S, ceil(V / world_size)] of the logits; padding is +inf, so that a draw shows it."""
+    """Split logits into slices [S, ceil(V / world_size)]; padding is +inf."""
     num_rows, vocab_size = logits.shape
     local_size = -(-vocab_size // world_size)
     padding = logits.new_full((num_rows, local_size * world_size - vocab_size), torch.inf)
@@ -74,7 +74,7 @@ def shards_of(logits: Tensor, world_size: int) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("num_rows, vocab_size", [(1, 1), (1, 7), (5, 2048), (3, 4999)])
-def test_drawn_id_has_the_highest_noisy_score(
+def test_the_sampled_id_has_the_highest_noisy_score(
     stages: Stages, num_rows: int, vocab_size: int, device_and_dtype: Where
 ) -> None:
     logits = random_logits(num_rows, vocab_size, device_and_dtype)
@@ -83,11 +83,11 @@ def test_drawn_id_has_the_highest_noisy_score(
     noise = gumbel_reference(noise_bits_reference(batch.seeds, batch.positions, 0, vocab_size))
     scores = logits.float() + batch.temperatures[:, None] * noise
 
-    ids = torch.tensor(draw(stages, logits, batch), device=logits.device)
+    ids = torch.tensor(sample_through(stages, logits, batch), device=logits.device)
 
-    # Of two scores that differ by rounding alone either may win.
-    drawn_scores = scores.gather(1, ids[:, None]).squeeze(1)
-    assert (scores.amax(dim=1) - drawn_scores < 1e-4).all()
+    # Either of two scores that differ only by rounding may win.
+    sampled_scores = scores.gather(1, ids[:, None]).squeeze(1)
+    assert (scores.amax(dim=1) - sampled_scores < 1e-4).all()
 
 
 def test_kernel_and_reference_candidates_are_equal(device_and_dtype: Where) -> None:
@@ -109,7 +109,7 @@ def test_kernel_and_reference_candidates_are_equal(device_and_dtype: Where) -> N
 
 @pytest.mark.parametrize("world_size", [2, 3, 4])
 @pytest.mark.parametrize("vocab_size", [5, 4101])
-def test_shards_combined_draw_what_one_rank_draws(
+def test_shards_combined_sample_what_one_rank_samples(
     world_size: int,
     vocab_size: int,
     stages: Stages,
@@ -124,7 +124,7 @@ def test_shards_combined_draw_what_one_rank_draws(
         for rank, shard in enumerate(shards)
     ]
     combined = best_candidate(torch.stack(best_of_ranks))
-    assert combined[1].tolist() == draw(stages, logits, batch)
+    assert combined[1].tolist() == sample_through(stages, logits, batch)
 
 
 @pytest.mark.parametrize("world_size", [2, 3, 4])
@@ -150,11 +150,11 @@ def test_sample_gathers_one_pair_a_row_and_agrees_on_every_rank(
     for rank in range(world_size):
         sample_on(rank, send)
     assert [tuple(x.shape) for x in sent] == [(2, 5)] * world_size
-    drawn = [
+    sampled_ids = [
         sample_on(rank, lambda x, tp: torch.stack(sent)).tolist() for rank in range(world_size)
     ]
     alone = sample(logits, batch, 0, vocab_size, TPGroup.single(device))
-    assert drawn == [alone.tolist()] * world_size
+    assert sampled_ids == [alone.tolist()] * world_size
 
 
 def test_one_rank_does_not_communicate(
@@ -170,7 +170,7 @@ def test_ties_go_to_the_lowest_id(stages: Stages, device: torch.device) -> None:
     logits = torch.zeros(3, 5000, device=device)
     logits[1, [4100, 17, 3000]] = 2.0
     logits[2] = -torch.inf
-    assert draw(stages, logits, make_batch(3, device, 0.0)) == [0, 17, 0]
+    assert sample_through(stages, logits, make_batch(3, device, 0.0)) == [0, 17, 0]
 
 
 def test_ties_between_candidates_go_to_the_lowest_id(stages: Stages, device: torch.device) -> None:
@@ -182,7 +182,7 @@ def test_ties_between_candidates_go_to_the_lowest_id(stages: Stages, device: tor
     assert best[0].view(torch.float32).tolist() == [1.0, 0.0, 3.0]
 
 
-def test_padded_ids_are_never_drawn(stages: Stages, device: torch.device) -> None:
+def test_padded_ids_are_never_sampled(stages: Stages, device: torch.device) -> None:
     local_candidates, best_candidate = stages
     logits = torch.full((2, 40), torch.inf, device=device)
     logits[:, :3] = -torch.inf  # even where the real ids are all impossible
@@ -196,10 +196,10 @@ def test_padded_ids_are_never_drawn(stages: Stages, device: torch.device) -> Non
 
 @pytest.mark.parametrize("vocab_start", [0, 1, 6, 2051])
 @pytest.mark.parametrize("logit", [0.0, -torch.inf])
-def test_only_ids_of_the_slice_are_drawn(
+def test_only_ids_of_the_slice_are_sampled(
     vocab_start: int, logit: float, stages: Stages, device: torch.device
 ) -> None:
-    """Slices begin anywhere, the kernel's tiles at multiples of 4: what lies around is +inf."""
+    """Slices begin anywhere, tiles at multiples of 4; memory around a slice is +inf."""
     memory = torch.full((3, 30), torch.inf, device=device)
     logits = memory[:, 8:21].fill_(logit)
     local_candidates, best_candidate = stages
@@ -208,7 +208,7 @@ def test_only_ids_of_the_slice_are_drawn(
     assert best[0].view(torch.float32).tolist() == [logit] * 3
 
 
-def test_stop_ids_cannot_be_drawn_before_the_minimum_position(
+def test_stop_ids_are_not_sampled_before_the_minimum_position(
     stages: Stages, device: torch.device
 ) -> None:
     logits = torch.zeros(5, 3000, device=device)
@@ -221,7 +221,7 @@ def test_stop_ids_cannot_be_drawn_before_the_minimum_position(
         stop_ids=[[2999, -1], [2999, -1], [2999, -1], [5, 2999], [-1, -1]],
     )
     batch.positions.fill_(9)
-    assert draw(stages, logits, batch) == [5, 2999, 5, 70, 2999]
+    assert sample_through(stages, logits, batch) == [5, 2999, 5, 70, 2999]
 
 
 def test_stop_ids_of_another_rank_change_nothing(stages: Stages, device: torch.device) -> None:
@@ -234,7 +234,7 @@ def test_stop_ids_of_another_rank_change_nothing(stages: Stages, device: torch.d
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1e-10, 1e-38])
-def test_no_and_tiny_temperature_draw_the_argmax(
+def test_no_and_tiny_temperature_sample_the_argmax(
     temperature: float, stages: Stages, device_and_dtype: Where
 ) -> None:
     logits = random_logits(4, 2500, device_and_dtype)
@@ -248,37 +248,39 @@ def test_no_and_tiny_temperature_draw_the_argmax(
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_nan_logits_are_never_drawn_and_still_give_an_id(
+def test_nan_logits_are_never_sampled_and_still_give_an_id(
     temperature: float, stages: Stages, device: torch.device
 ) -> None:
     logits = torch.full((2, 2100), torch.nan, device=device)
     logits[0, 2099] = -5.0
-    assert draw(stages, logits, make_batch(2, device, temperature)) == [2099, 0]
+    assert sample_through(stages, logits, make_batch(2, device, temperature)) == [2099, 0]
 
 
-def test_a_row_draws_the_same_whatever_its_batch(stages: Stages, device: torch.device) -> None:
+def test_a_row_s_token_does_not_depend_on_its_batch(stages: Stages, device: torch.device) -> None:
     logits = random_logits(6, 700, (device, torch.float32))
     batch = make_batch(6, device, [1.0, 0.0, 1.0, 1.3, 0.0, 0.9])
-    drawn = draw(stages, logits, batch)
+    sampled_ids = sample_through(stages, logits, batch)
     for row in range(6):
         alone = SamplingBatch(**{k: v[row : row + 1].contiguous() for k, v in vars(batch).items()})
-        assert draw(stages, logits[row : row + 1], alone) == [drawn[row]]
+        assert sample_through(stages, logits[row : row + 1], alone) == [sampled_ids[row]]
 
 
 def test_logits_rows_may_be_strided(stages: Stages, device: torch.device) -> None:
     logits = random_logits(6, 300, (device, torch.float32))[::2, 10:210]
     batch = make_batch(3, device)
-    assert draw(stages, logits, batch) == draw(stages, logits.contiguous(), batch)
+    assert sample_through(stages, logits, batch) == sample_through(
+        stages, logits.contiguous(), batch
+    )
 
 
 @pytest.mark.parametrize("vary", ["positions", "seeds"])
 @pytest.mark.parametrize("temperature", [0.6, 1.0])
-def test_draws_follow_the_softmax(vary: str, temperature: float, device: torch.device) -> None:
-    """Chi-square over 20 ids, in 20,000 draws of one seed or of 20,000 neighbouring seeds."""
-    num_draws, vocab_size = 20_000, 20
+def test_samples_follow_the_softmax(vary: str, temperature: float, device: torch.device) -> None:
+    """Chi-square over 20 ids, in 20,000 samples of one seed or of 20,000 neighbouring seeds."""
+    num_samples, vocab_size = 20_000, 20
     logits = 0.8 * random_logits(1, vocab_size, (device, torch.float32)) / 4
-    batch = make_batch(num_draws, device, temperature)
-    counter = torch.arange(num_draws, dtype=torch.int32, device=device)
+    batch = make_batch(num_samples, device, temperature)
+    counter = torch.arange(num_samples, dtype=torch.int32, device=device)
     batch.seeds.fill_(12345)
     batch.positions.fill_(3)
     if vary == "positions":
@@ -286,13 +288,13 @@ def test_draws_follow_the_softmax(vary: str, temperature: float, device: torch.d
     else:
         batch.seeds[:, 0] = counter
     ids = sample(
-        logits.expand(num_draws, -1).contiguous(), batch, 0, vocab_size, TPGroup.single(device)
+        logits.expand(num_samples, -1).contiguous(), batch, 0, vocab_size, TPGroup.single(device)
     )
-    expected = num_draws * (logits[0].cpu().double() / temperature).softmax(-1)
+    expected = num_samples * (logits[0].cpu().double() / temperature).softmax(-1)
     assert expected.min() > 5  # else the statistic is not chi-square
     counts = ids.cpu().bincount(minlength=vocab_size)
     chi_square = ((counts - expected).square() / expected).sum().item()
-    assert chi_square < 43.8  # of 19 degrees of freedom: passed by chance once in 1000 times
+    assert chi_square < 43.8  # 19 degrees of freedom: exceeded by chance once in 1000 times
 
 
 @pytest.mark.gpu

@@ -1,4 +1,4 @@
-"""Masks of tokens: every slice of a vocabulary keeps what its bits say."""
+"""Masks of tokens: every slice of a vocabulary keeps the ids whose bits are set."""
 
 import numpy as np
 import pytest
@@ -11,7 +11,7 @@ VOCAB_SIZE = 5003  # neither whole words nor whole tiles
 
 
 def masks(num_rows: int) -> tuple[Tensor, Tensor]:
-    """Which ids are allowed [num_rows, V] bool, and the same as words."""
+    """Return which ids are allowed, [num_rows, V] bool, and the same as words."""
     allowed = np.random.default_rng(0).random((num_rows, VOCAB_SIZE)) < 0.3
     padded = np.pad(allowed, ((0, 0), (0, -VOCAB_SIZE % MASK_BITS)))
     words = np.packbits(padded, axis=1, bitorder="little").view(np.int32)

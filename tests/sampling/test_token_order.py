@@ -17,7 +17,7 @@ from tpllm.sampling.token_order import (
 
 pytestmark = [
     pytest.mark.usefixtures("poisoned_memory"),
-    # a logit over a tiny temperature is -inf, as it should be; numpy, under the interpreter, tells
+    # a logit divided by a tiny temperature is -inf, as intended; numpy warns in the interpreter
     pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning"),
 ]
 
@@ -39,7 +39,7 @@ def test_keys_order_by_logit_then_by_falling_id() -> None:
     assert keys.min() >= LOWEST_KEY and keys.max() < -LOWEST_KEY
 
 
-def test_a_key_gives_its_logit_and_id_back() -> None:
+def test_logits_and_ids_inverts_keys_of() -> None:
     logits = torch.tensor([-torch.inf, -3.5, 0.0, 1e-40, 7.25, torch.inf])
     ids = torch.tensor([0, 1, 151_935, 2**20 - 1, 5, 6])
     back, ids_back = logits_and_ids(keys_of(logits, ids))
@@ -62,7 +62,7 @@ def test_scores_are_a_copy_without_padding_and_nan(copy, device: torch.device) -
     assert logits[0, 0] == 1
 
 
-def test_all_rows_are_copied_where_none_is_named(device: torch.device) -> None:
+def test_all_rows_are_copied_without_a_selection(device: torch.device) -> None:
     logits = torch.randn(3, 5000, device=device).half()
     assert torch.equal(scores_of(logits, 0, 5000), logits.float())
 

@@ -1,4 +1,4 @@
-"""Draws with options, against transformers' processors and the same noise, on random logits."""
+"""Sampling with options against transformers' processors with the same noise, on random logits."""
 
 from typing import Any
 
@@ -14,7 +14,7 @@ from tpllm.sampling import token_sampler
 from tpllm.sampling.gumbel import gumbel_reference, noise_bits_reference
 from tpllm.sampling.option_table import OptionTable
 from tpllm.sampling.sampler import SamplingBatch
-from tpllm.sampling.token_sampler import Drawing, StepOutput, TokenSampler
+from tpllm.sampling.token_sampler import RowsToSample, StepOutput, TokenSampler
 
 V = 997
 LIMITS = PlanLimits(12, 100, 4, 16, V, max_logprobs=20)
@@ -25,8 +25,8 @@ def ids(*values: int) -> np.ndarray:
     return np.array(values, dtype=np.int32)
 
 
-HISTORY = [5, 9, 5, 300, 41, 7, 5, 41]  # of every row, five of them its prompt
-# A bias that makes these likely enough to matter.
+HISTORY = [5, 9, 5, 300, 41, 7, 5, 41]  # of every row; the first five are its prompt
+# A bias that makes these ids likely.
 BIAS: dict[str, Any] = {
     "bias_ids": ids(7, 5, 41, 300),
     "bias_values": np.array([9, 9, 9, 9], np.float32),
@@ -69,7 +69,7 @@ MASK_WORDS = np.packbits(np.pad(MASK, (0, -V % 32)), bitorder="little").view(np.
 
 
 def expected_token(logits: Tensor, options: RowOptions | None, noise: Tensor, heat: float) -> int:
-    """One row by transformers' processors in vLLM's order, then the largest noisy score."""
+    """Apply transformers' processors in vLLM's order; return the id of the largest noisy score."""
     from transformers.generation import logits_process as theirs
 
     chosen = options or RowOptions()
@@ -104,7 +104,7 @@ def expected_token(logits: Tensor, options: RowOptions | None, noise: Tensor, he
 
 
 class Rig:
-    """Rows in the order of `names`, each with its options, about to draw the ninth token."""
+    """Rows in the order of `names`, each with its options; the ninth token is sampled next."""
 
     def __init__(self, names: list[str], device: str, greedy: bool = False) -> None:
         tp = TPGroup.single(torch.device(device))
@@ -131,17 +131,17 @@ class Rig:
         )
 
     def masks(self, step: int) -> StepMasks:
-        """Of all rows that wait for one, in another order than theirs."""
+        """Return masks of all rows that wait for one, in another order than the rows."""
         options = [OPTIONS[name] for name in self.names]
         waiting = [i for i, each in enumerate(options) if each is not None and each.is_masked]
         kept = [i for i in waiting[::-1] if self.names[i] not in self.without_mask]
         return StepMasks(step, ids(*kept), np.stack([MASK_WORDS] * len(kept)))
 
-    def draw(self) -> StepOutput:
-        tokens = self.sampler.draw(self.logits, self.batch)
+    def sample(self) -> StepOutput:
+        tokens = self.sampler.sample(self.logits, self.batch)
         positions = np.full(len(self.names), len(HISTORY))
-        drawing = Drawing(3, np.arange(len(self.names)), self.rows, positions, self.batch)
-        return self.sampler.finish(self.logits, tokens, drawing)
+        to_sample = RowsToSample(3, np.arange(len(self.names)), self.rows, positions, self.batch)
+        return self.sampler.finish(self.logits, tokens, to_sample)
 
     def expected(self) -> list[int]:
         batch = self.batch
@@ -156,49 +156,49 @@ class Rig:
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("greedy", [False, True])
-def test_every_option_draws_what_transformers_processors_leave(device: str, greedy: bool) -> None:
+def test_every_option_samples_what_transformers_processors_keep(device: str, greedy: bool) -> None:
     names = [
         name
         for name, options in OPTIONS.items()
         if not greedy or options is None or not options.truncates
     ]
     rig = Rig(names, device, greedy)
-    assert rig.draw().tokens.tolist() == rig.expected()
+    assert rig.sample().tokens.tolist() == rig.expected()
 
 
-def test_options_change_what_is_drawn() -> None:
-    """Or the test above would prove nothing."""
+def test_options_change_the_sampled_tokens() -> None:
+    """Without this the test above would prove nothing."""
     rig = Rig(list(OPTIONS), "cpu")
-    drawn = rig.draw().tokens.tolist()
-    without = rig.sampler.draw(rig.logits, rig.batch).tolist()
+    sampled_ids = rig.sample().tokens.tolist()
+    without = rig.sampler.sample(rig.logits, rig.batch).tolist()
     noise = gumbel_reference(noise_bits_reference(rig.batch.seeds, rig.batch.positions, 0, V))
     for i, options in enumerate(OPTIONS.values()):
-        if options is not None and options.bias_ids.size:  # what the bias alone would draw
+        if options is not None and options.bias_ids.size:  # what the bias alone gives
             without[i] = expected_token(rig.logits[i], RowOptions(**BIAS), noise[i], 0.8)
-    same = [name for i, name in enumerate(OPTIONS) if drawn[i] == without[i]]
+    same = [name for i, name in enumerate(OPTIONS) if sampled_ids[i] == without[i]]
     assert same == ["none", "logprobs"]
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_rows_alone_in_any_order_and_in_pieces_draw_the_same(
+def test_rows_alone_in_any_order_and_in_pieces_sample_the_same(
     device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    together = Rig(list(OPTIONS), device).draw()
+    together = Rig(list(OPTIONS), device).sample()
     expected = dict(zip(OPTIONS, together.tokens.tolist(), strict=True))
     for name in OPTIONS:
-        assert Rig([name], device).draw().tokens.tolist() == [expected[name]]
+        assert Rig([name], device).sample().tokens.tolist() == [expected[name]]
     backwards = list(OPTIONS)[::-1]
     monkeypatch.setattr(token_sampler, "MAX_ELEMENTS", 2 * V)
     monkeypatch.setattr(token_sampler, "MAX_TOKENS", 1)
-    pieces = Rig(backwards, device).draw()
+    pieces = Rig(backwards, device).sample()
     assert pieces.tokens.tolist() == [expected[name] for name in backwards]
     words = [output.logprobs[0].words[:, :4].tolist() for output in (together, pieces)]
     assert words[0] == words[1][::-1]
 
 
-def test_logprobs_are_those_of_the_model_and_each_row_gets_as_many_as_it_asked_for() -> None:
+def test_logprobs_are_those_of_the_model_in_the_number_each_row_requests() -> None:
     rig = Rig(list(OPTIONS), "cpu")
-    output = rig.draw()
+    output = rig.sample()
     (reported,) = output.logprobs
     assert reported.blocks == [(1, 8, 1, 3), (9, 8, 1, 20)]
     exact = torch.log_softmax(rig.logits.double(), dim=1)
@@ -215,37 +215,37 @@ def test_logprobs_are_those_of_the_model_and_each_row_gets_as_many_as_it_asked_f
         torch.testing.assert_close(logprobs, values, rtol=0, atol=2e-6)
 
 
-def test_drawn_tokens_are_noted_for_the_rows_that_read_theirs() -> None:
+def test_sampled_tokens_are_stored_for_the_rows_that_read_them() -> None:
     rig = Rig(list(OPTIONS), "cpu")
-    output = rig.draw()
+    output = rig.sample()
     for row, (name, options) in enumerate(OPTIONS.items()):
         noted = rig.table.tokens[row, : len(HISTORY) + 1].tolist()
         reads = options is not None and options.reads_tokens
         assert noted == ([*HISTORY, int(output.tokens[row])] if reads else [0] * 9), name
 
 
-def test_a_row_that_waits_and_gets_no_mask_draws_from_all_tokens() -> None:
+def test_a_row_that_waits_and_gets_no_mask_samples_from_all_tokens() -> None:
     rig = Rig(list(OPTIONS), "cpu")
     expected = rig.expected()
-    expected[-1] = int(rig.sampler.draw(rig.logits, rig.batch)[-1])
+    expected[-1] = int(rig.sampler.sample(rig.logits, rig.batch)[-1])
     rig.without_mask = {"masked"}
-    assert rig.draw().tokens.tolist() == expected
+    assert rig.sample().tokens.tolist() == expected
 
 
-def test_a_row_taken_over_keeps_nothing_of_its_last_owner() -> None:
+def test_a_row_keeps_nothing_of_its_last_sequence() -> None:
     rig = Rig(list(OPTIONS), "cpu")
     rig.table.enter(rig.rows, ids())
     assert len(rig.table) == 0 and rig.table.lists is None
-    plain = rig.sampler.draw(rig.logits, rig.batch).tolist()
-    assert rig.draw().tokens.tolist() == plain
+    plain = rig.sampler.sample(rig.logits, rig.batch).tolist()
+    assert rig.sample().tokens.tolist() == plain
     row, banned = 3, RowOptions(banned_ids=ids(plain[3]))
     rig.table.enter(ids(row), banned.record(row, []))
-    drawn = rig.draw().tokens.tolist()
-    assert drawn[row] != plain[row]
-    assert drawn[:row] + drawn[row + 1 :] == plain[:row] + plain[row + 1 :]
+    sampled_ids = rig.sample().tokens.tolist()
+    assert sampled_ids[row] != plain[row]
+    assert sampled_ids[:row] + sampled_ids[row + 1 :] == plain[:row] + plain[row + 1 :]
 
 
-def test_options_survive_the_trip() -> None:
+def test_options_survive_encoding() -> None:
     sent = {row: options for row, options in enumerate(OPTIONS.values()) if options is not None}
     words = np.concatenate([options.record(row, HISTORY) for row, options in sent.items()])
     for row, received, tokens in read_records(words):

@@ -18,9 +18,9 @@ from tpllm.sampling.truncation import drop_below_reference, drop_below_triton, t
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
 V = 4101
-# What a chi-square of so many degrees of freedom exceeds once in a thousand times.
+# What a chi-square of this many degrees of freedom exceeds once in a thousand times.
 CHI_SQUARE_999 = {2: 13.82, 3: 16.27, 4: 18.47, 5: 20.52, 6: 22.46, 7: 24.32}
-IDS: Any = None  # what transformers' processors do not look at
+IDS: Any = None  # transformers' processors ignore it
 
 
 def random_logits(num_rows: int, device: torch.device | str = "cpu") -> Tensor:
@@ -34,7 +34,7 @@ def truncation_of(
     temperatures: float | list[float] = 1.0,
     **options: Any,
 ) -> Truncation:
-    """`top_ks`, `top_ps` and `min_ps`, one for each row, or none of a kind."""
+    """Return a truncation of `top_ks`, `top_ps` and `min_ps`, each one value per row or absent."""
 
     def tensor(name: str, dtype: torch.dtype) -> Tensor | None:
         return torch.tensor(options[name], dtype=dtype, device=device) if name in options else None
@@ -48,14 +48,14 @@ def truncation_of(
 
 
 def truncated(logits: Tensor, truncation: Truncation, vocab_size: int = V) -> Tensor:
-    """Scores after truncation on a single rank."""
+    """Return scores after truncation on a single rank."""
     scores = scores_of(logits, 0, vocab_size)
     truncate(scores, truncation, 0, TPGroup.single(logits.device))
     return scores
 
 
 def kept_by_reference(logits: Tensor, temperature: float, k: int, p: float, m: float) -> Tensor:
-    """Which tokens of a row remain, in float64, from the definitions: [V] bool."""
+    """Return which tokens of a row are kept, by the definitions in float64: [V] bool."""
     order = torch.sort(logits.double(), descending=True, stable=True).indices  # ties: lowest first
     probabilities = torch.softmax(logits.double() / temperature, dim=0)[order]
     kept = probabilities >= m * probabilities[0]
@@ -67,7 +67,7 @@ def kept_by_reference(logits: Tensor, temperature: float, k: int, p: float, m: f
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.6, 1.7])
-def test_each_cut_is_that_of_transformers(temperature: float) -> None:
+def test_each_threshold_is_that_of_transformers(temperature: float) -> None:
     from transformers.generation import logits_process as theirs
 
     logits = random_logits(6)
@@ -91,10 +91,10 @@ def test_each_cut_is_that_of_transformers(temperature: float) -> None:
             expected = warper(value)(IDS, scaled[row : row + 1])[0]
             assert torch.equal(ours[row] > -torch.inf, expected > -torch.inf)
             kept = ours[row] > -torch.inf
-            assert torch.equal(ours[row][kept], logits[row][kept])  # what stays is untouched
+            assert torch.equal(ours[row][kept], logits[row][kept])  # kept scores do not change
 
 
-def test_cuts_together_are_those_of_the_definitions_in_float64() -> None:
+def test_thresholds_together_follow_the_definitions_in_float64() -> None:
     rng = torch.Generator().manual_seed(0)
     settings = [
         (float(t), k, float(p), float(m))
@@ -113,11 +113,11 @@ def test_cuts_together_are_those_of_the_definitions_in_float64() -> None:
     for row, setting in enumerate(settings):
         expected = kept_by_reference(logits[row], *setting)
         different = (ours[row] > -torch.inf) != expected
-        # at the border float32 may see one token otherwise than float64
+        # float32 may differ from float64 by one token at the threshold
         assert different.sum() <= (1 if setting[2] < 1 else 0), setting
 
 
-def test_of_equal_logits_the_lower_ids_stay(device: torch.device) -> None:
+def test_of_equal_logits_the_lower_ids_are_kept(device: torch.device) -> None:
     logits = torch.zeros(4, V, device=device)
     options: dict[str, Any] = {"top_ks": [1, 7, 0, 0], "top_ps": [1.0, 1.0, 10 / V - 1e-6, 1.0]}
     ours = truncated(logits, truncation_of(4, device, **options))
@@ -125,7 +125,7 @@ def test_of_equal_logits_the_lower_ids_stay(device: torch.device) -> None:
     assert kept == [[0], list(range(7)), list(range(10)), list(range(V))]
 
 
-def test_rows_that_ask_for_nothing_are_left_as_they_are(device: torch.device) -> None:
+def test_rows_without_truncation_do_not_change(device: torch.device) -> None:
     logits = random_logits(3, device)
     options: dict[str, Any] = {
         "top_ks": [0, 5, 0],
@@ -138,7 +138,7 @@ def test_rows_that_ask_for_nothing_are_left_as_they_are(device: torch.device) ->
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1e-38, 1e6])
-def test_extreme_temperatures_leave_something_to_draw(
+def test_extreme_temperatures_keep_at_least_one_token(
     temperature: float, device: torch.device
 ) -> None:
     logits = random_logits(3, device)
@@ -163,32 +163,32 @@ def test_padding_is_never_among_the_likeliest(device: torch.device) -> None:
 def test_kernel_and_reference_drop_the_same(device: torch.device) -> None:
     ours = scores_of(random_logits(3, device), 0, V)
     theirs = ours.clone()
-    cut = torch.tensor([0, 2**50, -(2**49)], device=device)
-    drop_below_triton(ours, cut, 7)
-    drop_below_reference(theirs, cut, 7)
+    threshold = torch.tensor([0, 2**50, -(2**49)], device=device)
+    drop_below_triton(ours, threshold, 7)
+    drop_below_reference(theirs, threshold, 7)
     assert torch.equal(ours, theirs)
 
 
 @pytest.mark.parametrize(
     "options", [{"top_ks": [4]}, {"top_ps": [0.8]}, {"min_ps": [0.2]}, {}], ids=str
 )
-def test_draws_follow_the_truncated_distribution(options: dict[str, list[float]]) -> None:
-    """Chi-square of 4,000 draws of fixed seeds, against the critical value at 0.1 %."""
-    num_draws, temperature = 4000, 1.4
+def test_samples_follow_the_truncated_distribution(options: dict[str, list[float]]) -> None:
+    """Compare the chi-square of 4,000 samples of fixed seeds with the critical value at 0.1 %."""
+    num_samples, temperature = 4000, 1.4
     logits = torch.tensor([2.0, 1.5, 1.4, 0.9, 0.5, 0.2, -0.5, -2.0])
-    repeated: dict[str, Any] = {name: values * num_draws for name, values in options.items()}
-    truncation = truncation_of(num_draws, temperatures=temperature, **repeated)
-    scores = truncated(logits.expand(num_draws, -1), truncation, vocab_size=8)
-    ones = torch.ones(num_draws, dtype=torch.int32)
+    repeated: dict[str, Any] = {name: values * num_samples for name, values in options.items()}
+    truncation = truncation_of(num_samples, temperatures=temperature, **repeated)
+    scores = truncated(logits.expand(num_samples, -1), truncation, vocab_size=8)
+    ones = torch.ones(num_samples, dtype=torch.int32)
     batch = SamplingBatch(
         temperatures=truncation.temperatures,
-        seeds=torch.stack([torch.arange(num_draws).int(), ones], dim=1),
+        seeds=torch.stack([torch.arange(num_samples).int(), ones], dim=1),
         positions=ones,
         min_positions=0 * ones,
-        stop_ids=torch.empty(num_draws, 0, dtype=torch.int32),
+        stop_ids=torch.empty(num_samples, 0, dtype=torch.int32),
     )
-    drawn = sample(scores, batch, 0, 8, TPGroup.single(torch.device("cpu")))
-    counts = torch.bincount(drawn.long(), minlength=8).double()
+    sampled_ids = sample(scores, batch, 0, 8, TPGroup.single(torch.device("cpu")))
+    counts = torch.bincount(sampled_ids.long(), minlength=8).double()
     kept = kept_by_reference(
         logits,
         temperature,
@@ -197,13 +197,13 @@ def test_draws_follow_the_truncated_distribution(options: dict[str, list[float]]
         options.get("min_ps", [0.0])[0],
     )
     assert counts[~kept].sum() == 0
-    expected = torch.softmax(logits.double()[kept] / temperature, dim=0) * num_draws
+    expected = torch.softmax(logits.double()[kept] / temperature, dim=0) * num_samples
     statistic = ((counts[kept] - expected) ** 2 / expected).sum().item()
     assert statistic < CHI_SQUARE_999[int(kept.sum()) - 1]
 
 
 def shards_agree_with_one_rank(tp: TPGroup, num_rows: int) -> None:
-    """Cuts, draws and log-probabilities, on logits with many ties across the ranks."""
+    """Compare thresholds, samples and log-probabilities on logits with many ties over the ranks."""
     logits = (random_logits(num_rows) * 2).round().div(2).to(tp.device)
     truncation = truncation_of(
         num_rows,

@@ -145,10 +145,10 @@ def run_all(
     marks = StepMarks(tp.device)
     while (plan := scheduler.schedule()) is not None:
         output = runner.run(plan, marks)
-        drawn = output.tokens.cpu().numpy()
+        sampled_ids = output.tokens.cpu().numpy()
         records = [each.to_records(each.words.cpu().numpy()) for each in output.logprobs]
-        logprobs = np.concatenate([drawn[:0], *chain(*records)])
-        for update in scheduler.finish(StepResult(plan.step, plan.samples, drawn, logprobs)):
+        logprobs = np.concatenate([sampled_ids[:0], *chain(*records)])
+        for update in scheduler.finish(StepResult(plan.step, plan.samples, sampled_ids, logprobs)):
             tokens.setdefault(update.request_id, []).extend(update.new_token_ids)
     return tokens, torch.stack([torch.stack(layer) for layer in caches])[:, :, 1:]
 
@@ -202,7 +202,7 @@ def count_halvings() -> Any:
 
 
 def halved_steps_change_nothing(tp: TPGroup, dtype: torch.dtype) -> None:
-    """In copy streams. In bfloat16, where products of other sizes round elsewhere, of prompts alone."""
+    """Use copy streams. bfloat16 runs prompts only: matmuls of other sizes round differently."""
     hidden_size = ModelConfig.from_folder(resolve_model(None)).hidden_size
     tp = with_peer_memory(tp, hidden_size, dtype)
     tp = with_copy_streams(tp, HALVED["max_step_tokens"] // 2)

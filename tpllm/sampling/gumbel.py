@@ -1,7 +1,7 @@
 """Counter-based Gumbel noise: a pure function of (seed, position, token id), on any device.
 
-Whoever asks, in whatever batch and on whatever rank, gets the same noise for the same three
-numbers: that is what lets each rank sample over its own slice of the vocabulary. S sequences.
+The same three numbers give the same noise in every batch and on every rank, so each rank can sample
+over its own slice of the vocabulary. S sequences.
 
 The 32 random bits of a token id are word `id % 4` of Philox4x32-10 with the seed's two words as the
 key and (id // 4, position, 0, 0) as the counter. Kernel and reference agree in every bit.
@@ -22,7 +22,7 @@ _KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
 
 
 def philox_reference(counter: tuple[Tensor, ...], key: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """Philox4x32-10: four counter words and two key words to four random words.
+    """Return the four random words of Philox4x32-10 for four counter words and two key words.
 
     Words are int64 tensors that hold uint32 values, of shapes that broadcast.
     """
@@ -40,9 +40,13 @@ def philox_reference(counter: tuple[Tensor, ...], key: tuple[Tensor, ...]) -> tu
 
 
 def noise_bits_reference(seeds: Tensor, positions: Tensor, first_id: int, num_ids: int) -> Tensor:
-    """Random bits of token ids first_id .. first_id + num_ids - 1: [S, num_ids] int64, as uint32.
+    """Return random bits of token ids first_id .. first_id + num_ids - 1: [S, num_ids] int64.
 
-    seeds [S, 2] int32, low and high word; positions [S] int32.
+    Each value holds a uint32.
+
+    Args:
+        seeds: [S, 2] int32, low and high word
+        positions: [S] int32
     """
     first_quad, last_quad = first_id // 4, (first_id + num_ids - 1) // 4
     quads = torch.arange(first_quad, last_quad + 1, device=seeds.device).unsqueeze(0)  # [1, quads]
@@ -55,10 +59,10 @@ def noise_bits_reference(seeds: Tensor, positions: Tensor, first_id: int, num_id
 
 
 def gumbel_reference(bits: Tensor) -> Tensor:
-    """Standard Gumbel noise, fp32, from uniform 32-bit words; see `gumbel_from_bits`."""
+    """Return standard Gumbel noise, fp32, from uniform 32-bit words; see `gumbel_from_bits`."""
     u = ((bits.float() + 0.5) * 2.0**-32).clamp(max=1.0 - 2.0**-24)
-    # In float64, because torch may take a vector's last elements through another fp32 logarithm
-    # than the rest, and the noise must not depend on which ids are asked for together.
+    # float64, because torch may compute a vector's last elements with another fp32 logarithm than
+    # the others, and the noise must not depend on which ids are computed together.
     return -torch.log(-torch.log1p(-u.double())).float()
 
 
@@ -70,7 +74,7 @@ def noise_bits(
     first_id: tl.tensor,
     NUM_IDS: tl.constexpr,
 ) -> tl.tensor:
-    """Random bits of NUM_IDS token ids from first_id, a multiple of 4: [NUM_IDS] uint32."""
+    """Return random bits of NUM_IDS token ids from first_id, a multiple of 4: [NUM_IDS] uint32."""
     quads = (first_id // 4 + tl.arange(0, NUM_IDS // 4)).to(tl.uint32)
     zeros = tl.zeros_like(quads)
     word0, word1, word2, word3 = tl.philox_impl(
@@ -86,9 +90,9 @@ def noise_bits(
 
 @triton.jit
 def fast_log(x: tl.tensor) -> tl.tensor:
-    """The natural logarithm by the GPU's own instruction: 2 operations where exact ones are 20.
+    """Return the natural logarithm by the GPU's own instruction: 2 operations instead of 20.
 
-    Off by 2e-7, or relatively as much where the logarithm is larger than 1.
+    The error is at most 2e-7, relative to the logarithm where that is larger than 1.
     """
     log2 = tl.inline_asm_elementwise(
         "lg2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
@@ -98,15 +102,15 @@ def fast_log(x: tl.tensor) -> tl.tensor:
 
 @triton.jit
 def gumbel_from_bits(bits: tl.tensor) -> tl.tensor:
-    """Standard Gumbel noise, -log(E) with E = -log(1 - u) exponential, from uniform 32-bit words.
+    """Return standard Gumbel noise, -log(E) with E = -log(1 - u), from uniform 32-bit words.
 
     The large values that win over a vocabulary of 150,000 come from small u, where fp32 is dense:
-    the tail reaches 22.9 in fine steps. Taking -log(u) for E would put it next to u = 1, where
-    fp32 knows steps of 6e-8, and end it at 16.6 in coarse ones.
+    the tail reaches 22.9 in fine steps. With E = -log(u) they would come from u near 1, where fp32
+    has steps of 6e-8, and the tail would end at 16.6 in coarse steps.
     """
     u = tl.minimum((bits.to(tl.float32) + 0.5) * 2.0**-32, 1.0 - 2.0**-24)
-    # 1 - u rounds a small u away. There the series of -log(1 - u) takes over: it leaves out
-    # u**6 / 6, relatively 1.6e-7 at most.
+    # 1 - u loses the digits of a small u, so small u take the series of -log(1 - u). It leaves out
+    # u**6 / 6, a relative error of at most 1.6e-7.
     series = u * (1.0 + u * (1.0 / 2 + u * (1.0 / 3 + u * (1.0 / 4 + u * (1.0 / 5)))))
     exponential = tl.where(u < 1.0 / 16, series, -fast_log(1.0 - u))
     return -fast_log(exponential)

@@ -1,9 +1,9 @@
-"""Log-probabilities of tokens, and the likeliest ones, where the vocabulary is split over ranks.
+"""Log-probabilities of tokens, and the likeliest tokens, of a vocabulary split over the ranks.
 
 n positions, V vocab_size, Vl ids on this rank, k likeliest tokens.
 
-What crosses the link of a position is its largest logit, the sum of its probabilities, the logit
-and the rank of its token, and k keys of each rank (see `token_order`), never the logits.
+For each position, ranks exchange the largest logit, the sum of probabilities, the logit and the
+rank of its token, and k keys of each rank (see `token_order`). They do not exchange the logits.
 """
 
 import math
@@ -26,13 +26,14 @@ from tpllm.sampling.token_order import (
 def token_logprobs(
     scores: Tensor, token_ids: Tensor, num_likeliest: int, vocab_start: int, tp: TPGroup
 ) -> Tensor:
-    """How likely each token was, and which ones were likeliest: [n, 3 + 2k] int32.
+    """Return log-probabilities of the given and of the k likeliest tokens: [n, 3 + 2k] int32.
 
     A row holds the token's rank (1 for the likeliest; of equal logits the lower id comes first),
-    then 1 + k ids, the token's own first, and the bits of their 1 + k float32 log-probabilities.
+    then 1 + k ids, beginning with the given token, then the bits of their 1 + k float32
+    log-probabilities.
 
     Args:
-        scores: [n, Vl] float32, the model's logits as `scores_of` gives them
+        scores: [n, Vl] float32, the model's logits as `scores_of` returns them
         token_ids: [n] int32, equal on every rank
         num_likeliest: k, at most V
     """
@@ -56,7 +57,7 @@ def token_logprobs(
 
 
 def _likeliest(scores: Tensor, num_likeliest: int, vocab_start: int, tp: TPGroup) -> Tensor:
-    """Keys of the likeliest tokens of all ranks, in order: [n, k] int64."""
+    """Return the keys of the likeliest tokens over all ranks, in order: [n, k] int64."""
     num_rows, local_size = scores.shape
     if num_likeliest == 0:
         return torch.empty(num_rows, 0, dtype=torch.int64, device=scores.device)

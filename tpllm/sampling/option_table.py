@@ -1,7 +1,7 @@
-"""What rows ask for beyond a temperature: as the host must know it, and as the device uses it.
+"""Sampling options of rows beyond the temperature, kept on the host and on the device.
 
 R rows, Vl ids on this rank, n entries. Rows without options cost nothing here. A row keeps its
-options until another sequence enters it; nobody asks for those of a row that is not scheduled.
+options until another sequence enters it; options of a row that is not scheduled are not read.
 """
 
 from dataclasses import dataclass
@@ -20,14 +20,14 @@ _SETTING_WORDS = 7
 
 @dataclass
 class RowLists:
-    """Lists of all rows as entries (row, column), columns being ids of this rank's slice.
+    """Lists of all rows as (row, column) entries, where columns are ids of this rank's slice.
 
     Attributes:
         bias_values: float32, added to the logit of each entry of `bias`
-        banned: entries that cannot be drawn before their row's minimum position
-        allowed: entries that alone can be drawn in their rows
-        words: [n, L] int32, bad words from their last but one token backwards, padded with -1, for
-            the entries of `last_of_words`, their last tokens
+        banned: entries that must not be sampled before their row's minimum position
+        allowed: in rows with such entries, the only ids that may be sampled
+        last_of_words: entries of the last tokens of bad words
+        words: [n, L] int32, the other tokens of these words, last one first, padded with -1
     """
 
     bias: tuple[Tensor, Tensor]
@@ -39,16 +39,16 @@ class RowLists:
 
 
 class OptionTable:
-    """Options of the rows, settings and tokens of those that have some.
+    """Options of the rows, with settings and tokens of the rows that have options.
 
     Args:
-        vocab_start, local_vocab_size: this rank's slice of the vocabulary; lists keep no other ids.
+        vocab_start, local_vocab_size: this rank's slice of the vocabulary; lists keep only its ids
 
     Attributes:
         local_vocab_size: Vl
-        tokens: [R, max_tokens_per_seq + 1] int32 on the device: of rows that read their tokens,
-            those of the prompt and all that were drawn
-        lists: None where no row has any
+        tokens: [R, max_tokens_per_seq + 1] int32 on the device: prompt and sampled tokens of the
+            rows whose options read them
+        lists: None if no row has any
     """
 
     def __init__(
@@ -60,7 +60,7 @@ class OptionTable:
         self.local_vocab_size = local_vocab_size
         self._options: dict[int, RowOptions] = {}
         self._settings = torch.zeros(num_rows, _SETTING_WORDS, dtype=torch.int32, device=device)
-        # one token more than a row may have: the trial of the largest step draws it
+        # one token more than a row may have: the trial of the largest step samples it
         width = limits.max_tokens_per_seq + 1
         self.tokens = torch.zeros(num_rows, width, dtype=torch.int32, device=device)
         self.lists: RowLists | None = None
@@ -69,19 +69,20 @@ class OptionTable:
         return len(self._options)
 
     def of(self, row: int) -> RowOptions | None:
+        """Return the options of `row`, or None if it has none."""
         return self._options.get(row)
 
     def enter(self, rows: np.ndarray, records: np.ndarray) -> None:
-        """Take in the options of `rows` [n], which new sequences take over; most have none."""
+        """Replace the options of `rows` [n], which new sequences enter; most have no options."""
         if not rows.size or not (records.size or self._options):
             return
-        left = [self._options.pop(row, None) for row in rows.tolist()]
+        leaving = [self._options.pop(row, None) for row in rows.tolist()]
         entering = list(read_records(records))
         self._options |= {each.row: each.options for each in entering}
         if entering:
             self._upload_settings(entering)
             self._upload_tokens([each for each in entering if each.tokens.size])
-        changed = [*left, *(each.options for each in entering)]
+        changed = [*leaving, *(each.options for each in entering)]
         if any(options is not None and options.has_lists for options in changed):
             self._upload_lists()
 
@@ -114,16 +115,16 @@ class OptionTable:
         flat.index_copy_(0, upload(places, self._device), upload(tokens, self._device))
 
     def _upload_lists(self) -> None:
-        """All rows' lists anew: a row's lists come and go only with the row."""
-        having = {row: each for row, each in self._options.items() if each.has_lists}
+        """Rebuild `lists`, which changes only when a row with lists enters or leaves."""
+        with_lists = {row: each for row, each in self._options.items() if each.has_lists}
         self.lists = None
-        if not having:
+        if not with_lists:
             return
         bias, banned, allowed, last_of_words = (
             _Entries(self._vocab_start, self.local_vocab_size) for _ in range(4)
         )
         values, words = [np.empty(0, np.float32)], []
-        for row, options in having.items():
+        for row, options in with_lists.items():
             values.append(options.bias_values[bias.add(row, options.bias_ids)])
             banned.add(row, options.banned_ids)
             allowed.add(row, options.allowed_ids)
@@ -143,27 +144,27 @@ class OptionTable:
             words=upload(table, self._device),
         )
 
-    # ---- settings of rows, on the device -----------------------------------------------------
+    # ---- settings of rows on the device -----------------------------------------------------
 
     def prompt_lengths(self, rows: Tensor) -> Tensor:
-        """Tokens of each row's prompt: rows [n] -> [n] int64."""
+        """Return the number of prompt tokens of each row: rows [n] -> [n] int64."""
         return self._settings[rows, _PROMPT_LENGTH].long()
 
     def truncations(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """top_k [n] int32, top_p [n] and min_p [n] float32 of `rows` [n]."""
+        """Return top_k [n] int32, top_p [n] and min_p [n] float32 of `rows` [n]."""
         settings = self._settings[rows]
-        # Each in memory of its own, which a column of one row is not, be it contiguous: kernels are
-        # compiled for addresses that 16 divides.
+        # copies, because kernels are compiled for addresses that 16 divides: a column is not at
+        # such an address, even where a single row makes it contiguous
         top_k, top_p, min_p = (settings[:, i].clone() for i in (_TOP_K, _TOP_P, _MIN_P))
         return top_k, top_p.view(torch.float32), min_p.view(torch.float32)
 
     def penalties(self, rows: Tensor) -> Tensor:
-        """Repetition, frequency and presence penalty of `rows` [n]: [n, 3] float32."""
+        """Return repetition, frequency and presence penalty of `rows` [n]: [n, 3] float32."""
         return self._settings[rows, _PENALTIES:].contiguous().view(torch.float32)
 
 
 class _Entries:
-    """Collects (row, column) entries of one kind, those of this rank's slice alone."""
+    """Collects (row, column) entries of one kind, only for ids of this rank's slice."""
 
     def __init__(self, vocab_start: int, local_vocab_size: int) -> None:
         self._first, self._size = vocab_start, local_vocab_size
@@ -171,7 +172,7 @@ class _Entries:
         self._cols: list[np.ndarray] = [np.empty(0, np.int64)]
 
     def add(self, row: int, ids: np.ndarray) -> np.ndarray:
-        """Add ids of a row; the indices of those that were kept."""
+        """Add ids of a row; return the indices of the ids in this rank's slice."""
         cols = ids.astype(np.int64) - self._first
         kept = np.flatnonzero((cols >= 0) & (cols < self._size))
         self._rows.append(np.full(kept.size, row, dtype=np.int64))
@@ -184,7 +185,7 @@ class _Entries:
 
 
 def upload(array: np.ndarray, device: torch.device) -> Tensor:
-    """A copy of `array` on the device, without waiting for what the device is doing."""
+    """Copy `array` to the device without waiting for the device's earlier work."""
     host = torch.from_numpy(np.ascontiguousarray(array))
     if device.type == "cpu":
         return host.clone()

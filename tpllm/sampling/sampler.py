@@ -1,12 +1,13 @@
-"""Draw the next token of every sequence from logits that are split over the ranks by vocabulary.
+"""Sample the next token of every sequence from logits that are split over the ranks by vocabulary.
 
 S sequences, V vocab_size, Vl ids on this rank, M stop ids a sequence, C candidates.
 
-Temperature sampling by Gumbel-max: the largest of `logit + T * gumbel(seed, position, id)` is
-distributed as softmax(logits / T), and a maximum can be taken slice by slice. Each rank finds its
-best (score, id) of every sequence, and only these pairs cross the link, never the logits. The noise
-belongs to the id, not to the batch or the rank, so a seed draws the same token on any number of
-GPUs. Multiplying the noise by T, rather than dividing the logit, cannot overflow at a tiny T.
+Temperature sampling uses the Gumbel-max trick: the id with the largest `logit + T * gumbel(seed,
+position, id)` is distributed as softmax(logits / T), and a maximum can be taken slice by slice.
+Each rank finds its best (score, id) of every sequence, and ranks exchange these pairs, not the
+logits. The noise depends on the id, not on the batch or the rank, so a seed gives the same token on
+any number of GPUs. The noise is multiplied by T because dividing the logit could overflow at a tiny
+T.
 
 Pairs travel as int32 [C, 2, S]: plane 0 holds the bits of the fp32 scores, plane 1 the ids.
 
@@ -29,19 +30,19 @@ from tpllm.sampling.gumbel import (
     noise_bits_reference,
 )
 
-_TILE = 2048  # ids a program: 75 programs for one sequence of Qwen3, so that they fill a GPU
+_TILE = 2048  # ids per program: 75 programs for one sequence of Qwen3, enough to fill a GPU
 _NO_ID = tl.constexpr(2**31 - 1)  # above every token id
 
 
 @dataclass
 class SamplingBatch:
-    """How to draw the next token of each of S sequences; all contiguous, equal on every rank.
+    """How to sample the next token of each of S sequences; all contiguous, equal on every rank.
 
     Attributes:
-        temperatures: [S] fp32, 0 for the most likely token
+        temperatures: [S] fp32, 0 for greedy sampling
         seeds: [S, 2] int32, low and high word of each sequence's 64-bit seed
-        positions: [S] int32, index in its sequence of the token being drawn
-        min_positions: [S] int32; before this position the stop ids cannot be drawn
+        positions: [S] int32, index of the sampled token in its sequence
+        min_positions: [S] int32; before this position the stop ids must not be sampled
         stop_ids: [S, M] int32, padded with -1
     """
 
@@ -55,7 +56,7 @@ class SamplingBatch:
 def local_candidates_reference(
     logits: Tensor, batch: SamplingBatch, vocab_start: int, vocab_size: int
 ) -> Tensor:
-    """What `local_candidates_triton` computes, in plain torch, with the whole slice as one tile."""
+    """Plain torch version of `local_candidates_triton`, with the whole slice as one tile."""
     local_size = logits.shape[1]
     scores = logits.to(torch.float32, copy=True)  # [S, Vl]
     random_rows = (batch.temperatures > 0).nonzero().squeeze(1)
@@ -71,13 +72,13 @@ def local_candidates_reference(
     banned = early & (batch.stop_ids >= 0) & (stop_cols >= 0) & (stop_cols < local_size)
     scores[banned.nonzero()[:, 0], stop_cols[banned]] = -torch.inf
     scores.masked_fill_(scores.isnan(), -torch.inf)
-    best_scores, best_cols = scores.max(dim=1)  # the first of equal ones
+    best_scores, best_cols = scores.max(dim=1)  # the first of equal scores
     best_ids = (best_cols + vocab_start).int()
     return torch.stack([best_scores.view(torch.int32), best_ids]).unsqueeze(0)  # [1, 2, S]
 
 
 def best_candidate_reference(candidates: Tensor) -> Tensor:
-    """What `best_candidate_triton` computes, in plain torch."""
+    """Plain torch version of `best_candidate_triton`."""
     scores, ids = candidates[:, 0].view(torch.float32), candidates[:, 1]  # [C, S] each
     best_scores = scores.amax(dim=0)
     best_ids = ids.masked_fill(scores != best_scores, _NO_ID.value).amin(dim=0)
@@ -86,7 +87,7 @@ def best_candidate_reference(candidates: Tensor) -> Tensor:
 
 @triton.jit
 def _best(scores: tl.tensor, ids: tl.tensor) -> tuple[tl.tensor, tl.tensor]:
-    """The highest score, and the lowest id among those that reach it."""
+    """Return the highest score, and the lowest id with that score."""
     best_score = tl.max(scores, axis=0)
     return best_score, tl.min(tl.where(scores == best_score, ids, _NO_ID), axis=0)
 
@@ -113,7 +114,7 @@ def _local_candidates_kernel(
     local_size: tl.tensor,  # Vl
     num_stop_ids: tl.tensor,  # M
     aligned_start: tl.tensor,  # the rank's first id, rounded down to a multiple of 4
-    shift: tl.tensor,  # by so many
+    shift: tl.tensor,  # ids between aligned_start and the rank's first id
     vocab_size: tl.tensor,
     TILE: tl.constexpr,
 ) -> None:
@@ -127,20 +128,20 @@ def _local_candidates_kernel(
 
     position = tl.load(positions_ptr + row)
     temperature = tl.load(temperatures_ptr + row)
-    if temperature > 0.0:  # for the whole program: a greedy row pays for no noise
+    if temperature > 0.0:  # uniform over the program: a greedy row computes no noise
         seed_low, seed_high = tl.load(seeds_ptr + 2 * row), tl.load(seeds_ptr + 2 * row + 1)
         bits = noise_bits(seed_low, seed_high, position, first_id, TILE)
         scores += temperature * gumbel_from_bits(bits)
 
-    # A NaN would win or lose by accident and could leave no id at all: it counts as -inf.
+    # NaN counts as -inf: comparisons with NaN could leave no id at all.
     scores = tl.where((ids < vocab_size) & (scores == scores), scores, -float("inf"))
     if position < tl.load(min_positions_ptr + row):
         i = 0
-        while i < num_stop_ids:  # the interpreter takes no range() of an argument
+        while i < num_stop_ids:  # Triton's interpreter has no range() over an argument
             stop_id = tl.load(stop_ids_ptr + row * num_stop_ids + i)
             scores = tl.where(ids == stop_id, -float("inf"), scores)
             i += 1
-    # Lanes outside the slice stand for ids of other ranks: they must not win a tie of -inf either.
+    # Columns outside the slice are ids of other ranks: they must not win a tie of -inf either.
     score, token_id = _best(scores, tl.where(mask, ids, _NO_ID))
     _store_pair(candidates_ptr + tile * 2 * num_rows + row, num_rows, score, token_id)
 
@@ -148,13 +149,14 @@ def _local_candidates_kernel(
 def local_candidates_triton(
     logits: Tensor, batch: SamplingBatch, vocab_start: int, vocab_size: int
 ) -> Tensor:
-    """Best (score, id) of each tile of this rank's ids, for each sequence: [tiles, 2, S] int32.
+    """Return the best (score, id) of each tile of this rank's ids: [tiles, 2, S] int32.
 
-    Column j of logits [S, Vl], last dimension contiguous, scores id vocab_start + j. Ids from
-    vocab_size on, stop ids before their time, and NaN logits score -inf. Ties go to the lowest id.
+    Column j of logits [S, Vl], last dimension contiguous, is the logit of id vocab_start + j. Ids
+    from vocab_size on, stop ids before the minimum position, and NaN logits score -inf. Ties go to
+    the lowest id.
     """
     num_rows, local_size = logits.shape
-    shift = vocab_start % 4  # a Philox call makes the noise of 4 ids: tiles begin at a whole one
+    shift = vocab_start % 4  # a Philox call makes the noise of 4 ids: tiles begin at multiples of 4
     num_tiles = triton.cdiv(local_size + shift, _TILE)
     candidates = batch.stop_ids.new_empty(num_tiles, 2, num_rows)
     _local_candidates_kernel[(num_rows, num_tiles)](
@@ -197,7 +199,10 @@ def _best_candidate_kernel(
 
 
 def best_candidate_triton(candidates: Tensor) -> Tensor:
-    """Best of each sequence's C candidates [C, 2, S], ties to the lowest id: [2, S] int32."""
+    """Return the best of each sequence's C candidates [C, 2, S]: [2, S] int32.
+
+    Ties go to the lowest id.
+    """
     num_candidates, _, num_rows = candidates.shape
     best = candidates.new_empty(2, num_rows)
     _best_candidate_kernel[(num_rows,)](
@@ -211,7 +216,7 @@ def best_candidate_triton(candidates: Tensor) -> Tensor:
 
 
 def best_candidate(candidates: Tensor) -> Tensor:
-    """See `best_candidate_triton`."""
+    """Run the kernel on a GPU and the reference elsewhere; see `best_candidate_triton`."""
     best = best_candidate_triton if candidates.is_cuda else best_candidate_reference
     return best(candidates)
 
@@ -219,13 +224,13 @@ def best_candidate(candidates: Tensor) -> Tensor:
 def sample(
     logits: Tensor, batch: SamplingBatch, vocab_start: int, vocab_size: int, tp: TPGroup
 ) -> Tensor:
-    """Draw one token id for each sequence: [S] int32, the same on every rank.
+    """Sample one token id for each sequence: [S] int32, the same on every rank.
 
     Args:
         logits: [S, Vl] of any floating dtype, this rank's slice, last dimension contiguous
-        batch: temperatures, seeds and the rest, equal on every rank
+        batch: sampling settings, equal on every rank
         vocab_start: id of the slice's first column
-        vocab_size: V; ids from V on are padding and are never drawn
+        vocab_size: V; ids from V on are padding and are never sampled
     """
     local_candidates = local_candidates_triton if logits.is_cuda else local_candidates_reference
     candidates = local_candidates(logits, batch, vocab_start, vocab_size)  # [C, 2, S]

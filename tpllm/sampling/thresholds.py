@@ -1,25 +1,25 @@
-"""Where top-k, top-p and min-p cut a row's tokens, exactly, in a handful of passes over the row.
+"""Exact thresholds of top-k, top-p and min-p, found in a few passes over a row.
 
-S rows, V vocab_size. A row lies in memory as `parts` of Vl columns each, the slices of the ranks.
+S rows, V vocab_size. A row is stored as `num_shards` shards of Vl columns, one shard of each rank.
 
-All three keep the beginning of one order, that of the tokens by logit (ties by id), and the
-temperature does not change that order. So each comes down to a cut, the smallest key that stays
-(see `token_order`), and the cuts to the largest of them: the largest key from which on the tokens'
-sum still reaches what is wanted. Top-k counts them, top-p adds up their probabilities as whole
-numbers.
+Top-k, top-p and min-p each keep the first tokens in the order by logit (ties by id), and the
+temperature does not change this order. So each of them is a threshold, the smallest key that is
+kept (see `token_order`), and the largest of the three thresholds decides. The threshold is the
+largest key for which the sum over all tokens with this key or a larger one reaches a wanted value.
+Top-k sums the number of tokens, top-p their probabilities as whole numbers.
 
-One program finds a row's cut. A pass sums the tokens from each of eight points on, which lie first
-at growing distances below the largest logit, then evenly where the cut must be, by logit and by key
-in turn. As soon as no more than a few thousand tokens can be the cut they are gathered, and the
-rest is a bisection of their keys. Logits of a trained model take three passes; those as flat as
-random weights give, some more.
+One program finds the threshold of a row. A pass computes this sum for eight points. The first
+points lie at growing distances below the largest logit. Later points divide the interval that
+contains the threshold, evenly by logit and by key in turn. When the interval holds at most
+`_CAPACITY` tokens, they are gathered, and a bisection of their keys finds the threshold. Logits of
+a trained model take three passes; flat logits, such as random weights give, take more.
 
 Sources: Fan et al. (2018), https://arxiv.org/abs/1805.04833 (top-k); Holtzman et al. (2020),
 https://arxiv.org/abs/1904.09751 (top-p); Nguyen et al. (2024), https://arxiv.org/abs/2407.01082
 (min-p)
 
-Roofline: a pass reads 4 * V bytes a row, 36 us for 256 rows of Qwen3 at an H200's memory speed;
-eight comparisons of 64 bits a token take longer than that.
+Roofline: a pass reads 4 * V bytes per row, 36 us for 256 rows of Qwen3 at an H200's memory speed.
+Eight 64-bit comparisons per token take longer, so a pass is bound by arithmetic.
 """
 
 from dataclasses import dataclass
@@ -43,15 +43,15 @@ from tpllm.sampling.token_order import (
 
 _POINTS = 8
 _TILE = 1024  # tokens of a row at a time
-_CAPACITY = 2048  # tokens that are gathered to be bisected
+_CAPACITY = 2048  # tokens that are gathered for the bisection
 _GATHER_TILE = 4096
 
 
 @dataclass
 class Truncation:
-    """How many of the likeliest tokens each of S rows may draw from; on the device, contiguous.
+    """Top-k, top-p and min-p of S rows; tensors on the device, contiguous.
 
-    A member is None where no row asks for it.
+    An attribute is None if no row sets it.
 
     Attributes:
         temperatures: [S] fp32
@@ -69,8 +69,8 @@ class Truncation:
         assert all(each is None or each.is_contiguous() for each in vars(self).values())
 
 
-def find_cuts_reference(scores: Tensor, truncation: Truncation) -> Tensor:
-    """What `find_cuts_triton` computes, in plain torch: sorts each row."""
+def find_thresholds_reference(scores: Tensor, truncation: Truncation) -> Tensor:
+    """Plain torch version of `find_thresholds_triton`: sorts each row."""
     num_rows = scores.shape[0]
     scores = scores.flatten(1)  # [S, V]
     ids = torch.arange(scores.shape[1], device=scores.device)
@@ -78,43 +78,43 @@ def find_cuts_reference(scores: Tensor, truncation: Truncation) -> Tensor:
     temperatures = truncation.temperatures
     temperatures = torch.where(temperatures > 0, temperatures, 1.0)
     largest = scores.amax(dim=1)
-    cut = torch.full((num_rows,), LOWEST_KEY, dtype=torch.int64, device=scores.device)
+    threshold = torch.full((num_rows,), LOWEST_KEY, dtype=torch.int64, device=scores.device)
     if truncation.min_ps is not None:
         bound = sortable(largest + temperatures * truncation.min_ps.log())
-        cut = torch.where(truncation.min_ps > 0, bound << ID_BITS, cut)
+        threshold = torch.where(truncation.min_ps > 0, bound << ID_BITS, threshold)
     if truncation.top_ks is not None:
         wanted = truncation.top_ks.long().clamp(0, keys.shape[1])
         kth = keys.gather(1, (wanted - 1).clamp(min=0).unsqueeze(1)).squeeze(1)
-        cut = torch.where(wanted > 0, torch.maximum(cut, kth), cut)
+        threshold = torch.where(wanted > 0, torch.maximum(threshold, kth), threshold)
     if truncation.top_ps is not None:
         weights = weights_of(scores, largest, temperatures).gather(1, order)
-        sums = weights.masked_fill(keys < cut.unsqueeze(1), 0).cumsum(dim=1)
+        sums = weights.masked_fill(keys < threshold.unsqueeze(1), 0).cumsum(dim=1)
         wanted = (truncation.top_ps.double() * sums[:, -1]).ceil().long().clamp(min=1)
         last = (sums < wanted.unsqueeze(1)).sum(dim=1).clamp(max=keys.shape[1] - 1)
         found = keys.gather(1, last.unsqueeze(1)).squeeze(1)
-        cut = torch.where(truncation.top_ps < 1, torch.maximum(cut, found), cut)
-    return cut
+        threshold = torch.where(truncation.top_ps < 1, torch.maximum(threshold, found), threshold)
+    return threshold
 
 
 @triton.jit
 def _load_tile(
     row_ptr: tl.tensor,
-    part: tl.tensor,
+    shard: tl.tensor,
     first: tl.tensor,
-    split_stride: tl.tensor,
-    split_size: tl.tensor,
+    shard_stride: tl.tensor,
+    shard_size: tl.tensor,
     TILE: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
-    """Scores and ids of tokens of a row, and which of them there are: [TILE] each."""
+    """Return scores and ids of a tile of a row, and the mask of valid ones: [TILE] each."""
     cols = first + tl.arange(0, TILE)
-    mask = cols < split_size
-    scores = tl.load(row_ptr + part * split_stride + cols, mask=mask, other=-float("inf"))
-    return scores, part * split_size + cols, mask
+    mask = cols < shard_size
+    scores = tl.load(row_ptr + shard * shard_stride + cols, mask=mask, other=-float("inf"))
+    return scores, shard * shard_size + cols, mask
 
 
 @triton.jit
 def _score_of(key: tl.tensor, ID_BITS: tl.constexpr) -> tl.tensor:
-    """The score in a key."""
+    """Return the score in a key."""
     bits = (key >> ID_BITS).to(tl.int32)
     return (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
 
@@ -122,9 +122,9 @@ def _score_of(key: tl.tensor, ID_BITS: tl.constexpr) -> tl.tensor:
 @triton.jit
 def _sums_from(
     row_ptr: tl.tensor,
-    split_stride: tl.tensor,
-    num_splits: tl.tensor,
-    split_size: tl.tensor,
+    shard_stride: tl.tensor,
+    num_shards: tl.tensor,
+    shard_size: tl.tensor,
     points: tl.tensor,  # [POINTS] int64
     largest: tl.tensor,
     temperature: tl.tensor,
@@ -135,12 +135,12 @@ def _sums_from(
     POINTS: tl.constexpr,
     TILE: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor]:
-    """Number of tokens from each point on, and the sum of their weights: [POINTS] int64 each."""
+    """Return the number of tokens at or above each point, and their weight: [POINTS] int64 each."""
     counts = tl.zeros([POINTS, TILE], dtype=tl.int32)
     sums = tl.zeros([POINTS, TILE], dtype=tl.int64)
-    for part in tl.range(0, num_splits):
-        for first in tl.range(0, split_size, TILE, num_stages=4):
-            scores, ids, mask = _load_tile(row_ptr, part, first, split_stride, split_size, TILE)
+    for shard in tl.range(0, num_shards):
+        for first in tl.range(0, shard_size, TILE, num_stages=4):
+            scores, ids, mask = _load_tile(row_ptr, shard, first, shard_stride, shard_size, TILE)
             keys = keys_in_kernel(scores, ids, ID_BITS)
             hit = (keys[None, :] >= points[:, None]) & mask[None, :]
             counts += hit.to(tl.int32)
@@ -163,29 +163,29 @@ def _between(
     LARGEST: tl.constexpr,
     POINTS: tl.constexpr,
 ) -> tl.tensor:
-    """Points between two keys: evenly by logit, if asked for and there is room, or by key."""
+    """Return points between two keys, evenly spaced by logit if `by_logit`, else by key."""
     share = tl.arange(0, POINTS) + 1
     weight = share.to(tl.float32) / (POINTS + 1)
     low_score = tl.minimum(tl.maximum(_score_of(low, ID_BITS), -LARGEST), LARGEST)
     high_score = tl.minimum(tl.maximum(_score_of(high - 1, ID_BITS), -LARGEST), LARGEST)
     scores = low_score * (1.0 - weight) + high_score * weight
-    by_score = keys_in_kernel(scores, (1 << ID_BITS) - 1, ID_BITS)  # of this logit the last id
+    by_score = keys_in_kernel(scores, (1 << ID_BITS) - 1, ID_BITS)  # the last id of this logit
     by_key = low + (high - low) // (POINTS + 1) * share
-    # Where rounding leaves a point outside, a key is as good.
+    # By key if the interval is too narrow, or if rounding puts a point outside of it.
     usable = by_logit & ((high - low) >> ID_BITS > 4096) & (by_score > low) & (by_score < high)
     return tl.where(usable, by_score, by_key)
 
 
 @triton.jit
-def _cut_of(
+def _threshold_of(
     row_ptr: tl.tensor,
-    split_stride: tl.tensor,
-    num_splits: tl.tensor,
-    split_size: tl.tensor,
+    shard_stride: tl.tensor,
+    num_shards: tl.tensor,
+    shard_size: tl.tensor,
     gathered_ptr: tl.tensor,  # [CAPACITY] int64
     counter_ptr: tl.tensor,  # int32, zero
-    floor: tl.tensor,  # key from which on tokens count at all
-    wanted: tl.tensor,  # a number of tokens; where WEIGHTED a share of all, in (0, 1)
+    floor: tl.tensor,  # tokens with smaller keys do not count
+    wanted: tl.tensor,  # a number of tokens; if WEIGHTED a share of the total weight, in (0, 1)
     largest: tl.tensor,
     temperature: tl.tensor,
     WEIGHTED: tl.constexpr,
@@ -196,24 +196,24 @@ def _cut_of(
     TILE: tl.constexpr,
     CAPACITY: tl.constexpr,
 ) -> tl.tensor:
-    """The largest key from which on the sum still reaches `wanted`; `floor` where none does."""
+    """Return the largest key at which the sum reaches `wanted`; `floor` if none does."""
     point = tl.arange(0, POINTS)
-    distances = tl.exp2(point.to(tl.float32) - 2.0)  # 1/4 to 16, and the last one is not used
+    distances = tl.exp2(point.to(tl.float32) - 2.0)  # 1/4 to 16; the last one is not used
     if WEIGHTED:
         distances *= temperature
     points = keys_in_kernel(largest - distances, (1 << ID_BITS) - 1, ID_BITS)
     points = tl.maximum(tl.where(point == POINTS - 1, floor, points), floor)
     low = floor
     high = tl.maximum(keys_in_kernel(largest, 0, ID_BITS), floor) + 1  # above every key
-    # Tokens from `low` and from `high` on, and the sum from `high` on.
+    # Tokens at or above `low` and `high`, and the sum over those at or above `high`.
     num_low, num_high, beyond = tl.zeros_like(low), tl.zeros_like(low), tl.zeros_like(low)
     is_first, by_logit = True, False
     while is_first | (num_low - num_high > CAPACITY):
         counts, sums = _sums_from(
             row_ptr,
-            split_stride,
-            num_splits,
-            split_size,
+            shard_stride,
+            num_shards,
+            shard_size,
             points,
             largest,
             temperature,
@@ -225,35 +225,35 @@ def _cut_of(
             TILE,
         )
         if is_first:
-            num_low = tl.max(counts, axis=0)  # from `floor` on, be it reached or not
+            num_low = tl.max(counts, axis=0)  # at or above `floor`
         if WEIGHTED:
             if is_first:
-                whole = tl.max(sums, axis=0).to(tl.float64)  # from `floor` on
+                whole = tl.max(sums, axis=0).to(tl.float64)  # at or above `floor`
                 wanted = tl.maximum(tl.ceil(wanted * whole), 1.0)
             reached = sums >= wanted.to(tl.int64)
         else:
             reached = sums >= wanted
         low = tl.maximum(low, tl.max(tl.where(reached, points, low), axis=0))
         high = tl.minimum(high, tl.min(tl.where(reached, high, points), axis=0))
-        high = tl.maximum(high, low + 1)  # not even from `floor` on, where nothing weighs anything
+        high = tl.maximum(high, low + 1)  # `floor` may fail too, if all weights are 0
         num_low = tl.minimum(num_low, tl.min(tl.where(reached, counts, num_low), axis=0))
         num_high = tl.maximum(num_high, tl.max(tl.where(reached, num_high, counts), axis=0))
         beyond = tl.maximum(beyond, tl.max(tl.where(reached, beyond, sums), axis=0))
-        # Evenly by logit is how tokens lie. Evenly by key, every other time, ends early where many
-        # tie: towards zero logits alone come closer for ever.
+        # Even spacing by logit fits the distribution of tokens. Every other pass spaces points by
+        # key, which ends early if many logits tie: near zero, spacing by logit hardly converges.
         by_logit = not by_logit
         points = _between(low, high, by_logit, ID_BITS, LARGEST, POINTS)
         is_first = False
-    # Gather the tokens from `low` to `high`; in which order does not matter.
+    # Gather the tokens from `low` to `high`; their order does not matter.
     counter_ptrs = counter_ptr + tl.zeros([TILE], dtype=tl.int32)
-    for part in tl.range(0, num_splits):
-        for first in tl.range(0, split_size, TILE, num_stages=4):
-            scores, ids, mask = _load_tile(row_ptr, part, first, split_stride, split_size, TILE)
+    for shard in tl.range(0, num_shards):
+        for first in tl.range(0, shard_size, TILE, num_stages=4):
+            scores, ids, mask = _load_tile(row_ptr, shard, first, shard_stride, shard_size, TILE)
             keys = keys_in_kernel(scores, ids, ID_BITS)
             hit = (keys >= low) & (keys < high) & mask
             place = tl.atomic_add(counter_ptrs, 1, mask=hit, sem="relaxed")
             tl.store(gathered_ptr + place, keys, mask=hit)
-    tl.debug_barrier()  # all have stored before anybody loads
+    tl.debug_barrier()  # all threads have stored before any thread loads
     place = tl.arange(0, CAPACITY)
     present = place < num_low - num_high
     keys = tl.load(gathered_ptr + place, mask=present, other=0)
@@ -262,7 +262,7 @@ def _cut_of(
     else:
         weights = tl.full([CAPACITY], 1, dtype=tl.int64)
     weights = tl.where(present, weights, 0)
-    tl.debug_barrier()  # all have loaded before anybody gathers anew
+    tl.debug_barrier()  # all threads have loaded before the buffer is reused
     while high - low > 1:
         middle = low + (high - low) // 2
         total = beyond + tl.sum(tl.where(keys >= middle, weights, 0), axis=0)
@@ -274,19 +274,19 @@ def _cut_of(
 
 
 @triton.jit
-def _find_cuts_kernel(
-    scores_ptr: tl.tensor,  # [S, parts, Vl] fp32
+def _find_thresholds_kernel(
+    scores_ptr: tl.tensor,  # [S, shards, Vl] fp32
     temperatures_ptr: tl.tensor,  # [S]
     top_ks_ptr: tl.tensor,  # [S]
     top_ps_ptr: tl.tensor,  # [S]
     log_min_ps_ptr: tl.tensor,  # [S]
     gathered_ptr: tl.tensor,  # [S, CAPACITY] int64
     counters_ptr: tl.tensor,  # [S, 2] int32, zero
-    cuts_ptr: tl.tensor,  # [S] int64
+    thresholds_ptr: tl.tensor,  # [S] int64
     row_stride: tl.tensor,
-    split_stride: tl.tensor,
-    num_splits: tl.tensor,
-    split_size: tl.tensor,  # Vl
+    shard_stride: tl.tensor,
+    num_shards: tl.tensor,
+    shard_size: tl.tensor,  # Vl
     HAS_TOP_K: tl.constexpr,
     HAS_TOP_P: tl.constexpr,
     HAS_MIN_P: tl.constexpr,
@@ -303,30 +303,32 @@ def _find_cuts_kernel(
     temperature = tl.load(temperatures_ptr + row)
     temperature = tl.where(temperature > 0, temperature, 1.0)
     highest = tl.full([TILE], -float("inf"), dtype=tl.float32)
-    for part in tl.range(0, num_splits):
-        for first in tl.range(0, split_size, TILE, num_stages=4):
-            scores, _, _ = _load_tile(row_ptr, part, first, split_stride, split_size, TILE)
+    for shard in tl.range(0, num_shards):
+        for first in tl.range(0, shard_size, TILE, num_stages=4):
+            scores, _, _ = _load_tile(row_ptr, shard, first, shard_stride, shard_size, TILE)
             highest = tl.maximum(highest, scores)
     largest = tl.max(highest, axis=0)
     none = tl.full([], -float("inf"), dtype=tl.float32)
-    lowest = keys_in_kernel(none, (1 << ID_BITS) - 1, ID_BITS)  # at or below every token's
-    cut = lowest
+    lowest = keys_in_kernel(none, (1 << ID_BITS) - 1, ID_BITS)  # at or below every token's key
+    threshold = lowest
     if HAS_MIN_P:
         log_min_p = tl.load(log_min_ps_ptr + row)
         if log_min_p > -float("inf"):
-            cut = keys_in_kernel(largest + temperature * log_min_p, (1 << ID_BITS) - 1, ID_BITS)
+            threshold = keys_in_kernel(
+                largest + temperature * log_min_p, (1 << ID_BITS) - 1, ID_BITS
+            )
     if HAS_TOP_K:
         top_k = tl.load(top_ks_ptr + row)
         if top_k > 0:
-            found = _cut_of(
+            found = _threshold_of(
                 row_ptr,
-                split_stride,
-                num_splits,
-                split_size,
+                shard_stride,
+                num_shards,
+                shard_size,
                 gathered_ptr,
                 counters_ptr + row * 2,
                 lowest,
-                tl.minimum(top_k, num_splits * split_size).to(tl.int64),
+                tl.minimum(top_k, num_shards * shard_size).to(tl.int64),
                 largest,
                 temperature,
                 False,
@@ -337,18 +339,18 @@ def _find_cuts_kernel(
                 TILE,
                 CAPACITY,
             )
-            cut = tl.maximum(cut, found)
+            threshold = tl.maximum(threshold, found)
     if HAS_TOP_P:
         top_p = tl.load(top_ps_ptr + row)
         if top_p < 1:
-            found = _cut_of(
+            found = _threshold_of(
                 row_ptr,
-                split_stride,
-                num_splits,
-                split_size,
+                shard_stride,
+                num_shards,
+                shard_size,
                 gathered_ptr,
                 counters_ptr + row * 2 + 1,
-                cut,
+                threshold,
                 top_p.to(tl.float64),
                 largest,
                 temperature,
@@ -360,23 +362,23 @@ def _find_cuts_kernel(
                 TILE,
                 CAPACITY,
             )
-            cut = tl.maximum(cut, found)
-    tl.store(cuts_ptr + row, cut)
+            threshold = tl.maximum(threshold, found)
+    tl.store(thresholds_ptr + row, threshold)
 
 
-def find_cuts_triton(scores: Tensor, truncation: Truncation) -> Tensor:
-    """The smallest key of each row that stays: [S] int64.
+def find_thresholds_triton(scores: Tensor, truncation: Truncation) -> Tensor:
+    """Return the smallest key of each row that is kept: [S] int64.
 
     Args:
-        scores: [S, parts, Vl] float32, no NaN, last dimension contiguous; column c of part p is
-            token p * Vl + c
+        scores: [S, shards, Vl] float32, no NaN, last dimension contiguous; column c of shard s is
+            token s * Vl + c
     """
-    num_rows, num_splits, split_size = scores.shape
+    num_rows, num_shards, shard_size = scores.shape
     gathered = torch.empty(num_rows, _CAPACITY, dtype=torch.int64, device=scores.device)
     counters = torch.zeros(num_rows, 2, dtype=torch.int32, device=scores.device)
-    cuts = torch.empty(num_rows, dtype=torch.int64, device=scores.device)
+    thresholds = torch.empty(num_rows, dtype=torch.int64, device=scores.device)
     min_ps, top_ks, top_ps = truncation.min_ps, truncation.top_ks, truncation.top_ps
-    _find_cuts_kernel[(num_rows,)](
+    _find_thresholds_kernel[(num_rows,)](
         scores,
         truncation.temperatures,
         counters if top_ks is None else top_ks,
@@ -384,11 +386,11 @@ def find_cuts_triton(scores: Tensor, truncation: Truncation) -> Tensor:
         scores if min_ps is None else min_ps.log(),
         gathered,
         counters,
-        cuts,
+        thresholds,
         scores.stride(0),
         scores.stride(1),
-        num_splits,
-        split_size,
+        num_shards,
+        shard_size,
         HAS_TOP_K=top_ks is not None,
         HAS_TOP_P=top_ps is not None,
         HAS_MIN_P=min_ps is not None,
@@ -400,16 +402,18 @@ def find_cuts_triton(scores: Tensor, truncation: Truncation) -> Tensor:
         CAPACITY=_CAPACITY,
         num_warps=16,
     )
-    return cuts
+    return thresholds
 
 
-def find_cuts(scores: Tensor, truncation: Truncation) -> Tensor:
-    """See `find_cuts_triton`."""
-    return (find_cuts_triton if scores.is_cuda else find_cuts_reference)(scores, truncation)
+def find_thresholds(scores: Tensor, truncation: Truncation) -> Tensor:
+    """Run the kernel on a GPU and the reference elsewhere; see `find_thresholds_triton`."""
+    return (find_thresholds_triton if scores.is_cuda else find_thresholds_reference)(
+        scores, truncation
+    )
 
 
 def likeliest_reference(scores: Tensor, num_tokens: int, vocab_start: int) -> Tensor:
-    """What `likeliest` does, in plain torch."""
+    """Plain torch version of `likeliest`."""
     ids = torch.arange(vocab_start, vocab_start + scores.shape[1], device=scores.device)
     return keys_of(scores, ids).topk(num_tokens, dim=1).values
 
@@ -417,7 +421,7 @@ def likeliest_reference(scores: Tensor, num_tokens: int, vocab_start: int) -> Te
 @triton.jit
 def _gather_from_kernel(
     scores_ptr: tl.tensor,  # [S, Vl] fp32
-    cuts_ptr: tl.tensor,  # [S] int64, of keys whose ids count from 0
+    thresholds_ptr: tl.tensor,  # [S] int64, keys with local ids
     counters_ptr: tl.tensor,  # [S] int32, zero
     keys_ptr: tl.tensor,  # [S, num_tokens] int64
     scores_stride: tl.tensor,
@@ -432,7 +436,7 @@ def _gather_from_kernel(
     mask = cols < local_size
     scores = tl.load(scores_ptr + row * scores_stride + cols, mask=mask, other=-float("inf"))
     keys = keys_in_kernel(scores, cols, ID_BITS)
-    hit = (keys >= tl.load(cuts_ptr + row)) & mask
+    hit = (keys >= tl.load(thresholds_ptr + row)) & mask
     counter_ptrs = counters_ptr + row + tl.zeros([TILE], dtype=tl.int32)
     place = tl.atomic_add(counter_ptrs, 1, mask=hit, sem="relaxed")
     tl.store(keys_ptr + row * num_tokens + place, keys - vocab_start, mask=hit)
@@ -444,11 +448,11 @@ def likeliest_triton(scores: Tensor, num_tokens: int, vocab_start: int) -> Tenso
     counters = torch.zeros(num_rows, dtype=torch.int32, device=scores.device)
     wanted = torch.full_like(counters, num_tokens)
     truncation = Truncation(torch.ones_like(scores[:, 0]), wanted, None, None)
-    cuts = find_cuts_triton(scores.unsqueeze(1), truncation)
+    thresholds = find_thresholds_triton(scores.unsqueeze(1), truncation)
     keys = torch.empty(num_rows, num_tokens, dtype=torch.int64, device=scores.device)
     _gather_from_kernel[(num_rows, triton.cdiv(local_size, _GATHER_TILE))](
         scores,
-        cuts,
+        thresholds,
         counters,
         keys,
         scores.stride(0),
@@ -462,7 +466,7 @@ def likeliest_triton(scores: Tensor, num_tokens: int, vocab_start: int) -> Tenso
 
 
 def likeliest(scores: Tensor, num_tokens: int, vocab_start: int) -> Tensor:
-    """Keys of each row's likeliest tokens on this rank, in order: [S, num_tokens] int64.
+    """Return the keys of each row's likeliest tokens on this rank, in order: [S, num_tokens] int64.
 
     Args:
         scores: [S, Vl] float32, no NaN, last dimension contiguous

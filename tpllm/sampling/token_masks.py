@@ -1,4 +1,4 @@
-"""Masks of the tokens that may be drawn: a bit for each id, 32 to a word.
+"""Masks of the tokens that may be sampled: one bit per id, 32 bits per word.
 
 P rows of scores, m of them masked, Vl ids on this rank, w words of a mask.
 """
@@ -8,15 +8,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-MASK_BITS = 32  # of a word
+MASK_BITS = 32  # per word
 _TILE = 2048
 
 
 def keep_masked_reference(scores: Tensor, rows: Tensor, words: Tensor, shift: int) -> None:
-    """Torch version of `keep_masked_triton`."""
+    """Plain torch version of `keep_masked_triton`."""
     bits = torch.arange(shift, shift + scores.shape[1], device=scores.device)  # [Vl]
     known = bits < MASK_BITS * words.shape[1]
-    of_bits = words[:, bits[known] // MASK_BITS]  # [m, known ones of Vl]
+    of_bits = words[:, bits[known] // MASK_BITS]  # [m, bits that exist]
     allowed = torch.zeros(len(rows), scores.shape[1], dtype=torch.bool, device=scores.device)
     allowed[:, known] = ((of_bits >> (bits[known] % MASK_BITS)) & 1).bool()
     scores[rows] = scores[rows].masked_fill(~allowed, -torch.inf)
@@ -51,8 +51,8 @@ def keep_masked_triton(scores: Tensor, rows: Tensor, words: Tensor, shift: int) 
     Args:
         scores: [P, Vl] float32, last dimension contiguous
         rows: [m] int64, the rows of scores that have masks
-        words: [m, w] int32, contiguous; ids beyond their last bit are not allowed
-        shift: the bit of the first word that stands for column 0
+        words: [m, w] int32, contiguous; ids beyond the last bit are not allowed
+        shift: index of column 0's bit in the first word
     """
     num_masks, num_words = words.shape
     local_size = scores.shape[1]
@@ -70,6 +70,6 @@ def keep_masked_triton(scores: Tensor, rows: Tensor, words: Tensor, shift: int) 
 
 
 def keep_masked(scores: Tensor, rows: Tensor, words: Tensor, shift: int) -> None:
-    """See `keep_masked_triton`."""
+    """Run the kernel on a GPU and the reference elsewhere; see `keep_masked_triton`."""
     implementation = keep_masked_triton if scores.is_cuda else keep_masked_reference
     implementation(scores, rows, words, shift)

@@ -1,15 +1,15 @@
-"""The order of tokens by logit, ties by id; a token's rank in it, and exact sums of probabilities.
+"""The order of tokens by logit, with ties by id; ranks in it, and exact sums of probabilities.
 
 S sequences, n positions, V vocab_size, Vl ids on this rank.
 
-A token's place in the order is one number, its key: `(bits of the logit, made to sort as the logit
-does) * 2**20 + (2**20 - 1 - id)`, so that larger is likelier and of equal logits the lower id comes
-first. Whatever cuts the vocabulary (top-k, top-p, min-p) cuts this order somewhere, and a cut is
-the smallest key that stays.
+A token's position in the order is one number, its key: `(bits of the logit, made to sort as the
+logit does) * 2**20 + (2**20 - 1 - id)`. A larger key is likelier, and of equal logits the lower id
+comes first. Top-k, top-p and min-p each keep the tokens from some key on: the threshold is the
+smallest key that is kept.
 
-Sums are of int64, so they are the same in any order, split over ranks in any way: either every
-token counts 1, or its probability as a whole multiple of 2**-40 of the likeliest one's. Less than
-2**-40 a token is lost, half of it on average, which over 150,000 tokens is 7e-8 of the whole.
+Sums are int64, so they do not depend on the order of tokens or on how ranks split them. A token
+counts 1, or its probability as a whole multiple of 2**-40 of the likeliest token's. Rounding down
+loses 2**-41 per token on average, 7e-8 of the total over 150,000 tokens.
 """
 
 import torch
@@ -22,23 +22,23 @@ from tpllm.parallel.group import TPGroup
 
 ID_BITS = 20
 KEY_BITS = 32 + ID_BITS
-LOWEST_KEY = -(2 ** (KEY_BITS - 1))  # at or below every token's
+LOWEST_KEY = -(2 ** (KEY_BITS - 1))  # at or below every token's key
 UNIT = 2.0**40  # the weight of the likeliest token
 _LAST_ID = 2**ID_BITS - 1
 _SIGN_MASK = 0x7FFFFFFF
-LARGEST = torch.finfo(torch.float32).max  # bounds what is subtracted: no infinity less another
+LARGEST = torch.finfo(torch.float32).max  # bounds the subtrahend, because inf - inf is NaN
 
-_TILE = 4096  # ids a program
+_TILE = 4096  # ids per program
 
 
 def scores_of_reference(
     logits: Tensor, vocab_start: int, vocab_size: int, rows: Tensor | None = None
 ) -> Tensor:
-    """What `scores_of` does, in plain torch."""
+    """Plain torch version of `scores_of`."""
     chosen = logits if rows is None else logits[rows]
     scores = _empty_scores(chosen.shape[0], logits)
     with_spare_column(scores).fill_(-torch.inf)
-    known = max(0, min(logits.shape[1], vocab_size - vocab_start))  # the rest is padding
+    known = max(0, min(logits.shape[1], vocab_size - vocab_start))  # ids beyond are padding
     scores[:, :known] = chosen[:, :known]
     return scores.masked_fill_(scores.isnan(), -torch.inf)
 
@@ -50,7 +50,7 @@ def _scores_kernel(
     scores_ptr: tl.tensor,  # [S, stride] fp32
     logits_stride: tl.tensor,
     stride: tl.tensor,
-    known: tl.tensor,  # columns that are no padding
+    known: tl.tensor,  # columns before the padding
     HAS_ROWS: tl.constexpr,
     TILE: tl.constexpr,
 ) -> None:
@@ -62,7 +62,7 @@ def _scores_kernel(
     logits = tl.load(
         logits_ptr + source * logits_stride + cols, mask=cols < known, other=-float("inf")
     ).to(tl.float32)
-    scores = tl.where(logits == logits, logits, -float("inf"))  # NaN is not
+    scores = tl.where(logits == logits, logits, -float("inf"))  # NaN differs from itself
     tl.store(scores_ptr + row * stride + cols, scores, mask=cols < stride)
 
 
@@ -88,14 +88,14 @@ def scores_of_triton(
 def scores_of(
     logits: Tensor, vocab_start: int, vocab_size: int, rows: Tensor | None = None
 ) -> Tensor:
-    """A float32 copy of rows of logits, padding and NaN being -inf: [S, Vl], rows strided.
+    """Return rows of logits in float32, with -inf for padding and NaN: [S, Vl], rows strided.
 
-    Behind each row lies at least one column more, for scattered writes that belong nowhere: see
+    At least one more column follows each row and takes scattered writes to ids of other ranks: see
     `with_spare_column`.
 
     Args:
         logits: [L, Vl], last dimension contiguous
-        rows: [S] int64; None for all
+        rows: [S] int64; None for all rows
     """
     copy = scores_of_triton if logits.is_cuda else scores_of_reference
     return copy(logits, vocab_start, vocab_size, rows)
@@ -108,40 +108,40 @@ def _empty_scores(num_rows: int, logits: Tensor) -> Tensor:
 
 
 def with_spare_column(scores: Tensor) -> Tensor:
-    """The memory of `scores_of`'s result as [S, stride], stride > Vl: column Vl is free."""
+    """Return the memory of `scores_of`'s result as [S, stride], stride > Vl: column Vl is spare."""
     num_rows, width = scores.shape[0], scores.stride(0)
     memory: Tensor = scores.as_strided((num_rows, width), (width, 1))
     return memory
 
 
 def sortable(logits: Tensor) -> Tensor:
-    """int64 numbers that sort as the float32 logits do; -0 and 0 give the same."""
+    """Return int64 numbers that sort as the float32 logits do; -0 and 0 give the same number."""
     bits = (logits + 0.0).view(torch.int32).long()
     return bits ^ ((bits >> 31) & _SIGN_MASK)
 
 
 def keys_of(logits: Tensor, ids: Tensor) -> Tensor:
-    """Keys of float32 logits and their ids, of shapes that broadcast: int64."""
+    """Return the int64 keys of float32 logits and their ids, of shapes that broadcast."""
     keys: Tensor = (sortable(logits) << ID_BITS) + (_LAST_ID - ids)
     return keys
 
 
 def logits_and_ids(keys: Tensor) -> tuple[Tensor, Tensor]:
-    """What `keys_of` was given: float32 logits and int32 ids."""
+    """Return the float32 logits and int32 ids of keys: the inverse of `keys_of`."""
     bits = keys >> ID_BITS
     logits = (bits ^ ((bits >> 31) & _SIGN_MASK)).int().view(torch.float32)
     return logits, (_LAST_ID - (keys & _LAST_ID)).int()
 
 
 def max_over_ranks(values: Tensor, tp: TPGroup) -> Tensor:
-    """Elementwise maximum over the ranks."""
+    """Return the elementwise maximum over the ranks."""
     return all_gather(values, tp).amax(dim=0)
 
 
 def rank_and_mass_reference(
     scores: Tensor, keys: Tensor, largest: Tensor, vocab_start: int
 ) -> Tensor:
-    """What `rank_and_mass_triton` computes, in plain torch."""
+    """Plain torch version of `rank_and_mass`."""
     ids = torch.arange(vocab_start, vocab_start + scores.shape[1], device=scores.device)
     num_above = (keys_of(scores, ids) >= keys.unsqueeze(1)).sum(dim=1)
     weights = weights_of(scores, largest, torch.ones_like(largest))
@@ -149,8 +149,8 @@ def rank_and_mass_reference(
 
 
 def weights_of(scores: Tensor, largest: Tensor, temperatures: Tensor) -> Tensor:
-    """`weights_in_kernel` of rows [n, V], in plain torch: largest and temperatures [n]."""
-    # float64, because torch may take a vector's last elements through another fp32 exponential
+    """Plain torch version of `weights_in_kernel`, of rows [n, V]; largest, temperatures [n]."""
+    # float64, because torch may compute a vector's last elements with another fp32 exponential
     below = scores.double() - largest.double().clamp(-LARGEST, LARGEST).unsqueeze(1)
     below /= temperatures.double().unsqueeze(1)
     return (below.clamp(max=0.0).exp() * UNIT).long()
@@ -158,7 +158,7 @@ def weights_of(scores: Tensor, largest: Tensor, temperatures: Tensor) -> Tensor:
 
 @triton.jit
 def keys_in_kernel(scores: tl.tensor, ids: tl.tensor, ID_BITS: tl.constexpr) -> tl.tensor:
-    """As `keys_of`."""
+    """Return the int64 keys of scores and ids, as `keys_of`."""
     scores = tl.where(scores == 0.0, 0.0, scores)  # -0 is 0
     bits = scores.to(tl.int32, bitcast=True)
     bits = bits ^ ((bits >> 31) & 0x7FFFFFFF)
@@ -173,7 +173,7 @@ def weights_in_kernel(
     UNIT: tl.constexpr,
     LARGEST: tl.constexpr,
 ) -> tl.tensor:
-    """Probabilities as whole multiples of 1 / UNIT of the likeliest token's: int64."""
+    """Return probabilities as multiples of 1 / UNIT of the likeliest token's: int64."""
     largest = tl.minimum(tl.maximum(largest, -LARGEST), LARGEST)
     below = tl.minimum((scores - largest) / temperature, 0.0)
     return (tl.exp(below) * UNIT).to(tl.int64)
@@ -200,7 +200,7 @@ def _rank_and_mass_kernel(
     scores = tl.load(score_ptrs, mask=mask, other=-float("inf"))
     hit = (keys_in_kernel(scores, vocab_start + cols, ID_BITS) >= tl.load(keys_ptr + row)) & mask
     weights = weights_in_kernel(scores, tl.load(largest_ptr + row), 1.0, UNIT, LARGEST)
-    # integers: the order of these additions does not matter
+    # integers, so the order of these additions does not matter
     tl.atomic_add(out_ptr + 2 * row, tl.sum(hit.to(tl.int64), axis=0))
     tl.atomic_add(out_ptr + 2 * row + 1, tl.sum(tl.where(mask, weights, 0), axis=0))
 
@@ -227,9 +227,10 @@ def rank_and_mass_triton(scores: Tensor, keys: Tensor, largest: Tensor, vocab_st
 
 
 def rank_and_mass(scores: Tensor, keys: Tensor, largest: Tensor, vocab_start: int) -> Tensor:
-    """How many of this rank's tokens come no later than a key, and what all of them weigh.
+    """Return how many of this rank's tokens have a key of `keys` or larger, and all tokens' weight.
 
-    Both add up over ranks. A token weighs exp(score - largest) * UNIT, rounded down.
+    Sums over the ranks give both for the whole vocabulary. A token's weight is
+    exp(score - largest) * UNIT, rounded down.
 
     Args:
         scores: [n, Vl] float32, no NaN, last dimension contiguous

@@ -16,7 +16,7 @@ from tpllm.models.registry import CausalLM
 from tpllm.parallel.group import TPGroup
 from tpllm.sampling.option_table import OptionTable, upload
 from tpllm.sampling.sampler import SamplingBatch
-from tpllm.sampling.token_sampler import Drawing, LogprobWords, StepOutput, TokenSampler
+from tpllm.sampling.token_sampler import RowsToSample, LogprobWords, StepOutput, TokenSampler
 from tpllm.worker.batch_state import BatchState, DecodeInputs, gather_decode_inputs
 from tpllm.worker.cuda_graphs import (
     MAX_CHUNKS,
@@ -185,8 +185,10 @@ class ModelRunner:
         if not len(self._options):
             return StepOutput(tokens[:S])
         inputs = self._inputs_of(size)
-        drawing = Drawing(plan.step, np.arange(S), plan.rows, plan.starts + 1, inputs.sampling)
-        return self._finish(self._decode_logits[:S], tokens[:S], inputs.rows[:S], drawing)
+        to_sample = RowsToSample(
+            plan.step, np.arange(S), plan.rows, plan.starts + 1, inputs.sampling
+        )
+        return self._finish(self._decode_logits[:S], tokens[:S], inputs.rows[:S], to_sample)
 
     def _decode(self, size: int, mark_sampling: Mark = lambda: None) -> Tensor:
         """One token of each of `size` rows, as staged: reads and writes fixed buffers only."""
@@ -204,7 +206,7 @@ class ModelRunner:
         hidden = self._model([part], self._kv_caches)
         mark_sampling()
         logits = self._model.compute_logits(hidden, out=self._decode_logits[:size])
-        return self._draw(logits, inputs.rows, inputs.sampling)
+        return self._sample(logits, inputs.rows, inputs.sampling)
 
     def _inputs_of(self, size: int) -> DecodeInputs:
         inputs = self._decode_inputs.get(size)
@@ -221,15 +223,17 @@ class ModelRunner:
             self._decode_inputs[size] = inputs
         return inputs
 
-    def _draw(self, logits: Tensor, rows: Tensor, batch: SamplingBatch) -> Tensor:
-        tokens = self._sampler.draw(logits, batch)
+    def _sample(self, logits: Tensor, rows: Tensor, batch: SamplingBatch) -> Tensor:
+        tokens = self._sampler.sample(logits, batch)
         self.state.last_tokens[rows] = tokens  # the next step's input, without a trip to the host
         return tokens
 
-    def _finish(self, logits: Tensor, tokens: Tensor, rows: Tensor, drawing: Drawing) -> StepOutput:
+    def _finish(
+        self, logits: Tensor, tokens: Tensor, rows: Tensor, to_sample: RowsToSample
+    ) -> StepOutput:
         if not len(self._options):
             return StepOutput(tokens)
-        output = self._sampler.finish(logits, tokens, drawing)
+        output = self._sampler.finish(logits, tokens, to_sample)
         self.state.last_tokens[rows] = output.tokens  # some were drawn again
         return output
 
@@ -260,11 +264,11 @@ class ModelRunner:
             return StepOutput(last_indices, prompt_logprobs)
         logits = self._model.compute_logits(hidden[last_indices])  # [S, Vl]
         sampling = self.state.sampling(sample_rows, sample_positions)
-        tokens = self._draw(logits, sample_rows, sampling)
-        drawing = Drawing(
+        tokens = self._sample(logits, sample_rows, sampling)
+        to_sample = RowsToSample(
             plan.step, sampling_rows, plan.rows[sampling_rows], ends[sampling_rows], sampling
         )
-        output = self._finish(logits, tokens, sample_rows, drawing)
+        output = self._finish(logits, tokens, sample_rows, to_sample)
         output.logprobs += prompt_logprobs
         return output
 
@@ -417,7 +421,7 @@ class ModelRunner:
         batch.temperatures.fill_(1)  # the costlier case: noise for every id
 
         def sample() -> None:
-            self._draw(self._model.compute_logits(hidden), rows, batch)
+            self._sample(self._model.compute_logits(hidden), rows, batch)
 
         sample()
         graph = torch.cuda.CUDAGraph()

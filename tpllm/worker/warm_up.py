@@ -35,7 +35,7 @@ from tpllm.layers.rotary import QKNormRope
 from tpllm.parallel.group import TPGroup
 from tpllm.parallel.peer_memory import NUM_PLACES, WIDTH_MULTIPLE, PeerBuffers
 from tpllm.sampling.sampler import SamplingBatch, best_candidate, sample
-from tpllm.sampling.thresholds import Truncation, find_cuts, likeliest
+from tpllm.sampling.thresholds import Truncation, find_thresholds, likeliest
 from tpllm.sampling.token_order import keys_of, rank_and_mass, scores_of
 from tpllm.sampling.truncation import drop_below
 from tpllm.worker.batch_state import BatchState, DecodeInputs, gather_decode_inputs
@@ -225,7 +225,7 @@ class Kernels:
             shape = (self.tp.size, 1, self.local_vocab_size)
             row = self.new(*shape, dtype=torch.float32).transpose(0, 1)
         one = self.new(1, dtype=torch.float32)
-        find_cuts(row, Truncation(one, one.int() + 20, one + 0.95, None))
+        find_thresholds(row, Truncation(one, one.int() + 20, one + 0.95, None))
 
     def likeliest(self) -> None:
         likeliest(self.scores(), 20, self.vocab_start)
