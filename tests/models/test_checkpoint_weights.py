@@ -27,7 +27,7 @@ def save_one_file(folder: Path) -> None:
 def save_with_index(folder: Path) -> None:
     files = {"1.safetensors": ["a.weight", "norm.weight"], "2.safetensors": ["b.weight"]}
     save_file({name: -1 - tensor for name, tensor in TENSORS.items()}, folder / "1.safetensors")
-    # The last file's values count, whatever the index says of "norm.weight": as in transformers.
+    # The last file's values count, not the file that the index names: as in transformers.
     save_file(TENSORS, folder / "2.safetensors")
     weight_map = {name: file for file, names in files.items() for name in names}
     (folder / INDEX_NAME).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
@@ -56,13 +56,13 @@ def test_a_tied_embedding_may_be_saved_as_the_head_alone(tmp_path: Path) -> None
         assert torch.equal(weights.read(name), TENSORS["a.weight"])
 
 
-def test_an_unknown_tensor_is_refused_by_name(tmp_path: Path) -> None:
+def test_an_unknown_tensor_is_an_error_that_names_it(tmp_path: Path) -> None:
     save_one_file(tmp_path)
     with pytest.raises(ValueError, match=f"{tmp_path.name} has no tensor lm_head.weight"):
         SafetensorsWeights(tmp_path).read("lm_head.weight")
 
 
-def test_a_folder_without_safetensors_is_refused(tmp_path: Path) -> None:
+def test_a_folder_without_safetensors_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"model\.safetensors"):
         SafetensorsWeights(tmp_path)
 
@@ -94,8 +94,8 @@ def config(tmp_path: Path) -> ModelConfig:
 
 
 def test_dummy_weights_are_slices_of_the_same_tensor(config: ModelConfig) -> None:
-    def read(name: str, *cut: slice) -> Tensor:
-        return DummyWeights(config, torch.device("cpu"), torch.float32).read(name, *cut)
+    def read(name: str, *slices: slice) -> Tensor:
+        return DummyWeights(config, torch.device("cpu"), torch.float32).read(name, *slices)
 
     for name, shape in config.tensor_shapes().items():
         full = read(name)
@@ -111,7 +111,7 @@ def test_dummy_weights_are_normal_and_norms_are_one(config: ModelConfig) -> None
     assert up.dtype == torch.bfloat16
     assert up.float().std().item() == pytest.approx(config.initializer_range, rel=0.1)
     assert abs(up.float().mean().item()) < 0.1 * config.initializer_range
-    assert not torch.equal(up.flatten(), down.flatten())  # each name has its own numbers
+    assert not torch.equal(up.flatten(), down.flatten())  # every name has different numbers
     for name in ["model.norm.weight", "model.layers.1.self_attn.k_norm.weight"]:
         assert torch.equal(weights.read(name), torch.ones_like(weights.read(name)))
     with pytest.raises(ValueError, match=r"no tensor model\.layers\.2\.mlp"):

@@ -1,4 +1,4 @@
-"""Our Qwen3 against transformers': the same logits, whatever the number of ranks and the steps.
+"""Our Qwen3 against transformers': the same logits for every number of ranks and all steps.
 
 Random models are saved by transformers, and its logits for every position of two sequences are
 saved beside them. Our model loads the folder in each rank and runs the same tokens through a small
@@ -58,7 +58,7 @@ class Chunk:
     stop: int
 
 
-# Decode rows come first in a step, as the batch layout asks.
+# Decode rows come first in a step, as the batch layout requires.
 STEPS = [
     [Chunk(0, 0, 7), Chunk(1, 0, 3)],  # two whole prompts
     [Chunk(0, 7, 8), Chunk(1, 3, 4)],  # decode only, crossing a block's end
@@ -68,7 +68,7 @@ STEPS = [
 ]
 
 
-def make_part(
+def make_micro_batch(
     sequences: list[Tensor], chunks: list[Chunk], copy_stream: CopyStream | None = None
 ) -> MicroBatch:
     input_ids = torch.cat([sequences[c.sequence][c.start : c.stop] for c in chunks])
@@ -76,8 +76,8 @@ def make_part(
     return MicroBatch(input_ids, positions, make_batch(chunks), copy_stream)
 
 
-def cut_in_two(chunks: list[Chunk]) -> tuple[list[Chunk], list[Chunk]]:
-    """A step's halves, by a cut through its last chunk, if that is no decode row."""
+def split_in_two(chunks: list[Chunk]) -> tuple[list[Chunk], list[Chunk]]:
+    """Divide a step into two micro-batches, within its last chunk unless that is a decode row."""
     *others, last = chunks
     if last.stop - last.start == 1:
         return others, [last]
@@ -130,12 +130,12 @@ def make_model(config: ModelConfig, tp: TPGroup) -> Qwen3ForCausalLM:
     model = model_class(config)(config, tp, torch.float32, MAX_POSITIONS, backend, plain_matmul)
     assert isinstance(model, Qwen3ForCausalLM)
     for parameter in model.parameters():
-        parameter.fill_(torch.nan)  # so that a weight left unloaded shows
+        parameter.fill_(torch.nan)  # so that a weight that is not loaded shows
     return model
 
 
 def run_steps(model: Qwen3ForCausalLM, sequences: list[Tensor], tp: TPGroup) -> list[Tensor]:
-    """Logits [length, V] of each sequence, computed step by step and gathered over the ranks."""
+    """Return the logits [length, V] of each sequence, computed in steps and gathered over ranks."""
     shape = (NUM_BLOCKS, BLOCK_SIZE, model.local_num_kv_heads, model.head_dim)
     kv_caches: list[KVCache] = [
         (torch.full(shape, torch.nan), torch.full(shape, torch.nan))
@@ -143,17 +143,21 @@ def run_steps(model: Qwen3ForCausalLM, sequences: list[Tensor], tp: TPGroup) -> 
     ]
     logits: list[list[Tensor]] = [[] for _ in sequences]
     for chunks in STEPS:
-        parts = [make_part(sequences, chunks)]
+        micro_batches = [make_micro_batch(sequences, chunks)]
         if tp.copy_streams:
-            halves = zip(cut_in_two(chunks), tp.copy_streams, strict=True)
-            parts = [make_part(sequences, half, copy_stream) for half, copy_stream in halves]
-        hidden = model(parts, kv_caches)
+            micro_batches = [
+                make_micro_batch(sequences, some_chunks, copy_stream)
+                for some_chunks, copy_stream in zip(
+                    split_in_two(chunks), tp.copy_streams, strict=True
+                )
+            ]
+        hidden = model(micro_batches, kv_caches)
         local_logits = model.compute_logits(hidden)
         rows = torch.cat([*all_gather(local_logits, tp)], dim=-1)
-        parts = rows.split([c.stop - c.start for c in chunks])
-        for chunk, part in zip(chunks, parts, strict=True):
-            logits[chunk.sequence].append(part)
-    return [torch.cat(parts) for parts in logits]
+        pieces = rows.split([c.stop - c.start for c in chunks])
+        for chunk, piece in zip(chunks, pieces, strict=True):
+            logits[chunk.sequence].append(piece)
+    return [torch.cat(pieces) for pieces in logits]
 
 
 def logits_equal_transformers(tp: TPGroup, folders: list[Path]) -> None:
@@ -169,16 +173,16 @@ def logits_equal_transformers(tp: TPGroup, folders: list[Path]) -> None:
             assert difference < TOLERANCE, f"{folder.name} at TP {tp.size} is off by {difference}"
 
 
-def logits_equal_transformers_through_mailboxes(tp: TPGroup, folder: Path) -> None:
-    """Steps of more than two tokens are summed up in two shots, the others in one."""
+def logits_equal_transformers_through_peer_buffers(tp: TPGroup, folder: Path) -> None:
+    """Steps of more than two tokens are all-reduced in two shots, the others in one."""
     torch.set_num_threads(1)
     hidden_size = ModelConfig.from_folder(folder).hidden_size
     tp = with_shared_peer_buffers(tp, max_rows=4, one_shot_rows=2, E=hidden_size)
     logits_equal_transformers(tp, [folder])
 
 
-def logits_equal_transformers_in_lanes(tp: TPGroup, folder: Path) -> None:
-    """Every step in two halves, of which the second mostly has the first as context."""
+def logits_equal_transformers_in_copy_streams(tp: TPGroup, folder: Path) -> None:
+    """Every step has two micro-batches; the second mostly has the first as context."""
     torch.set_num_threads(1)
     hidden_size = ModelConfig.from_folder(folder).hidden_size
     tp = with_gloo_lanes(tp, sum(LENGTHS), hidden_size)
@@ -198,7 +202,7 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def save_checkpoint(folder: Path, changes: dict[str, Any], sharded: bool) -> None:
-    # Imported here, for every rank imports this module and needs none of it.
+    # Imported here, because every rank imports this module and none needs transformers.
     from transformers import Qwen3Config
     from transformers import Qwen3ForCausalLM as TransformersQwen3
 
@@ -218,7 +222,7 @@ def save_checkpoint(folder: Path, changes: dict[str, Any], sharded: bool) -> Non
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            # Norms around 1 but none of them 1, and biases that are not 0: a forgotten one shows.
+            # Norms are near 1 but not 1, and biases are not 0, so that a missing one shows.
             parameter.normal_(float("norm" in name), 0.2, generator=generator)
         vocab_size = model.config.vocab_size
         sequences = [torch.randint(vocab_size, (n,), generator=generator) for n in LENGTHS]
@@ -235,13 +239,13 @@ def test_logits_equal_transformers(world_size: int, checkpoints: dict[str, Path]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="its kernels would run on CPU memory")
-def test_logits_equal_transformers_through_mailboxes(checkpoints: dict[str, Path]) -> None:
-    run_ranks(logits_equal_transformers_through_mailboxes, 2, checkpoints["untied"])
+def test_logits_equal_transformers_through_peer_buffers(checkpoints: dict[str, Path]) -> None:
+    run_ranks(logits_equal_transformers_through_peer_buffers, 2, checkpoints["untied"])
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="its kernels would run on CPU memory")
-def test_logits_equal_transformers_in_lanes(checkpoints: dict[str, Path]) -> None:
-    run_ranks(logits_equal_transformers_in_lanes, 2, checkpoints["untied"])
+def test_logits_equal_transformers_in_copy_streams(checkpoints: dict[str, Path]) -> None:
+    run_ranks(logits_equal_transformers_in_copy_streams, 2, checkpoints["untied"])
 
 
 def test_three_kv_heads_on_three_ranks(checkpoints: dict[str, Path]) -> None:

@@ -1,6 +1,6 @@
-"""Checkpoints as other programs leave them: our logits are those of transformers.
+"""Checkpoints as other programs write them: our logits are those of transformers.
 
-One model is saved by transformers and rearranged; both load what came of it.
+transformers saves a model, each test rearranges the files, and both engines load the result.
 """
 
 import json
@@ -26,7 +26,7 @@ Tensors = dict[str, Tensor]
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Tensors]:
-    """Config and tensors of an untied model."""
+    """Return config and tensors of an untied model."""
     folder = tmp_path_factory.mktemp("saved")
     save_checkpoint(folder, {"vocab_size": 131, "num_hidden_layers": 2}, sharded=False)
     return json.loads((folder / "config.json").read_text()), load_file(folder / WEIGHTS_NAME)

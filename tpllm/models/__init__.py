@@ -1,1 +1,1 @@
-"""Models: how the layers are wired, and where their weights come from."""
+"""Models: the wiring of layers to a network, and the sources of weights."""

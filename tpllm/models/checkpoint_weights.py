@@ -1,7 +1,7 @@
-"""Where a model's weights come from: a checkpoint's safetensors files, or random numbers.
+"""Sources of a model's weights: a checkpoint's safetensors files, or random numbers.
 
-Both are a `WeightSource` (see `tpllm.layers.weights`). Tensors carry the names of Hugging Face's
-checkpoints, such as `model.layers.0.mlp.up_proj.weight`.
+Both implement `WeightSource` (see `tpllm.layers.weights`). Tensors carry the names of Hugging
+Face's checkpoints, such as `model.layers.0.mlp.up_proj.weight`.
 """
 
 import zlib
@@ -19,12 +19,12 @@ from tpllm.config.model_config import ModelConfig
 class SafetensorsWeights:
     """The safetensors files of a local checkpoint folder, opened once and read slice by slice.
 
-    Files are memory-mapped, so only the bytes of a slice come from disk, and ranks on a host share
-    one copy in the page cache. A returned tensor is a view of the file, on the CPU: layers on a GPU
-    copy straight from it into their parameters, without a second buffer there.
+    Files are memory-mapped, so only the bytes of a slice are read from disk, and the ranks of a
+    host share one copy in the page cache. A returned tensor is a view of the file, on the CPU:
+    layers on a GPU copy directly from it into their parameters, without a second buffer on the GPU.
 
     Args:
-        folder: what `tpllm.config.checkpoint` checks there is what is read here
+        folder: a checkpoint folder that `tpllm.config.checkpoint` has checked
 
     Raises:
         FileNotFoundError: a file is missing.
@@ -35,30 +35,30 @@ class SafetensorsWeights:
         self.folder = folder
         self._stored = read_tensors(folder)
         files = {tensor.file for tensor in self._stored.values()}
-        # Never closed by hand: the mapping ends with the last tensor that views it.
+        # Never closed explicitly: a mapping ends with the last tensor that views it.
         self._opened: dict[Path, Any] = {file: safe_open(file, framework="pt") for file in files}
 
     def read(self, name: str, rows: slice | None = None, cols: slice | None = None) -> Tensor:
-        """Tensor `name`, or only its `rows` and `cols`.
+        """Return tensor `name`, or only its `rows` and `cols`.
 
         Raises:
             ValueError: no file of the folder holds `name`.
         """
         stored = stored_name(name, self._stored)
-        if stored is None and name == EMBEDDING:  # some save what is tied as the head alone
+        if stored is None and name == EMBEDDING:  # some store a tied weight only as the head
             stored = stored_name(HEAD, self._stored)
         if stored is None:
             raise ValueError(f"checkpoint {self.folder} has no tensor {name}")
         opened = self._opened[self._stored[stored].file]
-        return _cut(opened.get_slice(stored), rows, cols)
+        return _slice(opened.get_slice(stored), rows, cols)
 
 
 class DummyWeights:
     """Random weights of a model's shapes, to measure speed or test without a checkpoint.
 
-    Weights are normal(0, `initializer_range`), norms are 1. The full tensor is drawn from a seed
-    made of its name and then cut, so every TP size runs the same model (on one kind of device: the
-    CPU's random numbers are not the GPU's).
+    Weights are normal(0, `initializer_range`), norms are 1. The full tensor is generated from a
+    seed made of its name and then sliced, so every TP size runs the same model. CPU and GPU
+    generate different numbers.
     """
 
     def __init__(self, config: ModelConfig, device: torch.device, dtype: torch.dtype) -> None:
@@ -68,7 +68,7 @@ class DummyWeights:
         self.dtype = dtype
 
     def read(self, name: str, rows: slice | None = None, cols: slice | None = None) -> Tensor:
-        """Tensor `name`, or only its `rows` and `cols`.
+        """Return tensor `name`, or only its `rows` and `cols`.
 
         Raises:
             ValueError: the model has no tensor `name`.
@@ -81,11 +81,11 @@ class DummyWeights:
         else:
             generator = torch.Generator(self.device).manual_seed(zlib.crc32(name.encode()))
             full.normal_(0, self.std, generator=generator)
-        return _cut(full, rows, cols)
+        return _slice(full, rows, cols)
 
 
-def _cut(tensor: Any, rows: slice | None, cols: slice | None) -> Tensor:
-    """Rows and columns of a tensor or of a safetensors slice; a 1-D tensor has no columns."""
+def _slice(tensor: Any, rows: slice | None, cols: slice | None) -> Tensor:
+    """Return rows and columns of a tensor or safetensors slice; a 1-D tensor has no columns."""
     index = (rows or slice(None),) if cols is None else (rows or slice(None), cols)
-    cut: Tensor = tensor[index]
-    return cut
+    sliced: Tensor = tensor[index]
+    return sliced

@@ -1,4 +1,4 @@
-"""What a model computes at once: a step, or one of its halves."""
+"""The tokens that a model computes together: a whole step, or one of two micro-batches."""
 
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -11,12 +11,12 @@ from tpllm.parallel.copy_streams import CopyStream
 
 @dataclass
 class MicroBatch:
-    """Tokens of a step that go through the model together: all of them, or one of two halves.
+    """Tokens that go through the model together: a whole step, or one of its two micro-batches.
 
     Attributes:
         input_ids: [N] int32
         positions: [N] int32, each token's index in its sequence
-        copy_stream: where a half runs; None for a step in one piece
+        copy_stream: the copy stream that all-reduces this micro-batch; None for a whole step
     """
 
     input_ids: Tensor
@@ -25,5 +25,5 @@ class MicroBatch:
     copy_stream: CopyStream | None = None
 
     def computing(self) -> AbstractContextManager[None]:
-        """Around the launch of a block, which ends in a term of a sum over the ranks."""
+        """Return the context in which a block is launched; the block ends in partial sums."""
         return nullcontext() if self.copy_stream is None else self.copy_stream.computing()

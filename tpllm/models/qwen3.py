@@ -4,11 +4,10 @@ Shape letters: N tokens, S sequences, H query heads, K key/value heads, D head_d
 I intermediate_size, V vocab_size. H, K and I are this rank's share inside a block; hidden states
 [N, E] are whole and equal on every rank.
 
-The N tokens are those of all sequences in a step, or in one of its halves, one after the other,
-without padding; `batch` says which token belongs to which sequence. The residual stream travels
-beside the hidden states, so that each norm adds and normalises in one pass over memory. Embedding,
-attention and MLP return this rank's term of a sum over the ranks; the norm that follows adds the
-terms up.
+The N tokens are those of all sequences in a step or in a micro-batch, concatenated without padding;
+`batch` maps tokens to sequences. The residual stream is passed beside the hidden states, so that
+each norm adds and normalises in one pass over memory. Embedding, attention and MLP return this
+rank's partial sums; the norm that follows all-reduces them.
 
 Source: Qwen3 Technical Report (2025), https://arxiv.org/abs/2505.09388
 """
@@ -35,12 +34,12 @@ from tpllm.layers.weights import WeightSource, empty_parameter, fill
 from tpllm.models.micro_batch import MicroBatch
 from tpllm.parallel.group import TPGroup
 
-# of each batch of a step: what its last block has yielded [N, E], and the residual stream
+# per micro-batch: the last block's output, partial sums [N, E], and the residual stream [N, E]
 States = list[tuple[Tensor, Tensor | None]]
 
 
 class Qwen3Attention(nn.Module):
-    """Norm, project to heads, norm and rotate q and k, store k and v, attend, project."""
+    """Norm, QKV projection, norm and rotation of q and k, KV store, attention, projection."""
 
     def __init__(
         self,
@@ -127,7 +126,7 @@ class Qwen3MLP(nn.Module):
 
 
 class Qwen3DecoderLayer(nn.Module):
-    """Attention, then MLP; what each yields is added to the residual stream by the next norm."""
+    """Attention, then MLP. The next norm adds the output of each to the residual stream."""
 
     def __init__(
         self,
@@ -148,15 +147,15 @@ class Qwen3DecoderLayer(nn.Module):
         cos_sin: Tensor,
         kv_cache: KVCache,
     ) -> States:
-        """Run each block for all micro-batches in turn: one computes while another is all-reduced."""
-        attended, yielded = [], []
+        """Run each block for every micro-batch: one computes while another is all-reduced."""
+        attended, outputs = [], []
         for (x, residual), batch in zip(states, micro_batches, strict=True):
             with batch.computing():
                 attended.append(self.self_attn(x, residual, batch, cos_sin, kv_cache))
         for (x, residual), batch in zip(attended, micro_batches, strict=True):
             with batch.computing():
-                yielded.append(self.mlp(x, residual, batch))
-        return yielded
+                outputs.append(self.mlp(x, residual, batch))
+        return outputs
 
     def load(self, weights: WeightSource, name: str) -> None:
         self.self_attn.norm.load(weights, f"{name}.input_layernorm")
@@ -211,18 +210,18 @@ class Qwen3Model(nn.Module):
 
 
 class Qwen3ForCausalLM(nn.Module):
-    """Qwen3 with its LM head: what a worker runs.
+    """Qwen3 with its LM head, as a worker runs it.
 
     Args:
-        max_positions: longest sequence to expect, in tokens; the rotary table has that many rows
+        max_positions: the longest sequence in tokens; the rotary table has this number of rows
 
     Attributes:
         num_layers, local_num_kv_heads, head_dim: a token's share of this rank's KV cache is
             `2 * num_layers * local_num_kv_heads * head_dim` elements
-        lm_head: its `vocab_start` and `local_vocab_size` say which ids the logits score
+        lm_head: the columns of the logits are `local_vocab_size` ids from its `vocab_start` on
 
     Raises:
-        ValueError: `tp.size` does not divide the model; `ModelConfig.check_parallel` says so
+        ValueError: `tp.size` does not divide the model; `ModelConfig.check_parallel` checks this
             before any worker starts.
     """
 
@@ -252,8 +251,8 @@ class Qwen3ForCausalLM(nn.Module):
         """Run the N tokens of a step through the model and write their keys and values.
 
         Args:
-            micro_batches: of the step, each attending to itself and to those before it
-            kv_caches: one pair a layer, each [num_blocks, block_size, local_num_kv_heads, head_dim]
+            micro_batches: those of the step; each attends to itself and to the ones before it
+            kv_caches: a pair per layer, each [num_blocks, block_size, local_num_kv_heads, head_dim]
 
         Returns:
             Hidden states [N, E] after the final norm, equal on every rank.
@@ -262,9 +261,9 @@ class Qwen3ForCausalLM(nn.Module):
         return hidden[0] if len(hidden) == 1 else torch.cat(hidden)
 
     def compute_logits(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:
-        """Score this rank's vocabulary: hidden [S, E], the rows to sample from, to [S, Vl].
+        """Return the logits [S, Vl] of this rank's vocabulary for hidden [S, E], the sampled rows.
 
-        They are written to `out`, where that is given.
+        If `out` is given, they are written to it.
         """
         logits: Tensor = self.lm_head(hidden, out)
         return logits

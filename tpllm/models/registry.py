@@ -1,4 +1,4 @@
-"""What a worker needs of a model, and the way from a checkpoint's architecture to its class."""
+"""The interface of a model to its worker, and the model class of each architecture."""
 
 from collections.abc import Sequence
 from importlib import import_module
@@ -29,10 +29,10 @@ class CausalLM(Protocol):
 
 
 def model_class(config: ModelConfig) -> Any:
-    """Class of `config.architecture`; its module is imported only now, one family at a time.
+    """Return the class of `config.architecture`; only the module of this architecture is imported.
 
-    The table of names lives in `tpllm.config.model_config`, which must not import torch: an unknown
-    architecture is refused there, before any worker starts.
+    The table of names is in `tpllm.config.model_config`, which does not import torch: it rejects an
+    unknown architecture before any worker starts.
     """
     module, name = ARCHITECTURES[config.architecture].split(":")
     return getattr(import_module(module), name)
