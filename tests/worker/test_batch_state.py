@@ -1,4 +1,4 @@
-"""The batch on the device: deltas in, a decode step's inputs out."""
+"""The state of the batch on the device: applying deltas, gathering a decode step's inputs."""
 
 import numpy as np
 import pytest
@@ -17,7 +17,7 @@ DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
 
 def filled_state(max_blocks: int, device: str) -> BatchState:
-    """Five rows and the padding row, every word different from its neighbours."""
+    """Return five rows and the padding row, where neighbouring words differ."""
     state = BatchState(5, max_blocks, 16, torch.device(device))
     for tensor, start in ((state.block_tables, 100), (state.row_state, 5000)):
         numbers = torch.arange(start, start + tensor.numel(), dtype=torch.int32)
@@ -38,7 +38,7 @@ def test_deltas_reach_their_rows_and_no_others() -> None:
     assert state.block_tables.tolist() == [[7, 0, 0, 0], [0] * 4, [9, 0, 0, 8], [0] * 4]
 
 
-def test_sampling_settings_survive_the_trip_as_bits() -> None:
+def test_sampling_settings_are_copied_as_bits() -> None:
     state = BatchState(2, 4, 16, torch.device("cpu"))
     seed = np.array([2**64 - 3], dtype="<u8").view("<i4").tolist()
     temperature = int(np.float32(0.6).view(np.int32))
@@ -53,7 +53,7 @@ def test_sampling_settings_survive_the_trip_as_bits() -> None:
 
 
 @pytest.mark.parametrize("num_rows", [1, 3])
-def test_sampling_settings_lie_where_kernels_expect_them(num_rows: int) -> None:
+def test_sampling_settings_are_contiguous_and_aligned(num_rows: int) -> None:
     rows = torch.arange(num_rows)
     batch = filled_state(4, "cpu").sampling(rows, rows.int())
     for setting in (batch.temperatures, batch.seeds, batch.min_positions, batch.stop_ids):
@@ -97,9 +97,9 @@ def test_gather_matches_its_reference(max_blocks: int, device: str) -> None:
 def test_uploads_keep_their_order_and_alignment(device: str) -> None:
     staging = HostStaging(64, torch.device(device))
     rng = np.random.default_rng(0)
-    for _ in range(10):  # more often than there are pinned buffers
-        parts = [rng.integers(0, 99, size, dtype=np.int32) for size in (3, 0, 5, 1)]
-        views = staging.upload(parts)
-        assert [view.tolist() for view in views] == [part.tolist() for part in parts]
+    for _ in range(10):  # more uploads than pinned buffers
+        arrays = [rng.integers(0, 99, size, dtype=np.int32) for size in (3, 0, 5, 1)]
+        views = staging.upload(arrays)
+        assert [view.tolist() for view in views] == [array.tolist() for array in arrays]
         assert torch.equal(views[2], staging.views([3, 0, 5])[2])
         assert all(view.data_ptr() % 16 == 0 for view in views)

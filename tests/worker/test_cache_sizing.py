@@ -1,4 +1,4 @@
-"""How many blocks fit, and what is said where too few do."""
+"""The number of blocks that fit, and the error if too few fit."""
 
 import pytest
 import torch
@@ -36,10 +36,10 @@ def test_no_more_blocks_than_all_rows_can_fill(monkeypatch: pytest.MonkeyPatch) 
     assert blocks_of(monkeypatch, 2**50, max_num_seqs=3, max_model_len=100) == 3 * 7 + 1
 
 
-def test_too_little_memory_is_said_with_its_mend(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_too_little_memory_is_an_error_with_its_mend(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(SettingError, match=r"leaves 1 KV blocks of 0\.2 MiB.*free some, or lower"):
         blocks_of(monkeypatch, 3 * SHAPE.block_bytes)
 
 
-def test_the_host_s_free_memory_is_a_sensible_number() -> None:
+def test_the_host_s_free_memory_is_plausible() -> None:
     assert 2**20 < cache_sizing._host_bytes() < 2**50

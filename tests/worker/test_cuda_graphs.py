@@ -1,4 +1,4 @@
-"""Which batch sizes have a graph."""
+"""The batch sizes that have a graph."""
 
 import pytest
 
@@ -44,7 +44,7 @@ def test_small_mixed_steps_are_served_by_the_smallest_size_that_holds_them(
                 s for s in sizes if s.num_tokens >= num_tokens and s.num_decode >= num_decode
             ]
             assert size == min(holding)
-            # small steps take the time of the weights' bytes, padded or not
+            # reading the weights bounds small steps, padded or not
             assert size.num_tokens <= num_tokens + max(63, num_tokens // 2)
 
 

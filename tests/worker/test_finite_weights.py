@@ -5,14 +5,14 @@ from torch import nn
 from tests.checkpoints import write_config
 from tpllm.config.model_config import ModelConfig
 from tpllm.errors import SettingError
-from tpllm.worker.finite_weights import refuse_unnatural_weights
+from tpllm.worker.finite_weights import check_weights_are_finite
 
 SIZES = {"hidden_size": 8, "intermediate_size": 8, "vocab_size": 16, "num_hidden_layers": 1}
 NORM = "model.layers.0.post_attention_layernorm.weight"
 
 
 class Weights:
-    """Ones, but for one value of one tensor."""
+    """A source of tensors of ones, except for one value of one tensor."""
 
     def __init__(self, config: ModelConfig, value: float) -> None:
         self._shapes = config.tensor_shapes()
@@ -32,21 +32,21 @@ def check(folder, value: float, dtype: torch.dtype) -> None:
         nn.Parameter(weights.read(name).to(dtype), requires_grad=False)
         for name in config.tensor_shapes()
     )
-    refuse_unnatural_weights(model, weights, config, dtype)
+    check_weights_are_finite(model, weights, config, dtype)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_weight_that_is_no_number_is_told_by_tensor(tmp_path, value, dtype):
+def test_a_weight_that_is_not_finite_is_an_error_that_names_its_tensor(tmp_path, value, dtype):
     with pytest.raises(SettingError, match=f"tensor {NORM} holds NaN or infinity in 1 of 8 values"):
         check(tmp_path, value, dtype)
 
 
-def test_a_weight_too_large_for_the_dtype_is_told_with_the_mend(tmp_path):
+def test_a_weight_too_large_for_the_dtype_is_an_error_with_its_mend(tmp_path):
     with pytest.raises(SettingError, match=f"'float16' cannot hold 1 .*{NORM}.*'bfloat16'"):
         check(tmp_path, 1e5, torch.float16)
 
 
-def test_large_weights_whose_sum_alone_is_infinite_are_taken(tmp_path):
+def test_large_weights_with_an_infinite_sum_are_accepted(tmp_path):
     check(tmp_path, 1.0, torch.float32)
     check(tmp_path, 3e38, torch.float32)

@@ -1,15 +1,15 @@
-"""What the trace of some steps is summed up to."""
+"""The summary of a trace of some steps."""
 
 from tpllm.worker.kernel_profile import busy_and_gaps
 
 
-def test_gaps_are_those_inside_of_steps() -> None:
+def test_only_gaps_inside_of_steps_count() -> None:
     kernels = [
         (0, 10, "Memcpy HtoD (Pinned -> Device)"),
         (50, 5, "index_copy"),
         (90, 10, "_gather_decode_inputs_kernel"),
         (103, 20, "nvjet"),  # after 3
-        (120, 10, "launched early"),  # while the one before still runs
+        (120, 10, "launched early"),  # while the kernel before still runs
         (132, 8, "_best_candidate_kernel"),  # after 2
         (150, 5, "Memcpy DtoH (Device -> Pinned)"),
         (300, 10, "_gather_decode_inputs_kernel"),

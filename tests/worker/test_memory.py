@@ -13,6 +13,6 @@ def test_running_out_of_memory_names_the_mend(error):
         raise error
 
 
-def test_other_errors_pass_as_they_are():
+def test_other_errors_pass_unchanged():
     with pytest.raises(KeyError), explained_out_of_memory(torch.device("cpu"), "in a step"):
         raise KeyError

@@ -1,4 +1,4 @@
-"""Where a step is cut in two."""
+"""How the tokens of a step are divided into two micro-batches."""
 
 from dataclasses import replace
 
@@ -9,14 +9,14 @@ from tpllm.worker.micro_batches import split_plan
 from tpllm.worker.mixed_inputs import LAST_TOKEN, MixedInputs, mixed_inputs
 
 
-def halves_of(num_tokens: np.ndarray) -> tuple[MixedInputs, MixedInputs]:
+def micro_batches_of(num_tokens: np.ndarray) -> tuple[MixedInputs, MixedInputs]:
     plan = replace(PLAN, num_tokens=num_tokens, token_ids=np.arange(int(num_tokens[2:].sum())))
     first, second = split_plan(plan)
     return mixed_inputs(first, SPLIT), mixed_inputs(second, SPLIT)
 
 
-def test_a_chunk_in_the_middle_is_cut_in_two() -> None:
-    first, second = halves_of(int32(1, 1, 2, 7))
+def test_a_chunk_in_the_middle_is_split() -> None:
+    first, second = micro_batches_of(int32(1, 1, 2, 7))
     assert first.token_rows.tolist() == [4, 0, 1, 1, 2]
     assert first.positions.tolist() == [9, 5, 0, 1, 8]
     assert first.token_ids.tolist() == [LAST_TOKEN, LAST_TOKEN, 0, 1, 2]
@@ -29,19 +29,19 @@ def test_a_chunk_in_the_middle_is_cut_in_two() -> None:
     assert (second.cu_seqlens_q.tolist(), second.cu_seqlens_k.tolist()) == ([0, 6], [0, 15])
 
 
-def test_halves_between_chunks_cut_none() -> None:
-    first, second = halves_of(int32(1, 1, 2, 4))
+def test_micro_batches_that_end_between_chunks_split_none() -> None:
+    first, second = micro_batches_of(int32(1, 1, 2, 4))
     assert (first.token_rows.tolist(), second.token_rows.tolist()) == ([4, 0, 1, 1], [2] * 4)
     assert first.cu_seqlens_q.tolist() == [2, 4]
     assert second.positions.tolist() == [8, 9, 10, 11]
-    first, second = halves_of(int32(1, 1, 1, 1))
+    first, second = micro_batches_of(int32(1, 1, 1, 1))
     assert (first.token_rows.tolist(), second.token_rows.tolist()) == ([4, 0], [1, 2])
     assert first.chunk_rows.tolist() == []
 
 
-def test_decode_rows_may_be_in_both_halves() -> None:
+def test_decode_rows_may_be_in_both_micro_batches() -> None:
     plan = replace(PLAN, num_decode=3, num_tokens=int32(1, 1, 1, 1), token_ids=int32(40))
-    first, second = (mixed_inputs(half, SPLIT) for half in split_plan(plan))
+    first, second = (mixed_inputs(each, SPLIT) for each in split_plan(plan))
     assert (first.context_lens.tolist(), second.context_lens.tolist()) == ([10, 6], [1])
     assert (first.chunk_rows.tolist(), second.chunk_rows.tolist()) == ([], [2])
     assert second.token_ids.tolist() == [LAST_TOKEN, 40]

@@ -1,4 +1,4 @@
-"""A mixed step's integers, with their true sizes and padded to a graph's."""
+"""A mixed step's integers, with their true sizes and padded to a graph's size."""
 
 import numpy as np
 
@@ -20,7 +20,7 @@ def int32(*values: int) -> np.ndarray:
 
 
 SPLIT = ContextSplit(num_kv_heads=8)
-# rows 4 and 0 decode; rows 1 and 2 compute two tokens each, row 2 after eight others
+# rows 4 and 0 decode; rows 1 and 2 compute two tokens each, row 2 after eight cached ones
 PLAN = StepPlan(
     step=0,
     num_decode=2,
@@ -54,28 +54,28 @@ def test_inputs_are_those_of_the_plan() -> None:
     assert inputs.chunk_rows.tolist() == [1, 2]
     assert inputs.cu_seqlens_q.tolist() == [2, 4, 6]
     assert inputs.cu_seqlens_k.tolist() == [0, 2, 12]
-    assert {part.dtype for part in inputs.parts()} == {np.dtype(np.int32)}
+    assert {array.dtype for array in inputs.arrays()} == {np.dtype(np.int32)}
 
 
-def test_padding_sees_nothing_and_is_of_the_padding_row() -> None:
+def test_padding_has_no_context_and_uses_the_padding_row() -> None:
     size = MixedSize(8, 3)
     inputs = padded(mixed_inputs(PLAN, SPLIT), size, 7, SPLIT)
-    assert [part.size for part in inputs.parts()] == upload_sizes(size, SPLIT)
+    assert [array.size for array in inputs.arrays()] == upload_sizes(size, SPLIT)
     assert inputs.token_rows.tolist() == [4, 0, 1, 1, 2, 2, 7, 7]
     assert inputs.positions.tolist() == [9, 5, 0, 1, 8, 9, 0, 0]
     assert inputs.token_ids.tolist() == [LAST_TOKEN, LAST_TOKEN, 30, 31, 40, 41, 0, 0]
     assert inputs.context_lens.tolist() == [10, 6, 0]
-    parts = inputs.split_schedule.reshape(-1, SPLIT_WORDS)
-    assert np.array_equal(parts, SPLIT.plan(int32(10, 6, 0)))
+    splits = inputs.split_schedule.reshape(-1, SPLIT_WORDS)
+    assert np.array_equal(splits, SPLIT.plan(int32(10, 6, 0)))
     assert inputs.chunk_rows.tolist() == [1, 2] + [7] * (MAX_CHUNKS - 2)
     assert inputs.cu_seqlens_q.tolist() == [2, 4, 6] + [6] * (MAX_CHUNKS - 2)
     assert inputs.cu_seqlens_k.tolist() == [0, 2, 12] + [12] * (MAX_CHUNKS - 2)
-    assert {part.dtype for part in inputs.parts()} == {np.dtype(np.int32)}
+    assert {array.dtype for array in inputs.arrays()} == {np.dtype(np.int32)}
 
 
-def test_without_inputs_all_is_padding() -> None:
+def test_a_step_without_tokens_is_padding_only() -> None:
     inputs = padded(no_inputs(), MixedSize(4, 2), 7, SPLIT)
     assert inputs.token_rows.tolist() == [7] * 4
-    for part in (inputs.positions, inputs.token_ids, inputs.context_lens, inputs.split_schedule):
-        assert not part.any()
+    for array in (inputs.positions, inputs.token_ids, inputs.context_lens, inputs.split_schedule):
+        assert not array.any()
     assert not inputs.cu_seqlens_q.any() and not inputs.cu_seqlens_k.any()

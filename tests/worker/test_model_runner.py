@@ -1,5 +1,5 @@
-"""The runner: padded decode steps against plain ones; on a GPU, graphs against eager steps bit by
-bit, and half precision against float32.
+"""The runner: padded decode steps against steps of true size. On a GPU: graphs against eager steps
+bit by bit, and half precision against float32.
 """
 
 from dataclasses import replace
@@ -32,8 +32,7 @@ from tpllm.models.qwen3 import Qwen3ForCausalLM
 from tpllm.parallel.collectives import with_copy_streams, with_peer_memory
 from tpllm.parallel.group import TPGroup
 from tpllm.sampling_params import SamplingParams
-from tpllm.worker import micro_batches as halving
-from tpllm.worker import model_runner
+from tpllm.worker import micro_batches, model_runner
 from tpllm.worker.cuda_graphs import MixedSize
 from tpllm.worker.kv_cache import CacheShape
 from tpllm.worker.mixed_inputs import upload_sizes
@@ -43,8 +42,8 @@ from tpllm.worker.trial_step import largest_step
 from tpllm.worker.worker import Worker
 
 BLOCK_SIZE, NUM_BLOCKS, MAX_SEQS = 256, 40, 20
-# small steps, several of which are halved
-HALVED: dict[str, Any] = {"max_step_tokens": 48, "static": False}
+# small steps, several of which run as two micro-batches
+MICRO_BATCHED: dict[str, Any] = {"max_step_tokens": 48, "padded": False}
 
 OPTIONS: list[dict[str, Any]] = [
     {},
@@ -94,17 +93,17 @@ def make_runner(
     tp: TPGroup,
     limits: PlanLimits,
     *,
-    static: bool,
+    padded: bool,
     micro_batch_threshold: int | None = None,
 ) -> ModelRunner:
-    """One that pads its steps, as for graphs, where `static`."""
+    """Make a runner; if `padded`, it pads its steps as for graphs."""
     return ModelRunner(
         model,
         tp,
         limits,
         limits.vocab_size,
-        padded_decode=static,
-        padded_mixed=static,
+        padded_decode=padded,
+        padded_mixed=padded,
         micro_batch_threshold=micro_batch_threshold,
         receive_masks=no_masks,
     )
@@ -115,19 +114,19 @@ def run_all(
     dtype: torch.dtype,
     tp: TPGroup | None = None,
     *,
-    static: bool = True,
+    padded: bool = True,
     capture: bool = False,
     micro_batch_threshold: int | None = None,
     max_step_tokens: int = 512,
     prompts_alone: bool = False,
 ) -> tuple[dict[str, list[int]], Tensor]:
-    """Tokens of every request, and the cache as they left it, without the reserved block."""
+    """Return the tokens of every request, and the final cache without the reserved block."""
     model, tp, config = shipped_model(device, dtype, tp)
     limits = PlanLimits(
         MAX_SEQS, max_step_tokens, 4, BLOCK_SIZE, config.vocab_size, max_logprobs=20
     )
     runner = make_runner(
-        model, tp, limits, static=static, micro_batch_threshold=micro_batch_threshold
+        model, tp, limits, padded=padded, micro_batch_threshold=micro_batch_threshold
     )
     caches = allocate_cache(model, NUM_BLOCKS, tp)
     runner.use_cache(caches)
@@ -154,22 +153,26 @@ def run_all(
 
 
 @pytest.mark.parametrize(
-    "settings", [{}, {"micro_batch_threshold": 24, **HALVED}], ids=["static", "halved"]
+    "settings",
+    [{}, {"micro_batch_threshold": 24, **MICRO_BATCHED}],
+    ids=["padded", "micro_batches"],
 )
-def test_attention_is_planned_for_the_contexts_it_gets(monkeypatch, settings) -> None:
-    """Plain torch needs no plan, so what the kernel would read is looked at on the way."""
+def test_the_split_schedule_matches_the_context_lengths(monkeypatch, settings) -> None:
+    """Plain torch reads no schedule, so the test checks it on the way to the model."""
     forward = Qwen3ForCausalLM.forward
     num_rows = []
 
-    def checked(model: Qwen3ForCausalLM, parts: list[MicroBatch], caches: list[KVCache]) -> Tensor:
-        for batch in (part.attention for part in parts):
+    def checked(
+        model: Qwen3ForCausalLM, batches: list[MicroBatch], caches: list[KVCache]
+    ) -> Tensor:
+        for batch in (each.attention for each in batches):
             plan = batch.split_schedule.numpy()
             used = plan[plan[:, END] > plan[:, BEGIN]]
             assert_every_token_is_in_one_part(used, batch.context_lens.tolist())
             num_splits = ContextSplit(model.local_num_kv_heads).num_splits(batch.num_decode)
             assert len(plan) == num_splits
             num_rows.append(batch.num_decode)
-        return forward(model, parts, caches)
+        return forward(model, batches, caches)
 
     monkeypatch.setattr(Qwen3ForCausalLM, "forward", checked)
     run_all("cpu", torch.float32, **settings)
@@ -177,40 +180,40 @@ def test_attention_is_planned_for_the_contexts_it_gets(monkeypatch, settings) ->
 
 
 def test_padded_steps_change_nothing() -> None:
-    """On the CPU, the gathering kernel interpreted: what a GPU runs, but for graphs."""
+    """Run on the CPU, with an interpreted kernel, what a GPU runs without graphs."""
     if torch.cuda.is_available():
         pytest.skip("with a CUDA device the kernel is compiled for it")
     padded_tokens, padded_cache = run_all("cpu", torch.float32)
-    plain_tokens, plain_cache = run_all("cpu", torch.float32, static=False)
+    plain_tokens, plain_cache = run_all("cpu", torch.float32, padded=False)
     assert padded_tokens == plain_tokens
     assert len(padded_tokens) == MAX_SEQS
     torch.testing.assert_close(padded_cache, plain_cache, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="its kernels would run on CPU memory")
-def test_halved_steps_change_nothing() -> None:
-    whole_tokens, whole_cache = run_all("cpu", torch.float32, **HALVED)
-    with count_halvings() as count:
-        tokens, cache = run_all("cpu", torch.float32, micro_batch_threshold=24, **HALVED)
+def test_micro_batches_change_nothing() -> None:
+    whole_tokens, whole_cache = run_all("cpu", torch.float32, **MICRO_BATCHED)
+    with count_splits() as count:
+        tokens, cache = run_all("cpu", torch.float32, micro_batch_threshold=24, **MICRO_BATCHED)
     assert count.call_count > 2
     assert tokens == whole_tokens
     torch.testing.assert_close(cache, whole_cache, rtol=1e-4, atol=1e-4)
 
 
-def count_halvings() -> Any:
-    return patch.object(model_runner, "split_plan", side_effect=halving.split_plan)
+def count_splits() -> Any:
+    return patch.object(model_runner, "split_plan", side_effect=micro_batches.split_plan)
 
 
-def halved_steps_change_nothing(tp: TPGroup, dtype: torch.dtype) -> None:
+def micro_batches_change_nothing(tp: TPGroup, dtype: torch.dtype) -> None:
     """Use copy streams. bfloat16 runs prompts only: matmuls of other sizes round differently."""
     hidden_size = ModelConfig.from_folder(resolve_model(None)).hidden_size
     tp = with_peer_memory(tp, hidden_size, dtype)
-    tp = with_copy_streams(tp, HALVED["max_step_tokens"] // 2)
+    tp = with_copy_streams(tp, MICRO_BATCHED["max_step_tokens"] // 2)
     assert tp.copy_streams
     device, exact = str(tp.device), dtype == torch.float32
-    settings = {**HALVED, "prompts_alone": not exact}
+    settings = {**MICRO_BATCHED, "prompts_alone": not exact}
     whole_tokens, whole_cache = run_all(device, dtype, replace(tp, copy_streams=()), **settings)
-    with count_halvings() as count:
+    with count_splits() as count:
         tokens, cache = run_all(device, dtype, tp, micro_batch_threshold=24, **settings)
     assert count.call_count > 2
     if exact:
@@ -225,22 +228,22 @@ def halved_steps_change_nothing(tp: TPGroup, dtype: torch.dtype) -> None:
 @pytest.mark.multi_gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("world_size", [2, pytest.param(4, marks=FOUR_GPUS)])
-def test_halved_steps_change_nothing_in_lanes(world_size: int, dtype: torch.dtype) -> None:
-    run_ranks(halved_steps_change_nothing, world_size, dtype, device="cuda")
+def test_micro_batches_change_nothing_in_copy_streams(world_size: int, dtype: torch.dtype) -> None:
+    run_ranks(micro_batches_change_nothing, world_size, dtype, device="cuda")
 
 
 def test_decode_steps_of_all_sizes_share_their_inputs() -> None:
-    """Block tables of each size alone would take gigabytes at 4,096 rows of 8,192 blocks."""
+    """Separate block tables for each size would take gigabytes at 4,096 rows of 8,192 blocks."""
     model, tp, config = shipped_model("cpu", torch.float32)
     limits = PlanLimits(40, 512, 4, BLOCK_SIZE, config.vocab_size, max_logprobs=20)
-    runner = make_runner(model, tp, limits, static=True)
+    runner = make_runner(model, tp, limits, padded=True)
     inputs = [runner._inputs_of(size) for size in runner.decode_sizes]
     assert [len(each.block_tables) for each in inputs] == [1, 2, 4, 8, 16, 24, 32, 40]
     assert len({each.block_tables.data_ptr() for each in inputs}) == 1
 
 
-def test_the_largest_step_has_positions_of_its_own() -> None:
-    """max_model_len may end inside a block; the trial goes to the block's end."""
+def test_the_rotary_table_covers_the_largest_step() -> None:
+    """max_model_len may end inside a block; the trial step reaches the block's end."""
     config = EngineConfig.resolve(device="cpu", max_model_len=300, max_num_seqs=1)
     limits = config.plan_limits
     worker = object.__new__(Worker)
@@ -254,11 +257,11 @@ def test_the_largest_step_has_positions_of_its_own() -> None:
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda:0", marks=pytest.mark.gpu)])
-def test_the_largest_step_leaves_no_options_behind(device: str) -> None:
-    """It is run to measure memory, with every option on all rows."""
+def test_the_largest_step_leaves_no_options_in_the_table(device: str) -> None:
+    """It measures memory, so all rows have every option."""
     model, tp, config = shipped_model(device, torch.float32)
     limits = PlanLimits(3, 40, 4, BLOCK_SIZE, config.vocab_size, max_logprobs=20)
-    runner = make_runner(model, tp, limits, static=False)
+    runner = make_runner(model, tp, limits, padded=False)
     runner.use_cache(allocate_cache(model, 1, tp))
     plan = largest_step(limits, runner.state.padding_row)
     assert (plan.rows.size, plan.token_ids.size) == (3, 40)
@@ -269,23 +272,23 @@ def test_the_largest_step_leaves_no_options_behind(device: str) -> None:
     assert not len(runner._options)
 
 
-def test_graphs_are_captured_on_padding_whatever_the_step_before_has_staged() -> None:
+def test_graphs_are_captured_on_padding_after_any_earlier_upload() -> None:
     model, tp, config = shipped_model("cpu", torch.float32)
     limits = PlanLimits(20, 64, 4, BLOCK_SIZE, config.vocab_size, max_logprobs=20)
-    runner = make_runner(model, tp, limits, static=True)
+    runner = make_runner(model, tp, limits, padded=True)
     split = ContextSplit(model.local_num_kv_heads)
     for size in runner.graph_sizes:
         runner._staging.upload([np.full(512, 99_999, dtype=np.int32)])
-        runner._stage_padding(size)
+        runner._upload_padding(size)
         if isinstance(size, MixedSize):
             rows, *rest = runner._staging.views(upload_sizes(size, split))
-            assert {row for part in (rows, rest.pop(4)) for row in part.tolist()} == {20}
+            assert {row for array in (rows, rest.pop(4)) for row in array.tolist()} == {20}
         else:
             of_one_token = split.plan(np.ones(size, dtype=np.int32)).reshape(-1)
             rows, *rest = runner._staging.views([size, size, of_one_token.size])
             assert set(rows.tolist()) == {20}
             assert rest.pop().tolist() == of_one_token.tolist()
-        assert not any(part.any() for part in rest)
+        assert not any(array.any() for array in rest)
 
 
 @pytest.mark.gpu
@@ -298,7 +301,7 @@ def test_graphs_and_eager_steps_agree_bit_by_bit() -> None:
 
 @pytest.mark.gpu
 def test_half_precision_is_as_exact_as_transformers() -> None:
-    """Error of bfloat16 logits against float32, over a prompt of 400 tokens."""
+    """Compare errors of bfloat16 logits against float32, over a prompt of 400 tokens."""
     from transformers import Qwen3ForCausalLM as Theirs
 
     def logits_of_transformers(dtype: torch.dtype) -> Tensor:

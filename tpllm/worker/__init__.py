@@ -1,1 +1,1 @@
-"""Each GPU's side: one process per rank that applies step plans and runs the model."""
+"""The worker: one process per rank that applies step plans and runs the model."""

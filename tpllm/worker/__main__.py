@@ -1,8 +1,9 @@
-"""The entry of a worker process: `python -m tpllm.worker FD`, started by the launcher alone.
+"""The entry point of a worker process, `python -m tpllm.worker FD`; only the launcher starts it.
 
-FD is an anonymous file with everything it needs, as JSON. The order below matters: first the tie to
-the coordinator, so that no later failure can leave this process behind, then the channel, so that
-every later failure can be told, and only then torch, which takes seconds to import.
+FD is an anonymous file that holds the worker's specification as JSON. The order below matters. The
+process first ties itself to the coordinator, so that no later failure leaves it behind. Then it
+opens the channel, so that it can report every later failure. Only then it imports torch, which
+takes seconds.
 """
 
 import os
@@ -17,18 +18,17 @@ from tpllm.channel.progress import Progress
 from tpllm.channel.ring import RingDescriptors, RingReader, RingWriter
 from tpllm.errors import SettingError
 from tpllm.worker.replies import Replies
-from tpllm.worker.stacks import answer_with_stacks
+from tpllm.worker.stacks import dump_stacks_on_signal
 
 Spec = dict[str, Any]
 Serve = Callable[[Spec, RingReader, Replies], None]
 
 
 def serve(spec: Spec, plans: RingReader, replies: Replies) -> None:
-    """The life of a rank, until the coordinator ends it."""
+    """Run a rank until the coordinator shuts it down."""
     replies.phase("importing torch")
-    # On a CPU torch's threads spin at the end of every operation before they sleep. Where other
-    # processes want the cores, that makes a step 30 times slower (5 -> 150 ms); 5,000 turns are
-    # some microseconds.
+    # On a CPU, torch's threads spin after every operation before they sleep. If other processes
+    # need the cores, a step becomes 30 times slower (5 -> 150 ms). 5,000 spins take microseconds.
     os.environ.setdefault("GOMP_SPINCOUNT", "5000")
     from tpllm.worker.worker import Worker
 
@@ -37,25 +37,25 @@ def serve(spec: Spec, plans: RingReader, replies: Replies) -> None:
 
 
 def main(serve: Serve = serve) -> NoReturn:
-    """Join the engine and `serve` in it; tests serve something smaller."""
+    """Join the engine and run `serve`; tests pass a smaller `serve`."""
     spec = read_spec(int(sys.argv[1]))
     tie_to_parent(spec["coordinator"])
-    os.set_inheritable(spec["lifeline"], False)  # a compiler that we start is no worker
-    answer_with_stacks(spec["stacks"])
+    os.set_inheritable(spec["lifeline"], False)  # a compiler that torch starts is no worker
+    dump_stacks_on_signal(spec["stacks"])
     exit_code = 1
     try:
         replies = Replies(RingWriter(RingDescriptors.of(spec["replies"])))
         plans = RingReader(RingDescriptors.of(spec["plans"]), spec["rank"])
-        exit_code = _serve_and_tell(serve, spec, plans, replies)
+        exit_code = _serve_and_report(serve, spec, plans, replies)
     except BaseException:
-        traceback.print_exc()  # there is no channel to tell it through
-    # At once: peers wait for this rank in collectives, threads wait for nothing; and the driver
-    # frees the GPU faster than destructors do, and waits for no peer.
+        traceback.print_exc()  # no channel to report it through
+    # Exit without cleanup: peers wait for this rank in collectives, and the driver frees the GPU
+    # faster than destructors do, without waiting for a peer.
     os._exit(exit_code)
 
 
-def _serve_and_tell(serve: Serve, spec: Spec, plans: RingReader, replies: Replies) -> int:
-    """Returns the exit code, after telling the coordinator what went wrong."""
+def _serve_and_report(serve: Serve, spec: Spec, plans: RingReader, replies: Replies) -> int:
+    """Run `serve`, report its failure to the coordinator, and return the exit code."""
     try:
         _make_directory(spec["directory"])
         serve(spec, plans, replies)
@@ -69,10 +69,10 @@ def _serve_and_tell(serve: Serve, spec: Spec, plans: RingReader, replies: Replie
 
 
 def _make_directory(directory: str) -> None:
-    """Make the engine's private directory, unless another rank has made it.
+    """Create the engine's private directory, unless another rank has created it.
 
     Raises:
-        SettingError: there is no room for it, or no permission, or it is somebody else's.
+        SettingError: it cannot be created, or it belongs to another user.
     """
     try:
         os.makedirs(directory, mode=0o700, exist_ok=True)

@@ -1,7 +1,7 @@
-"""The batch as it lives on the device: one row per running sequence, changed by deltas.
+"""The state of the batch on the device: one row per running sequence, updated by deltas.
 
-R rows, of which the last one is reserved: a CUDA graph of a larger size than the batch runs its
-padding there, on the reserved cache block, and needs no special case for it.
+R rows. The last row is reserved for padding: if a CUDA graph's size is larger than the batch, its
+padding rows use this row and the reserved cache block, and need no special case.
 """
 
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ class BatchState:
     """Block tables, sampling settings and last tokens of every row, on the device.
 
     Args:
-        num_rows: rows that sequences can hold; one more is kept for padding.
+        num_rows: rows for sequences; one more row is reserved for padding.
         max_blocks: width of a block table.
         block_size: tokens per cache block.
     """
@@ -37,7 +37,7 @@ class BatchState:
         self.last_tokens = _zeros(num_rows + 1, device=device)
 
     def apply(self, entering: Tensor, block_updates: Tensor) -> None:
-        """Take in a plan's changes.
+        """Apply a plan's changes.
 
         Args:
             entering: flat [n * ENTERING_WORDS] int32; may be empty.
@@ -48,19 +48,19 @@ class BatchState:
             self.row_state.index_copy_(0, words[:, 0].long(), words[:, 1:])
         if block_updates.numel():
             pairs = block_updates.view(-1, 2)
-            # a row that is taken over keeps entries of its last owner beyond its new table: nobody
-            # reads them before an update overwrites them
+            # entries of a row's last sequence remain beyond the new block table; an update
+            # overwrites them before they are read
             self.block_tables.view(-1).index_copy_(0, pairs[:, 0].long(), pairs[:, 1])
 
     def slots(self, rows: Tensor, positions: Tensor) -> Tensor:
-        """Cache slot of each token: rows [N], positions [N] -> [N] int32."""
+        """Return the cache slot of each token: rows [N], positions [N] -> [N] int32."""
         blocks = self.block_tables[rows, positions // self.block_size]
         return blocks * self.block_size + positions % self.block_size
 
     def sampling(self, rows: Tensor, positions: Tensor) -> SamplingBatch:
-        """Sampling settings of `rows` [S], each about to draw the token at `positions` [S]."""
+        """Return sampling settings of `rows` [S] for the tokens at `positions` [S]."""
         state = self.row_state[rows]  # [S, words]
-        # copies also of one row: kernels are compiled for addresses that 16 divides
+        # copies, even of one row: kernels are compiled for addresses that 16 divides
         return SamplingBatch(
             temperatures=state[:, _TEMPERATURE].clone().view(torch.float32),
             seeds=state[:, _SEED : _SEED + 2].clone(),
@@ -72,14 +72,14 @@ class BatchState:
 
 @dataclass
 class DecodeInputs:
-    """What a decode step of a fixed size reads, at fixed addresses for its CUDA graph. S rows."""
+    """Inputs of a decode step of S rows, at fixed addresses for its CUDA graph."""
 
     rows: Tensor  # [S] int32
-    positions: Tensor  # [S] int32, of the token that goes in
-    split_schedule: Tensor  # [parts, SPLIT_WORDS] int32, of their attention: see `ContextSplit`
+    positions: Tensor  # [S] int32, of the input token
+    split_schedule: Tensor  # [splits, SPLIT_WORDS] int32: see `ContextSplit`
     input_ids: Tensor  # [S] int32
     slots: Tensor  # [S] int32
-    context_lens: Tensor  # [S] int32, the token that goes in included
+    context_lens: Tensor  # [S] int32, including the input token
     block_tables: Tensor  # [S, B] int32
     sampling: SamplingBatch
 
@@ -92,7 +92,7 @@ class DecodeInputs:
         max_blocks: int,
         device: torch.device,
     ) -> "DecodeInputs":
-        """Buffers for the rows, positions and plan given, which are views of what was staged."""
+        """Allocate buffers for given rows, positions and schedule: views of the upload buffer."""
         S = rows.numel()
         context_lens = _zeros(S, device=device)
         sampling = SamplingBatch(
@@ -114,7 +114,10 @@ class DecodeInputs:
         )
 
     def first(self, rows: Tensor, positions: Tensor, split_schedule: Tensor) -> "DecodeInputs":
-        """The same buffers for fewer rows, given as to `empty`: steps run one after the other."""
+        """Return the same buffers for fewer rows, with arguments as of `empty`.
+
+        Sizes can share buffers because steps run one after the other.
+        """
         S = rows.numel()
         context_lens = self.context_lens[:S]
         sampling = SamplingBatch(
@@ -137,7 +140,7 @@ class DecodeInputs:
 
 
 def gather_decode_inputs_reference(state: BatchState, inputs: DecodeInputs) -> None:
-    """Torch version of `gather_decode_inputs`."""
+    """Plain torch version of `gather_decode_inputs`."""
     rows, positions = inputs.rows, inputs.positions
     inputs.input_ids.copy_(state.last_tokens[rows])
     inputs.slots.copy_(state.slots(rows, positions))
@@ -157,7 +160,7 @@ def _gather_decode_inputs_kernel(
     last_tokens_ptr: tl.tensor,  # [R]
     tables_ptr: tl.tensor,  # [R, B]
     state_ptr: tl.tensor,  # [R, STATE_WORDS]
-    input_ids_ptr: tl.tensor,  # [S], as all that follow
+    input_ids_ptr: tl.tensor,  # [S], like the pointers that follow
     slots_ptr: tl.tensor,
     context_lens_ptr: tl.tensor,
     out_tables_ptr: tl.tensor,  # [S, B]
@@ -171,7 +174,7 @@ def _gather_decode_inputs_kernel(
     STOP_IDS: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
-    """One program per row of the batch: everything a decode step must know of it."""
+    """Copy the inputs of one row; one program per row of the batch."""
     s = tl.program_id(0).to(tl.int64)
     row = tl.load(rows_ptr + s).to(tl.int64)
     position = tl.load(positions_ptr + s)
@@ -183,7 +186,7 @@ def _gather_decode_inputs_kernel(
     tl.store(context_lens_ptr + s, position + 1)
 
     row_state_ptr = state_ptr + row * STATE_WORDS
-    tl.store(temperatures_ptr + s, tl.load(row_state_ptr))  # the bits, whatever they mean
+    tl.store(temperatures_ptr + s, tl.load(row_state_ptr))  # copied as bits
     tl.store(seeds_ptr + 2 * s, tl.load(row_state_ptr + 1))
     tl.store(seeds_ptr + 2 * s + 1, tl.load(row_state_ptr + 2))
     tl.store(min_positions_ptr + s, tl.load(row_state_ptr + 3))
@@ -191,7 +194,7 @@ def _gather_decode_inputs_kernel(
     tl.store(stop_ids_ptr + s * STOP_IDS + stops, tl.load(row_state_ptr + 4 + stops))
 
     first = 0
-    while first < max_blocks:  # the interpreter takes no range() of an argument
+    while first < max_blocks:  # Triton's interpreter has no range() over an argument
         columns = first + tl.arange(0, BLOCK)
         mask = columns < max_blocks
         entries = tl.load(table_ptr + columns, mask=mask)
@@ -200,7 +203,7 @@ def _gather_decode_inputs_kernel(
 
 
 def gather_decode_inputs(state: BatchState, inputs: DecodeInputs) -> None:
-    """Fill `inputs` for its rows and positions from the rows' state: one kernel, no host data."""
+    """Fill `inputs` for its rows and positions from `state`, with one kernel and no host data."""
     sampling = inputs.sampling
     _gather_decode_inputs_kernel[(inputs.rows.numel(),)](
         inputs.rows,

@@ -1,4 +1,4 @@
-"""How many blocks the KV cache may have: what is left when everything else has its memory."""
+"""The number of blocks of the KV cache, from the memory that everything else leaves free."""
 
 from contextlib import suppress
 from pathlib import Path
@@ -13,23 +13,23 @@ from tpllm.worker.kv_cache import CacheShape
 from tpllm.worker.model_runner import ModelRunner
 from tpllm.worker.step_times import StepMarks
 
-# On a CPU the operating system gives pages when they are written, so this bounds only the address
-# space; half of the memory is left to weights, activations and everybody else.
+# On a CPU the operating system allocates pages when they are written, so this bounds only the
+# address space. The other half is for weights, activations and other processes.
 _CPU_MEMORY_SHARE = 0.5
-# Left free on a GPU for what cannot be measured ahead: fragmentation, lazily loaded kernels.
+# Left free on a GPU for fragmentation and lazily loaded kernels, which cannot be measured before.
 _GPU_RESERVE_BYTES = 256 << 20
 
 
 def cpu_cache_blocks(config: EngineConfig, shape: CacheShape, tp: TPGroup) -> int:
-    """Blocks that fit in half of the host's free memory, shared by the ranks.
+    """Return the number of blocks that fit in half of the host's free memory, shared by the ranks.
 
     Raises:
-        SettingError: not even two do.
+        SettingError: less than two blocks fit.
     """
     available = int(_host_bytes() * _CPU_MEMORY_SHARE) // tp.size
     source = "half of the host's free memory"
-    num_blocks = _agree(available, shape, tp, source, "free some, or lower max_num_seqs")
-    # every row at its longest, and the reserved block: beyond that the cache is a luxury
+    num_blocks = _min_blocks(available, shape, tp, source, "free some, or lower max_num_seqs")
+    # enough for every row at its maximum length, and the reserved block
     return min(num_blocks, config.max_num_seqs * config.max_blocks_per_seq + 1)
 
 
@@ -41,18 +41,19 @@ def gpu_cache_blocks(
     free_at_start: int,
     use_graphs: bool,
 ) -> int:
-    """Run the largest step and capture graphs on a cache of one block; count what is left.
+    """Return the number of blocks that fit beside the largest step and the graphs.
 
-    Where `num_kv_blocks` is set nothing is counted, and the largest step alone is tried.
+    Runs the largest step and captures graphs on a cache of one block to measure their memory. If
+    `num_kv_blocks` is set, only runs the largest step, and returns `num_kv_blocks`.
 
     Args:
-        free_at_start: bytes that were free on the GPU when this process had its CUDA context and
-            nothing else: what others hold is not ours to count on.
+        free_at_start: bytes that were free on the GPU when this process had only its CUDA context;
+            memory of other processes is not available
 
     Raises:
         SettingError: less than two blocks are left on some rank.
     """
-    runner.use_cache(shape.allocate(1, tp.device))  # the reserved block is all that a trial touches
+    runner.use_cache(shape.allocate(1, tp.device))  # a trial uses only the reserved block
     torch.cuda.reset_peak_memory_stats()
     runner.run_largest_step(StepMarks(tp.device))
     torch.cuda.synchronize()
@@ -60,7 +61,7 @@ def gpu_cache_blocks(
     torch.cuda.empty_cache()
     if config.num_kv_blocks is not None:
         return config.num_kv_blocks
-    # what this process holds outside torch's allocator: kernels, NCCL, workspaces
+    # memory of this process outside torch's allocator: kernels, NCCL, workspaces
     held = free_at_start - torch.cuda.mem_get_info()[0]
     other_bytes = max(0, held - torch.cuda.memory_reserved())
     graph_bytes = _graph_bytes(shape, runner, tp) if use_graphs else 0
@@ -75,11 +76,11 @@ def gpu_cache_blocks(
         "raise gpu_memory_utilization, use a larger tensor_parallel_size, or lower "
         "max_num_batched_tokens"
     )
-    return _agree(budget - used, shape, tp, source, mend)
+    return _min_blocks(budget - used, shape, tp, source, mend)
 
 
 def _graph_bytes(shape: CacheShape, runner: ModelRunner, tp: TPGroup) -> int:
-    """Bytes that all graphs will take, from the largest of either kind and two more."""
+    """Estimate the bytes of all graphs from the largest graph of either kind and two more."""
     sizes = runner.graph_sizes
     largest_two = list(dict.fromkeys([sizes[0], runner.decode_sizes[-1]]))
     more = [*sizes[1:2], sizes[-1]]
@@ -99,7 +100,7 @@ def _graph_bytes(shape: CacheShape, runner: ModelRunner, tp: TPGroup) -> int:
 
 
 def _host_bytes() -> int:
-    """Memory that this host, or our part of it, can still give: the page cache counts as free."""
+    """Return the free bytes of the host, or of this cgroup; the page cache counts as free."""
     fields = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
     available = int(fields["MemAvailable"].split()[0]) * 1024
     cgroup = Path("/sys/fs/cgroup")
@@ -109,8 +110,10 @@ def _host_bytes() -> int:
     return max(0, available)
 
 
-def _agree(available_bytes: int, shape: CacheShape, tp: TPGroup, source: str, mend: str) -> int:
-    """The number of blocks that fits on every rank."""
+def _min_blocks(
+    available_bytes: int, shape: CacheShape, tp: TPGroup, source: str, mend: str
+) -> int:
+    """Return the number of blocks that fits on every rank."""
     num_blocks = min_over_ranks(max(0, available_bytes) // shape.block_bytes, tp)
     if num_blocks < 2:
         raise SettingError(

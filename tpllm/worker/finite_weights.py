@@ -1,4 +1,4 @@
-"""Refuses weights that are not numbers: one NaN makes every answer of a model nonsense."""
+"""A check of loaded weights: a single NaN makes every output of a model useless."""
 
 import torch
 from torch import nn
@@ -9,15 +9,15 @@ from tpllm.layers.weights import WeightSource
 
 
 @torch.inference_mode()
-def refuse_unnatural_weights(
+def check_weights_are_finite(
     model: nn.Module, weights: WeightSource, config: ModelConfig, dtype: torch.dtype
 ) -> None:
-    """Check that all loaded weights of this rank are finite; one look, and one wait for the device.
+    """Check that all loaded weights of this rank are finite, with one wait for the device.
 
     Raises:
-        SettingError: some are not; names the checkpoint's tensor.
+        SettingError: some are not; the message names the checkpoint's tensor.
     """
-    # a sum is NaN or infinite if a term is: it reads each weight once, and needs no memory
+    # a sum is not finite if one of its terms is not; it reads each weight once, without a copy
     sums = [parameter.sum(dtype=torch.float32) for parameter in model.parameters()]
     if bool(torch.isfinite(torch.stack(sums)).all()):
         return

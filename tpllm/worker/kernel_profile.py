@@ -1,4 +1,4 @@
-"""Which kernels a decode step spends its time in, as the GPU's own trace tells it."""
+"""The time of a decode step by kernel, from the GPU's own trace."""
 
 from collections import defaultdict
 from typing import Any
@@ -7,15 +7,15 @@ import torch
 from torch._C._autograd import DeviceType
 
 _NAME_LENGTH = 72
-# A step is what runs from the kernel that gathers its inputs to the copy of its tokens.
-_FIRST, _BEHIND = "_gather_decode_inputs", "Memcpy DtoH"
+# A step begins with the kernel that gathers its inputs and ends before its tokens are copied.
+_BEGIN, _END = "_gather_decode_inputs", "Memcpy DtoH"
 
 
 class KernelProfile:
-    """Traces `num_steps` decode steps after `skip` others, and sums them up by kernel.
+    """Traces `num_steps` decode steps after `skip` others, and totals their time by kernel.
 
-    Tracing slows the host, so the steps traced are not those to be timed, and what passes between
-    the end of one and the beginning of the next is no gap.
+    Tracing slows the host, so traced steps are not timed as a whole, and the time between two steps
+    does not count as a gap.
     """
 
     def __init__(self, skip: int, num_steps: int) -> None:
@@ -29,7 +29,7 @@ class KernelProfile:
         self.summary: dict[str, Any] | None = None
 
     def before_step(self, num_rows: int) -> None:
-        """Say that a decode step of `num_rows` is about to be launched."""
+        """Start the trace if it is due; call this before the launch of a step of `num_rows`."""
         if self._num_seen == self._skip:
             torch.cuda.synchronize()
             self._profiler.start()
@@ -38,13 +38,14 @@ class KernelProfile:
         self._num_seen += 1
 
     def after_step(self) -> None:
+        """Stop the trace and make `summary` after the last traced step."""
         if self._num_seen == self._skip + self._num_steps:
             torch.cuda.synchronize()
             self._profiler.stop()
-            self.summary = self._sum_up()
+            self.summary = self._summarize()
 
-    def _sum_up(self) -> dict[str, Any]:
-        """Microseconds a step: by kernel, in all of them, and in the gaps between them."""
+    def _summarize(self) -> dict[str, Any]:
+        """Return microseconds per step: of each kernel, of the whole step, and of gaps in it."""
         profiler: Any = self._profiler.profiler
         kernels = sorted(
             (event.start_ns(), event.duration_ns(), event.name())
@@ -76,17 +77,17 @@ class KernelProfile:
 
 
 def busy_and_gaps(kernels: list[tuple[int, int, str]]) -> tuple[int, int]:
-    """The time in which kernels run, and in which none does inside a step.
+    """Return the time in which kernels run, and the time inside steps in which none runs.
 
     Args:
-        kernels: start, duration and name, in order of their start
+        kernels: start, duration and name, sorted by start
     """
     busy, gaps, end = 0, 0, 0
     in_step = False
     for start, duration, name in kernels:
         busy += max(0, start + duration - max(start, end))
-        if in_step and not name.startswith(_BEHIND):
+        if in_step and not name.startswith(_END):
             gaps += max(0, start - end)
-        in_step = name.startswith(_FIRST) or (in_step and not name.startswith(_BEHIND))
+        in_step = name.startswith(_BEGIN) or (in_step and not name.startswith(_END))
         end = max(end, start + duration)
     return busy, gaps

@@ -12,7 +12,7 @@ from tpllm.layers.attention.attention import KVCache
 
 @dataclass(frozen=True)
 class CacheShape:
-    """What a block of the cache holds on one rank: `block_size` tokens in every layer."""
+    """The shape of one rank's cache; a block holds `block_size` tokens in every layer."""
 
     num_layers: int
     block_size: int
@@ -22,26 +22,26 @@ class CacheShape:
 
     @property
     def block_bytes(self) -> int:
-        """Bytes of a block: keys and values."""
+        """Return the bytes of a block, keys and values."""
         per_token = 2 * self.num_layers * self.num_kv_heads * self.head_dim
         return per_token * self.block_size * self.dtype.itemsize
 
     def allocate(self, num_blocks: int, device: torch.device) -> list[KVCache]:
-        """Keys and values of every layer, each [num_blocks, block_size, K, D], zeroed.
+        """Allocate keys and values of every layer, each [num_blocks, block_size, K, D], zeroed.
 
-        Zeroed because kernels multiply what lies beyond a sequence's end by a weight of zero, which
-        a NaN left in fresh memory would survive.
+        Kernels multiply values beyond a sequence's end by a weight of zero. Fresh memory may hold
+        NaN, and zero times NaN is NaN, so the cache has to be zeroed.
 
         Raises:
-            SettingError: there is not so much memory.
+            SettingError: the device does not have enough memory.
         """
         try:
             return self._allocate(num_blocks, device)
         except (MemoryError, torch.OutOfMemoryError):
             gigabytes = num_blocks * self.block_bytes / 2**30
             raise SettingError(
-                f"num_kv_blocks={num_blocks} take {gigabytes:.1f} GiB, and {device} has not so "
-                "much free; lower num_kv_blocks"
+                f"num_kv_blocks={num_blocks} takes {gigabytes:.1f} GiB, more than {device} has "
+                "free; lower num_kv_blocks"
             ) from None
 
     def _allocate(self, num_blocks: int, device: torch.device) -> list[KVCache]:
@@ -54,8 +54,8 @@ class CacheShape:
             self.head_dim,
         )
         if device.type == "cpu":
-            # numpy leaves zeroing to the operating system, page by page as they are used;
-            # torch.zeros would write them all now: 9 s for 4 GiB
+            # numpy lets the operating system zero each page on first use; torch.zeros writes all
+            # pages at once: 9 s for 4 GiB
             num_bytes = math.prod(shape) * self.dtype.itemsize
             memory = torch.from_numpy(np.zeros(num_bytes, dtype=np.uint8))
             cache = memory.view(self.dtype).view(shape)

@@ -1,4 +1,4 @@
-"""Running out of memory, told with figures and a mend."""
+"""Errors of running out of memory, with figures and a mend."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,13 +8,13 @@ import torch
 
 @contextmanager
 def explained_out_of_memory(device: torch.device, when: str) -> Iterator[None]:
-    """Turn an allocation that fails inside into an error that says what to do about it.
+    """Replace the error of a failed allocation by one that names the mend.
 
     Args:
         when: for the message, such as "in a step"
 
     Raises:
-        RuntimeError: memory ran out; what was computed is lost, so the engine has to end.
+        RuntimeError: memory ran out; the step's results are lost, so the engine has to end.
     """
     try:
         yield
@@ -30,5 +30,5 @@ def _explain(device: torch.device, when: str) -> str:
     return (
         f"{device} ran out of memory {when}: {free / 2**30:.1f} of {total / 2**30:.1f} GiB are "
         f"free, and this process holds {held / 2**30:.1f}; lower gpu_memory_utilization or "
-        "max_num_batched_tokens, or end whatever else uses it"
+        "max_num_batched_tokens, or end other processes on this GPU"
     )

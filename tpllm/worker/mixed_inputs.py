@@ -1,6 +1,6 @@
-"""What the forward of a mixed step reads, laid out on the host with its true sizes or padded.
+"""Inputs of a mixed step's forward, laid out on the host with their true sizes or padded.
 
-N tokens, of which the first D are decode rows, one each, and the rest P chunks of prompts.
+N tokens: the first D are decode rows of one token each, the others belong to P prefill chunks.
 """
 
 from dataclasses import dataclass
@@ -25,11 +25,11 @@ class MixedInputs(Generic[Array]):
     Attributes:
         token_rows: [N] row of each token
         positions: [N] its index in its sequence
-        token_ids: [N] of prompts; LAST_TOKEN for decode rows, whose token only the device knows
-        context_lens: [D] tokens that each decode row may see, itself included; 0 for padding
-        split_schedule: their attention as `ContextSplit` divides it, SPLIT_WORDS for each part
+        token_ids: [N] of prompts; LAST_TOKEN for decode rows, whose token is only on the device
+        context_lens: [D] tokens that each decode row attends to, itself included; 0 for padding
+        split_schedule: KV splits of the decode rows, SPLIT_WORDS each: see `ContextSplit`
         chunk_rows: [P] row of each chunk
-        cu_seqlens_q: [P + 1] where each chunk's tokens begin in the step, and where the last ends
+        cu_seqlens_q: [P + 1] index of each chunk's first token in the step, and the last one's end
         cu_seqlens_k: [P + 1] running sum of the chunks' context lengths
     """
 
@@ -42,19 +42,19 @@ class MixedInputs(Generic[Array]):
     cu_seqlens_q: Array
     cu_seqlens_k: Array
 
-    def parts(self) -> list[Array]:
-        """The arrays in order."""
+    def arrays(self) -> list[Array]:
+        """Return the arrays in the order of the attributes."""
         return [getattr(self, name) for name in self.__dataclass_fields__]
 
 
 def upload_sizes(size: MixedSize, split: ContextSplit) -> list[int]:
-    """Words of each array of inputs that are padded to a size."""
+    """Return the number of words of each array of inputs that are padded to `size`."""
     N, D, P = size.num_tokens, size.num_decode, MAX_CHUNKS
     return [N, N, N, D, split.num_splits(D) * SPLIT_WORDS, P, P + 1, P + 1]
 
 
 def mixed_inputs(plan: StepPlan, split: ContextSplit) -> MixedInputs[np.ndarray]:
-    """A plan's inputs, of their true sizes."""
+    """Return a plan's inputs with their true sizes."""
     D = plan.num_decode
     token_rows, positions, cu_seqlens = flatten_chunks(plan.rows, plan.starts, plan.num_tokens)
     token_ids = np.full(token_rows.size, LAST_TOKEN, dtype=np.int32)
@@ -77,7 +77,7 @@ def mixed_inputs(plan: StepPlan, split: ContextSplit) -> MixedInputs[np.ndarray]
 def padded(
     inputs: MixedInputs[np.ndarray], size: MixedSize, padding_row: int, split: ContextSplit
 ) -> MixedInputs[np.ndarray]:
-    """The inputs at a graph's size: tokens of the padding row, and chunks without tokens."""
+    """Pad inputs to a graph's size with tokens of the padding row and chunks without tokens."""
     fills = MixedInputs[int](
         token_rows=padding_row,
         positions=0,
@@ -90,16 +90,16 @@ def padded(
     )
     return MixedInputs(
         *(
-            np.pad(part, (0, num_words - part.size), constant_values=fill)
-            for part, num_words, fill in zip(
-                inputs.parts(), upload_sizes(size, split), fills.parts(), strict=True
+            np.pad(array, (0, num_words - array.size), constant_values=fill)
+            for array, num_words, fill in zip(
+                inputs.arrays(), upload_sizes(size, split), fills.arrays(), strict=True
             )
         )
     )
 
 
 def no_inputs() -> MixedInputs[np.ndarray]:
-    """Inputs of a step without tokens: `padded`, they are what a graph is captured on."""
+    """Return inputs of a step without tokens; graphs are captured on them after `padded`."""
     nothing, zero = np.empty(0, dtype=np.int32), np.zeros(1, dtype=np.int32)
     return MixedInputs(nothing, nothing, nothing, nothing, nothing, nothing, zero, zero)
 
@@ -107,7 +107,7 @@ def no_inputs() -> MixedInputs[np.ndarray]:
 def flatten_chunks(
     rows: np.ndarray, starts: np.ndarray, num_tokens: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Row and position of every token of a step, on the host.
+    """Return row and position of every token of a step, on the host.
 
     Args:
         rows, starts, num_tokens: [S], as in a `StepPlan`.

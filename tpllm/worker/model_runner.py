@@ -1,4 +1,4 @@
-"""Runs step plans on this rank's shard of the model: batch state, forward, sampling."""
+"""Execution of step plans on this rank's shard of the model: batch state, forward, sampling."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -16,7 +16,7 @@ from tpllm.models.registry import CausalLM
 from tpllm.parallel.group import TPGroup
 from tpllm.sampling.option_table import OptionTable, upload
 from tpllm.sampling.sampler import SamplingBatch
-from tpllm.sampling.token_sampler import RowsToSample, LogprobWords, StepOutput, TokenSampler
+from tpllm.sampling.token_sampler import LogprobWords, RowsToSample, StepOutput, TokenSampler
 from tpllm.worker.batch_state import BatchState, DecodeInputs, gather_decode_inputs
 from tpllm.worker.cuda_graphs import (
     MAX_CHUNKS,
@@ -48,17 +48,18 @@ Forward = Callable[[Sequence[Tensor]], Tensor]
 class ModelRunner:
     """One rank's model, batch and cache.
 
-    A step of decode rows alone, and the forward of a mixed step of few tokens, are padded to one
-    of a few sizes and read fixed buffers only, so that a CUDA graph can replay them. Every other
-    step runs eagerly with its true sizes, in two halves if it is large, so that one computes while
-    the other's sums are on their way over the ranks.
+    A pure decode step, and the forward of a small mixed step, are padded to one of a few sizes and
+    read only fixed buffers, so that they can be CUDA graphs. Every other step runs eagerly with its
+    true sizes. A large step runs as two micro-batches, so that one computes while the other is
+    all-reduced.
 
     Args:
         model: this rank's shard, weights loaded.
         padded_decode: run decode steps padded, from fixed buffers (on a GPU, with an attention
             backend that can be captured).
         padded_mixed: likewise small mixed steps.
-        micro_batch_threshold: run the forward of larger mixed steps in two halves, from so many tokens on.
+        micro_batch_threshold: tokens from which on the forward runs as two micro-batches; None for
+            never.
         receive_masks: waits for the masks of a step whose forward has been launched.
     """
 
@@ -95,7 +96,7 @@ class ModelRunner:
         self._sampler = TokenSampler(
             self._options, lm_head.vocab_start, vocab_size, tp, receive_masks
         )
-        # One for all graphs: what a step left here is there for the rows that ask for more.
+        # All graphs share it; rows with options read the logits of the last step from it.
         self._decode_logits = lm_head.weight.new_empty(
             limits.max_num_seqs if padded_decode else 0, lm_head.local_vocab_size
         )
@@ -106,16 +107,16 @@ class ModelRunner:
         self._staging = HostStaging(words, tp.device)
         self.decode_sizes = decode_sizes(limits.max_num_seqs)
         self.mixed_sizes = mixed_sizes(limits.max_num_batched_tokens, limits.max_num_seqs)
-        self._decode_inputs: dict[int, DecodeInputs] = {}  # by size, views of the largest's
+        self._decode_inputs: dict[int, DecodeInputs] = {}  # by size, all in the same buffers
 
     @property
     def graph_sizes(self) -> list[int | MixedSize]:
-        """Sizes of decode and of mixed steps that can have a graph, the largest first."""
+        """Return the sizes of decode and mixed steps that can have a graph, the largest first."""
         mixed = self.mixed_sizes if self._uses_padded_mixed else []
         return [*reversed(mixed), *reversed(self.decode_sizes)]
 
     def use_cache(self, kv_caches: list[KVCache]) -> None:
-        """Store keys and values here from now on; graphs of an earlier cache are dropped."""
+        """Use this cache from now on, and drop the graphs of an earlier one."""
         self._drop_graphs()
         self._kv_caches = kv_caches
 
@@ -123,13 +124,13 @@ class ModelRunner:
     def capture_graphs(
         self, sizes: Sequence[int | MixedSize], after_each: Callable[[], None] = lambda: None
     ) -> None:
-        """Capture steps of these sizes, in this order, for the present cache."""
-        self._drop_graphs()  # their memory first
+        """Capture steps of these sizes, in this order, for the current cache."""
+        self._drop_graphs()  # frees their memory
         pool = GraphPool()
         for size in sizes:
-            self._stage_padding(size)
+            self._upload_padding(size)
             if isinstance(size, MixedSize):
-                self._mixed_graphs[size] = pool.capture(partial(self._padded_mixed, size))
+                self._mixed_graphs[size] = pool.capture(partial(self._run_padded, size))
             else:
                 self._decode_graphs[size] = pool.capture(partial(self._decode, size))
             after_each()
@@ -137,11 +138,11 @@ class ModelRunner:
     def _drop_graphs(self) -> None:
         self._decode_graphs, self._mixed_graphs = {}, {}
 
-    def _stage_padding(self, size: int | MixedSize) -> None:
-        """Stage a step of padding alone: what is left of earlier steps may point anywhere."""
+    def _upload_padding(self, size: int | MixedSize) -> None:
+        """Upload a step of padding only: rows of earlier steps may point to invalid blocks."""
         if isinstance(size, MixedSize):
             inputs = padded(no_inputs(), size, self.state.padding_row, self._split)
-            self._staging.upload(inputs.parts())
+            self._staging.upload(inputs.arrays())
         else:
             rows = np.full(size, self.state.padding_row, dtype=np.int32)
             starts = np.zeros_like(rows)
@@ -149,9 +150,9 @@ class ModelRunner:
 
     @torch.inference_mode()
     def run(self, plan: StepPlan, marks: StepMarks) -> StepOutput:
-        """Compute one step, on every rank together.
+        """Compute one step; every rank calls this together.
 
-        The tokens may be a buffer that the next step overwrites: copy it on the current stream.
+        The next step may overwrite the returned tokens: copy them on the current stream.
         """
         self._options.enter(plan.entering[:, 0], plan.row_options)
         marks.is_decode = plan.num_decode == plan.rows.size
@@ -159,11 +160,11 @@ class ModelRunner:
             return self._run_decode(plan, marks)
         return self._run_mixed(plan, marks)
 
-    # ---- decode rows alone -------------------------------------------------------------------
+    # ---- pure decode steps -------------------------------------------------------------------
 
     def _run_decode(self, plan: StepPlan, marks: StepMarks) -> StepOutput:
         S = plan.rows.size
-        assert not len(plan.entering), "a row enters with a chunk of its prompt"
+        assert not len(plan.entering), "a row enters with a prefill chunk"
         size = padded_size(self.decode_sizes, S)
         rows = np.full(size, self.state.padding_row, dtype=np.int32)
         rows[:S] = plan.rows
@@ -171,8 +172,8 @@ class ModelRunner:
         starts[:S] = plan.starts
         split_schedule = self._split_schedules.next(starts + 1)
         marks.begin()
-        # Most steps bring no updates and ask for nothing beyond a token. They skip what would make
-        # views: at batch 1 the host has little more time than the GPU.
+        # Most steps have no updates and no options. They create no views, because at batch size 1
+        # the host takes almost as long as the GPU.
         *_, where = self._staging.send([rows, starts, split_schedule, plan.block_updates])
         if plan.block_updates.size:
             updates = self._staging.buffer[where]
@@ -191,7 +192,7 @@ class ModelRunner:
         return self._finish(self._decode_logits[:S], tokens[:S], inputs.rows[:S], to_sample)
 
     def _decode(self, size: int, mark_sampling: Mark = lambda: None) -> Tensor:
-        """One token of each of `size` rows, as staged: reads and writes fixed buffers only."""
+        """Sample one token for each of the `size` uploaded rows, using only fixed buffers."""
         inputs = self._inputs_of(size)
         gather_decode_inputs(self.state, inputs)
         batch = AttentionBatch(
@@ -202,8 +203,8 @@ class ModelRunner:
             split_schedule=inputs.split_schedule,
             prefill=None,
         )
-        part = MicroBatch(inputs.input_ids, inputs.positions, batch)
-        hidden = self._model([part], self._kv_caches)
+        micro_batch = MicroBatch(inputs.input_ids, inputs.positions, batch)
+        hidden = self._model([micro_batch], self._kv_caches)
         mark_sampling()
         logits = self._model.compute_logits(hidden, out=self._decode_logits[:size])
         return self._sample(logits, inputs.rows, inputs.sampling)
@@ -225,7 +226,7 @@ class ModelRunner:
 
     def _sample(self, logits: Tensor, rows: Tensor, batch: SamplingBatch) -> Tensor:
         tokens = self._sampler.sample(logits, batch)
-        self.state.last_tokens[rows] = tokens  # the next step's input, without a trip to the host
+        self.state.last_tokens[rows] = tokens  # the next step's input stays on the device
         return tokens
 
     def _finish(
@@ -234,10 +235,10 @@ class ModelRunner:
         if not len(self._options):
             return StepOutput(tokens)
         output = self._sampler.finish(logits, tokens, to_sample)
-        self.state.last_tokens[rows] = output.tokens  # some were drawn again
+        self.state.last_tokens[rows] = output.tokens  # some were sampled again
         return output
 
-    # ---- everything else ---------------------------------------------------------------------
+    # ---- other steps -------------------------------------------------------------------------
 
     def _run_mixed(self, plan: StepPlan, marks: StepMarks) -> StepOutput:
         ends = plan.starts + plan.num_tokens  # [S] context lengths after this step
@@ -260,7 +261,7 @@ class ModelRunner:
         hidden = forward(views[: len(inputs)])
         marks.sample()
         prompt_logprobs = self._prompt_logprobs(plan, hidden, cu_seqlens - plan.num_tokens)
-        if sampling_rows.size == 0:  # all rows end inside their prompts
+        if sampling_rows.size == 0:  # no row reaches the end of its prompt
             return StepOutput(last_indices, prompt_logprobs)
         logits = self._model.compute_logits(hidden[last_indices])  # [S, Vl]
         sampling = self.state.sampling(sample_rows, sample_positions)
@@ -273,7 +274,7 @@ class ModelRunner:
         return output
 
     def _mixed_forward(self, plan: StepPlan) -> tuple[Forward, list[np.ndarray]]:
-        """What yields a step's hidden states [N, E], given its inputs as staged; and the inputs."""
+        """Return a function from uploaded inputs to hidden states [N, E], and these inputs."""
         num_tokens, num_chunks = int(plan.num_tokens.sum()), plan.rows.size - plan.num_decode
         size = None
         if self._uses_padded_mixed:
@@ -281,51 +282,54 @@ class ModelRunner:
         if size is not None:
             inputs = mixed_inputs(plan, self._split)
             inputs = padded(inputs, size, self.state.padding_row, self._split)
-            return partial(self._replay_mixed, size), inputs.parts()
+            return partial(self._replay_mixed, size), inputs.arrays()
         is_split = (
             self._micro_batch_threshold is not None and num_tokens >= self._micro_batch_threshold
         )
         plans = split_plan(plan) if is_split else (plan,)
-        arrays = [array for each in plans for array in mixed_inputs(each, self._split).parts()]
-        return partial(self._eagerly_mixed, plans), arrays
+        arrays = [array for each in plans for array in mixed_inputs(each, self._split).arrays()]
+        return partial(self._run_eagerly, plans), arrays
 
     def _replay_mixed(self, size: MixedSize, _: Sequence[Tensor]) -> Tensor:
         graph = self._mixed_graphs.get(size)
         if graph is None:
-            return self._padded_mixed(size)
+            return self._run_padded(size)
         graph.graph.replay()
         return graph.result
 
-    def _eagerly_mixed(self, plans: Sequence[StepPlan], inputs: Sequence[Tensor]) -> Tensor:
-        """In one piece, or in the halves' copy streams; the inputs of all plans one behind the other."""
+    def _run_eagerly(self, plans: Sequence[StepPlan], inputs: Sequence[Tensor]) -> Tensor:
+        """Run the plans as micro-batches, each with its copy stream if there are several.
+
+        `inputs` are the inputs of all plans, concatenated.
+        """
         copy_streams = (
             self._tp.copy_streams
             if len(plans) > 1 and self._tp.copy_streams
             else [None] * len(plans)
         )
         num_each = len(inputs) // len(plans)
-        parts = []
+        micro_batches = []
         for i, (plan, copy_stream) in enumerate(zip(plans, copy_streams, strict=True)):
             chunks = slice(plan.num_decode, None)
-            part = self._mixed_part(
+            micro_batch = self._make_micro_batch(
                 MixedInputs(*inputs[i * num_each : (i + 1) * num_each]),
                 max_seqlen_q=int(plan.num_tokens[chunks].max(initial=0)),
                 max_seqlen_k=int((plan.starts + plan.num_tokens)[chunks].max(initial=0)),
                 has_context=bool(plan.starts[chunks].any()),
             )
-            parts.append(replace(part, copy_stream=copy_stream))
-        return self._model(parts, self._kv_caches)
+            micro_batches.append(replace(micro_batch, copy_stream=copy_stream))
+        return self._model(micro_batches, self._kv_caches)
 
-    def _padded_mixed(self, size: MixedSize) -> Tensor:
-        """Hidden states of a step as staged, padded to `size`: reads fixed buffers only."""
+    def _run_padded(self, size: MixedSize) -> Tensor:
+        """Return hidden states of the uploaded step, padded to `size`; read only fixed buffers."""
         inputs = MixedInputs(*self._staging.views(upload_sizes(size, self._split)))
         longest = self._limits.max_blocks_per_seq * self._limits.block_size
-        part = self._mixed_part(
+        micro_batch = self._make_micro_batch(
             inputs, max_seqlen_q=size.num_tokens, max_seqlen_k=longest, has_context=True
         )
-        return self._model([part], self._kv_caches)
+        return self._model([micro_batch], self._kv_caches)
 
-    def _mixed_part(
+    def _make_micro_batch(
         self,
         inputs: MixedInputs[Tensor],
         *,
@@ -333,7 +337,7 @@ class ModelRunner:
         max_seqlen_k: int,
         has_context: bool,
     ) -> MicroBatch:
-        """What the model computes of these tokens; see `PrefillBatch` for the arguments."""
+        """Return the micro-batch of these tokens; see `PrefillBatch` for the arguments."""
         state = self.state
         num_decode = inputs.context_lens.numel()
         prefill = None
@@ -361,9 +365,11 @@ class ModelRunner:
     def _prompt_logprobs(
         self, plan: StepPlan, hidden: Tensor, first_tokens: np.ndarray
     ) -> list[LogprobWords]:
-        """Of the prompt tokens that this step's hidden states predict, where rows ask.
+        """Return log-probabilities of the prompt tokens that hidden states predict, if requested.
 
-        hidden [N, E], or more for padding; first_tokens [S], where each row's tokens begin.
+        Args:
+            hidden: [N, E], possibly followed by padding
+            first_tokens: [S], index of each row's first token in the step
         """
         blocks, indices, places = [], [], []
         width = self._options.tokens.shape[1]
@@ -373,7 +379,7 @@ class ModelRunner:
             if options is None or options.num_prompt_logprobs < 0:
                 continue
             n = min(int(plan.num_tokens[i]), options.num_prompt_tokens - 1 - start)
-            if n > 0:  # else the chunk is the prompt's last token, which predicts a new one
+            if n > 0:  # otherwise the chunk is the prompt's last token, which predicts a new token
                 blocks.append((i, start + 1, n, options.num_prompt_logprobs))
                 indices.append(first_tokens[i] + np.arange(n, dtype=np.int64))
                 places.append(row * width + start + 1 + np.arange(n, dtype=np.int64))
@@ -392,13 +398,13 @@ class ModelRunner:
     # ---- start-up and measurement ------------------------------------------------------------
 
     def run_largest_step(self, marks: StepMarks) -> None:
-        """Run the steps that take the most memory, on the reserved block and row alone."""
+        """Run the steps that take the most memory, on the reserved block and the padding row."""
         sizes = {self._limits.max_num_batched_tokens}
         if (
             self._micro_batch_threshold is not None
             and self._micro_batch_threshold > max(sizes) // 2
         ):
-            sizes.add(self._micro_batch_threshold - 1)  # in one piece it takes more than a half
+            sizes.add(self._micro_batch_threshold - 1)  # without micro-batches it takes more memory
         for size in sorted(sizes):
             num_seqs = min(self._limits.max_num_seqs, size)
             limits = replace(self._limits, max_num_batched_tokens=size, max_num_seqs=num_seqs)
@@ -408,17 +414,17 @@ class ModelRunner:
 
     @torch.inference_mode()
     def time_sampling(self, repeats: int = 20) -> float:
-        """Milliseconds of LM head and sampling for the largest decode step, as a graph runs them.
+        """Return the milliseconds of LM head and sampling in the graph of the largest decode step.
 
-        A step's graph cannot be timed inside, so its last stage is measured alone. Every rank
-        calls this together.
+        Events cannot be recorded inside a step's graph, so LM head and sampling are measured in a
+        graph of their own. Every rank calls this together.
         """
         size = self.decode_sizes[-1]
         rows = torch.full((size,), self.state.padding_row, device=self._tp.device)
         lm_head = self._model.lm_head.weight
         hidden = torch.ones(size, lm_head.shape[1]).to(lm_head)
         batch = self.state.sampling(rows, torch.zeros_like(rows, dtype=torch.int32))
-        batch.temperatures.fill_(1)  # the costlier case: noise for every id
+        batch.temperatures.fill_(1)  # the slower case: noise for every id
 
         def sample() -> None:
             self._sample(self._model.compute_logits(hidden), rows, batch)

@@ -1,4 +1,4 @@
-"""What a worker says to the coordinator: results of steps, progress, and what went wrong."""
+"""Messages of a worker to the coordinator: results of steps, phases of the start, and errors."""
 
 import json
 import threading
@@ -13,7 +13,7 @@ _TIMEOUT_S = 60.0
 
 
 class Replies:
-    """The worker's ring back to the coordinator, for all of its threads."""
+    """The worker's ring to the coordinator, which all threads of the worker may use."""
 
     def __init__(self, writer: RingWriter) -> None:
         self._writer = writer
@@ -28,15 +28,16 @@ class Replies:
             self._writer.send(CONTROL, [json.dumps(message).encode()], _TIMEOUT_S)
 
     def phase(self, name: str) -> None:
-        """What this rank does now; a later failure is reported with it."""
+        """Report what this rank does now; the coordinator names it in a later error."""
         self.control({"phase": name})
 
     def error(self, text: str, *, setting: bool = False) -> None:
-        """Report a traceback; its end, where the cause stands, is what survives a cut.
+        """Report a traceback; if it is too long, only its end is sent, which names the cause.
 
-        `setting` marks a message about a setting, to be shown to the caller as it is. The time
-        tells the first rank that failed from those that failed of it: all share one clock.
+        `setting` marks a message about a setting, which the caller sees unchanged. All ranks share
+        a clock, so the time identifies the rank that failed first.
         """
-        room = self._writer.slot_bytes // 12 - 64  # JSON needs up to 12 bytes for a character
-        message = {"error": text[-room:].strip(), "setting": setting, "time": time.monotonic()}
+        max_length = self._writer.slot_bytes // 12 - 64  # JSON takes up to 12 bytes per character
+        text = text[-max_length:].strip()
+        message = {"error": text, "setting": setting, "time": time.monotonic()}
         self.control(message)

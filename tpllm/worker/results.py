@@ -1,4 +1,4 @@
-"""Sends what each step drew to the coordinator, without holding up the next launch."""
+"""Sending of each step's tokens to the coordinator, without delaying the next launch."""
 
 import os
 import queue
@@ -15,23 +15,23 @@ from tpllm.worker.replies import Replies
 from tpllm.worker.step_times import StepMarks, StepTimes
 
 _NO_WORDS = np.empty(0, dtype=np.int32)
-_NUM_READBACKS = 4  # two steps in flight, the one before them for its times, and one to spare
+_NUM_READBACKS = 4  # two steps in flight, the one before them for its times, and a spare one
 
 
 @dataclass
 class Readback:
-    """Pinned memory that receives what a step yields, and the marks that say when it has."""
+    """Pinned memory for a step's output, and marks to wait for the copies to it."""
 
     tokens: torch.Tensor
     marks: StepMarks
     logprobs: list[tuple[LogprobWords, torch.Tensor]] = field(default_factory=list)
 
     def receive(self, output: StepOutput) -> None:
-        """Copy what the device will have computed, without waiting for it."""
+        """Enqueue copies of a step's output, without waiting for them."""
         self.tokens[: output.tokens.numel()].copy_(output.tokens, non_blocking=True)
         self.logprobs = []
         for each in output.logprobs:
-            # torch keeps pinned memory for reuse, and most steps need none of this
+            # allocated per step: torch caches pinned memory, and most steps need none
             host = torch.empty(
                 each.words.shape, dtype=torch.int32, pin_memory=self.tokens.is_pinned()
             )
@@ -39,7 +39,7 @@ class Readback:
             self.logprobs.append((each, host))
 
     def logprob_records(self) -> np.ndarray:
-        """What has arrived, as a step's result carries it."""
+        """Return the copied log-probabilities as records of a step's result."""
         records = [
             record for each, host in self.logprobs for record in each.to_records(host.numpy())
         ]
@@ -47,9 +47,9 @@ class Readback:
 
 
 class ResultSender:
-    """Waits for each step's tokens in a thread of its own, and sends them.
+    """Waits for each step's tokens in its own thread, and sends them.
 
-    A buffer belongs to its step until the thread has sent it.
+    A buffer belongs to its step until the thread has sent its content.
     """
 
     def __init__(
@@ -58,7 +58,7 @@ class ResultSender:
         self._replies = replies
         self._times = times
         self._free: queue.SimpleQueue[Readback] = queue.SimpleQueue()
-        self._sent: queue.SimpleQueue[tuple[int, np.ndarray, Readback]] = queue.SimpleQueue()
+        self._pending: queue.SimpleQueue[tuple[int, np.ndarray, Readback]] = queue.SimpleQueue()
         pinned = device.type == "cuda"
         for _ in range(_NUM_READBACKS):
             tokens = torch.zeros(limits.max_num_seqs, dtype=torch.int32, pin_memory=pinned)
@@ -66,24 +66,24 @@ class ResultSender:
         threading.Thread(target=self._run, name="tpllm-results", daemon=True).start()
 
     def next_buffer(self) -> Readback:
-        """A buffer for the step about to be launched."""
+        """Return a buffer for the step that is launched next."""
         return self._free.get()
 
     def send(self, plan: StepPlan, readback: Readback) -> None:
-        """Send the result of `plan` once `readback` holds it."""
-        self._sent.put((plan.step, plan.samples, readback))
+        """Send the result of `plan` when `readback` holds it."""
+        self._pending.put((plan.step, plan.samples, readback))
 
     def _run(self) -> None:
         previous: Readback | None = None
         try:
             while True:
-                step, num_yielded, readback = self._sent.get()
+                step, num_sampled, readback = self._pending.get()
                 readback.marks.wait_end()
-                tokens = readback.tokens.numpy()[: int(num_yielded.sum())]
+                tokens = readback.tokens.numpy()[: int(num_sampled.sum())]
                 logprobs = readback.logprob_records()
-                self._replies.result(StepResult(step, num_yielded, tokens, logprobs).parts())
+                self._replies.result(StepResult(step, num_sampled, tokens, logprobs).parts())
                 self._times.add(readback.marks)
-                if previous is not None:  # its end is where this step's idle time began
+                if previous is not None:  # kept until now: this step's idle time begins at its end
                     self._free.put(previous)
                 previous = readback
         except BaseException:

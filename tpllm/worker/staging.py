@@ -1,21 +1,21 @@
-"""Carries the integers of a step from the host to the device, in one copy."""
+"""Upload of the integers of a step to the device, in one copy."""
 
 import numpy as np
 import torch
 from torch import Tensor
 
-_NUM_BUFFERS = 3  # uploads that can be on their way before the host waits
-_ALIGN = 4  # words: every part starts at 16 bytes, for vectorised loads
+_NUM_BUFFERS = 3  # uploads that can be in flight before the host waits
+_ALIGN = 4  # words: every array is aligned to 16 bytes, for vectorised loads
 
 
 class HostStaging:
-    """Uploads int32 arrays through pinned buffers, each reused only once its copy is done.
+    """Uploads int32 arrays through pinned buffers; each is reused when its copy is done.
 
-    The device side is one buffer at a fixed address, which a CUDA graph may read: the next upload
-    waits, by stream order, for the kernels that read the last one.
+    The device has one buffer at a fixed address, which a CUDA graph may read. By stream order, an
+    upload waits for the kernels that read the one before it.
 
     Args:
-        num_words: the most int32 words of one upload, alignment included.
+        num_words: maximum int32 words of one upload, alignment included.
 
     Attributes:
         buffer: on the device, [num_words] int32
@@ -32,29 +32,29 @@ class HostStaging:
         self._done = [torch.cuda.Event() for _ in range(_NUM_BUFFERS)] if on_cuda else []
         self._turn = 0
 
-    def upload(self, parts: list[np.ndarray]) -> list[Tensor]:
-        """Copy `parts` to the device; returns them as flat views of the fixed buffer there."""
-        return [self.buffer[where] for where in self.send(parts)]
+    def upload(self, arrays: list[np.ndarray]) -> list[Tensor]:
+        """Copy `arrays` to the device; return them as flat views of `buffer`."""
+        return [self.buffer[where] for where in self.send(arrays)]
 
-    def send(self, parts: list[np.ndarray]) -> list[slice]:
-        """Copy `parts` to the device; returns where each is in `buffer`."""
+    def send(self, arrays: list[np.ndarray]) -> list[slice]:
+        """Copy `arrays` to the device; return the slice of `buffer` that holds each."""
         turn = self._turn
         self._turn = (turn + 1) % len(self._buffers)
         if self._done:
             self._done[turn].synchronize()
-        array, offset, places = self._arrays[turn], 0, []
-        for part in parts:
-            where = slice(offset, offset + part.size)
-            array[where] = part.reshape(-1)
-            places.append(where)
+        host, offset, slices = self._arrays[turn], 0, []
+        for array in arrays:
+            where = slice(offset, offset + array.size)
+            host[where] = array.reshape(-1)
+            slices.append(where)
             offset = aligned(where.stop)
         self.buffer[:offset].copy_(self._buffers[turn][:offset], non_blocking=True)
         if self._done:
             self._done[turn].record()
-        return places
+        return slices
 
     def views(self, sizes: list[int]) -> list[Tensor]:
-        """Where an upload puts parts of these sizes if they come first, as a graph captures it."""
+        """Return the views of `buffer` that an upload of arrays of these sizes begins with."""
         views, offset = [], 0
         for size in sizes:
             views.append(self.buffer[offset : offset + size])
@@ -63,5 +63,5 @@ class HostStaging:
 
 
 def aligned(num_words: int) -> int:
-    """Where the next part of an upload begins."""
+    """Round up to the offset at which the next array of an upload begins."""
     return -(-num_words // _ALIGN) * _ALIGN

@@ -1,4 +1,4 @@
-"""Where a step's time goes on a worker: prepared on the host, computed, sampled, left idle."""
+"""The time of a step on a worker: preparation on the host, computing, sampling, idling."""
 
 import time
 
@@ -6,23 +6,23 @@ import torch
 
 
 class StepMarks:
-    """The instants of one step, on the device's own clock: begin, sampling begins, end.
+    """Times of one step on the device's clock: its begin, the begin of sampling, its end.
 
-    On a CPU the work is synchronous and the host's clock serves. `wait_end` sleeps until the step
-    is computed and its tokens copied out.
+    A CPU works synchronously, so the host's clock is used there. `wait_end` sleeps until the step
+    is computed and its tokens are copied to the host.
     """
 
     def __init__(self, device: torch.device) -> None:
         self._on_cuda = device.type == "cuda"
         if self._on_cuda:
-            # blocking: the thread that waits sleeps, and leaves the interpreter to the others
+            # blocking: the waiting thread sleeps and does not hold the interpreter
             self._begin = torch.cuda.Event(enable_timing=True)
             self._sample = torch.cuda.Event(enable_timing=True)
             self._end = torch.cuda.Event(enable_timing=True, blocking=True)
         else:
             self._times = [0.0, 0.0, 0.0]
         self.is_decode = True
-        self.has_sample = True  # False for a CUDA graph, inside of which no mark can be set
+        self.has_sample = True  # False for a CUDA graph, which cannot contain a mark
         self.prepare_ms = 0.0
 
     def begin(self) -> None:
@@ -47,7 +47,7 @@ class StepMarks:
             self._end.synchronize()
 
     def spans_ms(self, previous: "StepMarks | None") -> tuple[float, float, float]:
-        """Milliseconds of the whole step, of its sampling, and idle since `previous` ended."""
+        """Return milliseconds of the step, of sampling, and of idling since `previous` ended."""
         if self._on_cuda:
             idle = previous._end.elapsed_time(self._begin) if previous else 0.0
             sample_ms = self._sample.elapsed_time(self._end) if self.has_sample else 0.0
@@ -58,7 +58,7 @@ class StepMarks:
 
 
 class StepTimes:
-    """Totals over steps, decode steps and mixed ones apart."""
+    """Totals over steps, separately for decode and mixed steps."""
 
     FIELDS = ("prepare_ms", "gpu_ms", "sample_ms", "idle_ms")
 
@@ -79,7 +79,7 @@ class StepTimes:
             total[field] += value
 
     def take(self) -> dict[str, dict[str, float]]:
-        """The totals since the last call, in milliseconds."""
+        """Return the totals since the last call, in milliseconds."""
         totals, self._totals = self._totals, self._empty()
         self._previous = None
         return totals

@@ -1,4 +1,4 @@
-"""The step that takes the most memory, to be run once before the cache is sized."""
+"""The step that takes the most memory; a worker runs it once before it sizes the cache."""
 
 from dataclasses import replace
 
@@ -9,7 +9,7 @@ from tpllm.channel.step_plan import ENTERING_WORDS, PlanLimits, StepPlan
 from tpllm.sampling_params import MAX_LOGPROBS
 
 _ONE = np.zeros(1, dtype=np.int32)
-# Everything that works on whole rows of the vocabulary.
+# All options that process whole rows of the vocabulary.
 _COSTLIEST = RowOptions(
     num_prompt_tokens=2**31 - 1,
     top_k=1,
@@ -20,7 +20,7 @@ _COSTLIEST = RowOptions(
 
 
 def largest_step(limits: PlanLimits, row: int) -> StepPlan:
-    """A step of as many tokens and as many drawing rows as there may be, all of them `row`."""
+    """Return a step with the maximum of tokens and of sampled rows, all of them `row`."""
     S = limits.max_num_seqs
     num_tokens = min(limits.max_num_batched_tokens, S * limits.max_tokens_per_seq)
     chunk, rest = divmod(num_tokens, S)

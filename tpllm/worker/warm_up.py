@@ -1,11 +1,10 @@
-"""Compiles a model's kernels while its weights are read.
+"""Compilation of a model's kernels while its weights are read.
 
-Triton compiles a kernel when it is first launched, about a second each, and a first step launches
-some twenty, one after the other. So those that most requests need are launched before, in threads
-and on next to no data, while the main thread waits for peers and for the disk. Of the kernels that
-all ranks share each rank begins with others, and finds in Triton's cache what a peer has compiled
-meanwhile. A kernel that is missing here, or meets other sizes later, is compiled then: that costs
-time, nothing else.
+Triton compiles a kernel at its first launch, which takes about a second, and the first step
+launches about twenty kernels. Threads launch the kernels that most requests need on tiny inputs,
+while the main thread waits for peers and for the disk. Each rank starts at another one of the
+kernels that all ranks share, and finds those that peers have compiled in Triton's cache. A kernel
+that is missing here is compiled at its first launch in a step, which only costs time.
 """
 
 import os
@@ -42,16 +41,16 @@ from tpllm.worker.batch_state import BatchState, DecodeInputs, gather_decode_inp
 from tpllm.worker.micro_batches import micro_batch_threshold
 
 _MAX_THREADS = 4
-# Compiling is half Python. Whoever waits for the interpreter shall have it soon: the main thread
-# does so some thousand times while it reads the weights.
+# Half of compiling is Python code. A short interval lets the main thread take the interpreter soon:
+# it waits for it about a thousand times while it reads the weights.
 _SWITCH_INTERVAL_S = 5e-4
 
 
 class KernelWarmUp:
-    """Begins at once; `wait` returns when all kernels are there.
+    """Starts to compile kernels in threads; `wait` returns when all are compiled.
 
     Args:
-        rank, world_size: of this process; the group need not have met
+        rank, world_size: those of this process; the group need not be connected
     """
 
     def __init__(
@@ -64,15 +63,15 @@ class KernelWarmUp:
         sys.setswitchinterval(_SWITCH_INTERVAL_S)
         num_threads = min(_MAX_THREADS, max(1, len(os.sched_getaffinity(0)) // world_size))
         self._pool = ThreadPoolExecutor(num_threads, "warm-up", torch.cuda.set_device, (device,))
-        # Triton's driver is made by whoever asks first, and that must be one alone
+        # the first thread that uses Triton's driver creates it, and only one may do so
         driver = self._pool.submit(lambda: triton.runtime.driver.active.get_current_device())
         self._launched = [driver]
-        # those of this rank first: a sum is tried as soon as the group has met
+        # kernels of this rank first: all-reduce is tried as soon as the group is connected
         for each in kernels.of_this_rank() + shared[first:] + shared[:first]:
             self._launched.append(self._pool.submit(_after, driver, each))
 
     def wait(self) -> None:
-        """Raises what a kernel raised."""
+        """Wait for all kernels; raise the first error of one."""
         try:
             for each in self._launched:
                 each.result()
@@ -88,7 +87,7 @@ def _after(earlier: Future[Any], launch: Callable[[], object]) -> None:
 
 
 class Kernels:
-    """What an engine launches, each for one call without arguments."""
+    """Launches of the kernels that an engine uses, as calls without arguments."""
 
     def __init__(
         self, config: EngineConfig, rank: int, world_size: int, device: torch.device
@@ -96,22 +95,22 @@ class Kernels:
         model = self.model = config.model_config
         self.config, self.device = config, device
         self.dtype: torch.dtype = getattr(torch, config.dtype)
-        self.tp = TPGroup(rank, world_size, device, process_group=None)  # for sizes alone
+        self.tp = TPGroup(rank, world_size, device, process_group=None)  # only for its sizes
         self.num_heads = model.num_attention_heads // world_size
         kv_heads = kv_head_shard(model.num_key_value_heads, self.tp)
         self.num_kv_heads = kv_heads.stop - kv_heads.start
         self.split = ContextSplit(self.num_kv_heads)
-        self.has_sums = world_size > 1 and not config.disable_custom_all_reduce
-        self.has_sums &= model.hidden_size % WIDTH_MULTIPLE == 0
+        self.has_peer_memory = world_size > 1 and not config.disable_custom_all_reduce
+        self.has_peer_memory &= model.hidden_size % WIDTH_MULTIPLE == 0
         self.local_vocab_size = -(-model.vocab_size // world_size)
         self.vocab_start = rank * self.local_vocab_size
 
     def of_this_rank(self) -> list[Callable[[], object]]:
-        """Sums over the ranks: they know which rank they run on."""
-        if not self.has_sums:
+        """Return the launches of all-reduce kernels, which are compiled for one rank."""
+        if not self.has_peer_memory:
             return []
-        sums: list[Callable[[], object]] = [
-            partial(self.sum, N, one_shot_rows)
+        calls: list[Callable[[], object]] = [
+            partial(self.all_reduce_norm, N, one_shot_rows)
             for N, one_shot_rows in (
                 (1, 2),  # in one shot, launched early
                 (2, 2),  # in one shot
@@ -120,15 +119,16 @@ class Kernels:
             )
         ]
         if micro_batch_threshold(self.config, self.dtype):
-            sums.append(self.lane_sum)
-        return sums
+            calls.append(self.overlapped_all_reduce)
+        return calls
 
     def shared(self) -> list[Callable[[], object]]:
+        """Return the launches of kernels that are the same on all ranks."""
         config = self.config
         calls: list[Callable[[], object]] = []
         if config.attention_backend != "torch":
             with_rope = BACKENDS[config.attention_backend].max_rope_rows
-            # rotation inside, launched early or not, rotation before, the shape for many programs
+            # rotation in the kernel, with early launch or without; rotation before; many programs
             sizes = [1, 2, with_rope + 1]
             sizes.append(next(S for S in count(1) if not self.split.has_large_programs(S)))
             calls += [partial(self.attend, S) for S in sizes]
@@ -143,10 +143,16 @@ class Kernels:
                     Around(norm, residual, swiglu=True),
                 ]
             calls += [partial(self.gemv, around) for around in arounds]
-        if not self.has_sums:
+        if not self.has_peer_memory:
             calls += [partial(self.norm, has_residual) for has_residual in (False, True)]
-        calls += [self.cut, self.likeliest, self.rank_and_mass, self.drop_below]
-        calls += [self.draw, self.draw_changed, self.gather_inputs, self.swiglu, self.scores_of_all]
+        calls += [self.find_thresholds, self.likeliest, self.rank_and_mass, self.drop_below]
+        calls += [
+            self.sample,
+            self.sample_changed,
+            self.gather_inputs,
+            self.swiglu,
+            self.scores_of_all,
+        ]
         return calls
 
     def new(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
@@ -176,8 +182,8 @@ class Kernels:
         norm = RMSNorm(E, 1e-6, dtype=self.dtype, device=self.device)
         norm(self.new(1, E), self.new(1, E) if has_residual else None)
 
-    def sum(self, N: int, one_shot_rows: int) -> None:
-        """Of N rows, in one shot up to `one_shot_rows`; what peers would send is there."""
+    def all_reduce_norm(self, N: int, one_shot_rows: int) -> None:
+        """All-reduce N rows, in one shot up to `one_shot_rows`; the peer buffers are full."""
         E, size = self.model.hidden_size, self.tp.size
         rows = self.new(NUM_PLACES, size, 4, E)
         pointers = torch.full((size,), rows.data_ptr(), device=self.device)
@@ -187,10 +193,10 @@ class Kernels:
         tp = replace(self.tp, peers=peers)
         all_reduce_norm(x, residual, self.norm_weight(), 1e-6, tp, has_residual=True)
 
-    def lane_sum(self) -> None:
+    def overlapped_all_reduce(self) -> None:
         x, out = (self.new(1, self.model.hidden_size) for _ in range(2))
-        terms = self.new(self.tp.size, 1, self.model.hidden_size)
-        reduce_and_norm(x, terms, None, self.norm_weight(), out, 1e-6, self.tp)
+        partial_sums = self.new(self.tp.size, 1, self.model.hidden_size)
+        reduce_and_norm(x, partial_sums, None, self.norm_weight(), out, 1e-6, self.tp)
 
     def swiglu(self) -> None:
         silu_and_mul(self.new(2, 2 * self.model.intermediate_size // self.tp.size))
@@ -203,7 +209,7 @@ class Kernels:
     def scores_of_all(self) -> None:
         scores_of(self.new(2, self.local_vocab_size), self.vocab_start, self.model.vocab_size)
 
-    def draw(self, logits: Tensor | None = None) -> None:
+    def sample(self, logits: Tensor | None = None) -> None:
         logits = self.new(2, self.local_vocab_size) if logits is None else logits
         S = len(logits)
         integers = self.new(S, dtype=torch.int32)
@@ -212,16 +218,16 @@ class Kernels:
         batch = SamplingBatch(temperatures, seeds, integers, integers, stops)
         alone = TPGroup.single(self.device)
         sample(logits, batch, self.vocab_start, self.model.vocab_size, alone)
-        best_candidate(self.new(self.tp.size, 2, S, dtype=torch.int32))  # of those of the ranks
+        best_candidate(self.new(self.tp.size, 2, S, dtype=torch.int32))  # one candidate per rank
 
-    def draw_changed(self) -> None:
-        self.draw(self.scores())
+    def sample_changed(self) -> None:
+        self.sample(self.scores())
 
-    def cut(self) -> None:
-        """Of top-k and top-p together, as Qwen3's own defaults ask."""
+    def find_thresholds(self) -> None:
+        """Find thresholds of top-k and top-p together, as in Qwen3's defaults."""
         if self.tp.size == 1:
             row = self.scores().unsqueeze(1)
-        else:  # as ranks have sent it
+        else:  # as after the exchange between ranks
             shape = (self.tp.size, 1, self.local_vocab_size)
             row = self.new(*shape, dtype=torch.float32).transpose(0, 1)
         one = self.new(1, dtype=torch.float32)

@@ -1,4 +1,4 @@
-"""A worker: brings up one rank, then turns plans into tokens until it is told to stop."""
+"""A worker: it starts one rank, and executes step plans until it receives `shutdown`."""
 
 import json
 import os
@@ -22,7 +22,7 @@ from tpllm.parallel.collectives import barrier, with_copy_streams, with_peer_mem
 from tpllm.parallel.copy_streams import NUM_COPY_STREAMS
 from tpllm.parallel.group import TPGroup
 from tpllm.worker.cache_sizing import cpu_cache_blocks, gpu_cache_blocks
-from tpllm.worker.finite_weights import refuse_unnatural_weights
+from tpllm.worker.finite_weights import check_weights_are_finite
 from tpllm.worker.kernel_profile import KernelProfile
 from tpllm.worker.kv_cache import CacheShape
 from tpllm.worker.memory import explained_out_of_memory
@@ -33,7 +33,7 @@ from tpllm.worker.results import ResultSender
 from tpllm.worker.step_times import StepMarks, StepTimes
 from tpllm.worker.warm_up import KernelWarmUp
 
-# While steps are in flight the next plan is at most this far away: do not fall asleep for it.
+# While steps are in flight the next plan arrives within this time: spin instead of sleeping.
 SPIN_S = 100e-6
 
 
@@ -41,7 +41,7 @@ class Worker:
     """One rank of the engine.
 
     Raises:
-        SettingError: the memory that the settings grant does not hold the model and a cache.
+        SettingError: the model and a cache do not fit in the memory that the settings allow.
     """
 
     def __init__(
@@ -64,7 +64,7 @@ class Worker:
 
         replies.phase("joining the group")
         store = str(Path(spec["directory"]) / "rendezvous")
-        # The coordinator notices a hang first, and can say where every rank is.
+        # longer than the coordinator's timeouts, because its error reports where every rank is
         timeout_s = 2 * max(config.start_timeout_s, config.step_timeout_s)
         self._tp = TPGroup.connect(rank, world_size, device, store, timeout_s)
         if not config.disable_custom_all_reduce:
@@ -103,7 +103,7 @@ class Worker:
             micro_batch_threshold=info["micro_batch_threshold"],
             receive_masks=self._receive_masks,
         )
-        with explained_out_of_memory(device, "while it made room for the KV cache"):
+        with explained_out_of_memory(device, "while it allocated the KV cache"):
             num_blocks = self._make_cache(model, free_at_start)
         self._times = StepTimes()
         self._profile: KernelProfile | None = None
@@ -120,7 +120,7 @@ class Worker:
             model_config,
             self._tp,
             self._dtype,
-            # whole blocks: the largest step, run as a trial, is as long as a row's cache
+            # rounded up to whole blocks: the trial step is as long as a row's cache
             config.plan_limits.max_tokens_per_seq,
             backend,
             matmul,
@@ -128,17 +128,17 @@ class Worker:
         if config.load_format == "dummy":
             model.load(DummyWeights(model_config, self._device, self._dtype))
         else:
-            weights = _Beating(SafetensorsWeights(config.folder), self._progress)
+            weights = _HeartbeatWeights(SafetensorsWeights(config.folder), self._progress)
             model.load(weights)
             assert isinstance(model, torch.nn.Module)
-            refuse_unnatural_weights(model, weights, model_config, self._dtype)
+            check_weights_are_finite(model, weights, model_config, self._dtype)
         if self._device.type == "cuda":
             torch.cuda.synchronize()
             torch.cuda.empty_cache()
         return model
 
     def _make_cache(self, model: CausalLM, free_at_start: int) -> int:
-        """Size the cache by what every rank can spare, allocate it, capture graphs; its blocks."""
+        """Size and allocate the cache, capture graphs, and return the number of blocks."""
         config, runner = self._config, self._runner
         shape = CacheShape(
             model.num_layers,
@@ -150,7 +150,7 @@ class Worker:
         self._replies.phase("measuring memory")
         if self._warm_up:
             self._warm_up.wait()
-            torch.cuda.empty_cache()  # what it has left is no part of the largest step
+            torch.cuda.empty_cache()  # its memory does not count for the largest step
         if self._device.type == "cuda":
             num_blocks = gpu_cache_blocks(
                 config, shape, runner, self._tp, free_at_start, self._use_graphs
@@ -166,7 +166,7 @@ class Worker:
     # ---- serving -----------------------------------------------------------------------------
 
     def run(self) -> None:
-        """Apply plans until the coordinator says `shutdown`."""
+        """Execute plans until the coordinator sends `shutdown`."""
         while True:
             record = self._plans.receive(spin_s=SPIN_S)
             assert record is not None
@@ -202,7 +202,7 @@ class Worker:
             profile.after_step()
 
     def _receive_masks(self, step: int) -> StepMasks:
-        """What the coordinator makes while this step's forward runs."""
+        """Wait for the masks that the coordinator makes while this step's forward runs."""
         record = self._plans.receive(spin_s=SPIN_S)
         assert record is not None
         assert record.kind == MASKS, f"a record of kind {record.kind} before the masks of {step}"
@@ -211,7 +211,7 @@ class Worker:
         return masks
 
     def _report_times(self, time_sampling: bool) -> None:
-        """Totals over the steps since the last report, from rank 0."""
+        """Send the totals since the last report; only rank 0 sends them."""
         sampling_ms = None
         if time_sampling and self._use_graphs:
             sampling_ms = self._runner.time_sampling()
@@ -222,8 +222,8 @@ class Worker:
             self._replies.control(report)
 
 
-class _Beating:
-    """A source of weights that gives a sign of life for every tensor: a slow disk is no hang."""
+class _HeartbeatWeights:
+    """A source of weights that sends a heartbeat for every tensor: a slow disk is not a hang."""
 
     def __init__(self, weights: WeightSource, progress: Progress) -> None:
         self._weights = weights
@@ -235,9 +235,9 @@ class _Beating:
 
 
 def _with_peer_memory(tp: TPGroup, config: EngineConfig, dtype: torch.dtype) -> TPGroup:
-    """The group with peer memory where that is there and right; NCCL does everything otherwise.
+    """Return the group with peer memory if a trial of it succeeds; without it NCCL is used.
 
-    Likewise with copy streams, where a step may be so large that its halves run beside each other.
+    Also adds copy streams, if steps can be large enough for micro-batches and a trial succeeds.
     """
     with_peers = with_peer_memory(tp, config.model_config.hidden_size, dtype)
     if not peer_memory_works(with_peers):
@@ -251,7 +251,7 @@ def _with_peer_memory(tp: TPGroup, config: EngineConfig, dtype: torch.dtype) -> 
 
 
 def _take_device(config: EngineConfig, rank: int, world_size: int) -> torch.device:
-    """The rank's device, made current."""
+    """Return the rank's device after making it the current one."""
     torch.set_float32_matmul_precision("highest")  # float32 means float32: no TF32
     if config.device == "cuda":
         device = torch.device("cuda", rank)
