@@ -17,19 +17,21 @@ from tests.structure import (
     root_modules,
     two_way_imports,
 )
+from tpllm.config.engine_config import EngineConfig
 
 # Plain data and checks, which the parts above the channel may all use.
-DATA = {"checks", "errors", "outputs", "sampling_params", "structured_outputs"}
+DATA = {"checks", "errors", "fields", "outputs", "sampling_params", "structured_outputs"}
 # What each folder and each module at the root may import. The order is the direction: nothing
 # imports what stands further down.
 MAY_IMPORT = {
     "outputs": set(),
     "checks": set(),
     "errors": {"outputs"},
+    "fields": {"checks"},
     "vllm_keywords": {"checks", "errors"},
     "json_schema": {"checks"},
     "structured_outputs": {"checks", "json_schema", "vllm_keywords"},
-    "sampling_params": {"checks", "structured_outputs", "vllm_keywords"},
+    "sampling_params": {"checks", "fields", "structured_outputs", "vllm_keywords"},
     "channel": set(),
     "config": DATA | {"channel", "vllm_keywords"},
     "parallel": set(),
@@ -99,6 +101,18 @@ def test_import_tpllm_loads_nothing_heavy():
 def test_the_configuration_needs_no_torch():
     statement = "from tpllm.config.engine_config import EngineConfig; EngineConfig.resolve()"
     assert not loaded_by(statement) & WITHOUT_TORCH
+
+
+def test_a_worker_starts_without_the_library_that_checks_settings():
+    code = (
+        "from tpllm.config.engine_config import EngineConfig; import sys\n"
+        "print(EngineConfig.from_json(sys.argv[1]).seed, 'pydantic' in sys.modules)"
+    )
+    config = EngineConfig.resolve(seed=5).to_json()
+    run = subprocess.run(
+        [sys.executable, "-c", code, config], capture_output=True, text=True, check=True
+    )
+    assert run.stdout == "5 False\n"
 
 
 def test_the_servers_settings_need_none_of_its_packages():

@@ -11,10 +11,10 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractAsyncContextManager, suppress
 from dataclasses import replace
 from itertools import count
-from typing import Any, Self, Unpack
+from typing import Any, Self
 
 from tpllm.config.engine_config import EngineConfig
-from tpllm.config.settings import Settings, SettingsKeywords, signature
+from tpllm.config.settings import Settings, takes_settings
 from tpllm.engine.stats import EngineStats
 from tpllm.outputs import RequestOutput
 from tpllm.sampling_params import SamplingParams
@@ -52,12 +52,13 @@ class AsyncLLM(AbstractAsyncContextManager["AsyncLLM"]):
         WorkerError: the engine failed to start; likewise.
     """
 
+    @takes_settings
     def __init__(
         self,
         model: str | os.PathLike[str] | None = None,
         *,
         on_phase: Callable[[int, str], None] | None = None,
-        **settings: Unpack[SettingsKeywords],
+        **settings: Any,
     ) -> None:
         begin = time.perf_counter()
         self.config = EngineConfig.resolve(model, **settings)
@@ -214,7 +215,6 @@ class AsyncLLM(AbstractAsyncContextManager["AsyncLLM"]):
         return await asyncio.get_running_loop().run_in_executor(self._encoder, function, texts)
 
 
-AsyncLLM.__signature__ = signature()  # type: ignore[attr-defined]
 AsyncLLM.__doc__ = f"{AsyncLLM.__doc__}\n    Settings:\n{Settings.__doc__}"
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 MAX_INT32 = 2**31 - 1
 MAX_JSON_BYTES = 64 << 20  # the index of a large model takes some megabytes
+MIN_SEED, MAX_SEED = -(2**63), 2**64 - 1  # 64 bits, signed or unsigned
 
 
 def check_int(name: str, value: object, minimum: int, maximum: int = MAX_INT32) -> int:
@@ -29,7 +30,7 @@ def check_int(name: str, value: object, minimum: int, maximum: int = MAX_INT32) 
 
 def check_seed(name: str, value: object) -> int:
     """`value` as a 64-bit seed, signed or unsigned."""
-    return check_int(name, value, minimum=-(2**63), maximum=2**64 - 1)
+    return check_int(name, value, minimum=MIN_SEED, maximum=MAX_SEED)
 
 
 def check_number(name: str, value: object) -> float:

@@ -5,12 +5,12 @@ import time
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, closing
-from typing import Any, Self, Unpack
+from typing import Any, Self
 
 from tqdm import tqdm
 
 from tpllm.config.engine_config import EngineConfig
-from tpllm.config.settings import Settings, SettingsKeywords, signature
+from tpllm.config.settings import Settings, takes_settings
 from tpllm.engine.coordinator import Coordinator
 from tpllm.errors import WorkerError
 from tpllm.offline.beam_search import Beams, BeamSearchOutput, BeamSearchParams
@@ -44,12 +44,13 @@ class LLM(AbstractContextManager["LLM"]):
         WorkerError: a worker failed to start; none is left.
     """
 
+    @takes_settings
     def __init__(
         self,
         model: str | os.PathLike[str] | None = None,
         *,
         on_phase: Callable[[int, str], None] | None = None,
-        **settings: Unpack[SettingsKeywords],
+        **settings: Any,
     ) -> None:
         begin = time.perf_counter()
         self.config = EngineConfig.resolve(model, **settings)
@@ -346,7 +347,6 @@ class LLM(AbstractContextManager["LLM"]):
             return [outputs[each] for each in ids]
 
 
-LLM.__signature__ = signature()  # type: ignore[attr-defined]
 LLM.__doc__ = f"{LLM.__doc__}\n    Settings:\n{Settings.__doc__}"
 
 

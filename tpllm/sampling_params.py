@@ -8,6 +8,7 @@ from enum import Enum
 import xxhash
 
 from tpllm.checks import check_bool, check_int, check_number, check_seed, is_unicode
+from tpllm.fields.docs import documented
 from tpllm.structured_outputs import StructuredOutputsParams
 from tpllm.vllm_keywords import SAMPLING, checks_keywords
 
@@ -31,6 +32,7 @@ class RequestOutputKind(Enum):
     FINAL_ONLY = 2  # everything, once the request has ended
 
 
+@documented
 @checks_keywords("SamplingParams", SAMPLING)
 @dataclass(frozen=True, kw_only=True)
 class SamplingParams:
@@ -41,73 +43,76 @@ class SamplingParams:
     presence_penalty; then temperature, min_p, top_k and top_p. Greedy requests ignore the last
     three.
 
-    Attributes:
-        n: continuations of the prompt, drawn independently
-        temperature: divides the logits; 0 always takes the likeliest token (greedy)
-        top_p: draw from the fewest likeliest tokens that have this probability together; in (0, 1]
-        top_k: draw from this many likeliest tokens; 0 or -1 for all
-        min_p: draw from tokens at least this probable, relative to the likeliest; in [0, 1]
-        presence_penalty: taken off the logits of tokens generated before; in [-2, 2]
-        frequency_penalty: taken off for each time a token has been generated; in [-2, 2]
-        repetition_penalty: divides the positive logits of tokens of the prompt or generated before,
-            and multiplies the negative ones; 1 for none
-        seed: 64-bit, signed or unsigned; equal seeds draw equal tokens whatever the batch. None (or
-            vLLM's other way to say so, -1) draws from the engine's seed, differently for each
-            request.
-        stop: a text, or several, that ends the request where it appears
-        stop_token_ids: tokens that end the request, besides the model's end tokens
-        bad_words: texts that generated tokens never spell, alone or after a space: the token that
-            would complete one cannot be sampled, however the text is divided into tokens (of long
-            ones, in the fewest tokens; a request's words share 4,096 token ids). A longer token may
-            hold one: "not" bans no token "nothing"
-        logit_bias: added to the logits of these token ids; cut to [-100, 100]
-        allowed_token_ids: only these can be drawn; None for all
-        max_tokens: most tokens to generate; None for as many as `max_model_len` leaves room for
-        min_tokens: end tokens and `stop_token_ids` cannot be drawn before this many tokens
-        ignore_eos: go on past the model's end tokens (to measure speed)
-        logprobs: report the log-probabilities of each generated token and of this many likeliest
-            ones, at most 20; those of the model, before any of the settings above. None for none
-        prompt_logprobs: the same for the tokens of the prompt, the first excepted; such a request
-            computes its whole prompt, also where the prefix cache has it
-        detokenize: whether to turn token ids into text
-        skip_special_tokens: leave special tokens out of the text
-        spaces_between_special_tokens: put spaces between special tokens in the text
-        include_stop_str_in_output: keep the `stop` text that ended the request in its output
-        output_kind: what each output of a streamed request holds
-        structured_outputs: the form that the answer must have, such as a JSON schema; end tokens
-            can be drawn only where the form is complete. Where nothing else can follow, one ends
-            the request in spite of min_tokens and ignore_eos.
-
     Raises:
         ValueError: a value is out of range, not of its type, or contradicts another.
         UnknownSettingError: there is no such keyword.
     """
 
     n: int = 1
+    """continuations of the prompt, drawn independently"""
     temperature: float = 1.0
+    """divides the logits; 0 always takes the likeliest token (greedy)"""
     top_p: float = 1.0
+    """draw from the fewest likeliest tokens that have this probability together; in (0, 1]"""
     top_k: int = 0
+    """draw from this many likeliest tokens; 0 or -1 for all"""
     min_p: float = 0.0
+    """draw from tokens at least this probable, relative to the likeliest; in [0, 1]"""
     presence_penalty: float = 0.0
+    """taken off the logits of tokens generated before; in [-2, 2]"""
     frequency_penalty: float = 0.0
+    """taken off for each time a token has been generated; in [-2, 2]"""
     repetition_penalty: float = 1.0
+    """divides the positive logits of tokens of the prompt or generated before, and multiplies the
+    negative ones; 1 for none
+    """
     seed: int | None = None
+    """64-bit, signed or unsigned; equal seeds draw equal tokens whatever the batch. None (or vLLM's
+    other way to say so, -1) draws from the engine's seed, differently for each request.
+    """
     stop: str | tuple[str, ...] | list[str] = ()  # kept as a tuple
+    """a text, or several, that ends the request where it appears"""
     stop_token_ids: tuple[int, ...] | list[int] = ()  # kept as a tuple
+    """tokens that end the request, besides the model's end tokens"""
     bad_words: tuple[str, ...] | list[str] = ()  # kept as a tuple
+    """texts that generated tokens never spell, alone or after a space: the token that would
+    complete one cannot be sampled, however the text is divided into tokens (of long ones, in the
+    fewest tokens; a request's words share 4,096 token ids). A longer token may hold one: "not" bans
+    no token "nothing"
+    """
     logit_bias: dict[int, float] | None = field(default=None, hash=False)
+    """added to the logits of these token ids; cut to [-100, 100]"""
     allowed_token_ids: tuple[int, ...] | list[int] | None = None  # kept as a tuple
+    """only these can be drawn; None for all"""
     max_tokens: int | None = 16
+    """most tokens to generate; None for as many as `max_model_len` leaves room for"""
     min_tokens: int = 0
+    """end tokens and `stop_token_ids` cannot be drawn before this many tokens"""
     ignore_eos: bool = False
+    """go on past the model's end tokens (to measure speed)"""
     logprobs: int | None = None
+    """report the log-probabilities of each generated token and of this many likeliest ones, at most
+    20; those of the model, before any of the settings above. None for none
+    """
     prompt_logprobs: int | None = None
+    """the same for the tokens of the prompt, the first excepted; such a request computes its whole
+    prompt, also where the prefix cache has it
+    """
     detokenize: bool = True
+    """whether to turn token ids into text"""
     skip_special_tokens: bool = True
+    """leave special tokens out of the text"""
     spaces_between_special_tokens: bool = True
+    """put spaces between special tokens in the text"""
     include_stop_str_in_output: bool = False
+    """keep the `stop` text that ended the request in its output"""
     output_kind: RequestOutputKind = RequestOutputKind.CUMULATIVE
+    """what each output of a streamed request holds"""
     structured_outputs: StructuredOutputsParams | None = None
+    """the form that the answer must have, such as a JSON schema; end tokens can be drawn only where
+    the form is complete. Where nothing else can follow, one ends the request in spite of min_tokens
+    and ignore_eos.
+    """
 
     def __post_init__(self) -> None:
         self._check_drawing()

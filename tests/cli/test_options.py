@@ -3,20 +3,21 @@
 from argparse import ArgumentParser
 from dataclasses import dataclass, fields
 from enum import Enum
-from typing import Literal
+from typing import Annotated, Literal
 
 import pytest
+from annotated_types import Interval
 
 from tpllm.cli.options import (
     Option,
     add_flags,
     add_positional,
-    field_helps,
     given_flags,
     options_of,
 )
 from tpllm.cli.sampling import UNTYPED
 from tpllm.config.settings import Settings
+from tpllm.fields.docs import field_docs
 from tpllm.sampling_params import SamplingParams
 from tpllm.server import ServerSettings
 
@@ -25,29 +26,28 @@ from tpllm.server import ServerSettings
 class Kinds:
     """One field of each kind.
 
-    Attributes:
-        count: how many,
-            on two lines
-        share: 50% of it
-        name: a text
-        switch: whether so
-        numbers: several numbers
-        texts: one text, or several
-        pairs: numbers by id
-        mode: one of two
-
     Raises:
         ValueError: not part of the help.
     """
 
-    count: int | None = None
+    count: Annotated[int | None, Interval(ge=0)] = None
+    """how many,
+    on two lines
+    """
     share: float = 0.5
+    """50% of it"""
     name: str = "x"
+    """a text"""
     switch: bool = True
+    """whether so"""
     numbers: tuple[int, ...] | list[int] | None = None
+    """several numbers"""
     texts: str | tuple[str, ...] | list[str] = ()
+    """one text, or several"""
     pairs: dict[int, float] | None = None
+    """numbers by id"""
     mode: Literal["a", "b"] = "a"
+    """one of two"""
 
 
 OPTIONS = {option.name: option for option in options_of(Kinds)}
@@ -166,7 +166,7 @@ def test_a_type_that_cannot_be_typed_is_our_own_mistake():
 @pytest.mark.parametrize("settings", [Settings, SamplingParams, ServerSettings])
 def test_every_field_has_help_and_a_default_that_is_valid_when_typed(settings):
     options = options_of(settings, leave_out=UNTYPED)
-    assert set(field_helps(settings)) == {field.name for field in fields(settings)}
+    assert set(field_docs(settings)) == {field.name for field in fields(settings)}
     for option in options:
         assert option.help and "\n" not in option.help
         assert settings(**typed_default(option)) == settings()

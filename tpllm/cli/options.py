@@ -1,6 +1,6 @@
-"""Options: the fields of a settings dataclass as words that a person types.
+"""Options: the fields of a settings dataclass as text on a command line or in the environment.
 
-Name, type, default and help of a setting stand in its dataclass alone. Here they become a flag, an
+A dataclass states name, type, default and help of each setting. Here they become a flag, an
 environment variable and a row of docs/settings.md.
 """
 
@@ -12,15 +12,38 @@ from argparse import (
     BooleanOptionalAction,
     Namespace,
 )
-from collections.abc import Callable, Collection, Mapping
-from dataclasses import MISSING, dataclass, fields, replace
-from types import MappingProxyType, NoneType, UnionType
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, fields, replace
+from types import MappingProxyType, NoneType
+from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
+
+from tpllm.fields.docs import field_docs
 
 PREFIX = "TPLLM_"
-TRUE = ("1", "true", "yes", "on")
-FALSE = ("0", "false", "no", "off")
-_WORD = " (word)"  # ends the destination of a setting that came without its flag
+BOOLS = dict.fromkeys(("1", "true", "yes", "on"), True)
+BOOLS |= dict.fromkeys(("0", "false", "no", "off"), False)
+_POSITIONAL = " (positional)"  # ends the destination of a setting that came without its flag
+
+
+class WrongTextError(ArgumentTypeError, ValueError):
+    """A text that is no value of a setting. argparse shows the message of this error as it is."""
+
+
+class Kind(NamedTuple):
+    """How one item of a type is written: for the table, for the help, and for an error."""
+
+    words: str
+    metavar: str
+    wrong: str
+
+
+KINDS = {
+    bool: Kind("true or false", "", "neither true nor false"),
+    int: Kind("whole number", "N", "not a whole number"),
+    float: Kind("number", "X", "not a number"),
+    str: Kind("text", "TEXT", ""),
+    dict: Kind("numbers by token id", "ID=X", "not of the form ID=NUMBER"),
+}
 
 
 @dataclass(frozen=True)
@@ -29,19 +52,19 @@ class Option:
 
     Attributes:
         name: the field's
-        kind: of one item: bool, int, float, str, or dict for `id=number` pairs
+        kind: of one item; dict stands for `id=number` pairs
         is_list: whether it takes several items
-        can_be_none: whether None, typed "none", is a value
-        choices: the only values, where the type says so
-        default: what it is unless given
-        help: the field's entry in the docstring of its class, on one line
+        can_be_none: whether None, written "none", is a value
+        choices: the only values, if the type names them
+        default: the value if none is given
+        help: the documentation of the field, on one line
     """
 
     name: str
     kind: type
     is_list: bool
     can_be_none: bool
-    choices: tuple[str, ...] | None
+    choices: tuple[str, ...]
     default: object
     help: str
 
@@ -55,85 +78,72 @@ class Option:
 
     @property
     def default_text(self) -> str:
-        """The default as one would type it."""
+        """The default as a user would type it."""
         if self.default is None or self.default == ():
             return "none"
-        if isinstance(self.default, bool):
-            return str(self.default).lower()
-        if isinstance(self.default, tuple):
-            return ",".join(map(str, self.default))
-        return str(self.default)
+        return str(self.default).lower() if self.kind is bool else str(self.default)
 
     @property
     def type_text(self) -> str:
         """The type in words for people."""
-        words = {
-            bool: "true or false",
-            int: "whole number",
-            float: "number",
-            str: "text",
-            dict: "numbers by token id",
-        }[self.kind]
-        if self.choices is not None:
-            words = " or ".join(self.choices)
+        words = " or ".join(self.choices) or KINDS[self.kind].words
         return words + ("s" if self.is_list else "") + (" or none" if self.can_be_none else "")
 
-    def parse(self, text: str) -> object:
-        """The value that `text` stands for; several items are parted by commas.
+    @property
+    def metavar(self) -> str:
+        return "{" + ",".join(self.choices) + "}" if self.choices else KINDS[self.kind].metavar
+
+    def parse(self, text: str) -> Any:
+        """Return the value that `text` stands for. Commas separate several items.
 
         Raises:
-            ValueError: it stands for none; the message says what was expected.
+            WrongTextError: the text is not of the setting's type.
         """
         if self.can_be_none and text.lower() == "none":
             return None
         if self.kind is dict:
             return dict(_parse_pair(item) for item in text.split(","))
         if self.is_list:
-            return [self.parse_item(item.strip()) for item in text.split(",")]
-        return self.parse_item(text)
+            return [self._parse_item(item.strip()) for item in text.split(",")]
+        return self._parse_item(text)
 
-    def parse_item(self, text: str) -> object:
-        """As `parse`, for a single item."""
-        if self.kind is bool:
-            return _parse_bool(text)
-        if self.kind is int:
-            return _parse_number(text, int, "a whole number")
-        if self.kind is float:
-            return _parse_number(text, float, "a number")
-        if self.choices is not None and text not in self.choices:
-            raise ValueError(f"{text!r} is not one of {', '.join(map(repr, self.choices))}")
-        return text
+    def parse_flag(self, text: str) -> Any:
+        """As `parse`, for one use of a flag: in a list of texts, each may contain commas."""
+        return [text] if self.is_list and self.kind is str else self.parse(text)
+
+    def _parse_item(self, text: str) -> object:
+        if self.choices and text not in self.choices:
+            raise WrongTextError(f"{text!r} is not one of {', '.join(map(repr, self.choices))}")
+        return _parse(text, self.kind, KINDS[self.kind].wrong)
 
 
 def options_of(settings: type, leave_out: Collection[str] = ()) -> list[Option]:
-    """The options of a settings dataclass, in the order of its fields.
+    """Return the options of a settings dataclass, in the order of its fields.
 
     Raises:
-        TypeError: the type of a field has no form that one could type.
+        TypeError: the type of a field has no form that a user could type.
     """
     hints = get_type_hints(settings)
-    helps = field_helps(settings)
+    docs = field_docs(settings)
     return [
-        _option(field.name, hints[field.name], field.default, helps.get(field.name, ""))
+        _option(field.name, hints[field.name], field.default, docs.get(field.name, ""))
         for field in fields(settings)
-        if field.init and field.name not in leave_out
+        if field.name not in leave_out
     ]
 
 
-def field_helps(settings: type) -> dict[str, str]:
-    """What the `Attributes:` of a class's docstring say of each field, on one line each."""
-    _, _, listing = (settings.__doc__ or "").partition("Attributes:\n")
-    found: dict[str, str] = {}
-    name = ""
-    for line in listing.splitlines():
-        if line.startswith(" " * 12) and name:
-            found[name] += " " + line.strip()
-        elif line.startswith(" " * 8):
-            name, _, text = line.strip().partition(": ")
-            found[name] = text
-        elif line.strip():
-            break  # the next section
-    return found
+def _option(name: str, hint: Any, default: object, help: str) -> Option:
+    types = (hint,) if get_origin(hint) in (None, Literal) else get_args(hint)
+    origins = {get_origin(each) or each: each for each in types}
+    several = origins.get(list)
+    [item] = get_args(several) if several else [None]
+    kind = next((each for each in KINDS if each in (item, *origins)), None)
+    if Literal in origins:
+        kind = str
+    if kind is None:
+        raise TypeError(f"{name}: {hint} has no form on a command line")
+    choices = get_args(origins.get(Literal))
+    return Option(name, item or kind, bool(several), NoneType in origins, choices, default, help)
 
 
 def add_flags(
@@ -145,50 +155,46 @@ def add_flags(
 ) -> None:
     """Give `parser` a group of flags for these settings; `given_flags` reads them.
 
-    `defaults` are a command's own, which the help shows instead of the class's.
+    `defaults` are the defaults of one command, which its help shows instead of the class's.
     """
     group = parser.add_argument_group(title)
     for option in options_of(settings, leave_out):
         option = replace(option, default=defaults.get(option.name, option.default))
         words = option.help[:1].upper() + option.help[1:]
-        common: dict[str, Any] = {
-            "dest": _destination(settings, option.name),
-            "default": SUPPRESS,
-            "help": f"{words} (default: {option.default_text})".replace("%", "%%"),
-        }
-        if option.kind is bool:
-            group.add_argument(option.flag, action=BooleanOptionalAction, **common)
-        elif option.is_list or option.kind is dict:
-            common |= {"action": _Collect, "type": _parser_of_items(option)}
-            group.add_argument(option.flag, metavar=_metavar(option), **common)
-        else:
-            kind = _as_argument(option.parse)
-            group.add_argument(option.flag, type=kind, metavar=_metavar(option), **common)
+        how: dict[str, Any] = {"action": BooleanOptionalAction}
+        if option.kind is not bool:
+            how = {"action": _Collect, "type": option.parse_flag, "metavar": option.metavar}
+        group.add_argument(
+            option.flag,
+            dest=_destination(settings, option.name),
+            default=SUPPRESS,
+            help=f"{words} (default: {option.default_text})".replace("%", "%%"),
+            **how,
+        )
 
 
 def add_positional(parser: ArgumentParser, settings: type, name: str) -> None:
-    """Let this setting come without its flag as well, as an optional word of the command line."""
-    [option] = [option for option in options_of(settings) if option.name == name]
+    """Let this setting come without its flag as well, as an optional positional argument."""
     parser.add_argument(
-        _destination(settings, name) + _WORD,
+        _destination(settings, name) + _POSITIONAL,
         nargs="?",
         default=SUPPRESS,
         metavar=name.upper(),
-        help=f"the same as {option.flag}",
+        help=f"the same as --{name}",
     )
 
 
 def given_flags(args: Namespace, settings: type) -> dict[str, object]:
-    """Those of these settings that stand on the command line.
+    """Return the values of these settings that the command line contains.
 
     Raises:
-        ValueError: one is there as a word and with its flag.
+        ValueError: one is given both with its flag and without.
     """
     prefix = _destination(settings, "")
     given: dict[str, object] = {}
     for destination, value in vars(args).items():
         if destination.startswith(prefix):
-            name = destination.removeprefix(prefix).removesuffix(_WORD)
+            name = destination.removeprefix(prefix).removesuffix(_POSITIONAL)
             if name in given:
                 raise ValueError(f"{name} is given twice: {given[name]!r} and {value!r}")
             given[name] = value
@@ -196,86 +202,31 @@ def given_flags(args: Namespace, settings: type) -> dict[str, object]:
 
 
 class _Collect(Action):
-    """A flag that may be repeated: its items come together."""
+    """Store a value; join the items of a flag that is repeated."""
 
     def __call__(self, parser: Any, namespace: Any, values: Any, option_string: Any = None) -> None:
         before = getattr(namespace, self.dest, None)
-        if isinstance(values, dict):
-            values = {**(before or {}), **values}
-        elif values is not None:
-            values = [*(before or []), *values]
+        if before and isinstance(values, dict):
+            values = before | values
+        elif before and isinstance(values, list):
+            values = before + values
         setattr(namespace, self.dest, values)
 
 
-def _option(name: str, hint: Any, default: object, help: str) -> Option:
-    parts = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
-    can_be_none = NoneType in parts
-    lists = [part for part in parts if get_origin(part) in (tuple, list)]
-    plain = [part for part in parts if part in (bool, int, float, str)]
-    choices = None
-    if lists:
-        kind: type = get_args(lists[0])[0]
-    elif any(get_origin(part) is dict for part in parts):
-        kind = dict
-    elif get_origin(hint) is Literal:
-        kind, choices = str, get_args(hint)
-    elif plain:
-        kind = plain[0]
-    else:
-        raise TypeError(f"{name}: {hint} has no form on a command line")
-    if default is MISSING:
-        default = None
-    return Option(name, kind, bool(lists), can_be_none, choices, default, help)
-
-
 def _destination(settings: type, name: str) -> str:
-    """Where a flag goes in the namespace: two classes may have fields of one name."""
+    """Return a flag's key in the namespace: two classes may have fields of one name."""
     return f"{settings.__name__}.{name}"
 
 
-def _metavar(option: Option) -> str:
-    if option.choices is not None:
-        return "{" + ",".join(option.choices) + "}"
-    names: dict[type, str] = {int: "N", float: "X", str: "TEXT", dict: "ID=X"}
-    return names[option.kind]
-
-
-def _as_argument(parse: Callable[[str], object]) -> Callable[[str], object]:
-    """argparse shows the text of this error alone, and replaces that of a ValueError."""
-
-    def parse_argument(text: str) -> object:
-        try:
-            return parse(text)
-        except ValueError as error:
-            raise ArgumentTypeError(str(error)) from None
-
-    return parse_argument
-
-
-def _parser_of_items(option: Option) -> Callable[[str], object]:
-    """One use of a repeated flag. A text may hold commas; numbers are parted by them."""
-    if option.kind is str:
-        return _as_argument(lambda text: [option.parse_item(text)])
-    return _as_argument(option.parse)
-
-
-def _parse_bool(text: str) -> bool:
-    if text.lower() in TRUE:
-        return True
-    if text.lower() in FALSE:
-        return False
-    raise ValueError(f"{text!r} is neither true nor false")
-
-
-def _parse_number(text: str, kind: type[int] | type[float], what: str) -> int | float:
+def _parse(text: str, kind: type, wrong: str) -> Any:
     try:
-        return kind(text)
-    except ValueError:
-        raise ValueError(f"{text!r} is not {what}") from None
+        return BOOLS[text.lower()] if kind is bool else kind(text)
+    except (KeyError, ValueError):
+        raise WrongTextError(f"{text!r} is {wrong}") from None
 
 
 def _parse_pair(text: str) -> tuple[int, float]:
     key, equals, value = text.partition("=")
     if not equals:
-        raise ValueError(f"{text!r} is not of the form ID=NUMBER")
-    return int(_parse_number(key, int, "a token id")), _parse_number(value, float, "a number")
+        raise WrongTextError(f"{text!r} is {KINDS[dict].wrong}")
+    return _parse(key, int, "not a token id"), _parse(value, float, KINDS[float].wrong)

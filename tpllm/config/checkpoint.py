@@ -37,7 +37,9 @@ _BUFFER = re.compile(
 _CHUNK_BYTES = 1 << 20
 
 
-def resolve_model(model: str | None, *, setting: str = "model", weights: bool = True) -> Path:
+def resolve_model(
+    model: str | os.PathLike[str] | None, *, setting: str = "model", weights: bool = True
+) -> Path:
     """The absolute folder of a model.
 
     Args:
@@ -52,6 +54,7 @@ def resolve_model(model: str | None, *, setting: str = "model", weights: bool = 
     """
     if model is None:
         return SHIPPED_MODEL
+    model = os.fspath(model)
     path = os.path.expanduser(model)  # os.path: pathlib raises on names the system finds too long
     if os.path.isdir(path):
         return Path(path).absolute()

@@ -19,7 +19,7 @@ from tpllm.config.devices import Gpu, visible_gpus
 from tpllm.config.generation_config import read_generation_defaults
 from tpllm.config.model_config import ModelConfig
 from tpllm.config.resources import refuse_too_little_shared_memory
-from tpllm.config.settings import Settings
+from tpllm.config.settings import ModelPath, Settings
 from tpllm.sampling_params import MAX_LOGPROBS, SamplingParams
 
 HALF_DTYPES = ("bfloat16", "float16")
@@ -45,6 +45,7 @@ class EngineConfig(Settings):
         generation_defaults: arguments of SamplingParams, where the checkpoint recommends some
     """
 
+    model: str | None = None
     max_model_len: int = field()  # field(): required here, without the default of Settings
     kv_block_size: int = field()
     step_timeout_s: float = field()
@@ -55,7 +56,7 @@ class EngineConfig(Settings):
     generation_defaults: dict[str, Any]
 
     @classmethod
-    def resolve(cls, model: str | os.PathLike[str] | None = None, **settings: Any) -> Self:
+    def resolve(cls, model: ModelPath | None = None, **settings: Any) -> Self:
         """Check the keywords of LLM against each other, the model and this machine.
 
         Raises:
@@ -92,7 +93,7 @@ class EngineConfig(Settings):
         return cls(**{f.name: getattr(wanted, f.name) for f in fields(Settings)} | concrete)
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        # without Settings.__post_init__: `resolve` has checked each setting, and a worker need not
         if (self.num_kv_blocks or 0) * self.kv_block_size > MAX_INT32:
             raise ValueError(
                 f"num_kv_blocks={self.num_kv_blocks} of kv_block_size={self.kv_block_size} hold "
@@ -152,7 +153,7 @@ def why_no_flash_attn(gpus: list[Gpu], dtype: str, head_dim: int) -> str | None:
     return None if find_spec("flash_attn") is not None else "the package flash-attn is missing"
 
 
-def _hub_name(model: str | None) -> str | None:
+def _hub_name(model: ModelPath | None) -> str | None:
     """The model's part of a Hugging Face id, whose folder is named after a commit."""
     return None if model is None or os.path.isdir(os.path.expanduser(model)) else Path(model).name
 
@@ -197,7 +198,7 @@ def _check_gpu_memory(gpus: list[Gpu], wanted: Settings, model_config: ModelConf
 def _resolve_dtype(
     wanted: Settings, device: str, gpus: list[Gpu], model_config: ModelConfig
 ) -> str:
-    dtype = wanted.dtype
+    dtype: str = wanted.dtype
     if dtype == "auto":
         dtype = model_config.dtype or "float32" if device == "cuda" else "float32"
     for rank, gpu in enumerate(gpus):

@@ -1,165 +1,106 @@
-"""Settings: the keywords of LLM as a caller writes them, each with its default and its check."""
+"""Settings: the keywords of LLM, each with its type, range, default and help."""
 
+import inspect
 import os
-from dataclasses import dataclass, fields
-from inspect import Parameter, Signature
-from typing import TypedDict
+from collections.abc import Callable
+from dataclasses import KW_ONLY, dataclass
+from typing import Annotated, Any, Concatenate, Literal, ParamSpec, TypeVar, get_type_hints
 
-from tpllm.checks import (
-    MAX_INT32,
-    check_bool,
-    check_choice,
-    check_int,
-    check_number,
-    check_seed,
-)
+from annotated_types import Interval
+
+from tpllm.checks import MAX_INT32, MAX_SEED, MIN_SEED
+from tpllm.fields.docs import documented
+from tpllm.fields.validation import check_fields
 from tpllm.vllm_keywords import SETTINGS, checks_keywords
 
-DEVICES = ("auto", "cuda", "cpu")
-DTYPES = ("auto", "bfloat16", "float16", "float32")
-LOAD_FORMATS = ("auto", "dummy")
-ATTENTION_BACKENDS = ("auto", "flash-attn", "triton", "torch")
-GENERATION_CONFIGS = ("auto", "vllm")
-
-# Smallest and largest value of each whole number. The largest are far beyond use, and keep what is
-# allocated for them (and every slot number, an int32) within bounds.
-RANGES = {
-    "tensor_parallel_size": (1, 1024),
-    "max_model_len": (1, 2**28),
-    "max_num_seqs": (1, 2**16 - 1),  # a side of a CUDA grid
-    "max_num_batched_tokens": (1, 2**22),
-    "num_kv_blocks": (2, MAX_INT32),  # one block takes the writes of padding
-    "kv_block_size": (1, 2**16),
-}
-SWITCHES = (
-    "enable_prefix_caching",
-    "enforce_eager",
-    "disable_custom_all_reduce",
-    "disable_custom_matmul",
-    "skip_tokenizer_init",
-)
-TIMEOUTS = ("start_timeout_s", "step_timeout_s")
-MAX_TIMEOUT_S = 1e6  # eleven days; the kernel counts waits in milliseconds of 32 bits
-OPTIONAL = ("max_model_len", "num_kv_blocks", "kv_block_size")  # of these, None is a value
+ModelPath = str | os.PathLike[str]  # kept as str
+# The largest values are far beyond use. They bound what is allocated for them, and keep every slot
+# number an int32.
+MAX_CUDA_GRID = 2**16 - 1  # one side of a CUDA grid
+SECONDS = Interval(gt=0, le=1e6)  # eleven days; the kernel counts waits in 32-bit milliseconds
 
 
-class SettingsKeywords(TypedDict, total=False):
-    """The fields of `Settings` but the model, for the type checkers of those who call LLM."""
-
-    tensor_parallel_size: int
-    device: str
-    dtype: str
-    max_model_len: int | None
-    max_num_seqs: int
-    max_num_batched_tokens: int
-    gpu_memory_utilization: float
-    num_kv_blocks: int | None
-    kv_block_size: int | None
-    enable_prefix_caching: bool
-    enforce_eager: bool
-    disable_custom_all_reduce: bool
-    disable_custom_matmul: bool
-    attention_backend: str
-    load_format: str
-    tokenizer: str | os.PathLike[str] | None
-    skip_tokenizer_init: bool
-    generation_config: str
-    seed: int
-    start_timeout_s: float
-    step_timeout_s: float | None
-
-
+@documented
 @checks_keywords("LLM", SETTINGS)
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Settings:
     """Every keyword of LLM. Names and meanings are vLLM's where vLLM has the same thing.
-
-    Attributes:
-        model: local folder or Hugging Face id; None for the small model that ships with tpllm
-        tensor_parallel_size: ranks the model is split over, one process and one GPU each
-        device: "cuda" or "cpu"; "auto" takes GPUs where there are any
-        dtype: of weights and KV cache. "auto" is the checkpoint's on a GPU, float32 on the CPU:
-            16 bits are emulated on most CPUs, slower as well as less exact
-        max_model_len: most tokens of prompt and output together; None for the model's limit, or
-            what the KV cache holds where that is less
-        max_num_seqs: most sequences in one step
-        max_num_batched_tokens: most tokens in one step; longer prompts are computed in chunks
-        gpu_memory_utilization: share of each GPU's memory for weights, KV cache and the rest
-        num_kv_blocks: blocks of the KV cache; None for as many as fit
-        kv_block_size: tokens in a block; None for 256 in half precision on a GPU, otherwise 16
-        enable_prefix_caching: whether prompts that start alike share the KV of their start
-        enforce_eager: whether to do without CUDA graphs, which start slower and then run faster
-        disable_custom_all_reduce: whether to leave every all-reduce to NCCL, also those that
-            kernels of our own do over the GPUs' peer memory
-        disable_custom_matmul: whether to leave every matrix product to torch, also those of one row
-            that a kernel of our own does, and those for which we have measured a faster algorithm
-        attention_backend: "flash-attn" computes prompts by flash-attn 2, "triton" by torch, and
-            both decode by a kernel of ours; "torch" does both, slowly. "auto" is the first of these
-            that the GPU, the dtype and the packages allow, and "torch" on the CPU
-        load_format: "auto" reads the checkpoint's weights, "dummy" draws random ones and needs
-            only config.json
-        tokenizer: local folder or Hugging Face id; None for the model's own
-        skip_tokenizer_init: whether to do without a tokenizer: token ids in, token ids out
-        generation_config: what requests without sampling parameters get. "auto" takes temperature,
-            top_k, top_p, min_p, repetition_penalty and max_new_tokens from the checkpoint's
-            generation_config.json, and is greedy where it says do_sample=false; "vllm" takes the
-            defaults of SamplingParams
-        seed: 64-bit; what requests without a seed of their own are drawn from
-        start_timeout_s: seconds without a sign of life after which a worker that starts counts as
-            hung, and the engine ends; also for each of the first 16 steps, which compile kernels
-        step_timeout_s: seconds that any later step may take; None for 60 on a GPU, 600 on the CPU
 
     Raises:
         ValueError: a value is out of range, or not of its type.
         UnknownSettingError: there is no such keyword.
     """
 
-    model: str | None = None
-    tensor_parallel_size: int = 1
-    device: str = "auto"
-    dtype: str = "auto"
-    max_model_len: int | None = None
-    max_num_seqs: int = 256
-    max_num_batched_tokens: int = 16384
-    gpu_memory_utilization: float = 0.9
-    num_kv_blocks: int | None = None
-    kv_block_size: int | None = None
+    model: ModelPath | None = None
+    """local folder or Hugging Face id; None for the small model that ships with tpllm"""
+    _: KW_ONLY
+    tensor_parallel_size: Annotated[int, Interval(ge=1, le=1024)] = 1
+    """ranks the model is split over, one process and one GPU each"""
+    device: Literal["auto", "cuda", "cpu"] = "auto"
+    """ "cuda" or "cpu"; "auto" takes GPUs where there are any"""
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
+    """of weights and KV cache. "auto" is the checkpoint's on a GPU, float32 on the CPU: 16 bits are
+    emulated on most CPUs, slower as well as less exact
+    """
+    max_model_len: Annotated[int | None, Interval(ge=1, le=2**28)] = None
+    """most tokens of prompt and output together; None for the model's limit, or what the KV cache
+    holds where that is less
+    """
+    max_num_seqs: Annotated[int, Interval(ge=1, le=MAX_CUDA_GRID)] = 256
+    """most sequences in one step"""
+    max_num_batched_tokens: Annotated[int, Interval(ge=1, le=2**22)] = 16384
+    """most tokens in one step; longer prompts are computed in chunks"""
+    gpu_memory_utilization: Annotated[float, Interval(gt=0, le=1)] = 0.9
+    """share of each GPU's memory for weights, KV cache and the rest"""
+    num_kv_blocks: Annotated[int | None, Interval(ge=2, le=MAX_INT32)] = None  # one for padding
+    """blocks of the KV cache; None for as many as fit"""
+    kv_block_size: Annotated[int | None, Interval(ge=1, le=2**16)] = None
+    """tokens in a block; None for 256 in half precision on a GPU, otherwise 16"""
     enable_prefix_caching: bool = True
+    """whether prompts that start alike share the KV of their start"""
     enforce_eager: bool = False
+    """whether to do without CUDA graphs, which start slower and then run faster"""
     disable_custom_all_reduce: bool = False
+    """whether to leave every all-reduce to NCCL, also those that kernels of our own do over the
+    GPUs' peer memory
+    """
     disable_custom_matmul: bool = False
-    attention_backend: str = "auto"
-    load_format: str = "auto"
-    tokenizer: str | None = None
+    """whether to leave every matmul to torch, also those of one row, which a kernel of our
+    own computes, and those for which we have measured a faster algorithm
+    """
+    attention_backend: Literal["auto", "flash-attn", "triton", "torch"] = "auto"
+    """ "flash-attn" computes prompts by flash-attn 2, "triton" by torch, and both decode by a
+    kernel of ours; "torch" does both, slowly. "auto" is the first of these that the GPU, the dtype
+    and the packages allow, and "torch" on the CPU
+    """
+    load_format: Literal["auto", "dummy"] = "auto"
+    """ "auto" reads the checkpoint's weights, "dummy" makes random ones and needs only
+    config.json
+    """
+    tokenizer: ModelPath | None = None
+    """local folder or Hugging Face id; None for the model's own"""
     skip_tokenizer_init: bool = False
-    generation_config: str = "auto"
-    seed: int = 0
-    start_timeout_s: float = 600.0
-    step_timeout_s: float | None = None
+    """whether to do without a tokenizer: token ids in, token ids out"""
+    generation_config: Literal["auto", "vllm"] = "auto"
+    """what requests without sampling parameters get. "auto" takes temperature, top_k, top_p, min_p,
+    repetition_penalty and max_new_tokens from the checkpoint's generation_config.json, and is
+    greedy where it says do_sample=false; "vllm" takes the defaults of SamplingParams
+    """
+    seed: Annotated[int, Interval(ge=MIN_SEED, le=MAX_SEED)] = 0
+    """64-bit; the seed from which requests without their own seed are sampled"""
+    start_timeout_s: Annotated[float, SECONDS] = 600.0
+    """seconds without a sign of life after which a worker that starts counts as hung, and the
+    engine ends; also for each of the first 16 steps, which compile kernels
+    """
+    step_timeout_s: Annotated[float | None, SECONDS] = None
+    """seconds that any later step may take; None for 60 on a GPU, 600 on the CPU"""
 
     def __post_init__(self) -> None:
-        self._keep("model", _check_path("model", self.model))
-        self._keep("tokenizer", _check_path("tokenizer", self.tokenizer))
-        check_choice("device", self.device, DEVICES)
-        check_choice("dtype", self.dtype, DTYPES)
-        check_choice("load_format", self.load_format, LOAD_FORMATS)
-        check_choice("attention_backend", self.attention_backend, ATTENTION_BACKENDS)
-        check_choice("generation_config", self.generation_config, GENERATION_CONFIGS)
-        for name in SWITCHES:
-            check_bool(name, getattr(self, name))
-        for name, (minimum, maximum) in RANGES.items():
-            value = getattr(self, name)
-            if value is not None or name not in OPTIONAL:
-                self._keep(name, check_int(name, value, minimum, maximum))
-        self._keep("seed", check_seed("seed", self.seed))
-        share = check_number("gpu_memory_utilization", self.gpu_memory_utilization)
-        if not 0 < share <= 1:
-            raise ValueError(f"gpu_memory_utilization={share} must be more than 0 and at most 1")
-        self._keep("gpu_memory_utilization", share)
-        for name in TIMEOUTS:
-            value = getattr(self, name)
-            if value is not None or name != "step_timeout_s":
-                self._keep(name, _check_timeout(name, value))
+        for name in ("model", "tokenizer"):
+            path = getattr(self, name)
+            if path == "" or not isinstance(path, str | os.PathLike | None):
+                raise ValueError(f"{name}={path!r} must be a folder or a Hugging Face id")
+        check_fields(self)
         if self.max_num_seqs > self.max_num_batched_tokens:
             raise ValueError(
                 f"max_num_seqs={self.max_num_seqs} is more than "
@@ -167,33 +108,33 @@ class Settings:
                 "step needs a token; lower max_num_seqs or raise max_num_batched_tokens"
             )
 
-    def _keep(self, name: str, value: object) -> None:
-        object.__setattr__(self, name, value)  # the dataclass is frozen for everyone else
+
+@checks_keywords("LLM", SETTINGS)
+@dataclass(frozen=True, kw_only=True)
+class Arguments(Settings):
+    """Arguments of LLM and AsyncLLM: the settings and a callback."""
+
+    on_phase: Callable[[int, str], None] | None = None
 
 
-def _check_timeout(name: str, value: object) -> float:
-    seconds = check_number(name, value)
-    if not 0 < seconds <= MAX_TIMEOUT_S:
-        raise ValueError(f"{name}={seconds:g} must be more than 0 and at most {MAX_TIMEOUT_S:g} s")
-    return seconds
+_P = ParamSpec("_P")
+_T = TypeVar("_T")
 
 
-def signature() -> Signature:
-    """`LLM(model=None, *, tensor_parallel_size=1, ...)`, for help() and notebooks."""
-    model = Parameter("model", Parameter.POSITIONAL_OR_KEYWORD, default=None)
-    keywords = [
-        Parameter(field.name, Parameter.KEYWORD_ONLY, default=field.default, annotation=field.type)
-        for field in fields(Settings)
-        if field.name != "model"
-    ]
-    on_phase = Parameter("on_phase", Parameter.KEYWORD_ONLY, default=None)
-    return Signature([model, *keywords, on_phase])
+def _taking(
+    arguments: Callable[_P, object],
+) -> Callable[[Callable[Concatenate[_T, ...], None]], Callable[Concatenate[_T, _P], None]]:
+    """Give an `__init__` the signature of `arguments`, for type checkers and for `help()`."""
+    hints = get_type_hints(arguments)  # without the ranges
+    parameters = inspect.signature(arguments).parameters.values()
+    shown = [each.replace(annotation=hints[each.name]) for each in parameters]
+    this = inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD)
+
+    def decorate(init: Any) -> Any:
+        init.__signature__ = inspect.Signature([this, *shown])
+        return init
+
+    return decorate
 
 
-def _check_path(name: str, value: object) -> str | None:
-    if value is None:
-        return None
-    path = os.fspath(value) if isinstance(value, os.PathLike) else value
-    if not isinstance(path, str) or not path:
-        raise ValueError(f"{name}={value!r} must be a folder or a Hugging Face id")
-    return path
+takes_settings = _taking(Arguments)

@@ -10,6 +10,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
 from tpllm.checks import short
+from tpllm.fields.validation import PROBLEMS
 from tpllm.server.protocol import (
     LIST,
     OBJECT,
@@ -23,18 +24,15 @@ from tpllm.server.protocol import (
 
 # What pydantic puts into the place of a problem besides names of fields: see protocol.py.
 ALTERNATIVES = (TEXT_OR_LIST, LIST, TEXT_OR_OBJECT, OBJECT)
-# Pydantic's problems with a value, by kind, in our words.
-WORDS = {
+# Pydantic's problems with a JSON value, by kind, in our words.
+WORDS = PROBLEMS | {
     "bool_type": "must be true or false",
     "dict_type": "must be an object",
-    "float_type": "must be a number",
-    "int_type": "must be a whole number",
     "list_type": "must be a list",
     "literal_error": "must be {expected}",
     "model_attributes_type": "must be an object",
     "model_type": "must be an object",
     "string_too_long": "is too long; at most {max_length} letters are taken",
-    "string_type": "must be a text",
     "string_unicode": "is not valid Unicode",
     "too_long": "has too many entries; at most {max_length} are taken",
     "too_short": "has too few entries; give at least {min_length}",

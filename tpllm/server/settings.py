@@ -3,56 +3,24 @@
 import re
 from dataclasses import dataclass, field
 from ipaddress import ip_address
+from typing import Annotated
 from urllib.parse import urlsplit
 
-from tpllm.checks import check_bool, check_int, check_number
+from annotated_types import Interval
+
+from tpllm.fields.docs import documented
+from tpllm.fields.validation import check_fields
 from tpllm.sampling_params import MAX_LOGPROBS, MAX_N
 from tpllm.vllm_keywords import checks_keywords
 
-# Smallest and largest value of each whole number.
-RANGES = {
-    "port": (0, 65535),
-    "max_body_bytes": (1024, 2**31 - 1),
-    "max_queue": (0, 2**20),
-    "max_n": (1, MAX_N),
-    "max_logprobs": (0, MAX_LOGPROBS),
-    "max_output_tokens": (1, 2**28),
-}
-OPTIONAL = ("max_output_tokens",)  # of these, None is a value
-SECONDS = ("request_timeout_s", "client_timeout_s", "drain_timeout_s")
-SWITCHES = ("parse_reasoning", "page", "log_requests")
-MAX_SECONDS = 7 * 24 * 3600.0
+SECONDS = Interval(gt=0, le=7 * 24 * 3600)
 
 
+@documented
 @checks_keywords("ServerSettings", {})
 @dataclass(frozen=True, kw_only=True)
 class ServerSettings:
     """Every setting of the server, once.
-
-    Attributes:
-        host: address to listen on; the default is reached from this machine alone
-        port: TCP port; 0 takes a free one, which the first line of the log names
-        api_key: what clients must send as `Authorization: Bearer ...`; None lets everyone in
-        served_model_name: what the model is called in requests and answers, or several names with
-            commas between them, of which answers give the first; None for the model's own
-        cors_origins: web origins whose pages may call the server, such as "https://example.org";
-            "*" is all of them
-        allowed_hosts: host names by which the server may be called, besides localhost and IP
-            addresses, such as "llm.example.org"; "*" is all of them. Other names are refused where
-            allowed_hosts is given, and on a loopback host without api_key
-        max_body_bytes: largest request body
-        max_queue: most sequences that may wait beyond the `max_num_seqs` that can run; more are
-            refused with 429
-        max_n: most answers to one prompt
-        max_logprobs: most alternatives that log-probabilities may be asked for
-        max_output_tokens: most tokens an answer may be given; None for what `max_model_len` leaves
-        request_timeout_s: longest time for a request, waiting included, in seconds
-        client_timeout_s: longest time a client may take to send its request, or to take in what
-            has been sent to it, in seconds
-        drain_timeout_s: how long running requests may go on after SIGTERM, in seconds
-        parse_reasoning: whether chat answers give <think>...</think> apart, as reasoning
-        page: whether `/` is the built-in page
-        log_requests: whether each request is logged: its path, status and duration, never its text
 
     Raises:
         ValueError: a value is out of range, or not of its type.
@@ -60,34 +28,54 @@ class ServerSettings:
     """
 
     host: str = "127.0.0.1"
-    port: int = 8000
+    """address to listen on; the default is reached from this machine alone"""
+    port: Annotated[int, Interval(ge=0, le=65535)] = 8000
+    """TCP port; 0 takes a free one, which the first line of the log names"""
     api_key: str | None = field(default=None, repr=False)
+    """what clients must send as `Authorization: Bearer ...`; None lets everyone in"""
     served_model_name: str | tuple[str, ...] | list[str] | None = None  # kept as None or a tuple
+    """what the model is called in requests and answers, or several names with commas between them,
+    of which answers give the first; None for the model's own
+    """
     cors_origins: tuple[str, ...] | list[str] = ()  # kept as a tuple
+    """web origins whose pages may call the server, such as "https://example.org"; "*" is all of
+    them
+    """
     allowed_hosts: tuple[str, ...] | list[str] = ()  # kept as a tuple, in lower case
-    max_body_bytes: int = 8 * 2**20
-    max_queue: int = 1024
-    max_n: int = 128
-    max_logprobs: int = MAX_LOGPROBS
-    max_output_tokens: int | None = None
-    request_timeout_s: float = 3600.0
-    client_timeout_s: float = 60.0
-    drain_timeout_s: float = 30.0
+    """host names by which the server may be called, besides localhost and IP addresses, such as
+    "llm.example.org"; "*" is all of them. Other names are refused where allowed_hosts is given, and
+    on a loopback host without api_key
+    """
+    max_body_bytes: Annotated[int, Interval(ge=1024, le=2**31 - 1)] = 8 * 2**20
+    """largest request body"""
+    max_queue: Annotated[int, Interval(ge=0, le=2**20)] = 1024
+    """most sequences that may wait beyond the `max_num_seqs` that can run; more are refused with
+    429
+    """
+    max_n: Annotated[int, Interval(ge=1, le=MAX_N)] = 128
+    """most answers to one prompt"""
+    max_logprobs: Annotated[int, Interval(ge=0, le=MAX_LOGPROBS)] = MAX_LOGPROBS
+    """most alternatives that log-probabilities may be asked for"""
+    max_output_tokens: Annotated[int | None, Interval(ge=1, le=2**28)] = None
+    """most tokens an answer may be given; None for what `max_model_len` leaves"""
+    request_timeout_s: Annotated[float, SECONDS] = 3600.0
+    """longest time for a request, waiting included, in seconds"""
+    client_timeout_s: Annotated[float, SECONDS] = 60.0
+    """longest time a client may take to send its request, or to take in what has been sent to it,
+    in seconds
+    """
+    drain_timeout_s: Annotated[float, SECONDS] = 30.0
+    """how long running requests may go on after SIGTERM, in seconds"""
     parse_reasoning: bool = True
+    """whether chat answers give <think>...</think> apart, as reasoning"""
     page: bool = True
+    """whether `/` is the built-in page"""
     log_requests: bool = False
+    """whether each request is logged: its path, status and duration, never its text"""
 
     def __post_init__(self) -> None:
         if not isinstance(self.host, str) or not self.host or self.host != self.host.strip():
             raise ValueError(f"host={self.host!r} must be an address, such as '127.0.0.1'")
-        for name, (minimum, maximum) in RANGES.items():
-            value = getattr(self, name)
-            if value is not None or name not in OPTIONAL:
-                self._keep(name, check_int(name, value, minimum, maximum))
-        for name in SECONDS:
-            self._keep(name, _check_seconds(name, getattr(self, name)))
-        for name in SWITCHES:
-            check_bool(name, getattr(self, name))
         _check_api_key(self.api_key)
         if self.served_model_name is not None:
             names = _check_texts("served_model_name", self.served_model_name)
@@ -96,6 +84,7 @@ class ServerSettings:
             self._keep("served_model_name", names)
         self._keep("cors_origins", _check_origins(self.cors_origins))
         self._keep("allowed_hosts", _check_hosts(self.allowed_hosts))
+        check_fields(self)
 
     @property
     def is_local(self) -> bool:
@@ -114,13 +103,6 @@ def is_local_host(host: str) -> bool:
         return ip_address(host).is_loopback
     except ValueError:  # another name: even 127.0.0.1.example.org is one
         return False
-
-
-def _check_seconds(name: str, value: object) -> float:
-    seconds = check_number(name, value)
-    if not 0 < seconds <= MAX_SECONDS:
-        raise ValueError(f"{name}={seconds} must be more than 0 and at most {MAX_SECONDS:.0f}")
-    return seconds
 
 
 def _check_api_key(value: object) -> None:
