@@ -1,6 +1,6 @@
-"""Writes docs/settings.md from the settings classes: names, types, defaults and words of each.
+"""Write docs/settings.md from the settings classes: name, type, default and help of each setting.
 
-A test compares the file with what this would write; run it after a change to a setting.
+A test compares the file with the output of this script; run it after a change to a setting.
 
     python launch/make_settings_table.py
 """
@@ -17,10 +17,10 @@ TARGET = Path(__file__).resolve().parents[1] / "docs" / "settings.md"
 INTRODUCTION = """\
 # Settings
 
-<!-- written by launch/make_settings_table.py; change the docstrings of the classes instead -->
+<!-- written by launch/make_settings_table.py; change the fields of the classes instead -->
 
 Every setting has one name: the keyword in Python, the key in a YAML file, `--the-name` as a flag
-and `TPLLM_THE_NAME` in the environment. A flag goes before the environment, the environment before
+and `TPLLM_THE_NAME` in the environment. A flag overrides the environment, the environment overrides
 the file ([command line](cli.md)).
 """
 TITLES = {
@@ -35,23 +35,23 @@ SAMPLING = """\
 ## Sampling
 
 Keywords of `SamplingParams`; flags of `tpllm generate`, most of them of `tpllm chat`, which have
-defaults of their own for temperature and max_tokens. A request's own, so neither in the environment
-nor in a file.
+defaults of their own for temperature and max_tokens. They belong to a request, so neither the
+environment nor a file can set them.
 """
 
 
 def settings_page() -> str:
-    """The whole file."""
+    """Return the whole page."""
     parts = [INTRODUCTION]
     for settings in SETTINGS_CLASSES:
-        title, words = TITLES[settings.__name__]
-        parts.append(f"\n## {title}\n\n{words}\n\n{table(options_of(settings))}")
+        title, text = TITLES[settings.__name__]
+        parts.append(f"\n## {title}\n\n{text}\n\n{table(options_of(settings))}")
     parts.append(SAMPLING + "\n" + table(options_of(SamplingParams, leave_out=UNTYPED)))
     return "".join(parts)
 
 
 def table(options: list[Option]) -> str:
-    """One row for each setting."""
+    """Return a table with one row for each setting."""
     rows = ["| setting | type | default | meaning |", "|---|---|---|---|"]
     for option in options:
         words = option.help.replace("|", "\\|").replace("<", "&lt;").replace("*", "\\*")

@@ -49,26 +49,26 @@ class SamplingParams:
     """
 
     n: int = 1
-    """continuations of the prompt, drawn independently"""
+    """continuations of the prompt, sampled independently"""
     temperature: float = 1.0
     """divides the logits; 0 always takes the likeliest token (greedy)"""
     top_p: float = 1.0
-    """draw from the fewest likeliest tokens that have this probability together; in (0, 1]"""
+    """sample from the fewest likeliest tokens whose probabilities add up to this; in (0, 1]"""
     top_k: int = 0
-    """draw from this many likeliest tokens; 0 or -1 for all"""
+    """sample from this many likeliest tokens; 0 or -1 for all"""
     min_p: float = 0.0
-    """draw from tokens at least this probable, relative to the likeliest; in [0, 1]"""
+    """sample from tokens at least this probable, relative to the likeliest; in [0, 1]"""
     presence_penalty: float = 0.0
-    """taken off the logits of tokens generated before; in [-2, 2]"""
+    """subtracted from the logits of tokens generated before; in [-2, 2]"""
     frequency_penalty: float = 0.0
-    """taken off for each time a token has been generated; in [-2, 2]"""
+    """subtracted for each time a token has been generated; in [-2, 2]"""
     repetition_penalty: float = 1.0
     """divides the positive logits of tokens of the prompt or generated before, and multiplies the
     negative ones; 1 for none
     """
     seed: int | None = None
-    """64-bit, signed or unsigned; equal seeds draw equal tokens whatever the batch. None (or vLLM's
-    other way to say so, -1) draws from the engine's seed, differently for each request.
+    """64-bit, signed or unsigned; equal seeds sample equal tokens in any batch. None (or vLLM's
+    name for it, -1) takes the engine's seed, differently for each request.
     """
     stop: str | tuple[str, ...] | list[str] = ()  # kept as a tuple
     """a text, or several, that ends the request where it appears"""
@@ -81,15 +81,15 @@ class SamplingParams:
     no token "nothing"
     """
     logit_bias: dict[int, float] | None = field(default=None, hash=False)
-    """added to the logits of these token ids; cut to [-100, 100]"""
+    """added to the logits of these token ids; clamped to [-100, 100]"""
     allowed_token_ids: tuple[int, ...] | list[int] | None = None  # kept as a tuple
-    """only these can be drawn; None for all"""
+    """only these can be sampled; None for all"""
     max_tokens: int | None = 16
     """most tokens to generate; None for as many as `max_model_len` leaves room for"""
     min_tokens: int = 0
-    """end tokens and `stop_token_ids` cannot be drawn before this many tokens"""
+    """end tokens and `stop_token_ids` cannot be sampled before this many tokens"""
     ignore_eos: bool = False
-    """go on past the model's end tokens (to measure speed)"""
+    """continue past the model's end tokens (to measure speed)"""
     logprobs: int | None = None
     """report the log-probabilities of each generated token and of this many likeliest ones, at most
     20; those of the model, before any of the settings above. None for none

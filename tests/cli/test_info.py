@@ -100,7 +100,7 @@ def test_what_nvml_does_not_tell_is_not_made_up(two_gpus, capsys):
     assert "NVIDIA H200, capability 9.0, memory unknown\n" in shown
     assert "0 - 1: NVLink unknown, peer access unknown" in shown
     _, why = choices(capsys, "--tensor-parallel-size", "2")["all-reduce"]
-    assert why.startswith("if the GPUs reach each other's memory, which NVML does not tell")
+    assert why.startswith("if the GPUs reach each other's memory, which NVML does not report")
 
 
 def test_the_choices_for_two_gpus_and_why(two_gpus, capsys):

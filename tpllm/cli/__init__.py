@@ -1,6 +1,6 @@
-"""The program `tpllm`: one file for each command, and what they share.
+"""The program `tpllm`: one file for each command, and modules that they share.
 
-`program` reads the command line, `options` makes flags of settings, `sources` collects settings
+`program` reads the command line, `options` turns settings into flags, `sources` collects settings
 from flags, environment and file.
 """
 

@@ -17,15 +17,15 @@ from tpllm.cli.sampling import (
 from tpllm.llm import LLM
 from tpllm.sampling_params import SamplingParams
 
-# As the help shows them: from the model's generation_config.json, where it has one.
+# Defaults from the model's generation_config.json, as the help shows them.
 RECOMMENDED = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 DEFAULTS = dict.fromkeys(RECOMMENDED, "what the model recommends") | {"max_tokens": "none"}
-# One answer is shown as it comes, as text.
+# The command shows one answer at a time, as text.
 OF_NO_USE = ("n", "logprobs", "prompt_logprobs", "detokenize")
 
 HELP = """\
 /reset         forget the conversation
-/system TEXT   what the model is told before it; without TEXT, nothing
+/system TEXT   set the system prompt; without TEXT, remove it
 /exit          end, as Ctrl-D does; Ctrl-C stops an answer"""
 
 
@@ -37,22 +37,22 @@ def add(commands: Commands) -> None:
         "talk with a model in the terminal",
         "tpllm chat Qwen/Qwen3-8B --tensor-parallel-size 2",
     )
-    parser.add_argument("--system", metavar="TEXT", help="what the model is told beforehand")
+    parser.add_argument("--system", metavar="TEXT", help="the system prompt")
     add_sampling_flags(parser, DEFAULTS, OF_NO_USE)
     add_engine_flags(parser, leave_out=LEFT_OUT)
 
 
 def run(args: Namespace) -> int:
     asked: dict[str, Any] = {"max_tokens": None} | given_flags(args, SamplingParams)
-    SamplingParams(**asked)  # refused, if it is, before the engine starts
+    SamplingParams(**asked)  # a wrong value is refused before the engine starts
     given = engine_settings(args)
     with engine(args, given) as llm:
         params = replace(llm.get_default_sampling_params(), **asked)
         conversation = Conversation(llm, params, args.system)
-        with given.named_in_errors():  # a model without a chat template is of no use here
+        with given.named_in_errors():  # a model without a chat template is refused
             chat_prompt(llm, [{"role": "user", "content": "?"}])
         if sys.stdin.isatty():
-            import readline  # noqa: F401  (input() edits lines and remembers them with it)
+            import readline  # noqa: F401  (gives input() line editing and a history)
 
             print(HELP)
         while (line := _read_line()) is not None:
@@ -62,12 +62,12 @@ def run(args: Namespace) -> int:
 
 
 class Conversation:
-    """What has been said, and the engine that answers.
+    """The messages of a conversation, and the engine that answers.
 
     Args:
         llm: a running engine with a chat template
-        params: how answers are drawn
-        system: what the model is told beforehand
+        params: sampling parameters of the answers
+        system: the system prompt
     """
 
     def __init__(self, llm: LLM, params: SamplingParams, system: str | None = None) -> None:
@@ -77,7 +77,7 @@ class Conversation:
         self.messages: list[dict[str, str]] = []
 
     def take(self, line: str) -> bool:
-        """Answer a line, or obey it where it begins with a slash; False ends the session."""
+        """Answer a line, or run the command in it; return False at the end of the session."""
         words = line.strip()
         command, _, rest = words.partition(" ")
         if not words:
@@ -95,38 +95,38 @@ class Conversation:
         return True
 
     def _answer(self, text: str) -> None:
-        """Print an answer while it comes; what Ctrl-C leaves of it counts as said.
+        """Print an answer while it comes; after Ctrl-C its printed part is kept as the answer.
 
-        A message that cannot be answered, since it no longer fits, is as if it had not been said.
+        A message that no longer fits into the context is dropped.
         """
-        told = [{"role": "system", "content": self.system}] if self.system else []
-        asked = [*self.messages, {"role": "user", "content": text}]
-        said = ""
+        system = [{"role": "system", "content": self.system}] if self.system else []
+        messages = [*self.messages, {"role": "user", "content": text}]
+        answer = ""
         stopped = False
         try:
             with closing(
-                stream(self._llm, chat_prompt(self._llm, told + asked), self._params)
+                stream(self._llm, chat_prompt(self._llm, system + messages), self._params)
             ) as s:
                 for output in s:
-                    said += output.outputs[0].text
+                    answer += output.outputs[0].text
                     print(output.outputs[0].text, end="", flush=True)
         except ValueError as error:
             print(f"tpllm: error: {error}; /reset forgets the conversation", file=sys.stderr)
             return
         except KeyboardInterrupt:
-            if self._llm.coordinator.closed:  # it came twice, or in the middle of a step
+            if self._llm.coordinator.closed:  # a second Ctrl-C, or one in the middle of a step
                 raise
             stopped = True
         print(" [stopped]" if stopped else "", flush=True)
-        self.messages = [*asked, {"role": "assistant", "content": said}]
+        self.messages = [*messages, {"role": "assistant", "content": answer}]
 
 
 def _read_line() -> str | None:
-    """The next line; None at the end. At a terminal Ctrl-C drops what has been typed."""
+    """Return the next line; None at the end. At a terminal Ctrl-C drops the typed text."""
     if not sys.stdin.isatty():
         return sys.stdin.readline() or None
     while True:
-        with suppress(KeyboardInterrupt):  # a second one, while the first is answered
+        with suppress(KeyboardInterrupt):  # Ctrl-C again, while the first is handled
             try:
                 return input("> ")
             except EOFError:

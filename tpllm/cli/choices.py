@@ -1,4 +1,4 @@
-"""Choices: what an engine would use here for given settings, each with its reason."""
+"""Choices: what an engine would use on this machine for given settings, and why."""
 
 from tpllm.cli.hardware import Hardware
 from tpllm.cli.sources import Given
@@ -6,11 +6,11 @@ from tpllm.config.devices import visible_gpus
 from tpllm.config.engine_config import EngineConfig, why_no_flash_attn
 from tpllm.layers.linear.matmul_algorithms import table_path
 
-Choice = tuple[str, str]  # what is taken, and why
+Choice = tuple[str, str]  # the choice, and the reason for it
 
 
 def explain(given: Given, hardware: Hardware) -> dict[str, Choice]:
-    """Choice and reason by name.
+    """Return choice and reason by name.
 
     Raises:
         ValueError, FileNotFoundError: no engine could start with these settings.
@@ -23,16 +23,16 @@ def explain(given: Given, hardware: Hardware) -> dict[str, Choice]:
         "dtype": _dtype(config, given, on_gpu),
         "max_model_len": (
             f"{config.max_model_len} tokens",
-            _asked("max_model_len", given) or "the model's limit, or less if the cache is smaller",
+            _origin("max_model_len", given) or "the model's limit, or less if the cache is smaller",
         ),
         "prefill attention": _prefill_attention(config, given, on_gpu),
         "decode attention": _decode_attention(config, given, on_gpu),
         "all-reduce": _all_reduce(config, hardware, on_gpu),
-        "matrix products": _matrix_products(config, hardware, on_gpu),
+        "matrix products": _matmuls(config, hardware, on_gpu),
         "decode steps": _decode_steps(config, given, on_gpu),
         "KV block": (
             f"{config.kv_block_size} tokens",
-            _asked("kv_block_size", given)
+            _origin("kv_block_size", given)
             or (
                 "flash-attn reads pages of 256"
                 if config.attention_backend == "flash-attn"
@@ -42,8 +42,8 @@ def explain(given: Given, hardware: Hardware) -> dict[str, Choice]:
     }
 
 
-def _asked(name: str, given: Given) -> str | None:
-    """Where a value that overrides the default came from."""
+def _origin(name: str, given: Given) -> str | None:
+    """Return the origin of a value that overrides the default."""
     if name in given.origins and given.values[name] not in (None, "auto"):
         return f"asked for by {given.origins[name]}"
     return None
@@ -53,29 +53,29 @@ def _device(config: EngineConfig, given: Given, hardware: Hardware) -> Choice:
     ranks = config.tensor_parallel_size
     if config.device == "cuda":
         why = f"{len(hardware.gpus)} visible"
-        return f"GPU 0 to {ranks - 1}" if ranks > 1 else "GPU 0", _asked("device", given) or why
-    why = _asked("device", given) or hardware.why_no_gpu or "no GPU is visible"
+        return f"GPU 0 to {ranks - 1}" if ranks > 1 else "GPU 0", _origin("device", given) or why
+    why = _origin("device", given) or hardware.why_no_gpu or "no GPU is visible"
     return f"cpu, {ranks} process{'es' if ranks > 1 else ''}", why
 
 
 def _dtype(config: EngineConfig, given: Given, on_gpu: bool) -> Choice:
     default = "the checkpoint's" if on_gpu else "16 bits are emulated on most CPUs"
-    return config.dtype, _asked("dtype", given) or default
+    return config.dtype, _origin("dtype", given) or default
 
 
 def _decode_attention(config: EngineConfig, given: Given, on_gpu: bool) -> Choice:
-    asked = _asked("attention_backend", given)
+    origin = _origin("attention_backend", given)
     if config.attention_backend == "torch":
-        return "torch", (asked if on_gpu and asked else "the CPU has no other")
-    return "split kernel (Triton)", asked or "the kernel of our own, for GPUs"
+        return "torch", (origin if on_gpu and origin else "the CPU has no other")
+    return "split kernel (Triton)", origin or "the kernel of our own, for GPUs"
 
 
 def _prefill_attention(config: EngineConfig, given: Given, on_gpu: bool) -> Choice:
-    asked = _asked("attention_backend", given)
+    origin = _origin("attention_backend", given)
     if config.attention_backend == "flash-attn":
-        return "flash-attn 2", asked or "the fastest here"
-    if asked and on_gpu:
-        return "torch", asked
+        return "flash-attn 2", origin or "the fastest here"
+    if origin and on_gpu:
+        return "torch", origin
     gpus = visible_gpus()[: config.tensor_parallel_size] if on_gpu else []
     why = why_no_flash_attn(gpus, config.dtype, config.model_config.head_dim)
     return "torch", f"no flash-attn: {why}"
@@ -96,14 +96,14 @@ def _all_reduce(config: EngineConfig, hardware: Hardware, on_gpu: bool) -> Choic
             return "NCCL", f"GPU {a} and GPU {b} do not reach each other's memory"
     reach = "the GPUs reach each other's memory"
     if any(link.peer_access is None for link in links):
-        reach = f"if {reach}, which NVML does not tell"
+        reach = f"if {reach}, which NVML does not report"
     return (
         "peer memory",
         f"{reach}; tried against NCCL when the workers start",
     )
 
 
-def _matrix_products(config: EngineConfig, hardware: Hardware, on_gpu: bool) -> Choice:
+def _matmuls(config: EngineConfig, hardware: Hardware, on_gpu: bool) -> Choice:
     if not on_gpu:
         return "torch", "the CPU has no other"
     if config.disable_custom_matmul:
@@ -122,5 +122,5 @@ def _decode_steps(config: EngineConfig, given: Given, on_gpu: bool) -> Choice:
     if not on_gpu:
         return "eager", "CUDA graphs need a GPU"
     if config.enforce_eager:
-        return "eager", _asked("enforce_eager", given) or "enforce_eager is set"
+        return "eager", _origin("enforce_eager", given) or "enforce_eager is set"
     return "CUDA graphs", "one launch for a whole step"

@@ -1,4 +1,4 @@
-"""What commands have in common: how one is declared, and how one gets its engine."""
+"""Shared by all commands: how a command is declared, and how it starts its engine."""
 
 import sys
 from argparse import (
@@ -29,7 +29,7 @@ def add_command(
     summary: str,
     example: str,
 ) -> ArgumentParser:
-    """A command's parser; `run(args)` returns the exit code."""
+    """Add a command and return its parser; `run(args)` returns the exit code."""
     parser = commands.add_parser(
         name,
         help=summary,
@@ -43,7 +43,7 @@ def add_command(
 
 
 def add_group(commands: Commands, name: str, summary: str) -> Commands:
-    """A word that has commands of its own."""
+    """Add a command that has subcommands, and return where to add these."""
     parser = commands.add_parser(name, help=summary, description=_sentence(summary))
     return parser.add_subparsers(dest=f"{name}_command", required=True, metavar="COMMAND")
 
@@ -60,28 +60,30 @@ def add_engine_flags(
     leave_out: Collection[str] = (),
     defaults: Mapping[str, object] = NO_DEFAULTS,
 ) -> None:
-    """Flags for every engine setting, and where to find others.
+    """Add flags for every engine setting, and --config for a file of settings.
 
     Args:
-        positional: whether MODEL may be a word of its own
-        starts: whether the command starts an engine by `engine`, which can be silent
-        leave_out: settings that are of no use to it
-        defaults: the command's own
+        positional: whether MODEL may be given without its flag
+        starts: whether the command starts an engine by `engine`, so that it takes --quiet
+        leave_out: settings without a flag
+        defaults: the command's own defaults
     """
     if positional:
         add_positional(parser, Settings, "model")
     if starts:
-        parser.add_argument("--quiet", action="store_true", help="tell nothing of the start")
+        parser.add_argument(
+            "--quiet", action="store_true", help="do not report the start on stderr"
+        )
     parser.add_argument(
         "--config",
         metavar="FILE",
-        help="a YAML file of settings (default: the one that TPLLM_CONFIG names)",
+        help="a YAML file of settings (default: the file that TPLLM_CONFIG names)",
     )
     add_flags(parser, Settings, "engine", leave_out, defaults)
 
 
 def engine_settings(args: Namespace, defaults: Mapping[str, object] = NO_DEFAULTS) -> Given:
-    """The engine settings from every source, checked each by itself.
+    """Return the engine settings from every source, each checked by itself.
 
     Raises:
         ValueError: one is wrong; nothing has been started.
@@ -95,7 +97,7 @@ def engine_settings(args: Namespace, defaults: Mapping[str, object] = NO_DEFAULT
 
 @contextmanager
 def engine(args: Namespace, given: Given) -> Iterator["tpllm.LLM"]:
-    """An engine for the duration; the phases of its start are told on stderr."""
+    """Run an engine within the block, and report the phases of its start on stderr."""
     with StartupProgress(sys.stderr, quiet=args.quiet) as progress, given.named_in_errors():
         llm = tpllm.LLM(**given.values, on_phase=progress.on_phase)
     with llm:

@@ -32,7 +32,7 @@ def add(commands: Commands) -> None:
     parser.add_argument(
         "--raw", action="store_true", help="continue the prompt as text, without chat template"
     )
-    parser.add_argument("--system", metavar="TEXT", help="what the model is told beforehand")
+    parser.add_argument("--system", metavar="TEXT", help="the system prompt")
     parser.add_argument(
         "--json", action="store_true", help="print the whole output, token ids and all, as JSON"
     )
@@ -61,7 +61,7 @@ def run(args: Namespace) -> int:
 
 
 def _check(args: Namespace, params: SamplingParams) -> None:
-    """Refuse what would be asked for in vain, before an engine starts."""
+    """Refuse flags that would have no effect, before an engine starts."""
     if args.raw and args.system is not None:
         raise ValueError("--system needs a chat template, which --raw does without; leave one out")
     if not args.json:
@@ -74,7 +74,7 @@ def _check(args: Namespace, params: SamplingParams) -> None:
 
 
 def _all_texts(output: RequestOutput) -> str:
-    """Several continuations stand under a line each that counts them."""
+    """Join the continuations, each below a line with its number if there are several."""
     texts = [completion.text for completion in output.outputs]
     if len(texts) == 1:
         return texts[0]

@@ -1,4 +1,4 @@
-"""Hardware: the GPUs here and the links between them, asked of NVML, without a CUDA context."""
+"""Hardware: the GPUs of this machine and the links between them, from NVML."""
 
 import os
 from collections.abc import Callable
@@ -10,7 +10,7 @@ from typing import Any
 
 from tpllm.config.devices import Gpu, visible_gpus
 
-# nvmlGpuP2PCapsIndex_t, as NVML counts: the binding's own name of the first is a tuple by a slip.
+# Values of nvmlGpuP2PCapsIndex_t: in the binding, the constant for the first is a tuple by mistake.
 _P2P_READ, _P2P_NVLINK = 0, 2
 
 
@@ -19,9 +19,9 @@ class GpuFacts:
     """A GPU as the workers will see it; rank r takes the r-th.
 
     Attributes:
-        memory_bytes, free_bytes: of the device, and what nobody holds now; None where NVML does
-            not tell, as where GPU and CPU share theirs
-        num_nvlinks: NVLinks that are up; None where NVML does not tell
+        memory_bytes, free_bytes: of the device; None if NVML does not report them, as on a machine
+            whose GPU and CPU share memory
+        num_nvlinks: NVLinks that are up; None if NVML does not report it
     """
 
     name: str
@@ -34,10 +34,10 @@ class GpuFacts:
 
 @dataclass(frozen=True)
 class Link:
-    """Two GPUs, by their ranks, and how they reach each other. None: NVML does not tell.
+    """Two GPUs, by their ranks, and their connection. None means that NVML does not report it.
 
     Attributes:
-        nvlink: whether over NVLink
+        nvlink: whether NVLink connects them
         peer_access: whether each can read the other's memory
     """
 
@@ -48,13 +48,13 @@ class Link:
 
 @dataclass(frozen=True)
 class Hardware:
-    """What there is.
+    """The driver, the visible GPUs and their links.
 
     Attributes:
         driver: the NVIDIA driver's version; None without one
         gpus: the visible ones, in order
-        links: of every pair of them
-        why_no_gpu: where there are none
+        links: one for every pair of GPUs
+        why_no_gpu: the reason if there is no GPU
     """
 
     driver: str | None
@@ -64,7 +64,7 @@ class Hardware:
 
     @classmethod
     def look(cls) -> "Hardware":
-        """Ask the driver. Without one, or without GPUs, the lists are empty."""
+        """Query the driver. Without a driver or GPUs the lists are empty."""
         import pynvml
 
         try:
@@ -85,7 +85,7 @@ class Hardware:
 
 
 def _facts(pynvml: Any, gpu: Gpu, handle: Any) -> GpuFacts:
-    memory = _ask(pynvml, lambda: pynvml.nvmlDeviceGetMemoryInfo(handle))
+    memory = _query(pynvml, lambda: pynvml.nvmlDeviceGetMemoryInfo(handle))
     return GpuFacts(
         name=gpu.name,
         uuid=gpu.uuid,
@@ -99,8 +99,8 @@ def _facts(pynvml: Any, gpu: Gpu, handle: Any) -> GpuFacts:
 def _link(pynvml: Any, ranks: tuple[int, int], handles: list[Any]) -> Link:
     def status(capability: int) -> bool | None:
         a, b = (handles[rank] for rank in ranks)
-        told = _ask(pynvml, lambda: pynvml.nvmlDeviceGetP2PStatus(a, b, capability))
-        return None if told is None else told == pynvml.NVML_P2P_STATUS_OK
+        code = _query(pynvml, lambda: pynvml.nvmlDeviceGetP2PStatus(a, b, capability))
+        return None if code is None else code == pynvml.NVML_P2P_STATUS_OK
 
     return Link(
         ranks,
@@ -111,17 +111,17 @@ def _link(pynvml: Any, ranks: tuple[int, int], handles: list[Any]) -> Link:
 
 def _num_nvlinks(pynvml: Any, handle: Any) -> int | None:
     states = [
-        _ask(pynvml, partial(pynvml.nvmlDeviceGetNvLinkState, handle, number))
+        _query(pynvml, partial(pynvml.nvmlDeviceGetNvLinkState, handle, number))
         for number in range(pynvml.NVML_NVLINK_MAX_LINKS)
     ]
-    told = [state for state in states if state is not None]
-    return sum(state == pynvml.NVML_FEATURE_ENABLED for state in told) if told else None
+    known = [state for state in states if state is not None]
+    return sum(state == pynvml.NVML_FEATURE_ENABLED for state in known) if known else None
 
 
-def _ask(pynvml: Any, question: Callable[[], Any]) -> Any:
-    """NVML's answer; None where this GPU or driver has none to give."""
+def _query(pynvml: Any, call: Callable[[], Any]) -> Any:
+    """Return the result of a call of NVML; None if this GPU or driver does not support it."""
     try:
-        return question()
+        return call()
     except pynvml.NVMLError:
         return None
 

@@ -1,4 +1,4 @@
-"""`tpllm info`: what is on this machine, and what an engine would make of it."""
+"""`tpllm info`: the hardware and packages of this machine, and what an engine would use."""
 
 import json
 import os
@@ -15,7 +15,7 @@ from tpllm.cli.command import Commands, add_command, add_engine_flags, engine_se
 from tpllm.cli.hardware import GpuFacts, Hardware, Link
 
 VERSIONS = ("torch", "triton", "transformers", "tokenizers", "numpy")
-# What a backend is for, and the packages it takes.
+# The use of a backend, and the packages that it needs.
 BACKENDS = {
     "flash-attn": ("prefill on GPUs", ("flash-attn",)),
     "triton": ("kernels on GPUs", ("triton",)),
@@ -36,7 +36,7 @@ def add(commands: Commands) -> None:
 
 
 def run(args: Namespace) -> int:
-    """Show everything; a model that could not run here is told of last, as an error."""
+    """Show everything; a model that cannot run here is an error at the end."""
     given = engine_settings(args)
     hardware = Hardware.look()
     facts: dict[str, Any] = {

@@ -1,9 +1,9 @@
-"""The program itself: its command line, its exit codes, and how it says what went wrong.
+"""The program: its command line, its exit codes and its error messages.
 
     tpllm generate "What is 348 + 44?" --tensor-parallel-size 2
 
-A user's mistake is one line on stderr and exit code 2; a worker that dies gives its report and exit
-code 1; Ctrl-C ends with 130, as shells report it. `--debug` shows the traceback as well.
+A user's mistake is one line on stderr and exit code 2. A worker that dies gives a report and exit
+code 1. Ctrl-C gives exit code 130, as shells do. `--debug` shows the traceback as well.
 """
 
 import os
@@ -29,7 +29,7 @@ def main(argv: list[str] | None = None) -> int:
         return code
     except KeyboardInterrupt:
         return 130
-    except BrokenPipeError:  # whoever read our output has seen enough
+    except BrokenPipeError:  # the reader of our output has closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # for Python's own flush at exit
         return 1
     except (*USER_MISTAKES, OSError, tpllm.WorkerError) as error:
@@ -40,16 +40,16 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def report(error: BaseException) -> None:
-    """Say on stderr what went wrong, in one line but for the report of a worker."""
-    words = "\n".join([str(error), *getattr(error, "__notes__", [])])
-    if not isinstance(error, tpllm.WorkerError):  # that one holds a traceback
-        words = " ".join(words.split())
-    print(f"tpllm: error: {words}", file=sys.stderr, flush=True)
+    """Print an error on stderr, in one line unless it is the report of a worker."""
+    text = "\n".join([str(error), *getattr(error, "__notes__", [])])
+    if not isinstance(error, tpllm.WorkerError):  # which contains a traceback
+        text = " ".join(text.split())
+    print(f"tpllm: error: {text}", file=sys.stderr, flush=True)
 
 
 class _Parser(ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        """One line, where argparse would print the whole usage first."""
+        """Print one line; argparse would print the whole usage first."""
         self.exit(2, f"tpllm: error: {message} (see {self.prog} --help)\n")
 
 

@@ -6,32 +6,32 @@ from typing import Self, TextIO
 
 
 class StartupProgress(AbstractContextManager["StartupProgress"]):
-    """Tells what the workers do until they are ready, and how long it took.
+    """Prints each phase of the start with the seconds since the beginning.
 
-    The ranks go through the same phases side by side: the first to enter one speaks for all.
+    All ranks go through the same phases; a phase is printed when the first rank begins it.
     """
 
     def __init__(self, stream: TextIO, quiet: bool = False) -> None:
         self._stream = stream
         self._quiet = quiet
         self._begin = time.perf_counter()
-        self._told: set[str] = set()
+        self._seen: set[str] = set()
 
     def __enter__(self) -> Self:
-        self.tell("starting")
+        self.write("starting")
         return self
 
     def __exit__(self, exc_type: object, exc: object, traceback: object) -> None:
         if exc_type is None:
-            self.tell("ready")
+            self.write("ready")
 
     def on_phase(self, rank: int, phase: str) -> None:
-        """A worker has begun a phase."""
-        if phase not in self._told:
-            self._told.add(phase)
-            self.tell(phase)
+        """Print a phase that a worker begins, unless another worker has begun it before."""
+        if phase not in self._seen:
+            self._seen.add(phase)
+            self.write(phase)
 
-    def tell(self, phase: str) -> None:
+    def write(self, phase: str) -> None:
         """Write a line."""
         if not self._quiet:
             seconds = time.perf_counter() - self._begin

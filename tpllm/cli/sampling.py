@@ -1,4 +1,4 @@
-"""SamplingParams as flags, and an answer as a stream of text: for the commands that generate."""
+"""SamplingParams as flags, and answers as streams, for the commands that generate."""
 
 from argparse import ArgumentParser, Namespace
 from collections.abc import Generator, Mapping
@@ -11,44 +11,44 @@ from tpllm.llm import LLM
 from tpllm.outputs import RequestOutput
 from tpllm.sampling_params import RequestOutputKind, SamplingParams
 
-# Engine settings without a flag here: --seed is the request's own, and text takes a tokenizer.
+# Engine settings without a flag here: --seed is the request's, and text needs a tokenizer.
 LEFT_OUT = ("seed", "skip_tokenizer_init")
 
-# What the commands decide by themselves (whether an answer comes in pieces), and what is no word.
+# Parameters without a flag: the commands choose output_kind, and a schema is no single word.
 UNTYPED = ("output_kind", "structured_outputs")
 
 
 def add_sampling_flags(
     parser: ArgumentParser, defaults: Mapping[str, object], leave_out: tuple[str, ...] = ()
 ) -> None:
-    """Flags for sampling parameters; `defaults` are this command's own."""
+    """Add flags for sampling parameters; `defaults` are the command's own."""
     add_flags(parser, SamplingParams, "sampling", (*UNTYPED, *leave_out), defaults)
 
 
 def sampling_params(args: Namespace, defaults: Mapping[str, Any]) -> SamplingParams:
-    """The sampling parameters that the command line asks for.
+    """Return the sampling parameters of the command line.
 
     Raises:
-        ValueError: they are wrong.
+        ValueError: one of them is wrong.
     """
     given: dict[str, Any] = {**defaults, **given_flags(args, SamplingParams)}
     return SamplingParams(**given)
 
 
 def chat_prompt(llm: LLM, messages: list[dict[str, str]]) -> dict[str, list[int]]:
-    """A conversation as a prompt, in the words of the model's chat template.
+    """Return a conversation as a prompt, rendered by the model's chat template.
 
     Raises:
         ValueError: the template does not take these messages.
     """
     tokenizer = llm.get_tokenizer()
     text = tokenizer.render_chat(messages)
-    # the template spells out every special token
+    # the template contains every special token
     return {"prompt_token_ids": tokenizer.encode_batch([text], add_special_tokens=False)[0]}
 
 
 def stream(llm: LLM, prompt: Any, params: SamplingParams) -> Generator[RequestOutput, None, None]:
-    """What is new of one answer, as it comes. Whoever stops listening ends the request."""
+    """Yield the new part of one answer as it comes. Closing the generator ends the request."""
     params = replace(params, output_kind=RequestOutputKind.DELTA)
     with closing(llm.generate_stream(prompt, params)) as outputs:
         yield from outputs

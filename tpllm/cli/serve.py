@@ -9,7 +9,7 @@ from tpllm.cli.progress import StartupProgress
 from tpllm.cli.sources import collect
 from tpllm.server import ServerSettings
 
-LEFT_OUT = ("skip_tokenizer_init",)  # a server is asked in text
+LEFT_OUT = ("skip_tokenizer_init",)  # requests to a server are text
 
 
 def add(commands: Commands) -> None:
@@ -25,17 +25,17 @@ def add(commands: Commands) -> None:
 
 
 def run(args: Namespace) -> int:
-    """Serve until a signal; the exit code is the server's."""
+    """Serve until a signal, and return the exit code of the server."""
     given = engine_settings(args)
     server = collect(ServerSettings, given_flags(args, ServerSettings), args.config)
     with server.named_in_errors():
         settings = ServerSettings(**server.values)
     try:
-        from tpllm.server import run as serve  # needs the packages of the extra
+        from tpllm.server import run as serve  # needs the packages of the extra `server`
     except ImportError as error:
         raise ValueError(str(error)) from error
     progress = StartupProgress(sys.stderr, quiet=args.quiet)
-    progress.tell("starting")  # the server itself says when it is ready
+    progress.write("starting")  # the server itself reports when it is ready
     engine = {**given.values, "on_phase": progress.on_phase}
     with given.named_in_errors(), server.named_in_errors():
         return serve(engine.pop("model", None), engine, settings)

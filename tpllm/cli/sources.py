@@ -1,4 +1,4 @@
-"""Sources: settings from flags, the environment and a file, and where each of them came from."""
+"""Sources: settings from flags, the environment and a file, with the origin of each value."""
 
 import os
 import re
@@ -16,18 +16,18 @@ from tpllm.errors import refuse_unknown_settings
 from tpllm.server import ServerSettings
 from tpllm.supervision import crash_report
 
-# Whatever command runs, the environment and a file may hold the settings of all of them.
+# The environment and a file may hold the settings of every command.
 SETTINGS_CLASSES: tuple[type, ...] = (Settings, ServerSettings)
 CONFIG_VARIABLE = PREFIX + "CONFIG"
 
 
 @dataclass(frozen=True)
 class Given:
-    """Settings that somebody gave, under the names of their fields.
+    """Settings that a user gave, by the names of their fields.
 
     Attributes:
-        values: what a settings class takes as keywords; those not given are absent
-        origins: the flag, variable or file that each came from
+        values: keywords for a settings class; settings that were not given are absent
+        origins: the flag, variable or file of each value
     """
 
     values: dict[str, Any] = field(default_factory=dict)
@@ -35,17 +35,17 @@ class Given:
 
     @contextmanager
     def named_in_errors(self) -> Iterator[None]:
-        """Errors raised inside get a note of where the settings they mention came from."""
+        """Add the origins of the settings that an error mentions as a note to the error."""
         try:
             yield
         except (ValueError, OSError) as error:
-            blamed = [
+            notes = [
                 f"{name} is from {origin}"
                 for name, origin in self.origins.items()
                 if re.search(rf"\b{name}\b", str(error))
             ]
-            if blamed:
-                error.add_note(f"({'; '.join(blamed)})")
+            if notes:
+                error.add_note(f"({'; '.join(notes)})")
             raise
 
 
@@ -55,15 +55,15 @@ def collect(
     config: str | None = None,
     environment: Mapping[str, str] = os.environ,
 ) -> Given:
-    """The settings of one class: a flag goes before the environment, that before the file.
+    """Return the given settings of one class: flags override the environment, that the file.
 
     Args:
-        flags: what stands on the command line, parsed
-        config: a YAML file; None for the one that TPLLM_CONFIG names, if any
+        flags: the values on the command line, parsed
+        config: a YAML file; None for the file that TPLLM_CONFIG names, if any
 
     Raises:
-        ValueError: a text is not of the setting's type, or the file is no such file.
-        UnknownSettingError: the environment or the file has a setting that no command has.
+        ValueError: a text is not of the setting's type, or the file is not valid.
+        UnknownSettingError: the environment or the file has an unknown setting.
         FileNotFoundError: there is no such file.
     """
     _refuse_unknown_variables(environment)
@@ -88,11 +88,11 @@ def collect(
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """The settings in a YAML file, by the names of their fields; `max-num-seqs` is one, too.
+    """Return the settings in a YAML file by their names; `max-num-seqs` is a name, too.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is no YAML, no mapping of names to values, or names one twice.
+        ValueError: it is not YAML, not a mapping, or names a setting twice.
         UnknownSettingError: no command has such a setting.
     """
     if not path.is_file():
@@ -108,7 +108,7 @@ def read_config(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} must hold lines of the form `setting: value`")
     names = [str(key.value).replace("-", "_") for key, _ in root.value]
     for name in names:
-        if names.count(name) > 1:  # YAML itself would take the last in silence
+        if names.count(name) > 1:  # PyYAML would take the last one silently
             raise ValueError(f"{path} gives {name} more than once")
     refuse_unknown_settings(str(path), names, _known_names())
     return {str(key).replace("-", "_"): value for key, value in content.items()}

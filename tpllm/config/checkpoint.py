@@ -1,4 +1,4 @@
-"""Finds a model's folder, and checks its safetensors files, nearly all by their headers alone.
+"""Checkpoint: find a model's folder and check its safetensors files, mostly by their headers.
 
 A header lists every tensor's type, shape and place in the file, so a missing, truncated or foreign
 checkpoint is refused in milliseconds, before any worker starts.
@@ -30,7 +30,7 @@ ADAPTER_NAME = "adapter_config.json"
 FLOAT_DTYPES = ("F16", "BF16", "F32", "F64")  # as safetensors writes them
 _DTYPE_NAMES = {"F16": "float16", "BF16": "bfloat16"}
 
-# What older programs saved with the weights, and a model computes by itself.
+# Buffers that older programs saved with the weights; the model computes them.
 _BUFFER = re.compile(
     r"rotary_emb\.(original_inv_freq|inv_freq|cos_cached|sin_cached)|\bposition_ids$"
 )
@@ -40,13 +40,13 @@ _CHUNK_BYTES = 1 << 20
 def resolve_model(
     model: str | os.PathLike[str] | None, *, setting: str = "model", weights: bool = True
 ) -> Path:
-    """The absolute folder of a model.
+    """Return the absolute folder of a model.
 
     Args:
-        model: a local folder, or a Hugging Face id, which is downloaded into the Hub's cache
-            unless it is there; None for the small model that ships with tpllm
+        model: a local folder, or a Hugging Face id, which is downloaded unless the
+            Hub's cache contains it; None for the small model that ships with tpllm
         setting: the keyword to name in errors
-        weights: whether the safetensors files of a Hugging Face id are wanted too
+        weights: whether to download the safetensors files of a Hugging Face id, too
 
     Raises:
         FileNotFoundError: there is no such folder, nor such a model on the Hub.
@@ -79,18 +79,18 @@ def _download(model: str, setting: str, weights: bool) -> Path:
     except OSError as error:  # offline, unknown, or not open to everyone: all are OSErrors there
         reason = str(error).strip().splitlines()
         raise FileNotFoundError(
-            f"{setting}={model!r} is neither a local folder nor to be had from the Hugging Face "
+            f"{setting}={model!r} is neither a local folder nor available from the Hugging Face "
             f"Hub ({reason[0] if reason else type(error).__name__})"
         ) from error
     return Path(folder)
 
 
 def check_checkpoint(folder: Path, config: ModelConfig) -> ModelConfig:
-    """Check that the tensors are as the model needs them; the config as the weights have it.
+    """Check the tensors that the model needs, and return the config that the weights confirm.
 
-    As in transformers, a head that differs from the embedding is used, whatever config.json says.
-    To compare them reads both: 0.04 s for the 2 x 311 MB of Qwen3-0.6B from the page cache, and as
-    long as the disk takes where they are not in it.
+    As in transformers, a head that differs from the embedding is used even if config.json ties
+    them. The comparison reads both tensors: 0.04 s for the 2 x 311 MB of Qwen3-0.6B from the page
+    cache.
 
     Raises:
         FileNotFoundError: a safetensors file is missing.
@@ -132,7 +132,7 @@ def _misfits(
 
 
 def _are_equal(stored: dict[str, StoredTensor], used: dict[str, str]) -> bool:
-    """Whether head and embedding are, byte for byte; a first difference ends the reading."""
+    """Whether head and embedding are equal, byte for byte; reading ends at a difference."""
     head, embedding = (stored[used[name]] for name in (HEAD, EMBEDDING))
     if head.dtype != embedding.dtype:
         return False
@@ -144,7 +144,7 @@ def _are_equal(stored: dict[str, StoredTensor], used: dict[str, str]) -> bool:
 
 
 def _is_harmless(name: str) -> bool:
-    """Whether a tensor carries nothing that the model does not compute by itself."""
+    """Whether a tensor is a buffer that the model computes itself."""
     return _BUFFER.search(name) is not None
 
 

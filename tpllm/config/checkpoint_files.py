@@ -1,6 +1,6 @@
-"""A checkpoint's safetensors files: which they are, and what their headers say of each tensor.
+"""The safetensors files of a checkpoint, and the tensors in their headers.
 
-The rules are those of transformers: it is what people have tried their checkpoints with.
+The rules follow transformers, because users have tried their checkpoints with it.
 """
 
 import json
@@ -27,7 +27,7 @@ _FOREIGN = (".bin", ".pt", ".pth", ".gguf", ".npz", ".msgpack", ".h5")
 
 
 class StoredTensor(NamedTuple):
-    """Where a tensor is, and what its file's header says of it."""
+    """A tensor's file, with the type and shape in the header of the file."""
 
     file: Path
     dtype: str
@@ -35,7 +35,7 @@ class StoredTensor(NamedTuple):
 
 
 def read_tensors(folder: Path) -> dict[str, StoredTensor]:
-    """Every tensor of the checkpoint's files. Of one that is in two, the last file's counts.
+    """Return every tensor of the checkpoint's files. If two files hold one, the last file counts.
 
     Raises:
         FileNotFoundError: a safetensors file is missing.
@@ -49,7 +49,7 @@ def read_tensors(folder: Path) -> dict[str, StoredTensor]:
 
 
 def stored_name(name: str, stored: Collection[str]) -> str | None:
-    """The name under which a checkpoint holds the model's tensor `name`; None if it does not.
+    """Return the name under which a checkpoint holds the tensor `name`; None if it does not.
 
     Checkpoints of the model without its head lack the prefix, others have it twice.
     """
@@ -60,7 +60,7 @@ def stored_name(name: str, stored: Collection[str]) -> str | None:
 
 
 def bytes_of(file: Path, name: str) -> np.ndarray:
-    """A tensor of a file whose header is right, as mapped bytes: [num_bytes] uint8."""
+    """Map the bytes of a tensor, [num_bytes] uint8; the file's header has been checked."""
     with open(file, "rb") as opened:
         length = int.from_bytes(opened.read(8), "little")
         begin, end = json.loads(opened.read(length))[name]["data_offsets"]
@@ -70,11 +70,11 @@ def bytes_of(file: Path, name: str) -> np.ndarray:
 
 
 def _files(folder: Path) -> list[Path]:
-    """The safetensors files of the checkpoint, in transformers' order."""
+    """Return the safetensors files of the checkpoint, in transformers' order."""
     weights, index = folder / WEIGHTS_NAME, folder / INDEX_NAME
     if weights.is_file():  # goes before an index
         return [weights]
-    if os.path.lexists(index):  # also a link to nowhere: it was meant
+    if os.path.lexists(index):  # also a broken link, which is an error
         return _read_index(index)
     raise FileNotFoundError(
         f"{folder} has neither {WEIGHTS_NAME} nor {INDEX_NAME}{_what_is_there(folder)}; "
@@ -83,7 +83,7 @@ def _files(folder: Path) -> list[Path]:
 
 
 def _what_is_there(folder: Path) -> str:
-    """What to do about weights of other names or kinds, if there are some."""
+    """Return advice about weights with other names or formats, if there are some."""
     others = sorted(
         path.name for path in folder.iterdir() if path.suffix in (".safetensors", *_FOREIGN)
     )
@@ -96,7 +96,7 @@ def _what_is_there(folder: Path) -> str:
 
 
 def _read_index(index: Path) -> list[Path]:
-    """The files that an index names. All their tensors count, whatever it says of each."""
+    """Return the files that an index names. All their tensors count, also unlisted ones."""
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise ValueError(f"{index}: weight_map must name the file of each tensor")
@@ -112,7 +112,7 @@ def _read_index(index: Path) -> list[Path]:
 
 
 def _read_header(file: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """Type and shape of each tensor in a safetensors file, whose length is checked too."""
+    """Return type and shape of each tensor in a safetensors file, and check its length."""
     try:
         with panics_as_errors("safetensors"), safe_open(file, framework="numpy") as opened:
             slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118

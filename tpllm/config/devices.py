@@ -1,4 +1,4 @@
-"""Which GPUs the workers will see, asked of NVML: no torch, and no CUDA context in this process."""
+"""The GPUs that the workers will see, read from NVML, without torch or a CUDA context."""
 
 import os
 from dataclasses import dataclass
@@ -13,23 +13,23 @@ class Gpu:
     name: str
     uuid: str
     compute_capability: tuple[int, int]
-    free_bytes: int | None = None  # None where NVML does not tell
+    free_bytes: int | None = None  # None if NVML does not report it
     total_bytes: int | None = None
 
     def memory_text(self) -> str:
-        """How much memory is free, in words."""
+        """Return the free memory in words."""
         if self.free_bytes is None or self.total_bytes is None:
             return "memory unknown"
         return f"{self.free_bytes / 2**30:.1f} of {self.total_bytes / 2**30:.1f} GiB free"
 
     @property
     def capability(self) -> str:
-        """The compute capability as people write it: "9.0"."""
+        """The compute capability as a text: "9.0"."""
         return ".".join(map(str, self.compute_capability))
 
 
 def visible_gpus() -> list[Gpu]:
-    """The GPUs that CUDA would offer here, in order; none without a driver or a CUDA torch.
+    """Return the GPUs that CUDA would offer, in order; none without a driver or a CUDA torch.
 
     CUDA_VISIBLE_DEVICES is read as CUDA reads it: indices, or prefixes of UUIDs; the first entry
     that names no GPU ends the list, so that "" and "-1" leave none.

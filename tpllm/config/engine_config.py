@@ -1,7 +1,7 @@
-"""EngineConfig: the settings of an engine after every "auto" and None is settled and checked.
+"""EngineConfig: the settings of an engine after every "auto" and None is resolved and checked.
 
-The caller's process resolves it once, reading config.json, safetensors headers and NVML; the
-workers get the same object as JSON.
+The caller's process resolves it once from config.json, safetensors headers and NVML; the workers
+get the same object as JSON.
 """
 
 import json
@@ -35,14 +35,14 @@ class EngineConfig(Settings):
         device: "cuda" or "cpu"
         dtype: "bfloat16", "float16" or "float32"
         max_model_len: most tokens of prompt and output together
-        max_model_len_is_asked_for: whether the caller set it: then the cache must hold so many
+        max_model_len_is_asked_for: whether the caller set it: then the cache must hold it
         kv_block_size: tokens in a block of the KV cache
         attention_backend: "flash-attn", "triton" or "torch"
         folder: the checkpoint, absolute
         step_timeout_s: seconds that a step may take
         tokenizer_folder: the tokenizer's folder; None to work on token ids alone
-        model_config: what the checkpoint's config.json and its weights say
-        generation_defaults: arguments of SamplingParams, where the checkpoint recommends some
+        model_config: the model, from the checkpoint's config.json and weights
+        generation_defaults: arguments of SamplingParams that the checkpoint recommends
     """
 
     model: str | None = None
@@ -107,7 +107,7 @@ class EngineConfig(Settings):
 
     @property
     def plan_limits(self) -> PlanLimits:
-        """The limits of a step, which the coordinator and the workers keep to."""
+        """The limits of a step, for the coordinator and the workers."""
         return PlanLimits(
             self.max_num_seqs,
             self.max_num_batched_tokens,
@@ -119,16 +119,16 @@ class EngineConfig(Settings):
 
     @property
     def default_sampling_params(self) -> SamplingParams:
-        """What a request without any gets."""
+        """The parameters of a request that has none."""
         return SamplingParams(**self.generation_defaults)
 
     def to_json(self) -> str:
-        """All fields, as `from_json` reads them."""
+        """Return all fields as JSON, for `from_json`."""
         return json.dumps(asdict(self), default=str)  # default: paths
 
     @classmethod
     def from_json(cls, text: str) -> Self:
-        """The very object that `to_json` wrote. Nothing is read from disk again."""
+        """Return the object that `to_json` wrote. Nothing is read from disk or checked again."""
         values = json.loads(text)
         model_config = values["model_config"]
         model_config["eos_token_ids"] = tuple(model_config["eos_token_ids"])
@@ -140,7 +140,7 @@ class EngineConfig(Settings):
 
 
 def why_no_flash_attn(gpus: list[Gpu], dtype: str, head_dim: int) -> str | None:
-    """What keeps flash-attn 2 from doing the prefill; None if it can."""
+    """Return the reason why flash-attn 2 cannot compute the prefill; None if it can."""
     if not gpus:
         return "it needs a GPU"
     for gpu in gpus:
@@ -154,12 +154,12 @@ def why_no_flash_attn(gpus: list[Gpu], dtype: str, head_dim: int) -> str | None:
 
 
 def _hub_name(model: ModelPath | None) -> str | None:
-    """The model's part of a Hugging Face id, whose folder is named after a commit."""
+    """Return the model's part of a Hugging Face id, whose folder is named after a commit."""
     return None if model is None or os.path.isdir(os.path.expanduser(model)) else Path(model).name
 
 
 def _resolve_device(wanted: Settings) -> tuple[str, list[Gpu]]:
-    """The device's kind: "cuda" with the GPUs that its ranks take in order, or "cpu" with none."""
+    """Return "cuda" with the GPUs of the ranks in order, or "cpu" with none."""
     if wanted.device == "cpu":
         return "cpu", []
     gpus = visible_gpus()
@@ -182,8 +182,8 @@ def _resolve_device(wanted: Settings) -> tuple[str, list[Gpu]]:
 
 
 def _check_gpu_memory(gpus: list[Gpu], wanted: Settings, model_config: ModelConfig) -> None:
-    """Refuse GPUs that have no room for the weights alone, before a worker finds out slowly."""
-    width = 4 if wanted.dtype == "float32" else 2  # the least that "auto" can come to
+    """Refuse GPUs that cannot hold the weights, before a worker fails on them slowly."""
+    width = 4 if wanted.dtype == "float32" else 2  # the smallest dtype of "auto"
     num_weights = sum(math.prod(shape) for shape in model_config.tensor_shapes().values())
     needed = num_weights * width // max(1, len(gpus))
     for rank, gpu in enumerate(gpus):
@@ -265,7 +265,7 @@ def _resolve_tokenizer(wanted: Settings, folder: Path) -> Path | None:
     if any((folder / name).is_file() for name in TOKENIZER_FILES):
         return folder
     if wanted.tokenizer is None and wanted.load_format == "dummy":
-        return None  # dummy weights make no words anyway: config.json alone is enough
+        return None  # the output of dummy weights has no meaning: config.json alone is enough
     raise FileNotFoundError(
         f"{folder} has no tokenizer ({TOKENIZER_FILES[0]}); name its folder with tokenizer=, "
         "or pass token ids and skip_tokenizer_init=True"

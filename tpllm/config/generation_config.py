@@ -1,4 +1,4 @@
-"""What a checkpoint's generation_config.json recommends to those who ask for nothing else."""
+"""Sampling parameters that a checkpoint's generation_config.json recommends as defaults."""
 
 from pathlib import Path
 from typing import Any
@@ -8,16 +8,16 @@ from tpllm.sampling_params import SamplingParams
 
 FILE_NAME = "generation_config.json"
 
-# Its words -> ours. The rest of the file is about other ways to generate.
+# Names in the file -> our names. Its other fields are about other ways to generate.
 _NAMES = {"repetition_penalty": "repetition_penalty", "max_new_tokens": "max_tokens"}
-_SAMPLING = ("temperature", "top_k", "top_p", "min_p")  # the same words
+_SAMPLING = ("temperature", "top_k", "top_p", "min_p")  # the same names
 
 
 def read_generation_defaults(folder: Path) -> dict[str, Any]:
-    """Arguments of SamplingParams that the checkpoint recommends; empty without such a file.
+    """Return the arguments of SamplingParams that the checkpoint recommends, if any.
 
-    `do_sample: false` is greedy, and what the file says of sampling then means nothing. A file
-    without it says no more than its other fields, as in vLLM: many recommend a temperature so.
+    `do_sample: false` means greedy, and the file's sampling fields are then ignored. Without
+    do_sample the sampling fields count, as in vLLM: many files recommend a temperature this way.
 
     Raises:
         ValueError: a value is out of range, or not of its type.

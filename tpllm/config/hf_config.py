@@ -1,4 +1,4 @@
-"""Reads a Hugging Face config.json: every field checked, and what we do not implement refused."""
+"""Read a Hugging Face config.json: check every field, and refuse what is not implemented."""
 
 import reprlib
 from pathlib import Path
@@ -8,9 +8,9 @@ from tpllm.checks import check_bool, check_choice, check_int, check_number, read
 
 DTYPES = ("float16", "bfloat16", "float32")
 
-# Far above any model yet, far below what would overflow 32-bit indices or stall on a typing error.
+# Far above any model, and far below values that overflow 32-bit indices or take hours.
 MAX_SIZES = {
-    "vocab_size": 10**6,  # an id has 20 bits where tokens are put in order
+    "vocab_size": 10**6,  # the sort of tokens packs an id into 20 bits
     "hidden_size": 2**20,
     "intermediate_size": 2**22,
     "num_hidden_layers": 2**12,
@@ -19,9 +19,7 @@ MAX_SIZES = {
     "head_dim": 2**12,
     "max_position_embeddings": 2**28,
 }
-
-
-# What a config.json means that leaves a field out: the defaults of transformers' Qwen3Config.
+# Values of absent fields: the defaults of transformers' Qwen3Config.
 DEFAULT_SIZES = {
     "vocab_size": 151936,
     "hidden_size": 4096,
@@ -38,7 +36,7 @@ DEFAULT_MAX_WINDOW_LAYERS = 28
 
 
 def read_fields(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
-    """The fields of ModelConfig that `config`, the folder's config.json, gives.
+    """Return the fields of ModelConfig that `config`, the folder's config.json, contains.
 
     Raises:
         ValueError: a field is of the wrong type or out of range; the file and the field are named.
@@ -61,7 +59,7 @@ def read_fields(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
 
 
 def refuse_unimplemented(where: str, config: dict[str, Any]) -> None:
-    """Refuse, by its name, every config field whose meaning we would otherwise ignore.
+    """Refuse every config field that changes the model in a way that we do not implement.
 
     Raises:
         ValueError: the model needs something that tpllm does not implement.
@@ -97,7 +95,7 @@ def _are_full_attention(layer_types: object) -> bool:
 
 
 def _slides(where: str, config: dict[str, Any]) -> bool:
-    """Whether some layer has a sliding window, where no `layer_types` say so."""
+    """Whether some layer has a sliding window, in a config without `layer_types`."""
     if not config.get("use_sliding_window"):
         return False
     if config.get("sliding_window", DEFAULT_SLIDING_WINDOW) is None:
@@ -108,7 +106,7 @@ def _slides(where: str, config: dict[str, Any]) -> bool:
 
 
 def _is_plain_rope(rope: object) -> bool:
-    """Whether it says no more than rope_theta. Older files call rope_type just type."""
+    """Whether it sets nothing but rope_theta. Older files call rope_type just type."""
     if not isinstance(rope, dict):
         return False
     kind = rope.get("rope_type", rope.get("type"))
@@ -145,10 +143,10 @@ def _check_heads(where: str, sizes: dict[str, int]) -> None:
 
 
 def _read_rope_theta(where: str, config: dict[str, Any]) -> float:
-    """Older files give rope_theta at the top, newer ones in rope_parameters, some in both.
+    """Read rope_theta: older files have it at the top, newer ones in rope_parameters, some in both.
 
-    rope_scaling replaces rope_parameters, and what either says goes before the top. A file that
-    gives two values is refused all the same: programs differ in which one they take.
+    rope_scaling replaces rope_parameters, and both take precedence over the top. A file with two
+    different values is refused, because programs differ in which one they take.
     """
     places = [config, config.get("rope_parameters") or {}, config.get("rope_scaling") or {}]
     rope = places[2] or places[1]
@@ -161,14 +159,14 @@ def _read_rope_theta(where: str, config: dict[str, Any]) -> float:
 
 
 def _read_dtype(where: str, config: dict[str, Any]) -> str | None:
-    """Newer files say dtype, older ones torch_dtype, some nothing: see ModelConfig."""
+    """Read the dtype: newer files call it dtype, older ones torch_dtype; some have neither."""
     field = "dtype" if config.get("dtype") is not None else "torch_dtype"
     value = config.get(field)
     return None if value is None else check_choice(f"{where}: {field}", value, DTYPES)
 
 
 def _read_eos_token_ids(folder: Path, config: dict[str, Any], vocab_size: int) -> tuple[int, ...]:
-    """End tokens of both files, in order, each once: chat models often have two or more."""
+    """Return the end tokens of both files, in order, each once: chat models often have several."""
     ids: list[int] = []
     generation = folder / "generation_config.json"
     files = [(folder / "config.json", config)]

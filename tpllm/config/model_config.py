@@ -1,6 +1,6 @@
-"""ModelConfig: what a checkpoint's config.json says of the model, checked field by field.
+"""ModelConfig: the model that a checkpoint's config.json describes, checked field by field.
 
-Everything here is plain Python: a model that we cannot run is refused before any worker starts.
+This module needs no torch: a model that we cannot run is refused before any worker starts.
 """
 
 from dataclasses import dataclass
@@ -10,9 +10,9 @@ from typing import Any, Self
 from tpllm.checks import read_json
 from tpllm.config.hf_config import read_fields, refuse_unimplemented
 
-# Architecture (config.json's word) -> where its class is.
+# Architecture in config.json -> module and name of its class.
 ARCHITECTURES = {"Qwen3ForCausalLM": "tpllm.models.qwen3:Qwen3ForCausalLM"}
-# What else stands for one of them: the model without its head, and the type where none is named.
+# Other names: the model without its head, and the model type if no architecture is named.
 SYNONYMS = {"Qwen3Model": "Qwen3ForCausalLM"}
 MODEL_TYPES = {"qwen3": "Qwen3ForCausalLM"}
 
@@ -23,10 +23,10 @@ class ModelConfig:
 
     Attributes:
         name: for messages; the checkpoint folder's name or the last part of a Hub id
-        dtype: of the checkpoint's weights: "float16", "bfloat16" or "float32"; None where
-            config.json does not say, until `check_checkpoint` has looked at the weights
-        tie_word_embeddings: whether the LM head is the embedding: what config.json says, until
-            `check_checkpoint` has compared the two
+        dtype: of the checkpoint's weights: "float16", "bfloat16" or "float32"; None if
+            config.json has none, until `check_checkpoint` reads the headers of the weights
+        tie_word_embeddings: whether the LM head is the embedding: the value of config.json, until
+            `check_checkpoint` compares the two
         eos_token_ids: every token that ends a text, those of generation_config.json first
     """
 
@@ -50,7 +50,7 @@ class ModelConfig:
 
     @classmethod
     def from_folder(cls, folder: Path, name: str | None = None) -> Self:
-        """Read config.json, and the end tokens of generation_config.json where there is one.
+        """Read config.json, and the end tokens of generation_config.json if it exists.
 
         Raises:
             FileNotFoundError: the folder has no config.json.
@@ -73,8 +73,8 @@ class ModelConfig:
     def check_parallel(self, tensor_parallel_size: int) -> None:
         """Check that the model can be split over so many ranks.
 
-        Query heads and the MLP are cut evenly. KV heads are cut evenly too, or, with fewer of them
-        than ranks, each is held by the same number of ranks.
+        Query heads and the MLP are split evenly. KV heads are split evenly, too; if there are fewer
+        KV heads than ranks, the same number of ranks holds each of them.
 
         Raises:
             ValueError: it cannot; the message lists the sizes that can.
@@ -102,7 +102,7 @@ class ModelConfig:
         return None
 
     def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Shape of every tensor of the checkpoint, [out_features, in_features] for a linear.
+        """Return the shape of every tensor, [out_features, in_features] for a linear layer.
 
         A tied model has no lm_head.weight.
         """
@@ -145,7 +145,7 @@ class ModelConfig:
 
 
 def _check_architecture(path: Path, config: dict[str, Any]) -> str:
-    """The first architecture of the file that we know; that of the model type if it names none."""
+    """Return the first known architecture of the file, or the one of its model type."""
     named, model_type = config.get("architectures"), config.get("model_type")
     if model_type is not None and model_type not in list(MODEL_TYPES):
         raise ValueError(

@@ -1,11 +1,11 @@
-"""What an engine needs of its host, looked at before it starts: descriptors, and room for files."""
+"""Resources of the host, checked before an engine starts: descriptors and room for files."""
 
 import os
 import resource
 
 from tpllm.errors import SettingError
 
-# A worker's own: libraries, sockets of the group, and the device files of up to eight GPUs.
+# Open files of a worker: libraries, sockets of the group, and the device files of up to eight GPUs.
 WORKER_DESCRIPTORS = 256
 # The workers meet through a file and some sockets in the temporary directory: kilobytes.
 MIN_ROOM_BYTES = 1 << 20
@@ -14,7 +14,7 @@ SHM_BYTES_PER_RANK = 10 << 20
 
 
 def refuse_too_few_descriptors(world_size: int) -> None:
-    """Check that this process, and each worker, can open as many descriptors as they will.
+    """Check that this process and each worker can open enough descriptors.
 
     Raises:
         SettingError: the limit is too low.
@@ -22,7 +22,7 @@ def refuse_too_few_descriptors(world_size: int) -> None:
     limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     if limit == resource.RLIM_INFINITY:
         return
-    # one ring to all, and for each rank a ring back, its spec, its stacks and its pidfd
+    # one ring to all ranks; for each rank a ring back, its spec, its stacks and its pidfd
     needed = 16 + 8 * world_size
     used = len(os.listdir("/proc/self/fd"))
     if used + needed > limit or limit < WORKER_DESCRIPTORS:
@@ -34,7 +34,7 @@ def refuse_too_few_descriptors(world_size: int) -> None:
 
 
 def refuse_too_little_room(folder: str) -> None:
-    """Check that the temporary directory takes what the workers put there.
+    """Check that the temporary directory has room for the workers' files.
 
     Raises:
         SettingError: it is full, or read-only.
@@ -50,10 +50,10 @@ def refuse_too_little_room(folder: str) -> None:
 
 
 def refuse_too_little_shared_memory(num_gpus: int, folder: str = "/dev/shm") -> None:  # noqa: S108
-    """Check that NCCL can exchange data between the GPUs through the host, where it has to.
+    """Check that NCCL can exchange data between the GPUs through the host.
 
     Raises:
-        SettingError: `folder`, where it does so, is too small.
+        SettingError: `folder`, which NCCL uses for it, is too small.
     """
     if num_gpus < 2 or os.environ.get("NCCL_SHM_DISABLE") == "1" or not os.path.isdir(folder):
         return

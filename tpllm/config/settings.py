@@ -57,11 +57,11 @@ class Settings:
     kv_block_size: Annotated[int | None, Interval(ge=1, le=2**16)] = None
     """tokens in a block; None for 256 in half precision on a GPU, otherwise 16"""
     enable_prefix_caching: bool = True
-    """whether prompts that start alike share the KV of their start"""
+    """whether prompts with the same beginning share its KV"""
     enforce_eager: bool = False
-    """whether to do without CUDA graphs, which start slower and then run faster"""
+    """whether to run without CUDA graphs: the start is faster, and steps are slower"""
     disable_custom_all_reduce: bool = False
-    """whether to leave every all-reduce to NCCL, also those that kernels of our own do over the
+    """whether to leave every all-reduce to NCCL, also those that our own kernels compute over the
     GPUs' peer memory
     """
     disable_custom_matmul: bool = False
@@ -80,11 +80,11 @@ class Settings:
     tokenizer: ModelPath | None = None
     """local folder or Hugging Face id; None for the model's own"""
     skip_tokenizer_init: bool = False
-    """whether to do without a tokenizer: token ids in, token ids out"""
+    """whether to run without a tokenizer: token ids in, token ids out"""
     generation_config: Literal["auto", "vllm"] = "auto"
-    """what requests without sampling parameters get. "auto" takes temperature, top_k, top_p, min_p,
-    repetition_penalty and max_new_tokens from the checkpoint's generation_config.json, and is
-    greedy where it says do_sample=false; "vllm" takes the defaults of SamplingParams
+    """sampling parameters of requests that have none. "auto" takes temperature, top_k, top_p,
+    min_p, repetition_penalty and max_new_tokens from the checkpoint's generation_config.json, and
+    is greedy if that has do_sample=false; "vllm" takes the defaults of SamplingParams
     """
     seed: Annotated[int, Interval(ge=MIN_SEED, le=MAX_SEED)] = 0
     """64-bit; the seed from which requests without their own seed are sampled"""

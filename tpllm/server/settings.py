@@ -32,9 +32,9 @@ class ServerSettings:
     port: Annotated[int, Interval(ge=0, le=65535)] = 8000
     """TCP port; 0 takes a free one, which the first line of the log names"""
     api_key: str | None = field(default=None, repr=False)
-    """what clients must send as `Authorization: Bearer ...`; None lets everyone in"""
+    """what clients must send as `Authorization: Bearer ...`; None allows everyone"""
     served_model_name: str | tuple[str, ...] | list[str] | None = None  # kept as None or a tuple
-    """what the model is called in requests and answers, or several names with commas between them,
+    """the model's name in requests and answers, or several names, separated by commas,
     of which answers give the first; None for the model's own
     """
     cors_origins: tuple[str, ...] | list[str] = ()  # kept as a tuple
