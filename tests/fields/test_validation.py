@@ -60,6 +60,7 @@ def test_values_are_kept_as_plain_objects(field: str, value: Any, kept: object) 
         ("mode", ["a"], "mode=['a'] must be one of"),
         ("switch", 1, "switch=1 must be True or False"),
         ("name", 5, "name=5 must be a text"),
+        ("mode", "\udcff", "mode='\\udcff' is not valid Unicode"),
         ("names", 5, "names=5 is not of its type"),
     ],
 )

@@ -21,6 +21,7 @@ PROBLEMS = {
     "less_than_equal": "must be at most {le}",
     "literal_error": "must be one of {expected}",
     "string_type": "must be a text",
+    "string_unicode": "is not valid Unicode",
 }
 
 

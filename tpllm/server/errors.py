@@ -33,7 +33,6 @@ WORDS = PROBLEMS | {
     "model_attributes_type": "must be an object",
     "model_type": "must be an object",
     "string_too_long": "is too long; at most {max_length} letters are taken",
-    "string_unicode": "is not valid Unicode",
     "too_long": "has too many entries; at most {max_length} are taken",
     "too_short": "has too few entries; give at least {min_length}",
 }
