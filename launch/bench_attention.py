@@ -47,7 +47,7 @@ def measure(contexts: Tensor, num_heads: int, num_kv_heads: int, width: int, rop
     heads = num_heads + 2 * num_kv_heads
     q = torch.randn(S, heads, HEAD_DIM, dtype=torch.bfloat16, device="cuda")[:, :num_heads]
     lengths = contexts.cuda()
-    plan = torch.from_numpy(ContextSplit(num_kv_heads).plan(contexts.numpy())).cuda()
+    plan = torch.from_numpy(ContextSplit(num_kv_heads).schedule(contexts.numpy())).cuda()
     split, scale = PagedDecode(), HEAD_DIM**-0.5
     turning = None
     if rope:

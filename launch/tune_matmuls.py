@@ -22,7 +22,7 @@ from probe import graph_us
 from torch import Tensor
 
 from tpllm.config.model_config import ModelConfig
-from tpllm.layers.linear.cublaslt import Algorithm, Problem, Product
+from tpllm.layers.linear.cublaslt import Algorithm, CublasLtMatmul, Problem
 from tpllm.layers.linear.matmul import load_table, save_table
 from tpllm.worker.cuda_graphs import decode_sizes
 
@@ -56,10 +56,10 @@ class Bench:
     def torch_us(self) -> float:
         return self._graph_us(lambda weight: torch.mm(self.x, weight.t(), out=self.out))
 
-    def us(self, product: Product) -> float:
+    def us(self, product: CublasLtMatmul) -> float:
         return self._graph_us(lambda weight: product(self.x, weight, self.out))
 
-    def rough_us(self, product: Product) -> float:
+    def rough_us(self, product: CublasLtMatmul) -> float:
         """Microseconds of a product among a few; good enough to choose whom to measure."""
         launches = max(2, min(8, len(self.weights)))
         product(self.x, self._weight(), self.out)
@@ -72,7 +72,7 @@ class Bench:
         end.synchronize()
         return float(begin.elapsed_time(end)) * 1e3 / launches
 
-    def is_right(self, product: Product) -> bool:
+    def is_right(self, product: CublasLtMatmul) -> bool:
         """Whether its error is no larger than that of torch's product."""
         exact = self.x.float() @ self.weights[0].float().t()
         plain_error = (self.x @ self.weights[0].t() - exact).norm()
@@ -93,13 +93,13 @@ class Bench:
 def fastest(bench: Bench, seeds: Iterable[Algorithm]) -> tuple[Algorithm, float, float] | None:
     """The algorithm that beats torch clearly, its microseconds and torch's; None if none does."""
     tried: dict[Algorithm, float] = {}
-    products: dict[Algorithm, Product] = {}
+    products: dict[Algorithm, CublasLtMatmul] = {}
 
     def try_all(algorithms: Iterable[Algorithm]) -> None:
         for algorithm in algorithms:
             if algorithm.split_k > 1:
                 algorithm = algorithm._replace(reduction=COMPUTE_REDUCTION)
-            if algorithm not in tried and (made := bench.problem.product(algorithm)):
+            if algorithm not in tried and (made := bench.problem.matmul(algorithm)):
                 products[algorithm] = made
                 tried[algorithm] = bench.rough_us(made)
 

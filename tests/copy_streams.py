@@ -11,12 +11,12 @@ from tpllm.parallel.copy_streams import NUM_COPY_STREAMS, share_of
 from tpllm.parallel.group import TPGroup
 
 
-class GlooLane:
+class GlooCopyStream:
     """Counts the rows that have gone through it, and keeps its sums where the next ones go."""
 
     def __init__(self, tp: TPGroup, max_rows: int, width: int) -> None:
         self._tp = tp
-        self._sums = torch.full((max_rows, width), torch.nan)
+        self._outputs = torch.full((max_rows, width), torch.nan)
         self.num_rows = 0
 
     def computing(self) -> nullcontext[None]:
@@ -30,29 +30,29 @@ class GlooLane:
 
     def exchange_partial_sums(self, x: Tensor) -> Tensor:
         self.num_rows += len(x)
-        most = -(-len(x) // self._tp.size)
-        terms = x.new_full((self._tp.size, most, x.shape[1]), torch.nan)
-        for peer, theirs in enumerate(terms):
-            term = x[share_of(len(x), peer, self._tp.size)]
-            theirs[: len(term)] = term
-        found = all_to_all(terms, self._tp)
+        max_share = -(-len(x) // self._tp.size)
+        partial_sums = x.new_full((self._tp.size, max_share, x.shape[1]), torch.nan)
+        for peer, theirs in enumerate(partial_sums):
+            partial_sum = x[share_of(len(x), peer, self._tp.size)]
+            theirs[: len(partial_sum)] = partial_sum
+        found = all_to_all(partial_sums, self._tp)
         found[self._tp.rank] = torch.nan  # our own is not to be taken from here
         return found
 
-    def sums(self, num_rows: int) -> Tensor:
-        return self._sums[:num_rows]
+    def outputs(self, num_rows: int) -> Tensor:
+        return self._outputs[:num_rows]
 
     def exchange_outputs(self, num_rows: int) -> None:
-        most = -(-num_rows // self._tp.size)
-        ours = self._sums.new_full((most, self._sums.shape[1]), torch.nan)
-        share = self._sums[self.share(num_rows)]
+        max_share = -(-num_rows // self._tp.size)
+        ours = self._outputs.new_full((max_share, self._outputs.shape[1]), torch.nan)
+        share = self._outputs[self.share(num_rows)]
         ours[: len(share)] = share
         for peer, theirs in enumerate(all_gather(ours, self._tp)):
             rows = share_of(num_rows, peer, self._tp.size)
-            self._sums[rows] = theirs[: rows.stop - rows.start]
+            self._outputs[rows] = theirs[: rows.stop - rows.start]
 
 
-def with_gloo_lanes(tp: TPGroup, max_rows: int, width: int) -> TPGroup:
+def with_gloo_copy_streams(tp: TPGroup, max_rows: int, width: int) -> TPGroup:
     return replace(
-        tp, copy_streams=tuple(GlooLane(tp, max_rows, width) for _ in range(NUM_COPY_STREAMS))
+        tp, copy_streams=tuple(GlooCopyStream(tp, max_rows, width) for _ in range(NUM_COPY_STREAMS))
     )

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from launch import stress_all_reduce
 from launch.stress_all_reduce import Errors, Sums, draw_chain, receive, stress
-from tests.copy_streams import with_gloo_lanes
+from tests.copy_streams import with_gloo_copy_streams
 from tests.ranks import run_ranks
 from tpllm.layers.all_reduce.all_reduce_norm import AllReduceRMSNorm
 from tpllm.parallel.collectives import all_gather
@@ -66,7 +66,7 @@ def sums_in_lanes_are_tried(tp: TPGroup) -> None:
     width, max_rows = stress_all_reduce.WIDTHS[0], 6
     errors = Errors(tp.device)
     sums = Sums(tp, width, errors, max_rows)
-    sums.tp = sums._norm.tp = with_gloo_lanes(sums.tp, max_rows, width)
+    sums.tp = sums._norm.tp = with_gloo_copy_streams(sums.tp, max_rows, width)
     numbers = random.Random(0)
     chains = [draw_chain(numbers, tp.size, max_rows) for _ in range(3)]
     for chain in chains:

@@ -135,11 +135,11 @@ def test_rotation_multiplies_pairs_by_a_complex_phase(
     pairs = torch.complex(low * scale * low_weight, high * scale * high_weight)
     frequencies = 10_000.0 ** (-torch.arange(0, 16, 2, device=device).double() / 16)
     angles = case.positions.double()[:, None, None] * frequencies
-    turned = pairs * torch.polar(torch.ones_like(angles), angles)
+    rotated = pairs * torch.polar(torch.ones_like(angles), angles)
 
     case.run(apply)
 
-    expected = torch.cat([turned.real, turned.imag], dim=-1).float()
+    expected = torch.cat([rotated.real, rotated.imag], dim=-1).float()
     torch.testing.assert_close(q, expected, atol=1e-5, rtol=1e-5)
 
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.copy_streams import GlooLane, with_gloo_lanes
+from tests.copy_streams import GlooCopyStream, with_gloo_copy_streams
 from tests.peer_buffers import with_shared_peer_buffers
 from tests.ranks import run_ranks
 from tpllm.config.model_config import ModelConfig
@@ -185,10 +185,10 @@ def logits_equal_transformers_in_copy_streams(tp: TPGroup, folder: Path) -> None
     """Every step has two micro-batches; the second mostly has the first as context."""
     torch.set_num_threads(1)
     hidden_size = ModelConfig.from_folder(folder).hidden_size
-    tp = with_gloo_lanes(tp, sum(LENGTHS), hidden_size)
+    tp = with_gloo_copy_streams(tp, sum(LENGTHS), hidden_size)
     logits_equal_transformers(tp, [folder])
     for copy_stream in tp.copy_streams:
-        assert isinstance(copy_stream, GlooLane)
+        assert isinstance(copy_stream, GlooCopyStream)
         assert copy_stream.num_rows > 0
 
 

@@ -5,7 +5,7 @@ import torch
 
 from tests.ranks import run_ranks
 from tpllm.parallel.collectives import (
-    _made_by_all,
+    _make_on_all_ranks,
     all_gather,
     all_reduce,
     all_to_all,
@@ -70,8 +70,8 @@ def what_one_rank_cannot_make_nobody_has(tp: TPGroup) -> None:
             raise RuntimeError("no memory left")
         return "made"
 
-    assert _made_by_all(tp, make, "tests go on") is None
-    assert _made_by_all(tp, lambda: "made", "tests go on") == "made"
+    assert _make_on_all_ranks(tp, make, "tests go on") is None
+    assert _make_on_all_ranks(tp, lambda: "made", "tests go on") == "made"
 
 
 def test_what_one_rank_cannot_make_nobody_has() -> None:

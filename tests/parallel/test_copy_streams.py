@@ -66,21 +66,23 @@ def test_terms_and_sums_arrive_where_they_are_looked_for(
         for index in range(copy_streams.NUM_COPY_STREAMS):
             everybodys = [each[index] for each in ranks]
             xs = [torch.randn(num_rows, WIDTH, generator=values) for _ in ranks]
-            terms = [
+            partial_sums = [
                 copy_stream.exchange_partial_sums(x)
                 for copy_stream, x in zip(everybodys, xs, strict=True)
             ]
             for rank, copy_stream in enumerate(everybodys):
                 ours = copy_stream.share(num_rows)
                 theirs = [
-                    xs[peer][ours] if peer == rank else terms[rank][peer, : ours.stop - ours.start]
+                    xs[peer][ours]
+                    if peer == rank
+                    else partial_sums[rank][peer, : ours.stop - ours.start]
                     for peer in range(len(ranks))
                 ]
-                copy_stream.sums(num_rows)[ours] = sum(theirs)
+                copy_stream.outputs(num_rows)[ours] = sum(theirs)
             for copy_stream in everybodys:
                 copy_stream.exchange_outputs(num_rows)
             for copy_stream in everybodys:
-                torch.testing.assert_close(copy_stream.sums(num_rows), sum(xs))
+                torch.testing.assert_close(copy_stream.outputs(num_rows), sum(xs))
 
 
 @pytest.mark.parametrize("ranks", [3], indirect=True)

@@ -50,7 +50,7 @@ def test_inputs_are_those_of_the_plan() -> None:
     assert inputs.positions.tolist() == [9, 5, 0, 1, 8, 9]
     assert inputs.token_ids.tolist() == [LAST_TOKEN, LAST_TOKEN, 30, 31, 40, 41]
     assert inputs.context_lens.tolist() == [10, 6]
-    assert inputs.split_schedule.tolist() == SPLIT.plan(int32(10, 6)).reshape(-1).tolist()
+    assert inputs.split_schedule.tolist() == SPLIT.schedule(int32(10, 6)).reshape(-1).tolist()
     assert inputs.chunk_rows.tolist() == [1, 2]
     assert inputs.cu_seqlens_q.tolist() == [2, 4, 6]
     assert inputs.cu_seqlens_k.tolist() == [0, 2, 12]
@@ -66,7 +66,7 @@ def test_padding_has_no_context_and_uses_the_padding_row() -> None:
     assert inputs.token_ids.tolist() == [LAST_TOKEN, LAST_TOKEN, 30, 31, 40, 41, 0, 0]
     assert inputs.context_lens.tolist() == [10, 6, 0]
     splits = inputs.split_schedule.reshape(-1, SPLIT_WORDS)
-    assert np.array_equal(splits, SPLIT.plan(int32(10, 6, 0)))
+    assert np.array_equal(splits, SPLIT.schedule(int32(10, 6, 0)))
     assert inputs.chunk_rows.tolist() == [1, 2] + [7] * (MAX_CHUNKS - 2)
     assert inputs.cu_seqlens_q.tolist() == [2, 4, 6] + [6] * (MAX_CHUNKS - 2)
     assert inputs.cu_seqlens_k.tolist() == [0, 2, 12] + [12] * (MAX_CHUNKS - 2)

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.layers.attention.split_schedules import assert_every_token_is_in_one_part
+from tests.layers.attention.split_schedules import assert_every_token_is_in_one_split
 from tests.marks import FOUR_GPUS
 from tests.ranks import run_ranks
 from tests.reference import shipped_greedy
@@ -168,7 +168,7 @@ def test_the_split_schedule_matches_the_context_lengths(monkeypatch, settings) -
         for batch in (each.attention for each in batches):
             plan = batch.split_schedule.numpy()
             used = plan[plan[:, END] > plan[:, BEGIN]]
-            assert_every_token_is_in_one_part(used, batch.context_lens.tolist())
+            assert_every_token_is_in_one_split(used, batch.context_lens.tolist())
             num_splits = ContextSplit(model.local_num_kv_heads).num_splits(batch.num_decode)
             assert len(plan) == num_splits
             num_rows.append(batch.num_decode)
@@ -284,7 +284,7 @@ def test_graphs_are_captured_on_padding_after_any_earlier_upload() -> None:
             rows, *rest = runner._staging.views(upload_sizes(size, split))
             assert {row for array in (rows, rest.pop(4)) for row in array.tolist()} == {20}
         else:
-            of_one_token = split.plan(np.ones(size, dtype=np.int32)).reshape(-1)
+            of_one_token = split.schedule(np.ones(size, dtype=np.int32)).reshape(-1)
             rows, *rest = runner._staging.views([size, size, of_one_token.size])
             assert set(rows.tolist()) == {20}
             assert rest.pop().tolist() == of_one_token.tolist()

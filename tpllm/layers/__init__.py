@@ -1,1 +1,1 @@
-"""Sharded building blocks of a model; a Triton kernel stands beside the layer that it serves."""
+"""Sharded building blocks of a model. Each Triton kernel is in the file of its layer."""

@@ -13,7 +13,7 @@ _BLOCK = 1024  # columns a program
 
 
 def silu_and_mul_reference(x: Tensor) -> Tensor:
-    """What `silu_and_mul_triton` computes, in plain torch."""
+    """Compute `silu_and_mul_triton` in plain torch."""
     gate, up = x.float().chunk(2, dim=-1)  # [N, I] each
     return (F.silu(gate) * up).to(x.dtype)
 
@@ -36,7 +36,7 @@ def _silu_and_mul_kernel(
 
 
 def silu_and_mul_triton(x: Tensor) -> Tensor:
-    """Launch the kernel on x [N, 2 * I], last dimension contiguous; returns [N, I]."""
+    """Launch the kernel on x [N, 2 * I], last dimension contiguous, and return [N, I]."""
     N, I = x.shape[0], x.shape[1] // 2
     out = x.new_empty(N, I)
     grid = (N, triton.cdiv(I, _BLOCK))
@@ -45,5 +45,5 @@ def silu_and_mul_triton(x: Tensor) -> Tensor:
 
 
 def silu_and_mul(x: Tensor) -> Tensor:
-    """Gate the second half of each row by the first: x [N, 2 * I] (gate | up) into [N, I]."""
+    """Return `silu(gate) * up` [N, I] of x [N, 2 * I], whose rows are gate | up."""
     return silu_and_mul_triton(x) if x.is_cuda else silu_and_mul_reference(x)

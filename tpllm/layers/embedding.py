@@ -2,9 +2,8 @@
 
 N tokens, S sequences, E hidden_size, V vocab_size, Vl = ceil(V / tp.size).
 
-Rank r holds the rows of token ids [r * Vl, (r + 1) * Vl). Where tp.size does not divide V the last
-ids do not exist: their rows are zero. No prompt asks for them, and the sampler gives their logits
-no chance.
+Rank r holds the rows of token ids [r * Vl, (r + 1) * Vl). If tp.size does not divide V, the last
+ids do not exist: their rows are zero. No prompt contains them, and the sampler never samples them.
 
 Source: Megatron-LM (2019), section 3, https://arxiv.org/abs/1909.08053
 """
@@ -35,7 +34,7 @@ class _VocabParallel(nn.Module):
         )
 
     def load(self, weights: WeightSource, name: str) -> None:
-        """Read this rank's rows; of a small vocabulary the last ranks may hold only padding."""
+        """Read this rank's rows. With a small vocabulary, the last ranks may hold only padding."""
         start = min(self.vocab_start, self.vocab_size)
         stop = min(self.vocab_start + self.local_vocab_size, self.vocab_size)
         if start < stop:
@@ -45,7 +44,7 @@ class _VocabParallel(nn.Module):
 
 
 class VocabParallelEmbedding(_VocabParallel):
-    """Token embedding: each rank looks up the ids it holds, and one all-reduce joins them.
+    """Token embedding: each rank looks up the ids it holds, and one all-reduce adds the results.
 
     Shapes:
         input [N] int32, equal on every rank, 0 <= id < V
@@ -57,7 +56,7 @@ class VocabParallelEmbedding(_VocabParallel):
         return all_reduce(self.partial(input_ids), self.tp)
 
     def partial(self, input_ids: Tensor) -> Tensor:
-        """This rank's term of the sum: the rows it holds, zeros for the others: [N, E]."""
+        """Return this rank's partial sum [N, E]: the rows it holds, and zeros for the others."""
         if self.tp.size == 1:
             return F.embedding(input_ids, self.weight)
         ids = input_ids - self.vocab_start
@@ -67,13 +66,13 @@ class VocabParallelEmbedding(_VocabParallel):
 
 
 class ParallelLMHead(_VocabParallel):
-    """Scores of this rank's band of the vocabulary; they are never gathered, see the sampler.
+    """Computes this rank's slice of the logits. The slices are never gathered: see the sampler.
 
-    Column j of the output scores token id `vocab_start + j`; ids from V on are padding.
+    Column j of the output is the logit of token id `vocab_start + j`; ids from V on are padding.
 
     Shapes:
         input [S, E], equal on every rank
-        output [S, Vl], this rank's slice; `out`, where one is given
+        output [S, Vl], this rank's slice; `out` if it is given
         weight [Vl, E], this rank's shard
     """
 

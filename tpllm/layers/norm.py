@@ -1,4 +1,4 @@
-"""RMSNorm with the residual addition folded in: one kernel, one pass over memory.
+"""RMSNorm fused with the residual addition: one kernel, one pass over memory.
 
 N tokens, E hidden_size.
 """
@@ -14,7 +14,7 @@ from tpllm.layers.weights import WeightSource, empty_parameter, fill
 def rms_norm_reference(
     x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None
 ) -> Tensor:
-    """What `rms_norm_triton` computes, in plain torch."""
+    """Compute `rms_norm_triton` in plain torch."""
     if residual is not None:
         residual += x
         x = residual
@@ -32,8 +32,8 @@ def add_and_norm(
     eps: tl.tensor,
     E: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor]:
-    """The sum of x and the residual, in `dtype`, and that sum normalised, in fp32: of a row."""
-    # the norm sees the sum as it is stored: rounded, as transformers has it
+    """Return the sum of x and the residual, in `dtype`, and its norm, in fp32, for one row."""
+    # the norm's input is the sum as it is stored, rounded, as in transformers
     total = (x + residual).to(dtype)
     x = total.to(tl.float32)
     normed = (x * tl.rsqrt(tl.sum(x * x) / E + eps)).to(dtype).to(tl.float32)
@@ -70,7 +70,7 @@ def _rms_norm_kernel(
 
 
 def row_warps(block: int) -> int:
-    """Warps for a row: 8 half-precision elements, one 16-byte load, for each thread."""
+    """Return the number of warps for a row: a thread has 8 half-precision elements (16 bytes)."""
     return min(max(block // 256, 1), 16)
 
 
@@ -79,9 +79,8 @@ def rms_norm_triton(
 ) -> Tensor:
     """Normalise each row of x to a root mean square of 1, then scale its columns by `weight`.
 
-    With a residual, `residual += x` in place first, and that sum is what is normalised.
-    The mean is taken in fp32; the sum and the normalised row are rounded to x's dtype, as
-    transformers does.
+    With a residual, first `residual += x` in place; that sum is then normalised. The mean is
+    computed in fp32. The sum and the normalised row are rounded to x's dtype, as in transformers.
 
     Shapes: x, residual, result [N, E], last dimension contiguous; weight [E]; one dtype for all.
     """
@@ -106,11 +105,11 @@ def rms_norm_triton(
 
 
 class RMSNorm(nn.Module):
-    """Root-mean-square norm over the hidden size, preceded by the residual addition.
+    """Root-mean-square norm over the hidden size, after the residual addition.
 
     The residual stream is written in place: `x, residual = norm(x, residual)` leaves the running
-    sum in `residual` and its normalised form in `x`. The first norm of a model has no residual
-    yet and makes its input the stream, so that input must not be used by anyone else.
+    sum in `residual` and its normalised form in `x`. The first norm of a model has no residual and
+    returns its input as the residual stream, so that input must not be used elsewhere.
 
     Shapes:
         x, residual and both results [N, E], in the layer's dtype
@@ -127,7 +126,7 @@ class RMSNorm(nn.Module):
         self.weight = empty_parameter(hidden_size, dtype=dtype, device=device)
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Return (normed, residual), the residual now holding the sum that was normalised."""
+        """Return (normed, residual); the residual now holds the sum that was normed."""
         rms_norm = rms_norm_triton if x.is_cuda else rms_norm_reference
         normed = rms_norm(x, self.weight, self.eps, residual)
         return normed, x if residual is None else residual

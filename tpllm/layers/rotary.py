@@ -1,7 +1,7 @@
-"""Everything between the QKV projection and attention: QK-norm, rotary embedding, KV cache store.
+"""The steps between QKV projection and attention: QK-norm, rotary embedding, KV cache store.
 
-One kernel and one pass over memory, where separate steps would take one each. N tokens,
-H query heads, K key/value heads, D head_dim, L positions.
+They are one kernel with one pass over memory. N tokens, H query heads, K key/value heads,
+D head_dim, L positions.
 
 Sources: RoFormer (2021), https://arxiv.org/abs/2104.09864, in the "rotate half" pairing of
 GPT-NeoX; per-head norms of q and k as in the Qwen3 Technical Report, https://arxiv.org/abs/2505.09388
@@ -18,12 +18,12 @@ _MAX_HEADS_PER_PROGRAM = 8
 
 
 def rotary_cos_sin(head_dim: int, max_positions: int, theta: float, device: torch.device) -> Tensor:
-    """Table of the rotation at every position: [max_positions, head_dim] fp32, cosines | sines.
+    """Return the rotation at every position: [max_positions, head_dim] fp32, cosines | sines.
 
-    Position p turns pair i, made of elements i and i + D/2, by the angle p * theta ** (-2i / D).
+    Position p rotates pair i, elements i and i + D/2, by the angle p * theta ** (-2i / D).
     """
-    # The angles are rounded as transformers rounds them, in fp32: at position 30,000 they are off
-    # by 1e-3, and more exact ones would part from the model everyone compares with.
+    # The angles are computed in fp32, as in transformers. At position 30,000 they are off by 1e-3,
+    # but more exact angles would differ from the reference implementation.
     exponents = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
     frequencies = (1.0 / theta**exponents).to(device)  # [D/2]
     positions = torch.arange(max_positions, dtype=torch.float32, device=device)
@@ -44,7 +44,7 @@ def qk_norm_rope_store_reference(
     num_heads: int,
     num_kv_heads: int,
 ) -> None:
-    """What `qk_norm_rope_store` does, in plain torch."""
+    """Compute `qk_norm_rope_store` in plain torch."""
     num_tokens, head_dim = qkv.shape[0], cos_sin.shape[1]
     heads = qkv.view(num_tokens, num_heads + 2 * num_kv_heads, head_dim)
     q, k, v = heads.split([num_heads, num_kv_heads, num_kv_heads], dim=1)  # views of qkv
@@ -76,7 +76,7 @@ def _qk_norm_rope_store_kernel(
     HEADS: tl.constexpr,  # heads a program, a power of two
     HALF: tl.constexpr,  # D / 2, rounded up to a power of two
 ) -> None:
-    """One program: HEADS of a token's H + K heads; those with keys carry their values along."""
+    """Process HEADS of a token's H + K heads in each program; key heads also store their values."""
     token = tl.program_id(0)
     head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)[:, None]  # [HEADS, 1], q then k
     col = tl.arange(0, HALF)[None, :]  # [1, HALF], column of a pair's low element
@@ -120,7 +120,7 @@ def _qk_norm_rope_store_kernel(
     cache_offsets = slot * (K * D) + (head - H) * D + col
     tl.store(k_cache_ptr + cache_offsets, roped_low, mask=key_mask)
     tl.store(k_cache_ptr + cache_offsets + D // 2, roped_high, mask=key_mask)
-    # In qkv the value of a head lies K heads after its key.
+    # In qkv, the value of a head is K heads after its key.
     value_low = tl.load(low_ptrs + K * D, mask=key_mask, other=0.0)
     value_high = tl.load(high_ptrs + K * D, mask=key_mask, other=0.0)
     tl.store(v_cache_ptr + cache_offsets, value_low, mask=key_mask)
@@ -178,10 +178,10 @@ def qk_norm_rope_store(
     num_heads: int,
     num_kv_heads: int,
 ) -> None:
-    """Norm and rotate the queries and keys in qkv in place, and put keys and values in the cache.
+    """Norm and rotate the queries and keys in qkv in place, and store keys and values in the cache.
 
-    Each head's D elements are RMS-normalised, scaled by its weight and turned by the token's
-    position. All of it happens in fp32, with one rounding to qkv's dtype at the end.
+    Each head's D elements are RMS-normalised, scaled by its weight and rotated by the token's
+    position. This is computed in fp32, with one rounding to qkv's dtype at the end.
 
     Args:
         qkv: [N, (H + 2K) * D], queries | keys | values, contiguous; changed in place
@@ -211,7 +211,7 @@ def qk_norm_rope_store(
 
 @dataclass(frozen=True)
 class QKNormRope:
-    """Norms and rotation that a step's queries and keys still have to go through.
+    """Norms and rotation that attention applies to a step's raw queries and keys.
 
     Attributes:
         q_weight, k_weight: [D], scales of the norms

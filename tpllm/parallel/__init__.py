@@ -1,1 +1,1 @@
-"""The tensor-parallel group and its collectives: the one home of torch.distributed."""
+"""The tensor-parallel group and its collectives. Only this package uses torch.distributed."""

@@ -1,9 +1,9 @@
-"""Collectives of the tensor-parallel group, in one place so that their algorithm can change.
+"""Collectives of the tensor-parallel group.
 
 Every rank of `tp` calls the same function in the same order with the same shapes and dtypes. With
-`tp.size == 1` each one is the identity. `all_reduce`, `all_gather` and `all_to_all` only enqueue
-work on the current stream and can be captured in a CUDA graph; `min_over_ranks` and `barrier` wait
-for every rank on the host and belong to start-up.
+`tp.size == 1` each collective is the identity. `all_reduce`, `all_gather` and `all_to_all` only
+enqueue work on the current stream and can be captured in a CUDA graph. `min_over_ranks` and
+`barrier` block the host until every rank has called them, so they are used at start-up only.
 """
 
 import sys
@@ -19,15 +19,15 @@ from tpllm.parallel.copy_streams import CopyStreamMemory, make_copy_streams
 from tpllm.parallel.group import TPGroup
 from tpllm.parallel.peer_memory import WIDTH_MULTIPLE, PeerMemory, clear_peer_buffers
 
-# Room for the rows of a sender, in bytes: enough programs of a sum at the same time to fill a link.
-_MAILBOX_BYTES = 4 << 20
-# Largest sum, in bytes, of which every rank sends all to all others. On two ranks that is no more
-# than they would send in two shots; on four, two shots are faster from some 256 KiB on.
+# Size of a peer buffer in bytes: enough concurrent programs of an all-reduce to saturate a link.
+_PEER_BUFFER_BYTES = 4 << 20
+# Largest one-shot all-reduce in bytes. On two ranks, one-shot sends no more bytes than two-shot. On
+# four ranks, two-shot is faster from about 256 KiB on.
 _ONE_SHOT_BYTES = 256 << 10
 
-Made = TypeVar("Made")
+T = TypeVar("T")
 
-# torch 2.13 renamed the gather into one tensor and warns of the old name.
+# torch 2.13 renamed `all_gather_into_tensor` and deprecated the old name.
 _all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
@@ -43,13 +43,16 @@ def all_gather(x: Tensor, tp: TPGroup) -> Tensor:
     if tp.size == 1:
         return x.unsqueeze(0)
     out = x.new_empty(tp.size, *x.shape)
-    # Flat views: a gathered tensor of one more dimension is not taken by every backend.
+    # Flat views: some backends refuse an output with one more dimension than the input.
     _all_gather_single(out.view(-1), x.reshape(-1), group=tp.process_group)
     return out
 
 
 def all_to_all(x: Tensor, tp: TPGroup) -> Tensor:
-    """Give x[r] to rank r: x [tp.size, ...] contiguous; the result's [r] is what rank r gave us."""
+    """Send x[r] to rank r and return what each rank sent: result[r] comes from rank r.
+
+    Shapes: x [tp.size, ...], contiguous; the result has the same shape.
+    """
     if tp.size == 1:
         return x
     out = torch.empty_like(x)
@@ -58,7 +61,7 @@ def all_to_all(x: Tensor, tp: TPGroup) -> Tensor:
 
 
 def min_over_ranks(value: int, tp: TPGroup) -> int:
-    """Smallest `value` of any rank, as every rank needs it: free memory, for one."""
+    """Return the smallest `value` of all ranks, on every rank."""
     if tp.size == 1:
         return value
     smallest = torch.tensor(value, dtype=torch.int64, device=tp.device)
@@ -67,17 +70,18 @@ def min_over_ranks(value: int, tp: TPGroup) -> int:
 
 
 def barrier(tp: TPGroup) -> None:
-    """Return once every rank has come here."""
-    # A reduction whose result is read waits the host on both backends; NCCL's own barrier only
-    # makes the stream wait.
+    """Block the host until every rank has called this."""
+    # NCCL's own barrier blocks the stream only. Reading a reduction's result blocks the host on
+    # both backends.
     min_over_ranks(0, tp)
 
 
 def with_peer_memory(tp: TPGroup, width: int, dtype: torch.dtype) -> TPGroup:
-    """The same group with `peers`, for sums of rows of `width`, if the GPUs reach each other.
+    """Return the group with `peers` for all-reduces of rows of `width`, if the GPUs allow it.
 
-    Every rank calls this together, and all get the same answer. A `width` that is no multiple of
-    WIDTH_MULTIPLE is left to NCCL.
+    Every rank calls this at the same time, and all get the same outcome. The group is returned
+    unchanged, so that NCCL does the all-reduces, if a GPU cannot access a peer's memory or `width`
+    is not a multiple of WIDTH_MULTIPLE.
     """
     if tp.process_group is None or tp.device.type != "cuda" or width % WIDTH_MULTIPLE:
         return tp
@@ -86,46 +90,52 @@ def with_peer_memory(tp: TPGroup, width: int, dtype: torch.dtype) -> TPGroup:
     if not min_over_ranks(int(reachable), tp):
         return tp
     row_bytes = width * dtype.itemsize
-    max_rows = max(2, _MAILBOX_BYTES // row_bytes)
+    max_rows = max(2, _PEER_BUFFER_BYTES // row_bytes)
     one_shot_rows = max_rows if tp.size == 2 else max(1, _ONE_SHOT_BYTES // row_bytes)
-    peer_buffers = _made_by_all(
+    peer_buffers = _make_on_all_ranks(
         tp, lambda: clear_peer_buffers(tp.size, max_rows, width, dtype, tp.device), "NCCL serves"
     )
     if peer_buffers is None:
         return tp
     group = tp.process_group
-    peers = _made_by_all(tp, lambda: PeerMemory(group, peer_buffers, one_shot_rows), "NCCL serves")
+    peers = _make_on_all_ranks(
+        tp, lambda: PeerMemory(group, peer_buffers, one_shot_rows), "NCCL serves"
+    )
     return replace(tp, peers=peers)
 
 
 def with_copy_streams(tp: TPGroup, max_rows: int) -> TPGroup:
-    """The same group with `copy_streams`, for sums of up to `max_rows` of the peer buffers' rows in each.
+    """Return the group with `copy_streams`, which carry overlapped all-reduces of up to `max_rows`.
 
-    Every rank of a group with peer memory calls this together, and all get the same answer.
+    Every rank of a group with peer memory calls this at the same time, and all get the same
+    outcome. The rows have the width and dtype of the peer buffers.
     """
-    group, peers, instead = tp.process_group, tp.peers, "no step is halved"
+    group, peers, fallback = tp.process_group, tp.peers, "no step runs as micro-batches"
     assert group is not None
     assert peers is not None
-    memory = _made_by_all(
+    memory = _make_on_all_ranks(
         tp,
         lambda: CopyStreamMemory(tp.size, max_rows, peers.width, peers.dtype, tp.device),
-        instead,
+        fallback,
     )
     if memory is None:
         return tp
     return replace(
-        tp, copy_streams=_made_by_all(tp, lambda: make_copy_streams(group, memory), instead) or ()
+        tp,
+        copy_streams=_make_on_all_ranks(tp, lambda: make_copy_streams(group, memory), fallback)
+        or (),
     )
 
 
-def _made_by_all(tp: TPGroup, make: Callable[[], Made], instead: str) -> Made | None:
-    """What `make` returns, or None on every rank where it raises RuntimeError or OSError on one.
+def _make_on_all_ranks(tp: TPGroup, make: Callable[[], T], fallback: str) -> T | None:
+    """Return what `make` returns, or None on every rank if it fails on any of them.
 
-    What waits for the peers must not begin where a rank may already have failed.
+    RuntimeError and OSError count as failures. Later calls wait for the peers, so no rank may go
+    on to them while another has failed.
     """
-    made = None
+    result = None
     try:
-        made = make()
-    except (RuntimeError, OSError) as error:  # a container that forbids to share descriptors
-        print(f"tpllm: no peer memory on rank {tp.rank}, {instead}: {error}", file=sys.stderr)
-    return made if min_over_ranks(int(made is not None), tp) else None
+        result = make()
+    except (RuntimeError, OSError) as error:  # some containers forbid sharing descriptors
+        print(f"tpllm: no peer memory on rank {tp.rank}, {fallback}: {error}", file=sys.stderr)
+    return result if min_over_ranks(int(result is not None), tp) else None

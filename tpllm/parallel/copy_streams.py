@@ -1,23 +1,24 @@
-"""Lanes in which sums over the ranks travel while the multiprocessors compute something else.
+"""Copy streams: they carry all-reduces on the GPUs' copy engines, beside the compute stream.
 
-A step of many prompt tokens runs in two halves, block by block in turn: while the sum of one half
-is on its way, in that half's copy stream, the other half computes. What a sum sends over the links is
-carried by the GPUs' copy engines, and the copy stream's stream waits for it without any kernel: one that
-sends and waits would find no room beside a product, which takes all registers of a multiprocessor.
+A large step runs as two micro-batches, block by block in turn. While the all-reduce of one
+micro-batch runs in its copy stream, the other micro-batch computes. Copy engines move the bytes,
+and the stream waits for flags in memory without a kernel. A kernel that sends and waits would not
+fit beside a matmul, which takes all registers of a multiprocessor.
 
-The halves compute on one stream, in an order that is the same everywhere. On a stream for each they
-would run into step, share the multiprocessors, and then wait for their sums at the same time.
+Both micro-batches compute on one stream, in the same order on every rank. With a stream each they
+would share the multiprocessors and then wait for their all-reduces at the same time.
 
-A sum takes two exchanges. Each rank adds up a share of the rows, for which the others send it their
-terms; then it sends the sums to all. Behind the rows a sender writes the number of the round into a
-flag of the receiver, for which the receiver's stream waits. Nobody overwrites what is still read:
+An all-reduce takes two exchanges. First each rank sends its partial sums to the ranks that own the
+rows, and each rank reduces its share. Then each rank sends its outputs to all. After the rows, a
+sender writes the round's number into a flag of the receiver, and the receiver's stream waits for
+that flag. No rank overwrites data that is still being read:
 
-- terms of a round are sent by whoever has had all sums of the round before, for which everybody had
-  added up the terms of that round;
-- sums are sent by whoever has all terms of this round, and a rank sends those after it has used the
-  sums of the round before.
+- A rank sends the partial sums of a round after it has received all outputs of the round before.
+  At that point every rank has reduced the partial sums of that earlier round.
+- A rank sends outputs after it has received all partial sums of this round. A peer sends these
+  only after it has used the outputs of the round before.
 
-Streams that wait for values in memory: CUDA Driver API, "Stream Memory Operations".
+Source: CUDA Driver API, "Stream Memory Operations".
 """
 
 import ctypes
@@ -39,67 +40,69 @@ _WAIT, _WRITE = 1, 2  # CUstreamBatchMemOpType, for values of 32 bits
 
 
 class CopyStream(Protocol):
-    """What a half of a step needs; the halves' copy streams go through the same calls on every rank.
+    """The all-reduces of one micro-batch. Every rank makes the same calls in the same order.
 
-    N rows of width E, of which each rank adds up `share(N)`.
+    An all-reduce has N rows of width E; this rank reduces the rows `share(N)`.
     """
 
     def computing(self) -> AbstractContextManager[None]:
-        """Inside, what the copy stream's next sum is of is launched on the current stream."""
+        """Enclose the launches, on the current stream, that compute the next all-reduce's input."""
         ...
 
     def exchanging(self) -> AbstractContextManager[None]:
-        """What is launched inside follows the last `computing`, and nothing launched since.
+        """Launch the enclosed work on the copy stream, after the last `computing` block only.
 
-        What is launched on the current stream afterwards follows it.
+        Later launches on the current stream wait for the enclosed work.
         """
         ...
 
     def share(self, num_rows: int) -> slice:
-        """The rows that this rank adds up; of few rows some ranks have none."""
+        """Return the rows that this rank reduces. With few rows, some ranks have none."""
         ...
 
     def exchange_partial_sums(self, x: Tensor) -> Tensor:
-        """Of x [N, E] give each rank its share: [size, n, E], what each rank gave of ours.
+        """Send each rank its share of x [N, E]; return the ranks' partial sums of our share.
 
-        Our own term is not among them. What is behind our share is undefined.
+        Returns:
+            [size, n, E], by sender. This rank's own entry and rows past its share are undefined.
         """
         ...
 
-    def sums(self, num_rows: int) -> Tensor:
-        """[N, E], where this rank's share is to be written before `exchange_outputs`."""
+    def outputs(self, num_rows: int) -> Tensor:
+        """Return the output buffer [N, E]; write this rank's share before `exchange_outputs`."""
         ...
 
     def exchange_outputs(self, num_rows: int) -> None:
-        """Give our share of `sums` to all ranks, and get theirs."""
+        """Send our share of `outputs` to all ranks, and receive theirs."""
         ...
 
 
 def share_of(num_rows: int, rank: int, size: int) -> slice:
-    """The rows that a rank adds up, one band for each."""
+    """Return the band of rows that a rank reduces."""
     rows = -(-num_rows // size)
     return slice(min(rank * rows, num_rows), min((rank + 1) * rows, num_rows))
 
 
 class CopyStreamMemory:
-    """What a rank gives for the copy_streams: room for rows, and flags, which its peers can map.
+    """One rank's buffers and flags for its copy streams, in memory that its peers can map.
 
     Args:
         size: number of ranks
-        max_rows: most rows of a sum
+        max_rows: largest number of rows of an all-reduce
 
     Raises:
-        RuntimeError, OSError: there is no such memory, not enough, or no stream waits for it.
+        RuntimeError, OSError: there is no such memory, too little of it, or the driver has no
+            stream memory operations.
     """
 
     def __init__(
         self, size: int, max_rows: int, width: int, dtype: torch.dtype, device: torch.device
     ) -> None:
-        most = -(-max_rows // size)  # rows of a share
-        shape = (NUM_COPY_STREAMS, size * most + max_rows, width)
+        max_share = -(-max_rows // size)  # rows of a share
+        shape = (NUM_COPY_STREAMS, size * max_share + max_rows, width)
         self.rows = symmetric_memory.empty(*shape, dtype=dtype, device=device)
-        self.terms = self.rows[:, :-max_rows].unflatten(1, (size, most))
-        self.sums = self.rows[:, -max_rows:]
+        self.partial_sums = self.rows[:, :-max_rows].unflatten(1, (size, max_share))
+        self.outputs = self.rows[:, -max_rows:]
         # [copy_stream, exchange, sender]
         flags = symmetric_memory.empty(NUM_COPY_STREAMS, 2, size, dtype=torch.int32, device=device)
         self.flags = flags.zero_()
@@ -111,9 +114,9 @@ class CopyStreamMemory:
 def make_copy_streams(
     group: dist.ProcessGroup, memory: CopyStreamMemory
 ) -> tuple["CopyEngineStream", ...]:
-    """Lanes between the GPUs of a group.
+    """Return the copy streams of this rank.
 
-    Every rank makes them at the same time, when all have their memory.
+    Every rank calls this at the same time, after all ranks have allocated their memory.
 
     Raises:
         RuntimeError: the GPUs cannot reach each other's memory.
@@ -126,32 +129,33 @@ def make_copy_streams(
 
 
 class CopyEngineStream:
-    """A copy stream between GPUs.
+    """A `CopyStream` that uses the copy engines of GPUs.
 
     Args:
-        rank: this one
-        memory: of this rank
-        handles: of everybody's rows and flags; they own the mappings of the peers' memory
-        index: which copy stream it is
+        rank: this rank
+        memory: this rank's buffers and flags
+        handles: symmetric-memory handles of the rows and of the flags; they own the mappings of
+            the peers' memory
+        index: index of this copy stream in `memory`
     """
 
     def __init__(self, rank: int, memory: CopyStreamMemory, handles: list[Any], index: int) -> None:
-        self._partial_sums: Tensor = memory.terms[index]  # [size, most rows of a share, width]
-        self._sums: Tensor = memory.sums[index]  # [max_rows, width]
+        self._partial_sums: Tensor = memory.partial_sums[index]  # [size, max_share, width]
+        self._outputs: Tensor = memory.outputs[index]  # [max_rows, width]
         self._rank, self._size = rank, len(self._partial_sums)
         self._owners = (memory, handles)
-        # each rank begins with another
+        # each rank starts with a different peer
         self._peers = [(rank + i) % self._size for i in range(1, self._size)]
-        # its short kernels go before the tiles of products that are waiting, too
+        # high priority: its short kernels run before the waiting tiles of matmuls
         self._stream = torch.cuda.Stream(memory.rows.device, priority=-1)
         self._computed = torch.cuda.Event()
         self._round = 0
-        self._row_bytes = self._sums[0].nbytes
-        # where each rank has room for our terms, and for all sums
+        self._row_bytes = self._outputs[0].nbytes
+        # addresses, on each rank, of the buffers for our partial sums and for the outputs
         first = memory.rows[:index].nbytes
-        ours, behind = self._partial_sums[:rank].nbytes, self._partial_sums.nbytes
-        self._partial_sums_at = [ptr + first + ours for ptr in handles[0].buffer_ptrs]
-        self._outputs_at = [ptr + first + behind for ptr in handles[0].buffer_ptrs]
+        own_offset, outputs_offset = self._partial_sums[:rank].nbytes, self._partial_sums.nbytes
+        self._partial_sums_at = [ptr + first + own_offset for ptr in handles[0].buffer_ptrs]
+        self._outputs_at = [ptr + first + outputs_offset for ptr in handles[0].buffer_ptrs]
         flags_at = [ptr + memory.flags[:index].nbytes for ptr in handles[1].buffer_ptrs]
         self._signals = [
             self._signals_of(exchange, flags_at) for exchange in (_PARTIAL_SUMS, _OUTPUTS)
@@ -182,8 +186,8 @@ class CopyEngineStream:
         self._signal(_PARTIAL_SUMS)
         return self._partial_sums
 
-    def sums(self, num_rows: int) -> Tensor:
-        return self._sums[:num_rows]
+    def outputs(self, num_rows: int) -> Tensor:
+        return self._outputs[:num_rows]
 
     def exchange_outputs(self, num_rows: int) -> None:
         ours = self.share(num_rows)
@@ -200,26 +204,29 @@ class CopyEngineStream:
             _check(_driver().cuMemcpyDtoDAsync_v2(target, source, num_bytes, stream))
 
     def _signal(self, exchange: int) -> None:
-        """Tell all peers that our rows are there, and wait for theirs."""
+        """Set our flag on all peers, and make the stream wait for their flags."""
         signals = self._signals[exchange]
-        for each in signals:
-            each.value = self._round & 0xFFFFFFFF  # it may wrap: the comparison is a cyclic one
+        for signal in signals:
+            signal.value = self._round & 0xFFFFFFFF  # it may wrap: the comparison is cyclic
         _run(signals, self._stream.cuda_stream)
 
     def _signals_of(self, exchange: int, flags_at: list[int]) -> "_MemoryOperations":
         def flag(owner: int, sender: int) -> int:
             return flags_at[owner] + _FLAG_BYTES * (exchange * self._size + sender)
 
-        told = [(_WRITE, flag(peer, self._rank)) for peer in self._peers]
-        awaited = [(_WAIT, flag(self._rank, peer)) for peer in self._peers]
-        return _memory_operations(told + awaited)
+        writes = [(_WRITE, flag(peer, self._rank)) for peer in self._peers]
+        waits = [(_WAIT, flag(self._rank, peer)) for peer in self._peers]
+        return _memory_operations(writes + waits)
 
 
-# ---- the driver ------------------------------------------------------------------------------
+# ---- the CUDA driver -------------------------------------------------------------------------
 
 
 class _MemoryOperation(ctypes.Structure):
-    """CUstreamBatchMemOpParams. Flags of 0: wait for the value or more; write behind all before."""
+    """The driver's CUstreamBatchMemOpParams.
+
+    With flags of 0, a wait ends at the value or above, and a write follows all earlier work.
+    """
 
     _fields_ = (
         ("operation", c_uint32),
@@ -234,10 +241,10 @@ class _MemoryOperation(ctypes.Structure):
 _MemoryOperations = ctypes.Array[_MemoryOperation]
 
 
-def _memory_operations(each: list[tuple[int, int]]) -> _MemoryOperations:
-    """From kinds and addresses."""
-    operations = (_MemoryOperation * len(each))()
-    for operation, (kind, address) in zip(operations, each, strict=True):
+def _memory_operations(kinds_and_addresses: list[tuple[int, int]]) -> _MemoryOperations:
+    """Make operations from pairs of kind and address; their values are set later."""
+    operations = (_MemoryOperation * len(kinds_and_addresses))()
+    for operation, (kind, address) in zip(operations, kinds_and_addresses, strict=True):
         operation.operation, operation.address = kind, address
     return operations
 
@@ -256,4 +263,4 @@ def _driver() -> ctypes.CDLL:
 
 def _check(status: int) -> None:
     if status:
-        raise RuntimeError(f"CUDA's driver answered with status {status}")
+        raise RuntimeError(f"the CUDA driver returned status {status}")

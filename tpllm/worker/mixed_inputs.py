@@ -67,7 +67,7 @@ def mixed_inputs(plan: StepPlan, split: ContextSplit) -> MixedInputs[np.ndarray]
         positions,
         token_ids,
         ends[:D],
-        split.plan(ends[:D]).reshape(-1),
+        split.schedule(ends[:D]).reshape(-1),
         plan.rows[D:],
         cu_seqlens[D:],
         cu_seqlens_k,

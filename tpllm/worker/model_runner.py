@@ -146,7 +146,7 @@ class ModelRunner:
         else:
             rows = np.full(size, self.state.padding_row, dtype=np.int32)
             starts = np.zeros_like(rows)
-            self._staging.upload([rows, starts, self._split.plan(starts + 1)])
+            self._staging.upload([rows, starts, self._split.schedule(starts + 1)])
 
     @torch.inference_mode()
     def run(self, plan: StepPlan, marks: StepMarks) -> StepOutput:

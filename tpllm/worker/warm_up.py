@@ -27,12 +27,12 @@ from tpllm.layers.all_reduce.all_reduce_norm import all_reduce_norm
 from tpllm.layers.all_reduce.overlapped import reduce_and_norm
 from tpllm.layers.attention.attention import BACKENDS, Attention, AttentionBatch, make_backend
 from tpllm.layers.attention.split_schedule import SPLIT_WORDS, ContextSplit
-from tpllm.layers.linear.gemv import Around, gemv
+from tpllm.layers.linear.gemv import FusedOps, gemv
 from tpllm.layers.linear.linear import kv_head_shard
 from tpllm.layers.norm import RMSNorm
 from tpllm.layers.rotary import QKNormRope
 from tpllm.parallel.group import TPGroup
-from tpllm.parallel.peer_memory import NUM_PLACES, WIDTH_MULTIPLE, PeerBuffers
+from tpllm.parallel.peer_memory import NUM_BUFFERS, WIDTH_MULTIPLE, PeerBuffers
 from tpllm.sampling.sampler import SamplingBatch, best_candidate, sample
 from tpllm.sampling.thresholds import Truncation, find_thresholds, likeliest
 from tpllm.sampling.token_order import keys_of, rank_and_mass, scores_of
@@ -133,16 +133,16 @@ class Kernels:
             sizes.append(next(S for S in count(1) if not self.split.has_large_programs(S)))
             calls += [partial(self.attend, S) for S in sizes]
         if not config.disable_custom_matmul:
-            arounds = [Around(), Around(swiglu=True)]
+            fusions = [FusedOps(), FusedOps(swiglu=True)]
             if self.tp.size == 1:
                 norm, residual = (self.norm_weight(), 1e-6), self.new(1, self.model.hidden_size)
-                arounds = [
-                    Around(),
-                    Around(norm),
-                    Around(norm, residual),
-                    Around(norm, residual, swiglu=True),
+                fusions = [
+                    FusedOps(),
+                    FusedOps(norm),
+                    FusedOps(norm, residual),
+                    FusedOps(norm, residual, swiglu=True),
                 ]
-            calls += [partial(self.gemv, around) for around in arounds]
+            calls += [partial(self.gemv, fused) for fused in fusions]
         if not self.has_peer_memory:
             calls += [partial(self.norm, has_residual) for has_residual in (False, True)]
         calls += [self.find_thresholds, self.likeliest, self.rank_and_mass, self.drop_below]
@@ -173,9 +173,9 @@ class Kernels:
         rope = QKNormRope(self.new(D), self.new(D), 1e-6, nothing, cos_sin)
         attention(self.new(S, (H + 2 * K) * D), *caches, batch, rope)
 
-    def gemv(self, around: Around) -> None:
+    def gemv(self, fused: FusedOps) -> None:
         E = self.model.hidden_size
-        gemv(self.new(1, E), self.new(32, E), around)
+        gemv(self.new(1, E), self.new(32, E), fused)
 
     def norm(self, has_residual: bool) -> None:
         E = self.model.hidden_size
@@ -185,7 +185,7 @@ class Kernels:
     def all_reduce_norm(self, N: int, one_shot_rows: int) -> None:
         """All-reduce N rows, in one shot up to `one_shot_rows`; the peer buffers are full."""
         E, size = self.model.hidden_size, self.tp.size
-        rows = self.new(NUM_PLACES, size, 4, E)
+        rows = self.new(NUM_BUFFERS, size, 4, E)
         pointers = torch.full((size,), rows.data_ptr(), device=self.device)
         places = self.new(4, dtype=torch.int32)
         peers = PeerBuffers(pointers.data_ptr(), places, 4, one_shot_rows, E, self.dtype)

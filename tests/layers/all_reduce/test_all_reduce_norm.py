@@ -11,8 +11,8 @@ from tpllm.layers.all_reduce.all_reduce_norm import (
     AllReduceRMSNorm,
     all_reduce_norm,
     kept_rows,
+    receive,
     sendable,
-    take,
 )
 from tpllm.layers.all_reduce.trial import peer_memory_works
 from tpllm.layers.norm import add_and_norm, rms_norm_reference
@@ -23,18 +23,18 @@ from tpllm.parallel.peer_memory import EMPTY
 
 @triton.jit
 def _add_and_norm_row(
-    terms_ptr, residual_ptr, weight_ptr, out_ptr, eps, E: tl.constexpr, HAS_RESIDUAL: tl.constexpr
+    x_ptr, residual_ptr, weight_ptr, out_ptr, eps, E: tl.constexpr, HAS_RESIDUAL: tl.constexpr
 ):
     cols = tl.arange(0, 128)
     mask = cols < E
     start = tl.program_id(0) * E
-    x = tl.load(terms_ptr + start + cols, mask=mask, other=0.0).to(tl.float32)
+    x = tl.load(x_ptr + start + cols, mask=mask, other=0.0).to(tl.float32)
     residual_ptrs = residual_ptr + start + cols
     residual = tl.zeros([128], dtype=tl.float32)
     if HAS_RESIDUAL:
         residual = tl.load(residual_ptrs, mask=mask, other=0.0).to(tl.float32)
     weight = tl.load(weight_ptr + cols, mask=mask, other=0.0)
-    total, normed = add_and_norm(x, residual, weight, terms_ptr.dtype.element_ty, eps, E)
+    total, normed = add_and_norm(x, residual, weight, x_ptr.dtype.element_ty, eps, E)
     tl.store(residual_ptrs, total, mask=mask)
     tl.store(out_ptr + start + cols, normed, mask=mask)
 
@@ -60,11 +60,11 @@ def test_add_and_norm_matches_reference(device_and_dtype, N: int, E: int, has_re
 
 
 @triton.jit
-def _send_and_take(x_ptr, mailbox_ptr, out_ptr, E: tl.constexpr):
+def _send_and_receive(x_ptr, buffer_ptr, out_ptr, E: tl.constexpr):
     cols = tl.arange(0, 16)
     mask = cols < E
-    tl.store(mailbox_ptr + cols, sendable(tl.load(x_ptr + cols, mask=mask)), mask=mask)
-    tl.store(out_ptr + cols, take(mailbox_ptr + cols, mask), mask=mask)
+    tl.store(buffer_ptr + cols, sendable(tl.load(x_ptr + cols, mask=mask)), mask=mask)
+    tl.store(out_ptr + cols, receive(buffer_ptr + cols, mask), mask=mask)
 
 
 def test_a_row_comes_through_a_mailbox_and_leaves_it_empty(device_and_dtype) -> None:
@@ -73,7 +73,7 @@ def test_a_row_comes_through_a_mailbox_and_leaves_it_empty(device_and_dtype) -> 
     x = torch.tensor(values, device=device).to(dtype)
     peer_buffer = torch.full_like(x, EMPTY)
     out = torch.empty_like(x)
-    _send_and_take[(1,)](x, peer_buffer, out, E=len(values))
+    _send_and_receive[(1,)](x, peer_buffer, out, E=len(values))
     assert torch.equal(out.nan_to_num(7.0), x.nan_to_num(7.0))
     assert peer_buffer.signbit().all() and not peer_buffer.any()
 
@@ -118,13 +118,15 @@ def sums_survive_many_calls(tp: TPGroup, E: int, num_calls: int) -> None:
     for call in range(num_calls):
         N = int(torch.randint(1, 2 * tp.peers.max_rows + 1, (), generator=sizes))
         N = N if call % 3 else N % 9 + 1
-        term = torch.empty(N, E, dtype=torch.bfloat16, device=tp.device).normal_(generator=values)
-        total = all_reduce(term.float(), tp)
+        partial_sum = torch.empty(N, E, dtype=torch.bfloat16, device=tp.device).normal_(
+            generator=values
+        )
+        total = all_reduce(partial_sum.float(), tp)
         if (call + tp.rank) % 5 == 0:
             torch.cuda._sleep(200_000)  # this rank is late for its sum
-        normed, residual = norm(term)
+        normed, residual = norm(partial_sum)
         kept = kept_rows(N, tp)
-        # in fp32 the order of two or more terms can still move one rounding to bfloat16
+        # in fp32 the order of two or more partial_sums can still move one rounding to bfloat16
         wrong += ((residual.float() - total).abs() > 0.01 * total.abs() + 1e-3)[kept].sum()
         plain = rms_norm_reference(total, norm.weight.float(), 1e-6)
         wrong += ((normed.float() - plain).abs() > 0.02 * plain.abs() + 1e-2).sum()
@@ -137,13 +139,13 @@ def a_graph_of_sums_replays(tp: TPGroup) -> None:
     tp = with_peer_memory(tp, E, torch.bfloat16)
     assert tp.peers is not None
     values = torch.Generator(tp.device).manual_seed(tp.rank)
-    terms = torch.randn(3, N, E, device=tp.device, generator=values).bfloat16()
+    partial_sums = torch.randn(3, N, E, device=tp.device, generator=values).bfloat16()
     weight = torch.ones(E, device=tp.device, dtype=torch.bfloat16)
     residual = torch.empty(N, E, device=tp.device, dtype=torch.bfloat16)
 
     def three_sums() -> torch.Tensor:
-        for i, term in enumerate(terms):
-            out = all_reduce_norm(term, residual, weight, 1e-6, tp, has_residual=i > 0)
+        for i, partial_sum in enumerate(partial_sums):
+            out = all_reduce_norm(partial_sum, residual, weight, 1e-6, tp, has_residual=i > 0)
         return out
 
     expected = three_sums().clone()

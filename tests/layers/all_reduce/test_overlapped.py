@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.copy_streams import with_gloo_lanes
+from tests.copy_streams import with_gloo_copy_streams
 from tests.marks import FOUR_GPUS
 from tests.ranks import run_ranks
 from tpllm.layers.all_reduce.all_reduce_norm import AllReduceRMSNorm
@@ -22,7 +22,7 @@ def sums_are_those_of_gloo(tp: TPGroup) -> None:
     """Also of fewer rows than there are ranks, and of shares that differ."""
     torch.set_num_threads(1)
     E, eps = 40, 1e-6
-    tp = with_gloo_lanes(tp, 19, E)
+    tp = with_gloo_copy_streams(tp, 19, E)
     values = torch.Generator().manual_seed(tp.rank)
     same = torch.Generator().manual_seed(9)
     weight = torch.rand(E, generator=same)
@@ -49,8 +49,8 @@ class Work:
     """A chain of sums in a copy stream."""
 
     copy_stream: CopyStream
-    terms: Tensor  # [chain, N, E]
-    term: Tensor | None = None  # the next one to be summed
+    partial_sums: Tensor  # [chain, N, E]
+    partial_sum: Tensor | None = None  # the next one to be summed
     stream: Tensor | None = None  # the residual stream
     residuals: list[Tensor] = field(default_factory=list)
     found: list[Tensor] = field(default_factory=list)
@@ -77,27 +77,29 @@ def sums_survive_many_calls(tp: TPGroup, E: int, num_calls: int) -> None:
         works = []
         for copy_stream in tp.copy_streams:
             N = int(torch.randint(1, max_rows + 1, (), generator=sizes))
-            terms = torch.empty(chain, N, E, dtype=torch.bfloat16, device=tp.device)
-            works.append(Work(copy_stream, terms.normal_(generator=values)))
+            partial_sums = torch.empty(chain, N, E, dtype=torch.bfloat16, device=tp.device)
+            works.append(Work(copy_stream, partial_sums.normal_(generator=values)))
         for i in range(chain + 1):
             for work in works:
                 if i > 0:  # the sum of what was launched in the round before
-                    assert work.term is not None
-                    normed, work.stream = norm(work.term, work.stream, work.copy_stream)
+                    assert work.partial_sum is not None
+                    normed, work.stream = norm(work.partial_sum, work.stream, work.copy_stream)
                     work.found.append(normed.clone())
                     work.residuals.append(work.stream.clone())
                 if i < chain:
                     with work.copy_stream.computing():
                         if (call + i + tp.rank) % 4 == 0:
                             torch.cuda._sleep(200_000)
-                        work.term = work.terms[i] + 0 * torch.mm(work.terms[i], factor)
+                        work.partial_sum = work.partial_sums[i] + 0 * torch.mm(
+                            work.partial_sums[i], factor
+                        )
         for work in works:
-            terms, residuals, found = work.terms, work.residuals, work.found
-            ours = work.copy_stream.share(terms.shape[1])
+            partial_sums, residuals, found = work.partial_sums, work.residuals, work.found
+            ours = work.copy_stream.share(partial_sums.shape[1])
             before = torch.zeros_like(residuals[0], dtype=torch.float32)
             for i in range(chain):
-                stream = all_reduce(terms[i].float(), tp)[ours] + before
-                # in fp32 the order of two or more terms can still move one rounding to bfloat16
+                stream = all_reduce(partial_sums[i].float(), tp)[ours] + before
+                # in fp32 the order of two or more partial_sums can still move one rounding to bfloat16
                 off = (residuals[i].float() - stream).abs() > 0.01 * stream.abs() + 1e-3
                 wrong += off.sum()
                 before = residuals[i].float()

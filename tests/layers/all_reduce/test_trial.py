@@ -6,19 +6,19 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.copy_streams import GlooLane, with_gloo_lanes
+from tests.copy_streams import GlooCopyStream, with_gloo_copy_streams
 from tests.peer_buffers import with_shared_peer_buffers
 from tests.ranks import run_ranks
 from tpllm.layers.all_reduce.trial import copy_streams_work, peer_memory_works
 from tpllm.parallel.group import TPGroup
 
 
-class WrongLane(GlooLane):
-    """Gives one rank the others' terms with another sign."""
+class WrongCopyStream(GlooCopyStream):
+    """Gives one rank the others' partial_sums with another sign."""
 
     def exchange_partial_sums(self, x: Tensor) -> Tensor:
-        terms = super().exchange_partial_sums(x)
-        return -terms if self._tp.rank == 1 else terms
+        partial_sums = super().exchange_partial_sums(x)
+        return -partial_sums if self._tp.rank == 1 else partial_sums
 
 
 def trials_tell_right_sums_from_wrong_ones(tp: TPGroup) -> None:
@@ -27,8 +27,8 @@ def trials_tell_right_sums_from_wrong_ones(tp: TPGroup) -> None:
     tp = with_shared_peer_buffers(tp, max_rows=4, one_shot_rows=2, E=40)
     assert tp.peers is not None
     assert peer_memory_works(tp)
-    assert copy_streams_work(with_gloo_lanes(tp, 9, 40))
-    copy_streams = (GlooLane(tp, 9, 40), WrongLane(tp, 9, 40))
+    assert copy_streams_work(with_gloo_copy_streams(tp, 9, 40))
+    copy_streams = (GlooCopyStream(tp, 9, 40), WrongCopyStream(tp, 9, 40))
     assert not copy_streams_work(replace(tp, copy_streams=copy_streams))
 
 

@@ -9,24 +9,26 @@ from tpllm.layers.attention.split_schedule import (
     CONTEXT_LEN,
     COUNT,
     END,
-    GRAIN,
     INDEX,
     SCRATCH,
     SEQ,
+    SPLIT_GRANULARITY,
     ContextSplit,
 )
 
 
-def plan_of(context_lens: list[int], num_kv_heads: int) -> Tensor:
+def schedule_of(context_lens: list[int], num_kv_heads: int) -> Tensor:
     """On the CPU: [P, SPLIT_WORDS] int32."""
-    return torch.from_numpy(ContextSplit(num_kv_heads).plan(np.array(context_lens, dtype=np.int32)))
+    return torch.from_numpy(
+        ContextSplit(num_kv_heads).schedule(np.array(context_lens, dtype=np.int32))
+    )
 
 
-def assert_every_token_is_in_one_part(parts: np.ndarray, context_lens: list[int]) -> None:
-    """Of the parts of a plan that have tokens."""
-    assert not (parts[:, BEGIN] % GRAIN).any()
+def assert_every_token_is_in_one_split(splits: np.ndarray, context_lens: list[int]) -> None:
+    """Of the splits of a plan that have tokens."""
+    assert not (splits[:, BEGIN] % SPLIT_GRANULARITY).any()
     for seq, context_len in enumerate(context_lens):
-        ours = parts[parts[:, SEQ] == seq]
+        ours = splits[splits[:, SEQ] == seq]
         ours = ours[np.argsort(ours[:, INDEX])]
         assert ours[:, INDEX].tolist() == list(range(len(ours)))
         assert (ours[:, COUNT] == len(ours)).all()

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.layers.attention.split_schedules import plan_of
+from tests.layers.attention.split_schedules import schedule_of
 from tpllm.layers.attention import attention
 from tpllm.layers.attention.attention import (
     Attention,
@@ -134,7 +134,7 @@ def check_step(
         num_decode=len(decode),
         context_lens=torch.tensor(decode, dtype=torch.int32, device=device),
         block_tables=padded(tables[: len(decode)], width, device),
-        split_schedule=plan_of(decode, num_kv_heads).to(device),
+        split_schedule=schedule_of(decode, num_kv_heads).to(device),
         prefill=None,
     )
     if prefill:
@@ -225,7 +225,7 @@ def test_captured_decode_follows_lengths_and_tables_changed_in_place() -> None:
         num_decode=3,
         context_lens=torch.ones(3, dtype=torch.int32, device="cuda"),
         block_tables=torch.zeros(3, 4, dtype=torch.int32, device="cuda"),
-        split_schedule=plan_of([1, 1, 1], 2).cuda(),
+        split_schedule=schedule_of([1, 1, 1], 2).cuda(),
         prefill=None,
     )
     attention = Attention(4, 2, 64, FlashAttention2Backend())
@@ -235,7 +235,7 @@ def test_captured_decode_follows_lengths_and_tables_changed_in_place() -> None:
         captured = attention(qkv, k_cache, v_cache, batch)
 
     batch.context_lens.copy_(torch.tensor([1, 700, 256]))
-    batch.split_schedule.copy_(plan_of([1, 700, 256], 2))
+    batch.split_schedule.copy_(schedule_of([1, 700, 256], 2))
     batch.block_tables.copy_(padded([[5], [7, 1, 2], [3]], 4, "cuda"))
     graph.replay()
     reference = Attention(4, 2, 64, TorchAttentionBackend())

@@ -5,8 +5,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.layers.attention.split_schedules import plan_of
-from tpllm.layers.attention import split_schedule as decode_parts
+from tests.layers.attention.split_schedules import schedule_of
+from tpllm.layers.attention import split_schedule
 from tpllm.layers.attention.attention import AttentionBatch, TorchAttentionBackend
 from tpllm.layers.attention.paged_decode import PagedDecode
 from tpllm.layers.attention.split_schedule import ContextSplit, SplitSchedules
@@ -32,8 +32,8 @@ def make_case(
             caches[:, page, token % block_size] = torch.randn(2, K, D, generator=generator)
     nothing = torch.empty(0, dtype=torch.int32)
     lengths = torch.tensor(contexts, dtype=torch.int32)
-    plan = plan_of(contexts, K).to(device)
-    batch = AttentionBatch(nothing, S, lengths.to(device), tables.to(device), plan, None)
+    schedule = schedule_of(contexts, K).to(device)
+    batch = AttentionBatch(nothing, S, lengths.to(device), tables.to(device), schedule, None)
     q, caches = q.to(device, dtype), caches.to(device, dtype)
     return q, caches[0], caches[1], batch
 
@@ -47,15 +47,15 @@ def plain_and_exact(
     return decode(q, k_cache, v_cache, batch, 0.3), exact
 
 
-@pytest.fixture(params=["whole contexts", "some in parts", "many parts", "small programs"])
+@pytest.fixture(params=["whole contexts", "some in splits", "many splits", "small programs"])
 def division(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """How contexts are divided; parts are as short as can be."""
-    monkeypatch.setattr(decode_parts, "_MIN_PART", decode_parts.GRAIN)
+    """How contexts are divided; splits are as short as can be."""
+    monkeypatch.setattr(split_schedule, "_MIN_SPLIT_TOKENS", split_schedule.SPLIT_GRANULARITY)
     match request.param:
         case "whole contexts":
-            monkeypatch.setattr(decode_parts, "_MAX_PARTS", 1)
-        case "some in parts":
-            monkeypatch.setattr(decode_parts, "_LARGE_PROGRAMS", 14)
+            monkeypatch.setattr(split_schedule, "_MAX_SPLITS", 1)
+        case "some in splits":
+            monkeypatch.setattr(split_schedule, "_LARGE_PROGRAMS", 14)
         case "small programs":
             monkeypatch.setattr(ContextSplit, "has_large_programs", lambda split, num_seqs: False)
 
@@ -91,7 +91,7 @@ def test_a_context_in_one_part_needs_no_scratch(device) -> None:
     counters, scratch = decode._scratch
     assert int(counters.abs().sum()) == 0  # left as they were found
     scratch.fill_(torch.nan)
-    decode(q[:1], k_cache, v_cache, batch.block_tables[:1], plan_of([64], 1).to(device), 1.0)
+    decode(q[:1], k_cache, v_cache, batch.block_tables[:1], schedule_of([64], 1).to(device), 1.0)
     assert bool(scratch.isnan().all())
 
 
@@ -117,11 +117,11 @@ def test_norms_rotates_and_stores_on_the_way(
     k_cache.view(-1, K, D)[slots] = v_cache.view(-1, K, D)[slots] = torch.nan  # the newest token's
 
     def apart(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-        turned, keys, values = (t.to(dtype, copy=True) for t in (qkv, k_cache, v_cache))
+        rotated, keys, values = (t.to(dtype, copy=True) for t in (qkv, k_cache, v_cache))
         qk_norm_rope_store_reference(
-            turned, q_weight, k_weight, 1e-6, positions, cos_sin, keys, values, slots, H, K
+            rotated, q_weight, k_weight, 1e-6, positions, cos_sin, keys, values, slots, H, K
         )
-        q = turned.view(S, -1, D)[:, :H]
+        q = rotated.view(S, -1, D)[:, :H]
         return TorchAttentionBackend().decode(q, keys, values, batch, 0.3), keys, values
 
     plain, plain_keys, plain_values = apart(dtype)
@@ -140,13 +140,13 @@ def test_a_plan_that_goes_on_reads_the_new_tokens(
 ) -> None:
     """Also where the last part of a context has grown by another page."""
     device, dtype = device_and_dtype
-    monkeypatch.setattr(decode_parts, "_MIN_PART", decode_parts.GRAIN)
+    monkeypatch.setattr(split_schedule, "_MIN_SPLIT_TOKENS", split_schedule.SPLIT_GRANULARITY)
     contexts = [130, 65, 200]
     q, k_cache, v_cache, batch = make_case(contexts, 2, 3, 32, 16, device, dtype)
-    plans = SplitSchedules(ContextSplit(2))
+    schedules = SplitSchedules(ContextSplit(2))
     for missing in range(20, 0, -1):
-        plans.next(np.array(contexts) - missing)
-    plan = torch.from_numpy(plans.next(np.array(contexts))).to(device)
-    assert not torch.equal(plan, batch.split_schedule)
-    ours = PagedDecode()(q, k_cache, v_cache, batch.block_tables, plan, 0.3)
+        schedules.next(np.array(contexts) - missing)
+    schedule = torch.from_numpy(schedules.next(np.array(contexts))).to(device)
+    assert not torch.equal(schedule, batch.split_schedule)
+    ours = PagedDecode()(q, k_cache, v_cache, batch.block_tables, schedule, 0.3)
     assert_as_accurate(ours, *plain_and_exact(q, k_cache, v_cache, batch))

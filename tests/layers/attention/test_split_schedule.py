@@ -1,19 +1,19 @@
-"""Contexts in parts: all of them, no more parts than there is room for, and nobody waits long."""
+"""Contexts in splits: all of them, no more splits than there is room for, and nobody waits long."""
 
 import numpy as np
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from tests.layers.attention.split_schedules import assert_every_token_is_in_one_part
+from tests.layers.attention.split_schedules import assert_every_token_is_in_one_split
 from tpllm.layers.attention.split_schedule import (
     BEGIN,
     COUNT,
     END,
-    GRAIN,
     INDEX,
+    NUM_SCRATCH_ENTRIES,
     SCRATCH,
-    SCRATCH_PLACES,
+    SPLIT_GRANULARITY,
     SPLIT_WORDS,
     ContextSplit,
     SplitSchedules,
@@ -23,28 +23,28 @@ CONTEXTS = st.lists(st.integers(0, 200) | st.integers(0, 40_000), max_size=300)
 KV_HEADS = st.sampled_from([1, 2, 3, 4, 8, 16, 64, 300])
 
 
-def used_parts(context_lens: list[int], num_kv_heads: int) -> np.ndarray:
-    """The parts of a plan; what comes after them is nothing."""
+def used_splits(context_lens: list[int], num_kv_heads: int) -> np.ndarray:
+    """The splits of a schedule; what comes after them is nothing."""
     split = ContextSplit(num_kv_heads)
-    return used_of(split, split.plan(np.array(context_lens, dtype=np.int32)), len(context_lens))
+    return used_of(split, split.schedule(np.array(context_lens, dtype=np.int32)), len(context_lens))
 
 
-def used_of(split: ContextSplit, plan: np.ndarray, num_seqs: int) -> np.ndarray:
-    assert plan.shape == (split.num_splits(num_seqs), SPLIT_WORDS)
-    assert plan.dtype == np.int32
-    used = plan[:, END] > plan[:, BEGIN]
+def used_of(split: ContextSplit, schedule: np.ndarray, num_seqs: int) -> np.ndarray:
+    assert schedule.shape == (split.num_splits(num_seqs), SPLIT_WORDS)
+    assert schedule.dtype == np.int32
+    used = schedule[:, END] > schedule[:, BEGIN]
     num_used = int(used.sum())
     assert used[:num_used].all()
-    assert not plan[num_used:].any()
-    return plan[:num_used]
+    assert not schedule[num_used:].any()
+    return schedule[:num_used]
 
 
 @given(CONTEXTS, KV_HEADS)
 def test_every_token_is_in_one_part(context_lens: list[int], num_kv_heads: int) -> None:
-    parts = used_parts(context_lens, num_kv_heads)
-    lengths = parts[:, END] - parts[:, BEGIN]
+    splits = used_splits(context_lens, num_kv_heads)
+    lengths = splits[:, END] - splits[:, BEGIN]
     assert (np.diff(lengths) <= 0).all()  # the longest begins first
-    assert_every_token_is_in_one_part(parts, context_lens)
+    assert_every_token_is_in_one_split(splits, context_lens)
 
 
 @given(CONTEXTS, KV_HEADS)
@@ -52,11 +52,11 @@ def test_every_token_is_in_one_part(context_lens: list[int], num_kv_heads: int) 
 def test_parts_to_be_joined_have_places_of_their_own(
     context_lens: list[int], num_kv_heads: int
 ) -> None:
-    parts = used_parts(context_lens, num_kv_heads)
-    joined = parts[parts[:, COUNT] > 1]
+    splits = used_splits(context_lens, num_kv_heads)
+    joined = splits[splits[:, COUNT] > 1]
     places = joined[:, SCRATCH] + joined[:, INDEX]
     assert sorted(places.tolist()) == list(range(len(joined)))
-    assert len(joined) * num_kv_heads <= SCRATCH_PLACES
+    assert len(joined) * num_kv_heads <= NUM_SCRATCH_ENTRIES
 
 
 @given(st.integers(1, 2000), KV_HEADS)
@@ -72,7 +72,7 @@ def test_a_plan_of_more_sequences_is_no_smaller(num_seqs: int, num_kv_heads: int
         ([300], 8, [128, 128, 44]),  # a part costs a join: none is shorter
         ([2048], 8, [128] * 16),
         ([32_768], 8, [1024] * 32),
-        # as many parts as run at a time, and whole contexts where there are enough
+        # as many splits as run at a time, and whole contexts where there are enough
         ([1000] * 16, 8, [384, 384, 232] * 16),
         ([1000] * 40, 8, [1000] * 40),
     ],
@@ -80,15 +80,15 @@ def test_a_plan_of_more_sequences_is_no_smaller(num_seqs: int, num_kv_heads: int
 def test_few_contexts_fill_the_gpu(
     context_lens: list[int], num_kv_heads: int, lengths: list[int]
 ) -> None:
-    parts = used_parts(context_lens, num_kv_heads)
-    assert sorted((parts[:, END] - parts[:, BEGIN]).tolist()) == sorted(lengths)
+    splits = used_splits(context_lens, num_kv_heads)
+    assert sorted((splits[:, END] - splits[:, BEGIN]).tolist()) == sorted(lengths)
 
 
 def test_a_long_context_among_many_does_not_keep_them_waiting() -> None:
     """No part is longer than all tokens divided by the programs that run at a time."""
     context_lens = [32_768] + [860] * 184
-    parts = used_parts(context_lens, 8)
-    longest = int((parts[:, END] - parts[:, BEGIN]).max())
+    splits = used_splits(context_lens, 8)
+    longest = int((splits[:, END] - splits[:, BEGIN]).max())
     assert longest < sum(context_lens) * 8 / 660
 
 
@@ -102,31 +102,31 @@ def test_plans_go_on_from_step_to_step(
 ) -> None:
     """Each sequence grows by a token, or by none, as padding does; or there are fewer of them."""
     split = ContextSplit(num_kv_heads)
-    plans = SplitSchedules(split)
+    schedules = SplitSchedules(split)
     lens = np.array(context_lens, dtype=np.int32)
     for step in steps:
-        parts = used_of(split, plans.next(lens), lens.size)
-        assert_every_token_is_in_one_part(parts, lens.tolist())
-        joined = parts[parts[:, COUNT] > 1]
-        assert len(joined) * num_kv_heads <= SCRATCH_PLACES
+        splits = used_of(split, schedules.next(lens), lens.size)
+        assert_every_token_is_in_one_split(splits, lens.tolist())
+        joined = splits[splits[:, COUNT] > 1]
+        assert len(joined) * num_kv_heads <= NUM_SCRATCH_ENTRIES
         lens = lens + (step >> np.arange(lens.size) & 1).astype(np.int32)
         if step % 7 == 0 and lens.size > 1:
             lens = lens[:-1]
 
 
 def test_a_division_is_made_anew_after_a_while() -> None:
-    plans = SplitSchedules(ContextSplit(8))
+    schedules = SplitSchedules(ContextSplit(8))
     longest = []
-    for length in range(128, 128 + 3 * GRAIN):
-        plan = plans.next(np.array([length], dtype=np.int32))
-        longest.append(int((plan[:, END] - plan[:, BEGIN]).max()))
-    assert max(longest) == 128 + GRAIN  # of one part, that of the beginning
-    assert longest[GRAIN : GRAIN + 2] == [128 + GRAIN, 128]
+    for length in range(128, 128 + 3 * SPLIT_GRANULARITY):
+        schedule = schedules.next(np.array([length], dtype=np.int32))
+        longest.append(int((schedule[:, END] - schedule[:, BEGIN]).max()))
+    assert max(longest) == 128 + SPLIT_GRANULARITY  # of one part, that of the beginning
+    assert longest[SPLIT_GRANULARITY : SPLIT_GRANULARITY + 2] == [128 + SPLIT_GRANULARITY, 128]
 
 
 def test_other_sequences_are_divided_anew() -> None:
     split = ContextSplit(8)
-    plans = SplitSchedules(split)
+    schedules = SplitSchedules(split)
     for lens in ([500, 700], [501, 702], [500, 702], [501, 703, 4]):
         context_lens = np.array(lens, dtype=np.int32)
-        assert np.array_equal(plans.next(context_lens), split.plan(context_lens))
+        assert np.array_equal(schedules.next(context_lens), split.schedule(context_lens))

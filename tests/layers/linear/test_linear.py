@@ -133,7 +133,7 @@ def test_a_tensor_of_another_shape_is_refused_by_name() -> None:
     layer = MergedColumnParallelLinear(4, [8], tp=single(0, 1), dtype=DTYPE)
     weights = TensorWeights(up__weight=(8, 1))  # copying alone would broadcast it
     with pytest.raises(
-        ValueError, match=r"up.weight gives \[8, 1\] where the model needs \[8, 4\]"
+        ValueError, match=r"up.weight has shape \[8, 1\], but the model needs \[8, 4\]"
     ):
         layer.load(weights, ["up"])
 

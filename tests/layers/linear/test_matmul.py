@@ -47,8 +47,8 @@ def test_shipped_tables_are_of_one_gpu_and_have_a_shape_once(path) -> None:
     table = json.loads(path.read_text())
     assert table_path(table["gpu"]) == path
     assert table["fields"] == ["M", "N", "K", *Algorithm._fields]
-    assert {len(row) for row in table["products"]} == {len(table["fields"])}
-    shapes = [tuple(row[:3]) for row in table["products"]]
+    assert {len(row) for row in table["matmuls"]} == {len(table["fields"])}
+    shapes = [tuple(row[:3]) for row in table["matmuls"]]
     assert shapes == sorted(set(shapes))
 
 
@@ -86,7 +86,7 @@ def test_every_measured_product_is_as_accurate_as_torchs(assert_as_accurate) -> 
         assert torch.equal(out, y)
         # float32 is exact enough beside bfloat16, and float64 would take minutes
         assert_as_accurate(y, x @ weight.t(), x.float() @ weight.float().t())
-    assert all(tuned._products.values())
+    assert all(tuned._matmuls.values())
 
 
 @pytest.mark.gpu

@@ -1,10 +1,10 @@
-"""All-reduce, residual addition and RMSNorm in a copy_stream: the sums of prompts, sent by copy engines.
+"""All-reduce, residual addition and RMSNorm in a copy stream, for micro-batches of large steps.
 
-N tokens, E hidden_size. As in `all_reduce_norm` each rank adds up a share of the rows, in rank
-order, norms it and sends the result to all; it keeps the residual stream of its share alone. But no
-kernel sends or waits: see `tpllm.parallel.copy_streams`.
+N tokens, E hidden_size. As in `all_reduce_norm`, each rank reduces its share of the rows in rank
+order, norms them and sends the result to all; it keeps the residual stream of its share only. Here
+copy engines send and streams wait, instead of kernels: see `tpllm.parallel.copy_streams`.
 
-Roofline: 2 * (size - 1) / size * N * E elements go over the link at 395 GB/s, beside products; the
+Roofline: 2 * (size - 1) / size * N * E elements cross the link at 395 GB/s, beside matmuls. The
 kernel between the two exchanges reads N * E and writes 2 / size * N * E elements at 4.3 TB/s.
 """
 
@@ -21,11 +21,11 @@ from tpllm.parallel.group import TPGroup
 @triton.jit(do_not_specialize=["has_residual"])
 def _reduce_and_norm_kernel(
     x_ptr: tl.tensor,  # [n, E], this rank's term of its share
-    terms_ptr: tl.tensor,  # [SIZE, at least n, E], those of the others
+    partial_sums_ptr: tl.tensor,  # [SIZE, at least n, E], by sender
     residual_ptr: tl.tensor,  # [n, E]
     weight_ptr: tl.tensor,  # [E]
     out_ptr: tl.tensor,  # [n, E]
-    terms_stride: tl.tensor,
+    partial_sums_stride: tl.tensor,
     eps: tl.tensor,
     has_residual: tl.tensor,
     E: tl.constexpr,
@@ -33,17 +33,17 @@ def _reduce_and_norm_kernel(
     RANK: tl.constexpr,
     SIZE: tl.constexpr,
 ) -> None:
-    """One program: one row."""
+    """Reduce and norm one row in each program."""
     cols = tl.arange(0, BLOCK)
     mask = cols < E
     offsets = tl.program_id(0).to(tl.int64) * E + cols
     weight = tl.load(weight_ptr + cols, mask=mask, other=0.0)
     total = tl.zeros([BLOCK], dtype=tl.float32)
     for peer in tl.static_range(SIZE):
-        term_ptrs = x_ptr + offsets
+        partial_sum_ptrs = x_ptr + offsets
         if peer != RANK:
-            term_ptrs = terms_ptr + terms_stride.to(tl.int64) * peer + offsets
-        total += tl.load(term_ptrs, mask=mask, other=0.0).to(tl.float32)
+            partial_sum_ptrs = partial_sums_ptr + partial_sums_stride.to(tl.int64) * peer + offsets
+        total += tl.load(partial_sum_ptrs, mask=mask, other=0.0).to(tl.float32)
     residual = tl.load(residual_ptr + offsets, mask=mask & (has_residual != 0), other=0.0)
     dtype = x_ptr.dtype.element_ty
     total, normed = add_and_norm(total, residual.to(tl.float32), weight, dtype, eps, E)
@@ -59,40 +59,47 @@ def overlapped_all_reduce_norm(
     tp: TPGroup,
     copy_stream: CopyStream,
 ) -> tuple[Tensor, Tensor]:
-    """Add up all ranks' x in the copy stream, and norm the result.
+    """All-reduce x in the copy stream, add the residual, and norm the result.
 
     Args:
         x: [N, E] contiguous, this rank's partial sum
-        residual: this rank's `copy_stream.share(N)` of the stream, to which the sum is added in place, as
-            the copy stream's last sum has left it; None at the first norm
+        residual: the residual stream of the rows `copy_stream.share(N)`, as the last call with this
+            copy stream returned it; overwritten by the new sum. None at the first norm
         weight: [E]
 
     Returns:
-        The normalised sum [N, E], which the copy stream's next one overwrites, and the residual [n, E].
+        The normed sum [N, E], which the next call with this copy stream overwrites, and the
+        residual stream [n, E].
     """
     assert x.is_contiguous()
     N = len(x)
-    ours, out = copy_stream.share(N), copy_stream.sums(N)
+    ours, out = copy_stream.share(N), copy_stream.outputs(N)
     with copy_stream.exchanging():
-        terms = copy_stream.exchange_partial_sums(x)
-        residual = reduce_and_norm(x[ours], terms, residual, weight, out[ours], eps, tp)
+        partial_sums = copy_stream.exchange_partial_sums(x)
+        residual = reduce_and_norm(x[ours], partial_sums, residual, weight, out[ours], eps, tp)
         copy_stream.exchange_outputs(N)
     return out, residual
 
 
 def reduce_and_norm(
     x: Tensor,
-    terms: Tensor,
+    partial_sums: Tensor,
     residual: Tensor | None,
     weight: Tensor,
     out: Tensor,
     eps: float,
     tp: TPGroup,
 ) -> Tensor:
-    """Norm the sum of this rank's x [n, E], the others' terms [size, >= n, E] and the residual.
+    """Reduce this rank's share of the rows, add the residual, and norm the result.
 
-    `out` [n, E] gets the result; returned is the sum [n, E], which is the residual's memory if
-    there is one.
+    Args:
+        x: [n, E], this rank's partial sums
+        partial_sums: [size, >= n, E], all ranks' partial sums; this rank's own entry is not read
+        residual: [n, E], overwritten by the sum; None if there is none
+        out: [n, E], receives the normed sum
+
+    Returns:
+        The sum [n, E], in the residual's memory if there is one.
     """
     num_rows, E = x.shape
     has_residual = int(residual is not None)
@@ -102,11 +109,11 @@ def reduce_and_norm(
     if num_rows:
         _reduce_and_norm_kernel[(num_rows,)](
             x,
-            terms,
+            partial_sums,
             residual,
             weight,
             out,
-            terms.stride(0),
+            partial_sums.stride(0),
             eps,
             has_residual,
             E=E,

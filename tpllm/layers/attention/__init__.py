@@ -1,1 +1,1 @@
-"""Attention over the KV cache: of prompts, and of decode rows."""
+"""Attention over the KV cache, for prefill chunks and decode rows."""

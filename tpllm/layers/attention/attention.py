@@ -1,13 +1,13 @@
 """Causal attention over a paged KV cache, behind one small interface with several backends.
 
 N tokens, P prefill sequences, S decode sequences, B blocks per sequence, H query heads, K key/value
-heads, D head_dim. The tokens of a step, or of one of its halves, are ordered: first one for each
-decode sequence, then the prefill chunks one after the other. Keys and values of all of them, and of
-the half before, are in the cache before attention runs.
+heads, D head_dim. The tokens of a step, or of one of its micro-batches, are ordered: first one
+token for each decode sequence, then the prefill chunks one after the other. The keys and values of
+all these tokens, and of the micro-batch before, are in the cache before attention runs.
 
 Caches are [num_blocks, block_size, K, D]. A block table lists a sequence's blocks in order; token t
-of the sequence lies in block `table[t // block_size]`. What a table holds beyond its sequence's
-blocks (-1, or blocks of a row's last owner) is never used.
+of the sequence lies in block `table[t // block_size]`. Table entries past the sequence's blocks are
+never used; they are -1, or blocks of the row's last owner.
 """
 
 from dataclasses import dataclass
@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from tpllm.layers.attention.paged_decode import PagedDecode
 from tpllm.layers.rotary import QKNormRope, qk_norm_rope_store
 
-# Tokens whose pages plain torch gathers at once for decode rows, to bound the copy's memory.
+# Tokens that plain torch gathers at once for decode rows, to bound the copy's memory.
 _GATHERED_TOKENS = 1 << 17
-# Largest mask of plain torch's prefill; with SDPA's copies it takes 6 bytes for each element.
+# Largest mask of plain torch's prefill, in elements; with SDPA's copies each takes 6 bytes.
 _MASK_ELEMENTS = 1 << 25
 
 
@@ -31,18 +31,18 @@ KVCache = tuple[Tensor, Tensor]  # keys and values of a layer, each [num_blocks,
 
 @dataclass
 class PrefillBatch:
-    """Sequences of which this step computes many tokens each, packed one after the other.
+    """The prefill chunks of a step, packed one after the other.
 
-    A sequence may have no new tokens: padding.
+    A sequence without new tokens is padding.
 
     Attributes:
-        cu_seqlens_q: [P + 1] int32, where in the step's tokens each one's new tokens begin, and
-            where the last one's end; the first begins after the decode rows
+        cu_seqlens_q: [P + 1] int32, where each sequence's new tokens begin among the step's tokens,
+            and where the last one's end; the first entry is the number of decode rows
         cu_seqlens_k: [P + 1] int32, running sum of the context lengths, new tokens included
-        max_seqlen_q: most new tokens of a sequence, or more
-        max_seqlen_k: longest context, in tokens, or more
+        max_seqlen_q: upper bound of a sequence's new tokens
+        max_seqlen_k: upper bound of a context length, in tokens
         block_tables: [P, B] int32
-        has_context: True if some sequence's new tokens may come after tokens already in the cache
+        has_context: True if the new tokens of some sequence may follow tokens already in the cache
     """
 
     cu_seqlens_q: Tensor
@@ -55,15 +55,16 @@ class PrefillBatch:
 
 @dataclass
 class AttentionBatch:
-    """What attention needs to know of a step.
+    """The inputs of attention that depend on the step.
 
     Attributes:
         slot_mapping: [N] int32, the cache slot of each token's key and value
-        num_decode: S; the first S tokens are one each of S sequences
-        context_lens: [S] int32, tokens each of them may see, itself included; 0 where a row is
-            padding, and its token none of a decode row
+        num_decode: S; each of the first S tokens is a decode row
+        context_lens: [S] int32, tokens that each decode row may see, itself included; 0 if the row
+            is padding
         block_tables: [S, B] int32
-        split_schedule: [parts, SPLIT_WORDS] int32, how these contexts are divided: `ContextSplit.plan`
+        split_schedule: [num_splits, SPLIT_WORDS] int32, the KV splits of these contexts, made by
+            `ContextSplit.schedule`
         prefill: the remaining tokens, or None if there are none
     """
 
@@ -76,13 +77,13 @@ class AttentionBatch:
 
 
 class AttentionBackend(Protocol):
-    """One implementation of attention for the two shapes of work.
+    """One implementation of attention for decode rows and for prefill chunks.
 
     Attributes:
-        name: for messages
+        name: name for people
         capturable: True if `decode` may be captured in a CUDA graph
-        prefill_capturable: likewise for `prefill`
-        max_rope_rows: up to so many rows `decode` is faster with `rope` than after it
+        prefill_capturable: True if `prefill` may be captured in a CUDA graph
+        max_rope_rows: up to this many rows, `decode` with `rope` is faster than a separate kernel
     """
 
     name: str
@@ -100,12 +101,15 @@ class AttentionBackend(Protocol):
         rope: QKNormRope | None = None,
         out: Tensor | None = None,
     ) -> Tensor:
-        """One query per sequence against its cached context: q and result [S, H, D].
+        """Attend with one query per sequence to its cached context.
 
-        The rows of `out` that are no padding get the result, where `out` is given.
+        Args:
+            q: [S, H, D]. With `rope`, a view of raw queries | keys | values, [S, (H + 2K) * D]:
+                they are normed and rotated here, and the new keys and values are stored
+            out: [S or more, H, D], receives the rows that are not padding; None for a new tensor
 
-        With `rope` q is a view of raw queries | keys | values, [S, (H + 2K) * D]: they are normed
-        and rotated on the way, and the new keys and values stored.
+        Returns:
+            [S, H, D], or `out`.
         """
         ...
 
@@ -119,16 +123,20 @@ class AttentionBackend(Protocol):
         batch: PrefillBatch,
         scale: float,
     ) -> Tensor:
-        """Chunks of queries, each causal within its sequence: q and result [N, H, D].
+        """Attend with chunks of queries, each causal within its sequence.
 
-        q, k and v [N, K, D] are those of the whole step; k and v are also found in the cache. The
-        result of tokens that are in no chunk is undefined.
+        Args:
+            q: [N, H, D], all tokens of the step
+            k, v: [N, K, D], all tokens of the step; they are in the cache, too
+
+        Returns:
+            [N, H, D]; the rows of tokens in no chunk are undefined.
         """
         ...
 
 
 class TorchAttentionBackend:
-    """Plain torch on gathered pages: the reference, and the CPU path."""
+    """Attention in plain torch on gathered pages: the reference, and the CPU implementation."""
 
     name = "torch"
     capturable = prefill_capturable = False  # reads lengths on the host
@@ -150,14 +158,14 @@ class TorchAttentionBackend:
         num_slots = num_blocks * k_cache.shape[1]
         tables = batch.block_tables[:, :num_blocks].clamp(min=0)  # padding is masked below
         seen = torch.arange(num_slots, device=q.device) < batch.context_lens.unsqueeze(1)
-        # the query heads of a key/value head are as many queries: [S, K, H / K, D]
+        # the query heads of one key/value head become its queries: [S, K, H / K, D]
         grouped = q.reshape(q.shape[0], num_kv_heads, -1, head_dim)
         attended = torch.empty_like(grouped)
         rows_at_once = max(1, _GATHERED_TOKENS // num_slots)
         for first in range(0, q.shape[0], rows_at_once):
             rows = slice(first, first + rows_at_once)
             unseen = ~seen[rows, :, None, None]  # [s, num_slots, 1, 1]
-            # zeroed, not just masked: a weight of zero does not silence a NaN
+            # zeroed, not only masked: a weight of 0 times NaN is NaN
             k = k_cache[tables[rows]].flatten(1, 2).masked_fill_(unseen, 0).transpose(1, 2)
             v = v_cache[tables[rows]].flatten(1, 2).masked_fill_(unseen, 0).transpose(1, 2)
             mask = seen[rows, None, None, :]
@@ -195,12 +203,12 @@ class TorchAttentionBackend:
 
 
 class SplitDecodeBackend(TorchAttentionBackend):
-    """Decode by our split kernel, in any dtype; prefill by torch: for GPUs without flash-attn."""
+    """Decode by our split-KV kernel in any dtype, and prefill by torch. It needs no flash-attn."""
 
     name = "split decode, torch prefill"
     capturable = True
-    # At 8 rows one kernel takes 13.7 us where two take 15.4; at 32 there is nothing left to gain,
-    # and at 256 every part of a context pays for the norms again, 4 us.
+    # At 8 rows one kernel takes 13.7 us and two take 15.4. At 32 rows there is no gain, and in
+    # larger batches every KV split computes the norms again.
     max_rope_rows = 16
 
     def __init__(self) -> None:
@@ -222,7 +230,9 @@ class SplitDecodeBackend(TorchAttentionBackend):
 
 
 class FlashAttention2Backend(SplitDecodeBackend):
-    """Prefill by flash-attn 2, in fp16 and bf16; the package is imported when one is made.
+    """Decode by our split-KV kernel and prefill by flash-attn 2, in fp16 and bf16.
+
+    The flash-attn package is imported when a backend is created.
 
     Source: Dao (2023), https://arxiv.org/abs/2307.08691
     """
@@ -246,7 +256,7 @@ class FlashAttention2Backend(SplitDecodeBackend):
         batch: PrefillBatch,
         scale: float,
     ) -> Tensor:
-        # Without context the new tokens are all there is to see: skip the paging.
+        # Without context, the new tokens are all keys and values: no paging.
         block_table, cu_seqlens_k = None, batch.cu_seqlens_q
         if batch.has_context:
             k, v, block_table, cu_seqlens_k = (
@@ -255,7 +265,7 @@ class FlashAttention2Backend(SplitDecodeBackend):
                 batch.block_tables,
                 batch.cu_seqlens_k,
             )
-        # With 1 flash-attn takes q for one token of each chunk, and ours has the decode rows, too.
+        # With max_seqlen_q=1, flash-attn assumes that q has P rows; ours has the decode rows, too.
         max_seqlen_q = max(2, batch.max_seqlen_q)
         out: Tensor = self._varlen(
             q,
@@ -273,13 +283,16 @@ class FlashAttention2Backend(SplitDecodeBackend):
 
 
 def gather_pages(cache: Tensor, block_table: Tensor, context_len: int) -> Tensor:
-    """The first `context_len` tokens of a sequence with block_table [B]: [context_len, K, D]."""
+    """Return the first `context_len` tokens of a sequence, [context_len, K, D].
+
+    `block_table` is [B].
+    """
     num_blocks = -(-context_len // cache.shape[1])
     return cache[block_table[:num_blocks]].flatten(0, 1)[:context_len]
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    """Attention of one sequence: q [Lq, H, D], the newest of the Lk tokens of k and v [Lk, K, D].
+    """Attend with q [Lq, H, D], the newest of the Lk tokens of k and v [Lk, K, D] of one sequence.
 
     The last query sees every key, the one before it all but the last, and so on.
     """
@@ -294,13 +307,13 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
             out[band] = causal_attention(q[band], k[:seen], v[:seen], scale)
         return out
     group = num_heads // num_kv_heads  # query heads that share a key/value head
-    # Key/value heads are the batch and their query heads the heads. With `enable_gqa` instead, fp32
-    # on a GPU falls back to a [H, Lq, Lk] matrix of scores: 34 GB for 16k tokens and 32 heads.
+    # SDPA's batch is the key/value heads, and its heads are their query heads. With `enable_gqa`,
+    # fp32 on a GPU makes the [H, Lq, Lk] matrix of scores: 34 GB for 16k tokens and 32 heads.
     q = q.view(q_len, num_kv_heads, group, head_dim).permute(1, 2, 0, 3)  # [K, group, Lq, D]
     k = k.transpose(0, 1).unsqueeze(1).expand(-1, group, -1, -1)  # [K, group, Lk, D], no copy
     v = v.transpose(0, 1).unsqueeze(1).expand(-1, group, -1, -1)
     mask = None
-    if 1 < q_len < k_len:  # SDPA's own causal mask is aligned to the top left
+    if 1 < q_len < k_len:  # SDPA's own causal mask would be aligned to the top left
         mask = torch.ones(q_len, k_len, dtype=torch.bool, device=q.device).tril(k_len - q_len)
     is_causal = 1 < q_len == k_len
     out = F.scaled_dot_product_attention(q, k, v, mask, is_causal=is_causal, scale=scale)
@@ -315,14 +328,14 @@ BACKENDS: dict[str, type[TorchAttentionBackend]] = {
 
 
 def make_backend(name: str) -> AttentionBackend:
-    """The backend of this name, as the setting `attention_backend` has it."""
+    """Return a new backend by its name, a value of the setting `attention_backend`."""
     return BACKENDS[name]()
 
 
 class Attention(nn.Module):
-    """Attention of a layer over a mixed step: decode rows first, then prefill chunks.
+    """Attention of one layer over a mixed step: decode rows first, then prefill chunks.
 
-    Heads are this rank's own. Softmax scores are scaled by head_dim ** -0.5.
+    The head counts are this rank's own. Softmax scores are scaled by head_dim ** -0.5.
     """
 
     def __init__(
@@ -343,10 +356,10 @@ class Attention(nn.Module):
         batch: AttentionBatch,
         rope: QKNormRope | None = None,
     ) -> Tensor:
-        """Attend from qkv [N, (H + 2K) * D]: [N, H * D].
+        """Attend with qkv [N, (H + 2K) * D] and return [N, H * D].
 
-        With `rope` qkv is raw: norms, rotation and the store into the cache are done here. Without
-        it they have been done.
+        With `rope`, qkv is raw: this norms and rotates it, and stores its keys and values in the
+        cache. Without `rope`, the caller has done so.
         """
         if batch.prefill is not None or batch.num_decode > self.backend.max_rope_rows:
             self._store(qkv, k_cache, v_cache, batch, rope)
@@ -370,7 +383,7 @@ class Attention(nn.Module):
         batch: AttentionBatch,
         rope: QKNormRope | None,
     ) -> None:
-        """Norm and rotate qkv in place, and put its keys and values into the cache."""
+        """Norm and rotate qkv in place, and store its keys and values in the cache."""
         if rope is not None:
             qk_norm_rope_store(
                 qkv,

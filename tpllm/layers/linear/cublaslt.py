@@ -1,8 +1,8 @@
-"""Matrix products by a named algorithm of cuBLASLt, which torch leaves to cuBLAS's own choice.
+"""Matmuls by a chosen cuBLASLt algorithm, where torch uses cuBLAS's own choice.
 
-cuBLAS chooses by a model of the GPU, and at 50 to 256 rows its choice is often not the fastest of
-those it has: see `launch/tune_matmuls.py`. The library is the one that torch has loaded, called
-through ctypes; constants are those of cublasLt.h.
+cuBLAS chooses by a model of the GPU, and at 50 to 256 rows its choice is often not the fastest
+algorithm: see `launch/tune_matmuls.py`. The library is the one that torch has loaded, called
+through ctypes; constants are from cublasLt.h.
 """
 
 import ctypes
@@ -24,7 +24,7 @@ DTYPES = {torch.float16: _R_16F, torch.bfloat16: _R_16BF}
 
 
 class Algorithm(NamedTuple):
-    """One of cuBLASLt's algorithms with its settings, by the numbers they have there."""
+    """A cuBLASLt algorithm and its settings, as cuBLASLt numbers them."""
 
     id: int
     tile: int
@@ -58,7 +58,7 @@ class _Heuristic(ctypes.Structure):
 @cache
 def _library() -> ctypes.CDLL:
     assert torch.version.cuda is not None
-    # By its bare name: the one that torch has loaded.
+    # A name without a path gives the library that torch has loaded.
     lt = ctypes.CDLL(f"libcublasLt.so.{torch.version.cuda.split('.')[0]}")
     lt.cublasLtGetVersion.restype = c_size_t
     lt.cublasLtMatmul.argtypes = [c_void_p] * 14 + [c_size_t, c_void_p]
@@ -74,26 +74,26 @@ def _handle() -> c_void_p:
 
 @cache
 def _workspace(device: torch.device) -> Tensor:
-    """Scratch memory of split products; one, since products follow each other on one stream."""
+    """Return the scratch memory of split-K matmuls; all share it, since they run on one stream."""
     return torch.empty(WORKSPACE_BYTES, dtype=torch.uint8, device=device)
 
 
 def _check(status: int) -> None:
     if status:
-        raise RuntimeError(f"cuBLASLt answered with status {status}")
+        raise RuntimeError(f"cuBLASLt returned status {status}")
 
 
 def version() -> int:
-    """cuBLASLt's version, as major * 10000 + minor * 100 + patch."""
+    """Return cuBLASLt's version, as major * 10000 + minor * 100 + patch."""
     return int(_library().cublasLtGetVersion())
 
 
 class Problem:
-    """Products of one shape, `x @ weight.T`, each operand contiguous.
+    """A matmul shape, `x @ weight.T` with contiguous operands.
 
     Args:
-        M, N, K: of x [M, K], weight [N, K] and the result [M, N]
-        dtype: float16 or bfloat16; sums are float32
+        M, N, K: sizes of x [M, K], weight [N, K] and the result [M, N]
+        dtype: float16 or bfloat16; accumulation is in float32
     """
 
     def __init__(self, M: int, N: int, K: int, dtype: torch.dtype, device: torch.device) -> None:
@@ -108,7 +108,7 @@ class Problem:
                 self._desc, _TRANSPOSE_A, byref(transpose), c_size_t(4)
             )
         )
-        # Column-major, as cuBLAS has it: result' [N, M] = weight'' [N, K] x' [K, M].
+        # cuBLAS is column-major: result' [N, M] = weight'' [N, K] x' [K, M].
         self._weight = self._layout(K, N)
         self._x = self._layout(K, M)
         self._result = self._layout(N, M)
@@ -122,8 +122,8 @@ class Problem:
         return layout
 
     def suggestions(self) -> list[Algorithm]:
-        """What cuBLAS would try, its first choice first."""
-        lt, most = _library(), 64
+        """Return the algorithms that cuBLAS would try, its first choice first."""
+        lt, max_algorithms = _library(), 64
         preference, limit = c_void_p(), c_size_t(WORKSPACE_BYTES)
         _check(lt.cublasLtMatmulPreferenceCreate(byref(preference)))
         _check(
@@ -131,17 +131,17 @@ class Problem:
                 preference, _MAX_WORKSPACE, byref(limit), c_size_t(8)
             )
         )
-        found, number = (_Heuristic * most)(), c_int()
+        found, number = (_Heuristic * max_algorithms)(), c_int()
         _check(
             lt.cublasLtMatmulAlgoGetHeuristic(
-                _handle(), *self._operands, preference, most, found, byref(number)
+                _handle(), *self._operands, preference, max_algorithms, found, byref(number)
             )
         )
         _check(lt.cublasLtMatmulPreferenceDestroy(preference))
         return [_settings(found[i].algo) for i in range(number.value) if found[i].state == 0]
 
     def tiles(self, algorithm: Algorithm) -> list[int]:
-        """The tile sizes that an algorithm has."""
+        """Return the tile sizes of an algorithm."""
         found, num_bytes = (ctypes.c_uint32 * 1024)(), c_size_t()
         algo = self._init(algorithm.id)
         _check(
@@ -151,8 +151,8 @@ class Problem:
         )
         return list(found[: num_bytes.value // 4])
 
-    def product(self, algorithm: Algorithm) -> "Product | None":
-        """Products by this algorithm; None where it does not serve this shape on this GPU."""
+    def matmul(self, algorithm: Algorithm) -> "CublasLtMatmul | None":
+        """Return the matmul by this algorithm, or None if the algorithm cannot do it here."""
         lt = _library()
         algo = self._init(algorithm.id)
         for attribute, (field, value) in enumerate(algorithm._asdict().items()):
@@ -166,7 +166,7 @@ class Problem:
         status = lt.cublasLtMatmulAlgoCheck(_handle(), *self._operands, byref(algo), byref(result))
         if status or result.state or result.workspace_bytes > WORKSPACE_BYTES:
             return None
-        return Product(self, algo)
+        return CublasLtMatmul(self, algo)
 
     def _init(self, algorithm_id: int) -> _Algo:
         algo = _Algo()
@@ -179,11 +179,11 @@ class Problem:
         return algo
 
 
-class Product:
+class CublasLtMatmul:
     """`out = x @ weight.T` of a problem's shape, by one algorithm, on the current stream."""
 
     def __init__(self, problem: Problem, algo: _Algo) -> None:
-        self._problem = problem  # keeps its descriptors
+        self._problem = problem  # keeps its descriptors alive
         self._algo = algo
         self._one, self._zero = c_float(1), c_float(0)
         self._matmul = _library().cublasLtMatmul
@@ -213,7 +213,7 @@ class Product:
 
 
 def _settings(algo: _Algo) -> Algorithm:
-    """The numbers behind cuBLASLt's opaque record."""
+    """Read the settings out of cuBLASLt's opaque record."""
     lt, values = _library(), []
     for attribute, field in enumerate(Algorithm._fields):
         number = c_uint16() if field in _SHORT_FIELDS else ctypes.c_uint32()

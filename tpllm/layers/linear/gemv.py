@@ -1,14 +1,12 @@
-"""Matrix times vector: the linear layers of a step of one token, with what stands around them.
+"""Matrix times vector: the linear layers of a step of one token, with norm and activation fused in.
 
-N out_features, K in_features. Such a step is all memory traffic, and what it loses it loses between
-kernels. So one kernel takes the residual addition and RMSNorm before the product (a row's scale is
-a factor of the whole sum, and is applied at its end) and SwiGLU after it, and is launched early
+N out_features, K in_features. Memory traffic bounds such a step, and further time is lost between
+kernels. So one kernel computes the residual addition and RMSNorm before the matmul (a row's scale
+is a factor of the whole sum and is applied at its end) and SwiGLU after it. It is launched early
 (`dependent_launch`).
 
-Roofline: the weight is read once, 2 * N * K bytes in half precision at memory speed. On an H200 the
-four products of an 8B layer, norms and activation included, take 108 us one by one, where 386 MB
-take 90; a whole layer in a chain takes 115 instead of 122, one of 0.6B, 31 MB or 7 us, 25 instead
-of 43.
+Roofline: the weight is read once, 2 * N * K bytes in half precision, at memory speed.
+`docs/benchmark-log.md` has the measured times.
 """
 
 from dataclasses import dataclass
@@ -23,18 +21,18 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from tpllm.layers.activation import silu_and_mul_reference
 from tpllm.layers.dependent_launch import dependent_launch
 
-_BLOCK_N = 8  # rows a program; with SwiGLU half as many of each half
-_BLOCK_K = 512  # columns at a time
+_BLOCK_N = 8  # weight rows of a program; with SwiGLU 4 gate rows and 4 up rows
+_BLOCK_K = 512  # columns of an iteration
 
 
 @dataclass(frozen=True)
-class Around:
-    """What stands around a product and is computed with it. K in_features.
+class FusedOps:
+    """Operations that are computed in the same kernel as a matmul. K in_features.
 
     Attributes:
-        norm: weight [K] and epsilon of the RMSNorm that x goes through; None for none
-        residual: [1, K], only with `norm`: added to x first, and not changed
-        swiglu: whether the result is `silu(gate) * up` of the two halves
+        norm: weight [K] and epsilon of the RMSNorm before the matmul; None for no norm
+        residual: [1, K], only with `norm`: added to x before the norm, and not changed
+        swiglu: whether the result is `silu(gate) * up` of the two halves of the output
     """
 
     norm: tuple[Tensor, float] | None = None
@@ -45,17 +43,19 @@ class Around:
         assert self.residual is None or self.norm is not None
 
 
-NOTHING = Around()
+NO_FUSED_OPS = FusedOps()
 
 
-def gemv_reference(x: Tensor, weight: Tensor, around: Around = NOTHING) -> tuple[Tensor, Tensor]:
-    """What `gemv` computes, in plain torch."""
-    total = x if around.residual is None else x + around.residual
-    if around.norm is not None:
-        norm_weight, eps = around.norm
+def gemv_reference(
+    x: Tensor, weight: Tensor, fused: FusedOps = NO_FUSED_OPS
+) -> tuple[Tensor, Tensor]:
+    """Compute `gemv` in plain torch."""
+    total = x if fused.residual is None else x + fused.residual
+    if fused.norm is not None:
+        norm_weight, eps = fused.norm
         x = F.rms_norm(total.float(), total.shape[-1:], norm_weight.float(), eps).to(x.dtype)
     y = F.linear(x, weight)
-    return (silu_and_mul_reference(y) if around.swiglu else y), total
+    return (silu_and_mul_reference(y) if fused.swiglu else y), total
 
 
 @triton.jit
@@ -65,7 +65,7 @@ def _gemv_kernel(
     norm_weight_ptr: tl.tensor,  # [K]
     weight_ptr: tl.tensor,  # [N, K]; where SWIGLU [2 * N, K], gate and up
     out_ptr: tl.tensor,  # [N]
-    total_ptr: tl.tensor,  # [K]: x + residual
+    total_ptr: tl.tensor,  # [K], x + residual
     N: tl.tensor,
     K: tl.tensor,
     eps: tl.tensor,
@@ -76,7 +76,7 @@ def _gemv_kernel(
     BLOCK_K: tl.constexpr,
     PDL: tl.constexpr,
 ) -> None:
-    """One program: BLOCK_N elements of the result. Program 0 also writes the residual stream."""
+    """Compute BLOCK_N elements of the result in each program; program 0 writes x + residual."""
     program = tl.program_id(0)
     n = program * BLOCK_N + tl.arange(0, BLOCK_N)
     k = tl.arange(0, BLOCK_K)
@@ -85,9 +85,9 @@ def _gemv_kernel(
     up_row_ptrs = row_ptrs + tl.cast(N, tl.int64) * K
     if PDL:
         gdc_wait()
-    # Summed up elementwise, and across threads only once at the end.
-    products = tl.zeros([BLOCK_N, BLOCK_K], dtype=tl.float32)
-    up_products = tl.zeros([BLOCK_N, BLOCK_K], dtype=tl.float32)
+    # Accumulated elementwise; the reduction across threads happens once, at the end.
+    acc = tl.zeros([BLOCK_N, BLOCK_K], dtype=tl.float32)
+    up_acc = tl.zeros([BLOCK_N, BLOCK_K], dtype=tl.float32)
     squares = tl.zeros([BLOCK_K], dtype=tl.float32)
     for first in tl.range(0, K, BLOCK_K, loop_unroll_factor=2):
         cols = first + k
@@ -108,26 +108,26 @@ def _gemv_kernel(
             squares += x_fp32 * x_fp32
             norm_weight = tl.load(norm_weight_ptr + cols, mask=in_k, other=0.0)
             x_fp32 *= norm_weight.to(tl.float32)
-        products += weight.to(tl.float32) * x_fp32[None, :]
+        acc += weight.to(tl.float32) * x_fp32[None, :]
         if SWIGLU:
-            up_products += up_weight.to(tl.float32) * x_fp32[None, :]
+            up_acc += up_weight.to(tl.float32) * x_fp32[None, :]
     if PDL:
-        # Only now: dependents that come earlier take this kernel's place on the multiprocessors,
-        # which costs more than their launch.
+        # Not earlier: dependents would take this kernel's room on the multiprocessors, which costs
+        # more than a launch.
         gdc_launch_dependents()
     scale = 1.0
     if HAS_NORM:
         scale = tl.rsqrt(tl.sum(squares, axis=0) / K + eps)
-    y = tl.sum(products, axis=1) * scale  # [BLOCK_N]
+    y = tl.sum(acc, axis=1) * scale  # [BLOCK_N]
     if SWIGLU:
-        y = y * tl.sigmoid(y) * (tl.sum(up_products, axis=1) * scale)
+        y = y * tl.sigmoid(y) * (tl.sum(up_acc, axis=1) * scale)
     tl.store(out_ptr + n, y, mask=n < N)
 
 
-def gemv_triton(x: Tensor, weight: Tensor, around: Around = NOTHING) -> tuple[Tensor, Tensor]:
+def gemv_triton(x: Tensor, weight: Tensor, fused: FusedOps = NO_FUSED_OPS) -> tuple[Tensor, Tensor]:
     """Launch the kernel; see `gemv`."""
-    residual, swiglu = around.residual, around.swiglu
-    norm_weight, eps = around.norm or (x, 0.0)
+    residual, swiglu = fused.residual, fused.swiglu
+    norm_weight, eps = fused.norm or (x, 0.0)
     K = x.shape[1]
     N = weight.shape[0] // 2 if swiglu else weight.shape[0]
     assert x.shape[0] == 1 and x.is_contiguous() and weight.is_contiguous()
@@ -144,7 +144,7 @@ def gemv_triton(x: Tensor, weight: Tensor, around: Around = NOTHING) -> tuple[Te
         N,
         K,
         eps,
-        HAS_NORM=around.norm is not None,
+        HAS_NORM=fused.norm is not None,
         HAS_RESIDUAL=residual is not None,
         SWIGLU=swiglu,
         BLOCK_N=block_n,
@@ -155,14 +155,14 @@ def gemv_triton(x: Tensor, weight: Tensor, around: Around = NOTHING) -> tuple[Te
     return y, total
 
 
-def gemv(x: Tensor, weight: Tensor, around: Around = NOTHING) -> tuple[Tensor, Tensor]:
-    """`weight @ x` for a single row, norm and activation included.
+def gemv(x: Tensor, weight: Tensor, fused: FusedOps = NO_FUSED_OPS) -> tuple[Tensor, Tensor]:
+    """Compute `weight @ x` for a single row, fused with norm and activation.
 
     Args:
         x: [1, K] contiguous
         weight: [N, K] contiguous; with SwiGLU [2 * N, K], the gate's rows first
 
     Returns:
-        The result [1, N], and x with the residual added [1, K] (x itself without one).
+        The result [1, N], and x with the residual added [1, K] (x itself without a residual).
     """
-    return (gemv_triton if x.is_cuda else gemv_reference)(x, weight, around)
+    return (gemv_triton if x.is_cuda else gemv_reference)(x, weight, fused)

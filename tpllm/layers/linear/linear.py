@@ -1,7 +1,7 @@
 """Linear layers split over the TP group, by output features (column) or input features (row).
 
-A block of the model is a column-parallel layer, something elementwise or per head, then a
-row-parallel layer: one all-reduce a block. "Column" and "row" are those of Y = X A; weights are
+A block of the model is a column-parallel layer, an elementwise or per-head operation, and a
+row-parallel layer: one all-reduce per block. "Column" and "row" refer to Y = X A. Weights are
 stored transposed, [out_features, in_features], so a column-parallel shard is a band of weight rows.
 
 Source: Megatron-LM (2019), section 3, https://arxiv.org/abs/1909.08053
@@ -21,7 +21,7 @@ from tpllm.parallel.group import TPGroup
 
 
 class _ColumnParallel(nn.Module):
-    """One weight made of bands, each read from `rows` of its own checkpoint tensor."""
+    """One weight made of several bands, each read from some rows of its own checkpoint tensor."""
 
     def __init__(
         self,
@@ -60,17 +60,18 @@ class _ColumnParallel(nn.Module):
 class MergedColumnParallelLinear(_ColumnParallel):
     """Column-parallel layers over the same input, computed as one matmul (gate and up).
 
-    Rank r holds the r-th of `tp.size` equal bands of the weight rows of each part and computes that
+    Rank r holds the r-th of `tp.size` equal bands of each layer's weight rows and computes that
     slice of the output from the whole input, so the forward needs no communication. Follow it with
     `RowParallelLinear`, which takes the slice in and joins the ranks with one all-reduce.
 
-    Shapes, with `out_features` the sizes of the parts:
+    Shapes, with `out_features` the sizes of the layers:
         input [N, in_features], equal on every rank
-        output [N, sum(out_features) / tp.size]: this rank's slice of each part, side by side
+        output [N, sum(out_features) / tp.size]: this rank's slice of each layer's output, side by
+            side
         weight [sum(out_features) / tp.size, in_features]
 
     Raises:
-        ValueError: `tp.size` does not divide the size of a part.
+        ValueError: `tp.size` does not divide the size of a layer.
     """
 
     def __init__(
@@ -86,16 +87,16 @@ class MergedColumnParallelLinear(_ColumnParallel):
         super().__init__(in_features, bands, tp=tp, dtype=dtype, bias=False, matmul=matmul)
 
     def load(self, weights: WeightSource, names: Sequence[str]) -> None:
-        """Read the parts, `names` in the order of `out_features`."""
+        """Read the layers' weights; `names` is in the order of `out_features`."""
         self._load_bands(weights, names)
 
 
 class QKVParallelLinear(_ColumnParallel):
     """Query, key and value projections as one matmul, split by whole heads.
 
-    Rank r holds the r-th band of query heads and the KV heads they attend to. Where there are fewer
-    KV heads than ranks, each KV head lives on `tp.size / num_kv_heads` neighbouring ranks, equal on
-    all of them; their caches hold the same keys and values.
+    Rank r holds the r-th band of query heads and the KV heads that they attend to. If there are
+    fewer KV heads than ranks, `tp.size / num_kv_heads` neighbouring ranks hold the same KV head,
+    and their caches hold the same keys and values.
 
     Shapes, with h and k the local head counts (`local_num_heads`, `local_num_kv_heads`):
         input [N, hidden_size], equal on every rank
@@ -128,12 +129,12 @@ class QKVParallelLinear(_ColumnParallel):
         self.local_num_kv_heads = kv_heads.stop - kv_heads.start
 
     def load(self, weights: WeightSource, names: Sequence[str]) -> None:
-        """Read the parts, `names` being those of the query, key and value projection."""
+        """Read the weights; `names` are the query, key and value projections."""
         self._load_bands(weights, names)
 
 
 def kv_head_shard(num_kv_heads: int, tp: TPGroup) -> slice:
-    """The KV heads this rank holds: its band of them, or one shared with its neighbours.
+    """Return the KV heads of this rank: its band, or one head that it shares with its neighbours.
 
     Raises:
         ValueError: neither of `tp.size` and `num_kv_heads` divides the other.
@@ -141,7 +142,7 @@ def kv_head_shard(num_kv_heads: int, tp: TPGroup) -> slice:
     if num_kv_heads >= tp.size:
         return shard(num_kv_heads, tp, "num_key_value_heads")
     if tp.size % num_kv_heads:
-        # Some rank's query heads would attend to two KV heads, half of each.
+        # The query heads of some rank would attend to two KV heads.
         raise ValueError(
             f"a TP group of {tp.size} ranks is no multiple of num_key_value_heads={num_kv_heads}"
         )
@@ -150,16 +151,16 @@ def kv_head_shard(num_kv_heads: int, tp: TPGroup) -> slice:
 
 
 def _rows(heads: slice, head_dim: int) -> slice:
-    """Weight rows of a range of heads."""
+    """Return the weight rows of a range of heads."""
     return slice(heads.start * head_dim, heads.stop * head_dim)
 
 
 class RowParallelLinear(nn.Module):
-    """Linear layer whose input features are split across the TP group; ends in one all-reduce.
+    """Linear layer whose input features are split across the TP group; it ends in one all-reduce.
 
     Rank r holds the r-th of `tp.size` equal bands of weight columns and takes the slice of the
-    input that a column-parallel layer left there. Its matmul is one term of the output, and the
-    all-reduce is the sum.
+    input that a column-parallel layer left there. Its matmul gives a partial sum of the output, and
+    the all-reduce adds the ranks' partial sums.
 
     Shapes:
         input [N, in_features / tp.size], this rank's slice
@@ -186,8 +187,7 @@ class RowParallelLinear(nn.Module):
         self.cols = shard(in_features, tp, "in_features")
         local_in = divide(in_features, tp, "in_features")
         self.weight = empty_parameter(out_features, local_in, dtype=dtype, device=tp.device)
-        # The bias is rank 0's alone, inside its matmul: on every rank, the sum would hold it
-        # tp.size times.
+        # Only rank 0 adds the bias. If every rank did, the all-reduce would add it tp.size times.
         has_bias = bias and tp.rank == 0
         self.bias = (
             empty_parameter(out_features, dtype=dtype, device=tp.device) if has_bias else None
@@ -197,7 +197,7 @@ class RowParallelLinear(nn.Module):
         return all_reduce(self.partial(x), self.tp)
 
     def partial(self, x: Tensor) -> Tensor:
-        """This rank's term of the output, for an `AllReduceRMSNorm`: [N, out_features]."""
+        """Return this rank's partial sum [N, out_features], the input of an `AllReduceRMSNorm`."""
         if self.bias is not None:
             return F.linear(x, self.weight, self.bias)
         if x.shape[0] == 1 and self.matmul.has_gemv:
