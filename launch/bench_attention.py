@@ -1,8 +1,8 @@
-"""Measures decode attention over the paged cache: flash-attn 2 against our split kernel.
+"""Measures decode attention over the paged cache: flash-attn 2 against our split-KV kernel.
 
 Both read each key and value once, so the limit is memory bandwidth: the table gives TB/s of keys
-and values (launch/probe.py measures what a copy reaches). Replayed from a CUDA graph over as many
-different caches as hold more than the L2 does; head_dim 128, bf16, pages of 256 tokens.
+and values (launch/probe.py measures the bandwidth of a copy). The kernels are replayed from a CUDA
+graph, over enough different caches to exceed the L2; head_dim 128, bf16, pages of 256 tokens.
 
     python launch/bench_attention.py
     python launch/bench_attention.py --batches 185 --range 400 1324 --heads 16 4
@@ -25,16 +25,17 @@ from tpllm.layers.rotary import QKNormRope
 PAGE, HEAD_DIM = 256, 128
 
 
-def drawn(S: int, low: float, high: float) -> Tensor:
-    """S contexts, evenly from a range: [S] int32."""
+def random_contexts(S: int, low: float, high: float) -> Tensor:
+    """Sample S context lengths uniformly from a range: [S] int32."""
     torch.manual_seed(0)
     return (low + (high - low) * torch.rand(S)).int()
 
 
 def measure(contexts: Tensor, num_heads: int, num_kv_heads: int, width: int, rope: bool) -> dict:
-    """Microseconds and TB/s of each kernel at contexts [S], with block tables for `width` tokens.
+    """Return microseconds and TB/s of each kernel at contexts [S].
 
-    With `rope` our kernel norms, rotates and stores the newest token, too; flash-attn cannot.
+    Block tables have room for `width` tokens. With `rope`, our kernel also norms, rotates and
+    stores the newest token; flash-attn cannot.
     """
     S, pages_each = len(contexts), -(-int(contexts.max()) // PAGE)
     num_bytes = int(contexts.sum()) * 2 * num_kv_heads * HEAD_DIM * 2
@@ -47,15 +48,15 @@ def measure(contexts: Tensor, num_heads: int, num_kv_heads: int, width: int, rop
     heads = num_heads + 2 * num_kv_heads
     q = torch.randn(S, heads, HEAD_DIM, dtype=torch.bfloat16, device="cuda")[:, :num_heads]
     lengths = contexts.cuda()
-    plan = torch.from_numpy(ContextSplit(num_kv_heads).schedule(contexts.numpy())).cuda()
+    schedule = torch.from_numpy(ContextSplit(num_kv_heads).schedule(contexts.numpy())).cuda()
     split, scale = PagedDecode(), HEAD_DIM**-0.5
-    turning = None
+    qk_norm_rope = None
     if rope:
         weight = torch.ones(HEAD_DIM, dtype=torch.bfloat16, device="cuda")
         cos_sin = torch.ones(int(contexts.max()), HEAD_DIM, device="cuda")
-        turning = QKNormRope(weight, weight, 1e-6, lengths - 1, cos_sin)
+        qk_norm_rope = QKNormRope(weight, weight, 1e-6, lengths - 1, cos_sin)
     kernels: dict[str, Callable] = {
-        "split": lambda k, v: split(q, k, v, tables, plan, scale, turning)
+        "split": lambda k, v: split(q, k, v, tables, schedule, scale, qk_norm_rope)
     }
     if not rope:
         kernels["flash-attn 2"] = lambda k, v: flash_attn_with_kvcache(
@@ -72,9 +73,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 4, 16, 32, 64, 128, 256])
     parser.add_argument("--contexts", type=int, nargs="+", default=[300, 1024, 8192, 32768])
-    parser.add_argument("--spread", type=float, default=0.25, help="by so much they differ from it")
+    parser.add_argument("--spread", type=float, default=0.25, help="relative spread of contexts")
     parser.add_argument("--range", type=int, nargs=2, metavar=("LOW", "HIGH"), help="of contexts")
-    parser.add_argument("--long", type=int, metavar="N", help="one more, of N tokens")
+    parser.add_argument("--long", type=int, metavar="N", help="add one context of N tokens")
     parser.add_argument("--heads", type=int, nargs=2, default=(32, 8), metavar=("H", "K"))
     parser.add_argument("--max-len", type=int, default=40960, help="width of the block tables")
     parser.add_argument("--rope", action="store_true", help="norms, rotation and store, too")
@@ -83,9 +84,9 @@ def main() -> None:
     rows = []
     for low, high in [args.range] if args.range else ranges:
         for S in args.batches:
-            if S * high > 5 << 19:  # beyond what one GPU's cache holds
+            if S * high > 5 << 19:  # more tokens than one GPU's cache holds
                 continue
-            contexts = drawn(S, low, high).clamp(max=args.max_len)
+            contexts = random_contexts(S, low, high).clamp(max=args.max_len)
             if args.long:
                 contexts = torch.cat([contexts, torch.tensor([args.long], dtype=torch.int32)])
             row = measure(contexts, *args.heads, args.max_len, args.rope)

@@ -1,15 +1,15 @@
-"""Measures the host's share of a step: what must hide behind the GPU's work, or wait for it.
+"""Measures the host's share of a step, which must overlap with the GPU's work or delays it.
 
-"hop": from the coordinator's write of a step plan (a decode step of 256 sequences) to the last of
-its readers having it, each a process of its own. With readers that still spin it is bound by a few
-system calls and a copy, with readers asleep by the kernel's wake-up. It means something only where
-every process has a core: take fewer readers on a small machine. "idle": CPU use of an engine
-without requests, all its processes together; nothing should wake up. "schedule": a decode step's
-`schedule` and `finish` together; the cost per sequence should not grow with the batch. "text": what
-the tokens of such a step cost in the caller's process: making text of them alone, and all of an
-`OutputProcessor`'s work, deltas included; under a server also packing and unpacking the updates.
+"hop": the time from the coordinator's write of a step plan (a decode step of 256 sequences) until
+the last of its readers has it; each reader is a process. If the readers still spin, a few system
+calls and a copy bound it; if they sleep, the kernel's wake-up does. It is meaningful only if every
+process has a core: use fewer readers on a small machine. "idle": CPU use of all processes of an
+engine without requests. "schedule": `schedule` and `finish` of a decode step; the cost per sequence
+should not grow with the batch. "text": the cost of such a step's tokens in the caller's process:
+detokenizing alone, and all work of an `OutputProcessor`, deltas included; behind a server, also
+packing and unpacking the updates.
 
-Medians of many; prints a table, then one JSON line. Needs psutil (pip install tpllm[dev]).
+All figures are medians. Prints a table, then one JSON line. Needs psutil (pip install tpllm[dev]).
 
     python launch/bench_host.py
 """
@@ -42,27 +42,27 @@ from tpllm.supervision import messages
 from tpllm.text.output_processor import OutputProcessor
 from tpllm.text.tokenizer import Tokenizer
 
-SPIN_S = 100e-6  # as the workers' own
+SPIN_S = 100e-6  # as in the workers
 GOALS = {"hop_us": 50, "idle_cpu_percent": 1, "schedule_256_ms": 0.5, "detokenize_256_ms": 0.3}
 
 
 # ---- hop -----------------------------------------------------------------------------------------
 
 
-def split_schedule(num_seqs: int) -> StepPlan:
-    """A step of one token for each of `num_seqs` sequences."""
+def decode_plan(num_seqs: int) -> StepPlan:
+    """Return the plan of a step with one token for each of `num_seqs` sequences."""
     ones, empty = np.ones(num_seqs, dtype=np.int32), np.empty(0, dtype=np.int32)
     entering, updates = empty.reshape(0, ENTERING_WORDS), empty.reshape(0, 2)
     return StepPlan(0, num_seqs, ones, ones, ones, ones, entering, updates, empty, empty)
 
 
 def open_board(fd: int, num_readers: int) -> np.ndarray:
-    """[readers, records] int64: when each had each, by the clock that all processes share."""
+    """Map the board [readers, records] int64: when each reader had each record, in shared time."""
     return np.frombuffer(mmap.mmap(fd, 0), dtype=np.int64).reshape(num_readers, -1)
 
 
 def read_records(spec: dict[str, Any]) -> None:
-    """A reader's process: note when each record has come."""
+    """Run a reader: note when each record arrives."""
     if spec["core"] is not None:
         os.sched_setaffinity(0, {spec["core"]})
     descriptors = RingDescriptors(spec["memory"], tuple(spec["ready"]), spec["freed"])
@@ -76,8 +76,8 @@ def read_records(spec: dict[str, Any]) -> None:
 def measure_hop(
     num_readers: int, spin_s: float, gap_s: float, num_records: int = 2000
 ) -> dict[str, Any]:
-    """Microseconds of the hop when the next record comes `gap_s` after the last was taken."""
-    parts = split_schedule(256).parts()
+    """Measure the hop in microseconds; a record is sent `gap_s` after the last one was received."""
+    parts = decode_plan(256).parts()
     ring = create_ring(num_readers, 8, sum(part.nbytes for part in parts))
     board_fd = os.memfd_create("bench-host")
     os.ftruncate(board_fd, num_readers * num_records * 8)
@@ -110,7 +110,7 @@ def measure_hop(
 
 
 def choose_cores(available: list[int], num_processes: int) -> list[int] | list[None]:
-    """A core for each process, or None for each where there are not enough."""
+    """Return a core for each process, or None for each if there are too few."""
     if len(available) < num_processes:
         return [None] * num_processes
     # spread over the list, since neighbours may be two threads of one core
@@ -124,7 +124,7 @@ def send_records(
     readers: list[subprocess.Popen[bytes]],
     gap_s: float,
 ) -> np.ndarray:
-    """Send one record after the other; when each was sent [records], in ns."""
+    """Send one record after the other and return when each was sent: [records], in ns."""
     sent = np.zeros(arrivals.shape[1], dtype=np.int64)
     for i in range(sent.size):
         sent[i] = time.monotonic_ns()
@@ -138,7 +138,7 @@ def send_records(
 
 
 def pause(seconds: float) -> None:
-    """Wait asleep, or, where a sleep would take much longer than asked for, awake."""
+    """Wait: asleep if it is long, and otherwise spinning, since a sleep would take much longer."""
     if seconds >= 1e-3:
         time.sleep(seconds)
         return
@@ -151,7 +151,7 @@ def pause(seconds: float) -> None:
 
 
 def measure_idle(seconds: float) -> dict[str, Any]:
-    """CPU time of this process and its workers while an engine on the CPU has nothing to do."""
+    """Measure the CPU time of this process and its workers while a CPU engine has no requests."""
     with LLM(device="cpu") as llm:
         llm.generate("1 + 1 =", SamplingParams(max_tokens=4), use_tqdm=False)
         me = psutil.Process()
@@ -176,7 +176,7 @@ def cpu_seconds(process: psutil.Process) -> float:
 
 
 def measure_schedule(num_seqs: int, num_steps: int = 300) -> dict[str, Any]:
-    """A decode step of `num_seqs` sequences, one step ahead of its results, as in the engine."""
+    """Time a decode step of `num_seqs` sequences, scheduled one step ahead as in the engine."""
     block_size, prompt_length = 256, 100
     blocks_per_seq = -(-(prompt_length + num_steps + 8) // block_size)
     limits = PlanLimits(
@@ -190,7 +190,7 @@ def measure_schedule(num_seqs: int, num_steps: int = 300) -> dict[str, Any]:
         scheduler.add(Sequence(request, seed=i, eos_token_ids=(0,), max_total_tokens=limit))
     plan = scheduler.schedule()
     assert plan is not None
-    while plan.num_decode < num_seqs:  # until every prompt is in
+    while plan.num_decode < num_seqs:  # until every prompt is prefilled
         plan = next_step(scheduler, plan)
     times_ms = []
     for _ in range(num_steps):
@@ -203,7 +203,7 @@ def measure_schedule(num_seqs: int, num_steps: int = 300) -> dict[str, Any]:
 
 
 def next_step(scheduler: Scheduler, plan: StepPlan) -> StepPlan:
-    """Schedule the step after `plan`, then take in the result of `plan`."""
+    """Schedule the step after `plan`, then process the result of `plan`."""
     planned = scheduler.schedule()
     assert planned is not None
     token_ids = np.full(int(plan.samples.sum()), 7, dtype=np.int32)
@@ -215,17 +215,19 @@ def next_step(scheduler: Scheduler, plan: StepPlan) -> StepPlan:
 
 
 def measure_text(num_seqs: int, num_steps: int = 300) -> dict[str, Any]:
-    """One token more for each of `num_seqs` streams, with the shipped tokenizer."""
+    """Time one token more for each of `num_seqs` streams, with the shipped tokenizer."""
     tokenizer = Tokenizer(SHIPPED_MODEL)
     ids = tokenizer.encode_batch(["The LORD is my shepherd; naïve — 日本 🙂\n" * 4])[0]
-    drawn = [[ids[(step + i) % len(ids)] for i in range(num_seqs)] for step in range(num_steps)]
+    sampled_ids = [
+        [ids[(step + i) % len(ids)] for i in range(num_seqs)] for step in range(num_steps)
+    ]
     detokenizers = [tokenizer.detokenizer() for _ in range(num_seqs)]
     processor = OutputProcessor(tokenizer)
     params = SamplingParams(output_kind=RequestOutputKind.DELTA)
     requests = [processor.add(None, [1], params) for _ in range(num_seqs)]
     names = [each.engine_requests[0].request_id for each in requests]
     times: dict[str, list[float]] = {"detokenize_ms": [], "process_ms": [], "pack_ms": []}
-    for tokens in drawn:
+    for tokens in sampled_ids:
         begin = time.perf_counter()
         for detokenizer, token_id in zip(detokenizers, tokens, strict=True):
             detokenizer.feed((token_id,))
@@ -277,10 +279,12 @@ def environment() -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument(
-        "--only", choices=("hop", "idle", "schedule", "text"), help="one measurement alone"
+        "--only", choices=("hop", "idle", "schedule", "text"), help="only one measurement"
     )
     parser.add_argument("--num-readers", type=int, default=4, help="of the hop")
-    parser.add_argument("--idle-s", type=float, default=10.0, help="how long to watch it idle")
+    parser.add_argument(
+        "--idle-s", type=float, default=10.0, help="duration of the idle measurement"
+    )
     parser.add_argument("--num-seqs", type=int, nargs="+", default=[1, 64, 256, 1024, 4096])
     parser.add_argument("--read", help=argparse.SUPPRESS)  # a reader's own process
     args = parser.parse_args()

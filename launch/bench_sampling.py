@@ -1,10 +1,10 @@
-"""Measures what each sampling option costs: milliseconds of a decode step beyond plain temperature.
+"""Measures what each sampling option adds to a decode step, beyond plain temperature, in ms.
 
-All sequences of a batch of short contexts ask for the same option; "one row" has it asked for by a
-single one of them. The step is bound by the weights' bytes; what an option adds by passes over the
-float32 logits of its rows (156 MB for 256 rows of Qwen3), and on several GPUs by the latency of a
-few dozen small sums. `step_ms` is the median from result to result, as a caller sees it; `gpu_ms`
-the mean on the GPU's own clock, which shows where the host is the slower one.
+All sequences of a batch of short contexts use the same option; in the "one row" case only one of
+them does. The weights' bytes bound the step. An option adds passes over the float32 logits of its
+rows (156 MB for 256 rows of Qwen3) and, on several GPUs, the latency of a few dozen small
+all-reduces. `step_ms` is the median time from result to result, as a caller sees it. `gpu_ms` is
+the mean by the GPU's own clock; if it is lower, the host is the slower one.
 
 Prints a table, then one JSON line.
 
@@ -28,7 +28,7 @@ NUM_WARM_UP = 8
 
 
 def options_of(vocab_size: int, num_tokens: int) -> dict[str, dict[str, Any]]:
-    """Every option, by the name it has in the table."""
+    """Return every option, by its name in the table."""
     ids = random.Random(0).sample(range(vocab_size), 1000)
     penalties = {"repetition_penalty": 1.1, "frequency_penalty": 0.5, "presence_penalty": 0.5}
     return {
@@ -49,7 +49,7 @@ def options_of(vocab_size: int, num_tokens: int) -> dict[str, dict[str, Any]]:
 
 
 def measure(llm: LLM, each: list[SamplingParams], num_steps: int) -> dict[str, float]:
-    """A batch of requests, in the middle of which `num_steps` decode steps are timed."""
+    """Run a batch of requests and time `num_steps` decode steps in the middle of it."""
     numbers = random.Random(0)
     vocab_size = llm.config.model_config.vocab_size
     requests = []

@@ -1,10 +1,10 @@
 """Loads `tpllm serve` with request rates up to saturation, after the same work offline.
 
-First 256 requests at once through `LLM.generate`, then as 256 open streams of the server: what
-HTTP and text cost the GPU. Then requests that arrive at random, at each of several rates: latencies
-grow until the rate is more than the GPU bears, which memory bandwidth and matrix products bound. A
-model without a tokenizer gets the shipped one, filled up to its vocabulary with tokens of random
-bytes, so that every id has a text.
+First 256 requests run at once through `LLM.generate`, then as 256 open streams of the server: the
+difference is the cost of HTTP and text. Then requests arrive at random, at several rates. Latencies
+grow until the rate exceeds what the GPU can serve, which memory bandwidth and matmuls bound. A
+model without a tokenizer gets the shipped one, extended to the model's vocabulary with tokens of
+random bytes, so that every id has a text.
 
 Prints a table, then one JSON line.
 
@@ -36,7 +36,7 @@ READY = re.compile(r"http://127\.0\.0\.1:\d+")
 
 
 def with_tokenizer(model: str | None, folder: Path) -> str | None:
-    """The model, or a copy of its config in `folder` beside a tokenizer of its vocabulary."""
+    """Return the model, or a copy of its config in `folder` with a tokenizer of its vocabulary."""
     source = resolve_model(model, weights=False)
     if any((source / name).exists() for name in TOKENIZER_FILES):
         return model
@@ -45,14 +45,14 @@ def with_tokenizer(model: str | None, folder: Path) -> str | None:
     shutil.copy(shipped / "tokenizer_config.json", folder)
     tokenizer = json.loads((shipped / "tokenizer.json").read_text())
     vocab, merges = tokenizer["model"]["vocab"], tokenizer["model"]["merges"]
-    taken = {*vocab, *(added["content"] for added in tokenizer["added_tokens"])}
-    next_id = len(taken)
-    draw, pieces = random.Random(0), [piece for piece in vocab if len(piece) <= 4]
+    known = {*vocab, *(added["content"] for added in tokenizer["added_tokens"])}
+    next_id = len(known)
+    rng, pieces = random.Random(0), [piece for piece in vocab if len(piece) <= 4]
     size = json.loads((source / "config.json").read_text())["vocab_size"]
     while next_id < size:
-        pair = draw.choices(pieces, k=2)
-        if (piece := "".join(pair)) not in taken:
-            taken.add(piece)
+        pair = rng.choices(pieces, k=2)
+        if (piece := "".join(pair)) not in known:
+            known.add(piece)
             merges.append(pair)
             vocab[piece] = next_id
             next_id += 1
@@ -61,7 +61,7 @@ def with_tokenizer(model: str | None, folder: Path) -> str | None:
 
 
 def offline(settings: dict[str, Any], args: argparse.Namespace) -> dict[str, Any]:
-    """Output tokens per second of all streams' requests, handed in at once."""
+    """Return output tokens per second of all streams' requests, submitted at once."""
 
     async def count(text: str) -> int:
         return len(llm.get_tokenizer().encode_batch([text], add_special_tokens=False)[0])
@@ -70,8 +70,8 @@ def offline(settings: dict[str, Any], args: argparse.Namespace) -> dict[str, Any
         return SamplingParams(temperature=0, ignore_eos=True, max_tokens=num_tokens)
 
     with LLM(**settings) as llm:
-        words, draw = asyncio.run(single_token_words(count)), random.Random(0)
-        prompts = [random_prompt(words, args.input_len, draw) for _ in range(args.streams)]
+        words, rng = asyncio.run(single_token_words(count)), random.Random(0)
+        prompts = [random_prompt(words, args.input_len, rng) for _ in range(args.streams)]
         llm.generate(prompts, params(8), use_tqdm=False)
         llm.reset_prefix_cache()
         begin = time.perf_counter()
@@ -82,7 +82,7 @@ def offline(settings: dict[str, Any], args: argparse.Namespace) -> dict[str, Any
 
 
 class Server:
-    """`tpllm serve` with these settings, on a free port; ended by SIGTERM."""
+    """A `tpllm serve` process with these settings on a free port; SIGTERM ends it."""
 
     def __init__(self, settings: dict[str, Any], log: Path) -> None:
         flags = [sys.executable, "-m", "tpllm", "serve", "--port", "0", "--no-page"]
@@ -106,7 +106,7 @@ class Server:
         self._process.wait(timeout=60)
 
     def load(self, num_prompts: int, output_len: int, *flags: str) -> dict[str, Any]:
-        """Run `tpllm bench serve`; the figures of its run."""
+        """Run `tpllm bench serve` and return the figures of its run."""
         command = [sys.executable, "-m", "tpllm", "bench", "serve", "--base-url", self.url]
         command += ["--num-prompts", str(num_prompts), "--output-len", str(output_len), *flags]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -123,7 +123,7 @@ def main() -> None:
     parser.add_argument("--load-format", default="auto", help='"dummy" needs only a config.json')
     parser.add_argument("--device", default="auto")
     parser.add_argument("--rates", nargs="+", default=["4", "8", "16", "24", "32", "40"])
-    parser.add_argument("--seconds", type=float, default=8, help="for which requests arrive")
+    parser.add_argument("--seconds", type=float, default=8, help="duration of arrivals")
     parser.add_argument("--input-len", type=int, default=512, metavar="TOKENS")
     parser.add_argument("--output-len", type=int, default=128, metavar="TOKENS")
     parser.add_argument("--streams", type=int, default=256, help="open at once in the first run")

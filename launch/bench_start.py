@@ -1,9 +1,9 @@
-"""Measures the start of an engine: from the start of the program to the moment it can generate.
+"""Measures the start of an engine: from the start of the program until it can generate.
 
-With weights in the page cache, and nothing that earlier starts have compiled: Triton's cache is a
-new folder each time. Reading the weights is bound by the page cache and PCIe, some 5 to 25 GB/s a
-rank; the rest is imports, NCCL, compiling kernels and capturing graphs. A folder that has only a
-config gets random weights first, in a folder of its own that is removed at the end.
+Weights are in the page cache. Triton's cache is a new folder each time, so nothing is compiled
+yet. The page cache and PCIe bound the reading of weights, 5 to 25 GB/s a rank; the rest is imports,
+NCCL, compiling kernels and capturing graphs. If the model folder has only a config, random weights
+are written first, into a folder that is removed at the end.
 
 Prints when each phase began, then one JSON line.
 
@@ -32,9 +32,9 @@ SELF = Path(__file__).resolve()
 
 
 def write_random_checkpoint(source: Path, folder: Path) -> None:
-    """A checkpoint of bfloat16 weights in a model's shapes; norms are 1.
+    """Write a checkpoint of bfloat16 weights in a model's shapes; norms are 1.
 
-    Straight into the files, a block of noise again and again: to make each tensor first would take
+    It writes one block of noise to the files repeatedly. Making each tensor first would take
     several times as long.
     """
     import torch
@@ -69,8 +69,8 @@ def write_random_checkpoint(source: Path, folder: Path) -> None:
 
     with ThreadPoolExecutor() as pool:
         list(pool.map(write, range(len(shards))))
-    places = {name: _shard_name(i) for i, shard in enumerate(shards) for name in shard}
-    (folder / INDEX_NAME).write_text(json.dumps({"metadata": {}, "weight_map": places}))
+    weight_map = {name: _shard_name(i) for i, shard in enumerate(shards) for name in shard}
+    (folder / INDEX_NAME).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
 
 
 def _shard_name(number: int) -> str:
@@ -78,7 +78,7 @@ def _shard_name(number: int) -> str:
 
 
 def start_once(args: argparse.Namespace) -> None:
-    """What a measured program does: make an engine, and say when each phase of rank 0 began."""
+    """Create an engine and print when each phase of rank 0 began: the program that is measured."""
     from tpllm import LLM
 
     begin = float(os.environ["BENCH_START_BEGIN"])
@@ -102,7 +102,7 @@ def start_once(args: argparse.Namespace) -> None:
 
 
 def measure(args: argparse.Namespace, model: Path) -> dict[str, Any]:
-    """Run `start_once` in a fresh process."""
+    """Run `start_once` in a new process."""
     command = [sys.executable, str(SELF), "--once", "--model", str(model), "--tp", str(args.tp)]
     command += ["--device", args.device, "--max-model-len", str(args.max_model_len)]
     with tempfile.TemporaryDirectory() as cache:
@@ -122,7 +122,9 @@ def main() -> None:
     parser.add_argument("--tp", type=int, default=1, metavar="N", help="tensor_parallel_size")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--max-model-len", type=int, default=4096)
-    parser.add_argument("--repeats", type=int, default=3, help="starts; the median counts")
+    parser.add_argument(
+        "--repeats", type=int, default=3, help="number of starts; the median is reported"
+    )
     parser.add_argument("--once", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.once:

@@ -1,15 +1,15 @@
-"""Measures how a decode step's time grows: with the batch, and with the context.
+"""Measures how a decode step's time grows with the batch and with the context.
 
-Small batches are bound by the weights' bytes, large ones by matrix products, long contexts by the
-bytes of keys and values; beside each step stands what the hardware allows (limit.py, for the rates
-that probe.py measures). Sequences have prompts of their own, since shared ones would share the
-cache's bytes too; a prompt is the beginning of one endless text of its sequence, so that the prefix
-cache has most of it when the next measurement needs it longer. What the KV cache cannot hold is
-left out, and told.
+The weights' bytes bound small batches, matmuls bound large ones, and the bytes of keys and values
+bound long contexts. Beside each step stands the hardware's limit (limit.py, with the rates that
+probe.py measures). Sequences have different prompts, since shared prompts would share cache blocks
+too. A prompt is the beginning of one endless text of its sequence, so that the prefix cache has
+most of it when a later measurement needs a longer one. Batches that the KV cache cannot hold are
+skipped and reported.
 
-The contexts of a step lie a little below the one that a row is named by, and the limit is that of
-the true ones. Some 1.5 million prompt tokens are computed, which is most of the time: about a
-minute on one H200 for an 8B model. `--quick` takes a few points alone.
+The contexts of a step are a little below the context that its row is named by; the limit is
+computed for the actual ones. About 1.5 million prompt tokens are computed, which takes most of the
+time: about a minute on one H200 for an 8B model. `--quick` measures only a few points.
 
 Prints a table, then one JSON line, which plot_steps.py draws.
 
@@ -44,16 +44,16 @@ QUICK: dict[str, list[int]] = {
 }
 STEP_TOKENS = 16384  # max_num_batched_tokens
 NUM_WARM_UP = 2  # steps of each batch size: the first replay of a graph takes longer
-SIZES_PER_PREFILL = 3  # batch sizes measured one after the other before prompts begin anew
+SIZES_PER_PREFILL = 3  # batch sizes measured one after the other before prompts start again
 
 
 def tokens_per_size(num_steps: int) -> int:
-    """How much longer contexts grow while one batch size is measured."""
+    """Return by how many tokens contexts grow while one batch size is measured."""
     return NUM_WARM_UP + NUM_REFILL + num_steps + 2 * MAX_STEPS_IN_FLIGHT
 
 
 def prompt_length(context: int, num_seqs: int, num_steps: int) -> int:
-    """Tokens to begin with, so that no context passes `context` before the batch begins anew.
+    """Return a prompt length with which no context exceeds `context` before the batch starts again.
 
     A sequence that is admitted early decodes while the others' prompts are computed.
     """
@@ -62,7 +62,7 @@ def prompt_length(context: int, num_seqs: int, num_steps: int) -> int:
 
 
 def requests_of(vocab_size: int, num_seqs: int, length: int, longest: int) -> list[AddRequest]:
-    """The first `length` tokens of as many texts."""
+    """Return requests with the first `length` tokens of `num_seqs` texts."""
     params = SamplingParams(temperature=0.6, ignore_eos=True, max_tokens=None)
     requests = []
     for i in range(num_seqs):
@@ -74,7 +74,7 @@ def requests_of(vocab_size: int, num_seqs: int, length: int, longest: int) -> li
 def measure(
     llm: LLM, context: int, sizes: list[int], num_steps: int, longest: int
 ) -> Iterator[dict[str, Any]]:
-    """A decode step at about this context for each batch size, the largest first."""
+    """Time a decode step at about this context for each batch size, the largest first."""
     batch = None
     for num_seqs in sorted(sizes, reverse=True):
         if batch and max(batch.contexts) + tokens_per_size(num_steps) > context:
@@ -95,16 +95,18 @@ def measure(
         batch.shrink(0)
 
 
-def why_not(llm: LLM, context: int, num_seqs: int, most_tokens: int) -> str | None:
-    """Why a batch is left out; None where it is not."""
+def reason_to_skip(llm: LLM, context: int, num_seqs: int, max_batch_tokens: int) -> str | None:
+    """Return why a batch is skipped, or None if it is not."""
     coordinator, block_size = llm.coordinator, llm.config.kv_block_size
     if context > coordinator.max_total_tokens:
         return f"a sequence may have {coordinator.max_total_tokens} tokens"
     usable = coordinator.num_kv_blocks - 1
     if num_seqs * -(-context // block_size) > usable:
         return f"the KV cache holds {usable} blocks of {block_size} tokens"
-    if num_seqs * context > most_tokens:
-        return f"{num_seqs * context} tokens are more than the largest batch has, {most_tokens}"
+    if num_seqs * context > max_batch_tokens:
+        return (
+            f"{num_seqs * context} tokens are more than the largest batch has, {max_batch_tokens}"
+        )
     return None
 
 
@@ -122,7 +124,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--tp", type=int, default=1, metavar="N", help="tensor_parallel_size")
     parser.add_argument("--load-format", default="auto", help='"dummy" needs only a config.json')
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--quick", action="store_true", help="a few points alone")
+    parser.add_argument("--quick", action="store_true", help="only a few points")
     for name, values in FULL.items():
         words = " ".join(map(str, values))
         flag = f"--{name.replace('_', '-')}"
@@ -133,17 +135,17 @@ def parse_arguments() -> argparse.Namespace:
     for name, values in (QUICK if args.quick else FULL).items():
         if getattr(args, name) is None:
             setattr(args, name, values)
-    for context, sizes in plan_of(args).items():
+    for context, sizes in batches_by_context(args).items():
         if prompt_length(context, max(sizes), args.num_steps) < 1:
             parser.error(
-                f"a context of {context} tokens leaves no prompt for {max(sizes)} sequences beside "
-                f"{args.num_steps} steps; take a longer one, or fewer steps"
+                f"a context of {context} tokens leaves no prompt for {max(sizes)} sequences and "
+                f"--num-steps {args.num_steps}; use a longer context or fewer steps"
             )
     return args
 
 
-def plan_of(args: argparse.Namespace) -> dict[int, list[int]]:
-    """Batch sizes at each context, in rising order: prompts grow, and their beginnings are kept."""
+def batches_by_context(args: argparse.Namespace) -> dict[int, list[int]]:
+    """Return the batch sizes at each context. Contexts rise, so that prompts extend cached ones."""
     plan = {context: set(args.context_batches) for context in args.contexts}
     plan.setdefault(args.batch_context, set()).update(args.batches)
     return {context: sorted(plan[context]) for context in sorted(plan)}
@@ -152,7 +154,7 @@ def plan_of(args: argparse.Namespace) -> dict[int, list[int]]:
 def main() -> None:
     args = parse_arguments()
     rates = measured_rates() if args.device != "cpu" else None
-    most_tokens = max(args.batches) * args.batch_context
+    max_batch_tokens = max(args.batches) * args.batch_context
     begin = time.perf_counter()
     with LLM(
         args.model,
@@ -174,17 +176,19 @@ def main() -> None:
         print(f"{config.name}, tp={args.tp}, {result['gpu'] or 'CPU'}, {num_tokens} tokens of KV")
         print(f"hardware {rates}")
         print("sequences  context   step ms    gpu ms  limit ms  reached")
-        for context, sizes in plan_of(args).items():
+        for context, sizes in batches_by_context(args).items():
             fitting = []
             for num_seqs in sizes:
-                reason = why_not(llm, context, num_seqs, most_tokens)
+                reason = reason_to_skip(llm, context, num_seqs, max_batch_tokens)
                 if reason is None:
                     fitting.append(num_seqs)
                 else:
                     skipped = {"num_seqs": num_seqs, "below": context, "reason": reason}
                     result["skipped"].append(skipped)
                     print(f"{num_seqs:9}{context:9}  left out: {reason}")
-            for point in measure(llm, context, fitting, args.num_steps, max(plan_of(args))):
+            for point in measure(
+                llm, context, fitting, args.num_steps, max(batches_by_context(args))
+            ):
                 if limit:
                     num_keys = point["num_seqs"] * point["context"]
                     limit_ms = limit.decode_step_s(point["num_seqs"], num_keys) * 1e3
@@ -194,7 +198,7 @@ def main() -> None:
         stats = llm.coordinator.stats
         result["preemptions"] = stats.num_preemptions
         if stats.num_preemptions:
-            print("a batch did not fit in the cache after all: do not trust these figures")
+            print("a batch did not fit in the cache and was preempted: do not trust these figures")
         result["prompt_tokens"] = stats.num_prompt_tokens
         result["cached_prompt_tokens"] = stats.num_cached_tokens
     result["seconds"] = round(time.perf_counter() - begin, 1)

@@ -1,7 +1,7 @@
-"""Measures tpllm on the two workloads that its peers are measured on, and the hardware beside it.
+"""Measures tpllm on the two workloads that other engines are measured on, and the hardware's rates.
 
-What they are and what bounds them stands in tpllm/cli/bench/workloads.py; `tpllm bench` runs one of
-them alone, with every engine setting. Prints a table, then one JSON line.
+tpllm/cli/bench/workloads.py describes the workloads and what bounds them. `tpllm bench` runs one of
+them with any engine settings. Prints a table, then one JSON line.
 
     python launch/bench_tp.py --model launch/configs/Qwen3-8B --load-format dummy --tp 2 --breakdown
 """
@@ -28,7 +28,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--max-model-len", type=int, default=4096)
     parser.add_argument("--enforce-eager", action="store_true", help="no CUDA graphs")
-    parser.add_argument("--disable-custom-matmul", action="store_true", help="torch's products")
+    parser.add_argument("--disable-custom-matmul", action="store_true", help="use torch's matmuls")
     parser.add_argument("--breakdown", action="store_true", help="where a step's time goes")
     parser.add_argument("--no-probe", action="store_true", help="do not measure the GPU itself")
     args = parser.parse_args()

@@ -1,11 +1,11 @@
-"""The faults of launch/chaos.py: which acts there are, where they happen, and how each is told."""
+"""The faults of launch/chaos.py: the acts, where they happen, and how each is reported."""
 
 import random
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-# As WorkerError gives the cause of each act.
+# The cause in the WorkerError of each act.
 CAUSES = {
     "kill": "SIGKILL",
     "terminate": "SIGTERM",
@@ -25,14 +25,14 @@ STARTING = (
     "loading weights",
     "measuring memory",
 )
-# Where a fault may come at a later occasion than the first, and how many there surely are.
+# Places that are passed more than once, and how often they are passed at least.
 OCCASIONS = {"prefill": 10, "decode": 24, "replay": 24, "capture": 6}
 COORDINATOR = "coordinator killed"
 
 
 @dataclass(frozen=True)
 class Plan:
-    """One fault: which act, where, in which rank, and after how many occasions."""
+    """One fault: the act, its place and rank, and how often the place is passed before."""
 
     act: str
     where: str
@@ -45,7 +45,7 @@ class Plan:
 
 
 def all_plans(size: int, device: str) -> list[Plan]:
-    """Every act in every place of every rank where it can happen on this device."""
+    """Return every act in every place of every rank that is possible on this device."""
     acts = ["kill", "terminate", "crash", "leave", "fail", "stop", "seize"]
     in_steps = [*acts, "run_out_of_memory", *(["stick_kernel"] if device == "cuda" else [])]
     places = dict.fromkeys([*STARTING, "idle"], acts) | dict.fromkeys(
@@ -62,10 +62,10 @@ def all_plans(size: int, device: str) -> list[Plan]:
 
 
 def spread_plans(rng: random.Random, plans: list[Plan]) -> Iterator[Plan]:
-    """The plans in random order, for ever, at random occasions.
+    """Yield the plans in random order, without end, with random `after`.
 
-    However few are taken, every act, place and rank comes about as often as any other, and no plan
-    a second time before all have come once.
+    In any prefix of the sequence, every act, place and rank occurs about equally often, and no plan
+    repeats before all plans have occurred.
     """
     while True:
         left = rng.sample(plans, len(plans))

@@ -1,11 +1,11 @@
-"""A real worker in which one fault happens, where and when CHAOS_FAULT says; see chaos.py.
+"""A real worker with one fault, injected as CHAOS_FAULT describes; see chaos.py.
 
     CHAOS_FAULT='{"rank": 1, "where": "decode", "after": 3, "act": "kill", "mark": "/tmp/mark"}'
 
-The engine runs this module in the place of `tpllm.worker`, and knows nothing of it. `where` is a
-phase of the start, or "prefill", "decode", "replay" (of a CUDA graph), "capture", "idle" or
-"closing"; the fault comes there after `after` times. When it does is written to the file `mark`,
-by the clock that all processes share.
+The engine runs this module in place of `tpllm.worker`. `where` is a phase of the start, or
+"prefill", "decode", "replay" (of a CUDA graph), "capture", "idle" or "closing"; the fault happens
+there after `after` passes. Its time is written to the file `mark`, by the clock that all processes
+share.
 """
 
 import ctypes
@@ -62,7 +62,7 @@ def fail() -> None:
 
 @act
 def seize() -> None:
-    """Stay in native code for ever, with the interpreter's lock."""
+    """Block for ever in native code that holds the interpreter's lock."""
     ctypes.PyDLL(None).pause()
 
 
@@ -84,7 +84,7 @@ def stick_kernel() -> None:
 
 
 class Fault:
-    """The fault of this rank, if it is to have one."""
+    """The fault of this rank, if it has one."""
 
     def __init__(self, rank: int) -> None:
         spec: dict[str, Any] = json.loads(os.environ.get("CHAOS_FAULT", "{}"))
@@ -95,7 +95,7 @@ class Fault:
         self._mark = Path(spec.get("mark", os.devnull))
 
     def pass_by(self, where: str) -> None:
-        """The worker has come to a place where faults happen."""
+        """Inject the fault if it belongs to this place."""
         if not self._here or where != self._where:
             return
         if self._left > 0:
@@ -112,7 +112,7 @@ def serve(spec: Spec, plans: RingReader, replies: Replies) -> None:
 
     def phase(name: str) -> None:
         say(name)
-        if name == "joining the group":  # torch is here: before, its import was still to fail
+        if name == "joining the group":  # torch is imported; faults may come before its import
             _watch_steps(fault)
         fault.pass_by(name)
 
@@ -123,7 +123,7 @@ def serve(spec: Spec, plans: RingReader, replies: Replies) -> None:
 
 
 def _watch_control(plans: RingReader, fault: Fault) -> None:
-    """Faults between steps, and when the coordinator says goodbye."""
+    """Inject faults between steps, and when the coordinator closes the engine."""
     from tpllm.channel.step_plan import CONTROL
 
     receive = plans.receive
@@ -147,7 +147,7 @@ def _watch_steps(fault: Fault) -> None:
     run, capture, replay = ModelRunner.run, GraphPool.capture, torch.cuda.CUDAGraph.replay
 
     def run_and_fail(self: ModelRunner, plan: Any, *args: Any) -> Any:
-        if plan.step >= 0:  # not the trials of the start
+        if plan.step >= 0:  # not a warm-up step
             fault.pass_by("decode" if plan.num_decode == plan.rows.size else "prefill")
         return run(self, plan, *args)
 

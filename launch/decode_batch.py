@@ -6,11 +6,11 @@ import time
 from tpllm.engine.coordinator import Coordinator
 from tpllm.engine.request import AddRequest
 
-NUM_REFILL = 3  # steps until the next one is again under way when a result comes
+NUM_REFILL = 3  # steps until the engine is again one step ahead of the results
 
 
 class DecodeBatch:
-    """Requests without an end, handed to a coordinator that has no others."""
+    """Requests without an end, added to a coordinator that has no other requests."""
 
     def __init__(self, coordinator: Coordinator, requests: list[AddRequest]) -> None:
         self._coordinator = coordinator
@@ -21,18 +21,20 @@ class DecodeBatch:
 
     @property
     def contexts(self) -> list[int]:
-        """How many tokens each request's newest one was drawn from."""
+        """The number of tokens before each request's newest token."""
         return [self._prompts[name] + num_out - 1 for name, num_out in self._outputs.items()]
 
     def warm_up(self, num_tokens: int) -> None:
-        """Return when the last request has `num_tokens` tokens more than now."""
+        """Return when every request has at least `num_tokens` tokens more than now."""
         goals = {name: num_out + num_tokens for name, num_out in self._outputs.items()}
         while any(self._outputs[name] < goal for name, goal in goals.items()):
             self._step()
 
     def time(self, num_steps: int) -> dict[str, float]:
-        """Milliseconds of a step: the median from result to result, as a caller sees it, and the
-        mean by the device's own clock, which shows where the host is the slower one.
+        """Time `num_steps` steps and return milliseconds of a step.
+
+        `step_ms` is the median from result to result, as a caller sees it. `gpu_ms` is the mean by
+        the device's own clock; if it is lower, the host is the slower one.
         """
         self._coordinator.worker_times()  # the step in flight may end meanwhile
         for _ in range(NUM_REFILL):
@@ -49,7 +51,7 @@ class DecodeBatch:
         return {name: round(value, 4) for name, value in figures.items()}
 
     def shrink(self, num_seqs: int) -> None:
-        """Keep the first `num_seqs` requests alone; the others are gone when this returns."""
+        """Keep only the first `num_seqs` requests; the others have ended when this returns."""
         gone = list(self._outputs)[num_seqs:]
         self._coordinator.abort(gone)
         for _ in range(self._coordinator.num_in_flight):  # the steps that still hold them

@@ -1,9 +1,9 @@
-"""Workers forked from this process instead of started: a fresh interpreter that imports torch costs
-seconds, a fork some milliseconds.
+"""Workers that are forked from this process: a fork takes milliseconds, a new interpreter seconds.
 
-For tests and trials of hundreds of engines on a CPU. A forked worker runs the same entry with the
-same descriptors, environment and session, has the same parent, and differs from a started one only
-in what it has imported already. It keeps to one core, for torch's threads do not survive a fork.
+For tests and trials of hundreds of engines on a CPU. A forked worker runs the same entry point with
+the same descriptors, environment and session, and has the same parent. It differs from a started
+worker only in the modules that it has imported already. It keeps to one core, since torch's threads
+do not survive a fork.
 """
 
 import gc
@@ -25,7 +25,7 @@ _exec = processes._start
 
 
 def start(command: processes.Command, environment: dict[str, str], output: int) -> Any:
-    """Stands in for `processes._start`; the guard, which is no module of ours, is started."""
+    """Replace `processes._start`: fork workers. The guard, no module of ours, is started."""
     (_, *options), inherited = command
     if "-m" not in options:
         return _exec(command, environment, output)
@@ -34,9 +34,9 @@ def start(command: processes.Command, environment: dict[str, str], output: int) 
 
 
 def fork(run: Callable[[], None]) -> Child:
-    """A child of this process, in a session of its own, that does nothing but `run`."""
+    """Fork a child of this process, in a session of its own, that only calls `run`."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of other threads: ours hold nothing that a child needs
+        warnings.simplefilter("ignore")  # about threads: ours hold nothing that a child needs
         pid = os.fork()
     if pid:
         return Child(pid)
@@ -52,8 +52,8 @@ def fork(run: Callable[[], None]) -> Child:
 def _become_worker(
     module: str, fd: str, environment: dict[str, str], inherited: Sequence[int], output: int
 ) -> NoReturn:
-    # The copies of this process's objects must not be collected: they would close descriptors that
-    # are somebody else's by then.
+    # The copies of the parent's objects must not be collected: they would close descriptors that
+    # have been reused by then.
     gc.freeze()
     os.environ.update(environment)
     null = os.open(os.devnull, os.O_RDWR)
@@ -63,7 +63,7 @@ def _become_worker(
     kept = {0, 1, 2, *inherited}
     for each in map(int, os.listdir("/proc/self/fd")):
         if each not in kept:
-            with suppress(OSError):  # that of the listing
+            with suppress(OSError):  # the descriptor of the listing
                 os.close(each)
     for number in signal.valid_signals():
         if callable(signal.getsignal(number)):

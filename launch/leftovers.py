@@ -1,4 +1,4 @@
-"""What engines leave on a machine: counted before a trial and after it."""
+"""What engines leave on a machine, counted before and after a trial."""
 
 import os
 import tempfile
@@ -8,15 +8,15 @@ from pathlib import Path
 
 from tpllm.config.devices import visible_gpus
 
-GPU_SLACK_BYTES = 64 << 20  # other programs' comings and goings
+GPU_SLACK_BYTES = 64 << 20  # for other programs that start or end meanwhile
 
 
 @dataclass
 class Traces:
-    """What is there of ours now."""
+    """Counts of this run's processes, files and descriptors, and GPU memory in use."""
 
     counts: dict[str, int]
-    gpu_bytes: list[int]  # in use on each visible GPU, as NVML tells
+    gpu_bytes: list[int]  # in use on each visible GPU, from NVML
 
     @staticmethod
     def now() -> "Traces":
@@ -31,9 +31,9 @@ class Traces:
         return Traces(counts, used_gpu_bytes())
 
     def beyond(self, before: "Traces") -> list[str]:
-        """What is here and was not before."""
+        """Return what exists now and did not exist `before`."""
         more = {k: self.counts[k] - before.counts[k] for k in self.counts}
-        left = [f"{n} {what}" for what, n in more.items() if n > 0]
+        left = [f"{n} {name}" for name, n in more.items() if n > 0]
         for i, (now, then) in enumerate(zip(self.gpu_bytes, before.gpu_bytes, strict=True)):
             if now > then + GPU_SLACK_BYTES:
                 left.append(f"{(now - then) >> 20} MiB on GPU {i}")
@@ -41,23 +41,21 @@ class Traces:
 
 
 def used_gpu_bytes() -> list[int]:
-    """Memory in use on each GPU that CUDA would offer here.
+    """Return the memory in use on each GPU that CUDA would offer here.
 
     Raises:
-        RuntimeError: NVML does not tell, so that nobody could say that nothing is left.
+        RuntimeError: NVML does not report it, so a leak could not be found.
     """
     used = []
     for i, gpu in enumerate(visible_gpus()):
         if gpu.total_bytes is None or gpu.free_bytes is None:
-            raise RuntimeError(
-                f"NVML does not tell how much memory of GPU {i} ({gpu.name}) is used"
-            )
+            raise RuntimeError(f"NVML does not report the used memory of GPU {i} ({gpu.name})")
         used.append(gpu.total_bytes - gpu.free_bytes)
     return used
 
 
 def _count_processes() -> int:
-    """Processes that carry this run's mark in their environment, or are children of this one."""
+    """Count processes with this run's mark in their environment, and children of this process."""
     mark, me = f"CHAOS_RUN={os.environ['CHAOS_RUN']}".encode(), os.getpid()
     count = 0
     for name in filter(str.isdigit, os.listdir("/proc")):
@@ -72,11 +70,11 @@ def _count_processes() -> int:
 
 
 def _count_descriptors() -> int:
-    """What this process has open, but for NVML's: the driver opens and keeps them as it likes."""
+    """Count this process's open descriptors, except those of NVML, which the driver keeps."""
     count = 0
     for fd in os.listdir("/proc/self/fd"):
         try:
             count += not os.readlink(f"/proc/self/fd/{fd}").startswith("/dev/nvidia")
-        except OSError:  # that of the listing itself
+        except OSError:  # the descriptor of the listing itself
             continue
     return count

@@ -1,9 +1,9 @@
-"""What the hardware allows: output tokens per second on workload "seed", and the time of a step.
+"""Computes what the hardware allows: tokens per second on workload "seed", and the time of a step.
 
-Prompts are prefilled once, then all sequences decode in lockstep; every matmul and every attention
-takes the longer of its bytes at the memory's speed and its operations at the matrix units'; on
-several GPUs two all-reduces a layer take 5 us each and their bytes the link's time; nothing else
-costs anything.
+Prompts are prefilled once, then all sequences decode in lockstep. Every matmul and every attention
+takes the longer of two times: its bytes at the memory's bandwidth, and its operations at the matrix
+units' rate. On several GPUs each of two all-reduces a layer takes 5 us plus its bytes at the link's
+bandwidth. Nothing else takes time.
 
     python launch/limit.py --model launch/configs/Qwen3-8B --tp 2
 """
@@ -23,7 +23,7 @@ BYTES = 2  # of an element, in half precision
 
 
 def weight_shapes(config: ModelConfig, tp: int) -> dict[str, tuple[int, int]]:
-    """[N, K] of a rank's weights, by their names."""
+    """Return [N, K] of a rank's weights, by name."""
     E, D, I = config.hidden_size, config.head_dim, config.intermediate_size // tp
     heads = config.num_attention_heads // tp
     kv_heads = max(1, config.num_key_value_heads // tp)
@@ -38,7 +38,7 @@ def weight_shapes(config: ModelConfig, tp: int) -> dict[str, tuple[int, int]]:
 
 @dataclass(frozen=True)
 class Limit:
-    """The shortest steps of a model on `tp` GPUs of these rates (see probe.py)."""
+    """The shortest steps of a model on `tp` GPUs with these rates (see probe.py)."""
 
     config: ModelConfig
     tp: int
@@ -47,12 +47,17 @@ class Limit:
     peer_copy_GB_per_s: float = float("inf")
 
     def decode_step_s(self, num_seqs: int, num_keys: float) -> float:
-        """A token for each of `num_seqs` sequences, which attend to `num_keys` tokens together."""
+        """Return seconds of a step: `num_seqs` sequences attend to `num_keys` tokens in all."""
         return self.step_s(num_seqs, num_seqs, num_keys, num_keys)
 
-    def step_s(self, num_tokens: int, num_drawn: int, num_keys: float, num_pairs: float) -> float:
-        """Computes `num_tokens`, draws `num_drawn`, reads `num_keys` keys and values of each layer
-        and multiplies `num_pairs` of query and key.
+    def step_s(self, num_tokens: int, num_sampled: int, num_keys: float, num_pairs: float) -> float:
+        """Return seconds of a step.
+
+        Args:
+            num_tokens: tokens that are computed
+            num_sampled: tokens that are sampled
+            num_keys: tokens whose keys and values each layer reads
+            num_pairs: pairs of query and key that attention multiplies
         """
         config = self.config
         E, L = config.hidden_size, config.num_hidden_layers
@@ -63,19 +68,19 @@ class Limit:
         layer_s += self._longer_s(num_keys * 2 * K * D * BYTES, 4 * num_pairs * H * D)
         if self.tp > 1:
             layer_s += 2 * (ALL_REDUCE_S + num_tokens * E * BYTES / (self.peer_copy_GB_per_s * 1e9))
-        return L * layer_s + self._matmul_s(num_drawn, *lm_head)
+        return L * layer_s + self._matmul_s(num_sampled, *lm_head)
 
     def _matmul_s(self, M: int, N: int, K: int) -> float:
         return self._longer_s(N * K * BYTES, 2 * M * N * K)
 
     def _longer_s(self, num_bytes: float, flops: float) -> float:
-        """Seconds of work that is shared by all GPUs."""
+        """Return seconds of work that all GPUs share."""
         bandwidth, rate = self.copy_TB_per_s * 1e12, self.matmul_TFLOP_per_s * 1e12
         return max(num_bytes / bandwidth, flops / rate) / self.tp
 
 
 def seed_limit(limit: Limit) -> float:
-    """Output tokens per second on workload "seed" that no engine can pass."""
+    """Return the output tokens per second on workload "seed" that no engine can exceed."""
     prompts, params = seed_workload(limit.config.vocab_size)
     lengths = [len(prompt) for prompt in prompts]
     outputs = [each.max_tokens or 0 for each in params]
@@ -89,9 +94,9 @@ def seed_limit(limit: Limit) -> float:
 
 
 def measured_rates() -> dict[str, float] | None:
-    """What probe.py measures: the rates of `Limit`, by its names; None where it cannot run.
+    """Measure the rates of `Limit` with probe.py, by name; None if it cannot run.
 
-    In a process of its own, so that this one holds nothing of the GPU.
+    It runs in a process of its own, so that this process holds nothing of the GPU.
     """
     probe = [sys.executable, str(Path(__file__).with_name("probe.py"))]
     done = subprocess.run(probe, capture_output=True, text=True, check=False)

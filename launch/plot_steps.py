@@ -1,8 +1,8 @@
-"""Draws how the cost of a step grows, from what bench_steps.py and bench_host.py have printed.
+"""Draws how the cost of a step grows, from the output of bench_steps.py and bench_host.py.
 
-Takes files with their JSON lines, of any models and numbers of GPUs, and writes three plots, which
-can be read on white and on dark: a decode step's time against the batch, and against the context,
-each beside the hardware's limit, and the coordinator's time against the number of sequences.
+Takes files with their JSON lines, for any models and numbers of GPUs, and writes three plots that
+are legible on white and on dark backgrounds: a decode step's time against the batch and against the
+context, each with the hardware's limit, and the coordinator's time against the number of sequences.
 
 Needs matplotlib: pip install tpllm[plots]
 
@@ -20,14 +20,14 @@ from pathlib import Path
 from typing import Any
 
 FOLDER = Path(__file__).resolve().parents[1] / "docs" / "images"
-# In the middle between black and white, so that they stand out from both.
+# Of medium lightness, so that they contrast with black and with white.
 COLORS = ("#3d8bd4", "#d9722e", "#2f9e6e", "#b561c9", "#c79a1e", "#d1526c")
 GREY = "#808890"
 
 
 @dataclass(frozen=True)
 class Curve:
-    """Milliseconds [n] against numbers [n], both rising; where there is one, with the limit's."""
+    """Milliseconds [n] against numbers [n], both rising; `limit_ms` [n] is the hardware's limit."""
 
     label: str
     x: list[int]
@@ -43,24 +43,24 @@ class Panel:
 
 
 def read_results(paths: Iterable[Path]) -> list[dict[str, Any]]:
-    """The JSON lines of files that may hold a table besides.
+    """Return the JSON lines of files that may also contain tables.
 
     Raises:
-        ValueError: a file has none.
+        ValueError: a file has no JSON line.
     """
     results = []
     for path in paths:
         lines = [line for line in path.read_text().splitlines() if line.startswith("{")]
         if not lines:
             raise ValueError(
-                f"{path} has no JSON line; give what bench_steps.py or bench_host.py printed"
+                f"{path} has no JSON line; give the output of bench_steps.py or bench_host.py"
             )
         results += [json.loads(line) for line in lines]
     return results
 
 
 def batch_panel(results: list[dict[str, Any]]) -> Panel | None:
-    """Step time against the batch, a curve for each model and number of GPUs."""
+    """Plot step time against the batch, with a curve for each model and number of GPUs."""
     curves = []
     for result in results:
         below = result.get("arguments", {}).get("batch_context") if "steps" in result else None
@@ -72,7 +72,7 @@ def batch_panel(results: list[dict[str, Any]]) -> Panel | None:
 
 
 def context_panels(results: list[dict[str, Any]]) -> list[Panel]:
-    """Step time against the context, a panel for each batch size that was measured at several."""
+    """Plot step time against the context, with a panel for each batch size measured at several."""
     by_size: dict[int, list[Curve]] = {}
     for result in results:
         if "steps" not in result:
@@ -88,7 +88,7 @@ def context_panels(results: list[dict[str, Any]]) -> list[Panel]:
 
 
 def coordinator_panel(results: list[dict[str, Any]]) -> Panel | None:
-    """The coordinator's time for a step against the number of sequences, a curve for each CPU."""
+    """Plot the coordinator's time for a step against the sequences, with a curve for each CPU."""
     curves = []
     for result in results:
         rows = result.get("schedule", {})

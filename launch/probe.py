@@ -1,7 +1,7 @@
-"""Measures what the hardware can do, so that a benchmark's figures have a limit beside them.
+"""Measures the hardware's rates, which a benchmark prints beside its figures.
 
-Prints one JSON line: device copy (TB/s, bytes read plus bytes written), bf16 matrix product
-(TFLOP/s, on random data), and, with two GPUs or more, a copy from GPU 0 to GPU 1 (GB/s).
+Prints one JSON line: device copy (TB/s, bytes read plus bytes written), bf16 matmul (TFLOP/s, on
+random data), and, with two GPUs or more, a copy from GPU 0 to GPU 1 (GB/s).
 
     python launch/probe.py
 """
@@ -13,7 +13,7 @@ import torch
 
 
 def median_s(run: Callable[[], object], repeats: int = 20) -> float:
-    """Median seconds of one call, by device events; warmed up."""
+    """Return the median seconds of one call, by device events, after a warm-up."""
     for _ in range(5):
         run()
     times = []
@@ -28,7 +28,7 @@ def median_s(run: Callable[[], object], repeats: int = 20) -> float:
 
 
 def graph_us(run: Callable[[], object], repeats: int = 10) -> float:
-    """Median microseconds of `run`, as a CUDA graph."""
+    """Return the median microseconds of `run`, replayed as a CUDA graph."""
     run()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()

@@ -1,10 +1,10 @@
-"""Serves 200,000 requests of random shape, some of them aborted, and looks for what piles up.
+"""Serves 200,000 requests of random shape, some of them aborted, and looks for leaks.
 
-The whole engine but the model: scheduler, blocks, prefix cache, preemption, rings and processes are
-the real ones; a worker without a model draws tokens from what its cache holds, so that every output
-can be compared with that of a quiet run. Compares blocks, descriptors, threads, shared memory and
-resident memory, of the coordinator and its workers, with where they were after a tenth of the
-requests. Prints a table, then one JSON line; ends with exit code 1 if anything is off.
+Everything but the model is real: scheduler, blocks, prefix cache, preemption, rings and processes.
+A worker without a model computes tokens from what its cache holds, so that every output can be
+compared with that of a quiet run. Blocks, descriptors, threads, shared memory and resident memory
+of the coordinator and its workers are compared with their values after a tenth of the requests.
+Prints a table, then one JSON line. The exit code is 1 if anything is wrong.
 
     python launch/soak.py
 """
@@ -31,12 +31,12 @@ from tpllm.engine.request import AddRequest, RequestUpdate  # noqa: E402
 from tpllm.supervision.start import start_engine  # noqa: E402
 
 MAX_OUTSTANDING = 300
-ABORTED = 0.005  # of the requests there are, whenever some are aborted
-SLACK_BYTES = 8 << 20  # of resident memory, for the allocators' own ways
+ABORTED = 0.005  # share of the running requests, whenever some are aborted
+SLACK_BYTES = 8 << 20  # of resident memory, for what allocators keep
 
 
 class Soak:
-    """An engine, the requests in it, and what has come back."""
+    """An engine, its requests, and their outputs."""
 
     def __init__(self, tensor_parallel_size: int, seed: int = 0) -> None:
         self._rng = random.Random(seed)
@@ -61,7 +61,7 @@ class Soak:
         self._count = 0
 
     def run(self, num_requests: int) -> None:
-        """Serve so many more requests to their ends."""
+        """Serve `num_requests` more requests to their ends."""
         last = self._count + num_requests
         while self._count < last or self.engine.num_unfinished or self.engine.num_in_flight:
             room = min(MAX_OUTSTANDING - len(self._running), last - self._count)
@@ -70,7 +70,7 @@ class Soak:
             if self._running and self._rng.random() < 0.3:
                 self._abort()
             for update in self.engine.step():
-                self._hear(update)
+                self._receive(update)
         if self.engine._blocks.num_free != self._num_free:
             self.wrong.append(f"{self._num_free - self.engine._blocks.num_free} blocks are gone")
 
@@ -91,9 +91,9 @@ class Soak:
     def _abort(self) -> None:
         chosen = [each for each in self._running if self._rng.random() < ABORTED]
         for update in self.engine.abort(chosen):
-            self._hear(update)
+            self._receive(update)
 
-    def _hear(self, update: RequestUpdate) -> None:
+    def _receive(self, update: RequestUpdate) -> None:
         request, tokens = self._running[update.request_id]
         tokens += update.new_token_ids
         if update.finish_reason is None:
@@ -107,7 +107,7 @@ class Soak:
             self.wrong.append(f"request {update.request_id} gave {tokens}, alone {quiet}")
 
     def _quiet_run(self, request: AddRequest) -> list[int]:
-        """The request's tokens by the definition of the worker's model."""
+        """Return the request's tokens by the definition of the worker's model."""
         tokens = []
         limit = request.sampling_params.max_tokens
         for token_id in islice(continuation(request.prompt_token_ids, self._vocab_size), limit):
@@ -117,7 +117,7 @@ class Soak:
         return tokens
 
     def holdings(self) -> dict[str, int]:
-        """What the engine's processes hold now."""
+        """Return what the engine's processes hold now."""
         pids = [os.getpid(), *self.engine.worker_pids]
         return {
             "processes": len(pids),
@@ -138,17 +138,17 @@ def resident_bytes(pid: int) -> int:
 
 
 def grown(before: dict[str, int], after: dict[str, int]) -> list[str]:
-    """What has become more."""
+    """Return what has grown."""
     slack = {"resident bytes": SLACK_BYTES}
     return [
-        f"{what}: {before[what]} -> {after[what]}"
-        for what in before
-        if after[what] > before[what] + slack.get(what, 0)
+        f"{name}: {before[name]} -> {after[name]}"
+        for name in before
+        if after[name] > before[name] + slack.get(name, 0)
     ]
 
 
 def soak(num_requests: int, tensor_parallel_size: int) -> dict[str, Any]:
-    """Everything; the figures, with what is wrong under "wrong"."""
+    """Run the whole soak and return its figures; errors are under "wrong"."""
     begin = time.perf_counter()
     trial = Soak(tensor_parallel_size)
     try:
@@ -178,8 +178,8 @@ def main() -> int:
     parser.add_argument("--tensor-parallel-size", type=int, default=2)
     args = parser.parse_args()
     figures = soak(args.requests, args.tensor_parallel_size)
-    for what, before in figures["before"].items():
-        print(f"{what:<20}{before:>16}{figures['after'][what]:>16}")
+    for name, before in figures["before"].items():
+        print(f"{name:<20}{before:>16}{figures['after'][name]:>16}")
     print(json.dumps(figures))
     return int(bool(figures["wrong"]))
 

@@ -1,8 +1,8 @@
 """A worker without a model, for soak.py: a token is a function of the sequence before it.
 
-Its cache holds for every slot a digest of the tokens up to there, and each token is drawn from the
-digest found in the cache: a block that was shared wrongly, freed too early or left stale gives
-another answer than `continuation`, which knows no cache.
+Its cache holds for every slot a digest of the tokens up to that slot, and each token is computed
+from the digest in the cache. A block that was shared wrongly, freed too early or left stale gives
+another token than `continuation`, which uses no cache.
 """
 
 import json
@@ -24,28 +24,28 @@ _NO_WORDS = np.empty(0, dtype=np.int32)
 
 
 def extend(digest: int, token_id: int) -> int:
-    """Digest of a sequence (0 where empty) and one more token."""
+    """Return the digest of a sequence (0 if empty) and one more token."""
     return (digest * 6364136223846793005 + token_id + 1442695040888963407) & _MASK
 
 
-def draw(digest: int, vocab_size: int) -> int:
-    """The token that follows."""
+def sample(digest: int, vocab_size: int) -> int:
+    """Return the token that follows."""
     return (digest >> 33) % vocab_size
 
 
 def continuation(prompt: Iterable[int], vocab_size: int) -> Iterator[int]:
-    """What follows a prompt, without end."""
+    """Yield what follows a prompt, without end."""
     digest = 0
     for token_id in prompt:
         digest = extend(digest, token_id)
     while True:
-        token_id = draw(digest, vocab_size)
+        token_id = sample(digest, vocab_size)
         yield token_id
         digest = extend(digest, token_id)
 
 
 class SoakWorker:
-    """Executes plans on a cache of digests."""
+    """Runs step plans on a cache of digests."""
 
     def __init__(self, config: EngineConfig, num_blocks: int) -> None:
         limits = config.plan_limits
@@ -60,16 +60,16 @@ class SoakWorker:
         flat[plan.block_updates[:, 0]] = plan.block_updates[:, 1]
         prompt_ids = iter(plan.token_ids.tolist())
         rows = zip(plan.rows.tolist(), plan.starts.tolist(), plan.num_tokens.tolist(), strict=True)
-        drawn = []
+        sampled_ids = []
         for i, (row, start, count) in enumerate(rows):
             decodes = i < plan.num_decode
             tokens = [self._last_tokens[row]] if decodes else list(islice(prompt_ids, count))
             digest = self._store(row, start, tokens)
             if plan.samples[i]:
-                self._last_tokens[row] = draw(digest, self._vocab_size)
-                drawn.append(self._last_tokens[row])
+                self._last_tokens[row] = sample(digest, self._vocab_size)
+                sampled_ids.append(self._last_tokens[row])
         return StepResult(
-            plan.step, plan.samples.copy(), np.array(drawn, dtype=np.int32), _NO_WORDS
+            plan.step, plan.samples.copy(), np.array(sampled_ids, dtype=np.int32), _NO_WORDS
         )
 
     def _store(self, row: int, start: int, tokens: Sequence[int]) -> int:

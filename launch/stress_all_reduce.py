@@ -1,24 +1,24 @@
-"""Tries whether the fused sums over peer memory can be made to go wrong.
+"""Stress-tests the fused all-reduces over peer memory: can they be made to go wrong?
 
-Calls the kernel that adds up all ranks' partial sums, adds the residual and norms
-(tpllm/layers/all_reduce/all_reduce_norm.py) with random numbers of rows, random values that are
-never the same twice, and ranks that are late at random. They come in chains: inside of one nothing
-but the kernel's own exchange keeps the ranks together, apart from a gather here and there. Half of
-the chains are replayed from CUDA graphs, the others launched as they are, a third of these by
-turns in the two copy streams of large steps (tpllm/layers/all_reduce/overlapped.py).
+Calls the kernel that all-reduces partial sums, adds the residual and norms
+(tpllm/layers/all_reduce/all_reduce_norm.py) with random numbers of rows, new random values each
+time, and ranks that are late at random. Calls come in chains. Within a chain only the kernel's own
+exchange, and now and then an all-gather, keeps the ranks together. Half of the chains are replayed
+from CUDA graphs and the others launched kernel by kernel. A third of the latter alternate between
+the two copy streams of large steps (tpllm/layers/all_reduce/overlapped.py).
 
-After a chain each of its sums is compared with NCCL's in float32, plus the residual, and each
-normed row with the plain norm of that sum. The kernel adds in float32 and rounds once, so a sum
-may be wrong by half a unit in its last place; a normed value is rounded twice, and each of these
-may fall to the other side: two units. All ranks must have the same bits. What the errors are is
-counted on the GPU, and read every 1,000 calls.
+After a chain, each sum is compared with NCCL's in float32 plus the residual, and each normed row
+with the plain norm of that sum. The kernel adds in float32 and rounds once, so a sum may be off by
+half a unit in its last place. A normed value is rounded twice, and each rounding may go the other
+way: two units. All ranks must have the same bits. Errors are counted on the GPU and read every
+1,000 calls.
 
-Without GPUs the layer sums over Gloo instead, in float32: that tries this script alone.
+Without GPUs the layer all-reduces over Gloo in float32, which only tests this script.
 
-Prints what came of it, then one JSON line. Ends with exit code 1 where a sum was wrong, the ranks
-differed, one failed, or they hung.
+Prints the outcome, then one JSON line. The exit code is 1 if a sum was wrong, the ranks differed, a
+rank failed, or the ranks hung.
 
-    python launch/stress_sums.py --calls 100000 --tp 2 --restarts 3
+    python launch/stress_all_reduce.py --calls 100000 --tp 2 --restarts 3
 """
 
 import argparse
@@ -59,21 +59,22 @@ MAX_CHAIN = 8  # calls
 GRAPHS_PER_WIDTH = 4
 READ_EVERY = 1000  # calls
 LATE_SHARE, GATHER_SHARE = 0.1, 0.1  # of the calls
-LANES_SHARE = 1 / 3  # of the chains that are launched as they are
-MAX_SLEEP_CYCLES = 400_000  # 0.2 ms; a sum of one row takes 0.01 ms
-END_S = 20.0  # for a rank that is done to end
-LARGEST = 64.0  # no partial sum of normal terms comes near
+COPY_STREAMS_SHARE = 1 / 3  # of the chains that are launched kernel by kernel
+MAX_SLEEP_CYCLES = 400_000  # 0.2 ms; an all-reduce of one row takes 0.01 ms
+END_S = 20.0  # time for a finished rank to end
+LARGEST = 64.0  # upper bound of the sums: the partial sums are normally distributed
 
 
 @dataclass(frozen=True)
 class Call:
-    """One sum, the same on every rank: how many rows, and what happens around it.
+    """One all-reduce, the same on every rank: its number of rows, and what precedes it.
 
     Attributes:
-        first_residual: its residual's first row in the pool; None for a sum without
-        late: the rank that comes late, or None
-        sleep: how late, 0 to 1 of the latest
-        gathers: whether something else goes over the link before it
+        num_rows: number of rows
+        first_residual: the first row of its residual in the pool; None for no residual
+        late: the rank that is late, or None
+        sleep: the delay, as a share of the longest
+        gathers: whether an all-gather precedes it
     """
 
     num_rows: int
@@ -83,8 +84,8 @@ class Call:
     gathers: bool
 
 
-def draw_chain(numbers: random.Random, size: int, max_rows: int) -> list[Call]:
-    """Calls of which half have few rows."""
+def sample_chain(numbers: random.Random, size: int, max_rows: int) -> list[Call]:
+    """Return random calls; half of them have few rows."""
     return [
         Call(
             num_rows=numbers.randint(1, numbers.choice([max_rows, min(8, max_rows)])),
@@ -98,12 +99,12 @@ def draw_chain(numbers: random.Random, size: int, max_rows: int) -> list[Call]:
 
 
 class Errors:
-    """What was wrong so far, counted where it was computed.
+    """The errors so far, counted on the device that computed the values.
 
     Attributes:
-        wrong: values beyond their bound
-        worst: the largest error, in bounds
-        checksum: of all normed rows, in order
+        wrong: number of values beyond their bound
+        worst: the largest error, as a multiple of its bound
+        checksum: checksum of all normed rows, in order
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -112,7 +113,7 @@ class Errors:
         self.checksum = torch.zeros((), dtype=torch.int64, device=device)
 
     def compare(self, actual: Tensor, expected: Tensor, relative: float, absolute: float) -> None:
-        if not len(actual):  # of few rows a rank may keep none
+        if not len(actual):  # with few rows, a rank may keep none
             return
         expected = expected.float()
         bound = expected.abs() * relative + absolute
@@ -125,26 +126,28 @@ class Errors:
         self.checksum.mul_(31).add_(bits.sum(dtype=torch.int64))
 
 
-class Sums:
-    """The fused sums of one hidden size, and how they are tried."""
+class FusedAllReduces:
+    """The fused all-reduces of one hidden size, and their check."""
 
     def __init__(self, tp: TPGroup, width: int, errors: Errors, max_rows: int | None) -> None:
         self.dtype = torch.bfloat16 if tp.device.type == "cuda" else torch.float32
         self.tp = with_peer_memory(tp, width, self.dtype)
         if tp.device.type == "cuda":
-            assert self.tp.peers is not None, "these GPUs share no memory: NCCL does every sum"
-            assert peer_memory_works(self.tp), "sums are wrong at the start"
-        # up to half of the sums of many rows take two shots, in several rounds of the peer buffers
+            assert self.tp.peers is not None, (
+                "these GPUs share no memory: NCCL does every all-reduce"
+            )
+            assert peer_memory_works(self.tp), "all-reduces are wrong at the start"
+        # up to half of the large all-reduces are two-shot, in several rounds of the peer buffers
         limit = 2 * self.tp.peers.max_rows if self.tp.peers else MAX_ROWS_WITHOUT_PEERS
         self.max_rows = min(limit, max_rows or limit)
         if tp.device.type == "cuda":
             self.tp = with_copy_streams(self.tp, self.max_rows)
-            assert self.tp.copy_streams, "streams of these GPUs do not wait for each other"
-            assert copy_streams_work(self.tp), "sums in copy_streams are wrong at the start"
+            assert self.tp.copy_streams, "these GPUs have no stream memory operations"
+            assert copy_streams_work(self.tp), "all-reduces in copy streams are wrong at the start"
         self.width = width
         self._errors = errors
         self._norm = AllReduceRMSNorm(width, EPS, tp=self.tp, dtype=self.dtype)
-        same = torch.Generator().manual_seed(width)  # as on all ranks
+        same = torch.Generator().manual_seed(width)  # the same on all ranks
         self._norm.weight.data.copy_(0.5 + torch.rand(width, generator=same))
         pool = torch.randn(2 * self.max_rows, width, generator=same)
         self._residuals = pool.to(tp.device, self.dtype)
@@ -152,22 +155,27 @@ class Sums:
 
     @torch.inference_mode()
     def run(self, chain: list[Call]) -> None:
-        """The calls of a chain one right after the other, then what became of each."""
-        terms = [self._term(call) for call in chain]
+        """Run the calls of a chain back to back, then check each result."""
+        partial_sums = [self._partial_sum(call) for call in chain]
         residuals = [self._residual(call) for call in chain]
         results = []
-        for call, term, residual in zip(chain, terms, residuals, strict=True):
+        for call, partial_sum, residual in zip(chain, partial_sums, residuals, strict=True):
             self._precede(call)
             stream = None if residual is None else residual.clone()
-            results.append(self._norm(term.clone(), stream))  # NCCL would sum in place
-        for term, residual, (normed, total) in zip(terms, residuals, results, strict=True):
-            kept = kept_rows(len(term), self.tp)
-            self._check(term, residual, normed, total[kept], kept)
+            results.append(self._norm(partial_sum.clone(), stream))  # NCCL would work in place
+        for partial_sum, residual, (normed, total) in zip(
+            partial_sums, residuals, results, strict=True
+        ):
+            kept = kept_rows(len(partial_sum), self.tp)
+            self._check(partial_sum, residual, normed, total[kept], kept)
 
     @torch.inference_mode()
-    def run_in_lanes(self, chain: list[Call]) -> None:
-        """The same by turns in the copy_streams: what precedes a sum runs beside the one before it."""
-        terms = [self._term(call) for call in chain]
+    def run_in_copy_streams(self, chain: list[Call]) -> None:
+        """Run a chain alternating between the copy streams, then check each result.
+
+        What precedes an all-reduce runs beside the all-reduce before it.
+        """
+        partial_sums = [self._partial_sum(call) for call in chain]
         residuals = [self._residual(call) for call in chain]
         streams: list[Tensor | None] = []
         results: list[tuple[Tensor, Tensor]] = []
@@ -180,13 +188,13 @@ class Sums:
                     streams.append(None if residual is None else residual[ours].clone())
             if i > 0:
                 copy_stream = self.tp.copy_streams[(i - 1) % NUM_COPY_STREAMS]
-                normed, total = self._norm(terms[i - 1], streams[i - 1], copy_stream)
+                normed, total = self._norm(partial_sums[i - 1], streams[i - 1], copy_stream)
                 results.append(
                     (normed.clone(), total)
-                )  # the copy stream's next sum goes there, too
-        for i, (term, residual) in enumerate(zip(terms, residuals, strict=True)):
-            kept = self.tp.copy_streams[i % NUM_COPY_STREAMS].share(len(term))
-            self._check(term, residual, *results[i], kept)
+                )  # the copy stream's next outputs overwrite it
+        for i, (partial_sum, residual) in enumerate(zip(partial_sums, residuals, strict=True)):
+            kept = self.tp.copy_streams[i % NUM_COPY_STREAMS].share(len(partial_sum))
+            self._check(partial_sum, residual, *results[i], kept)
 
     def _precede(self, call: Call) -> None:
         if call.late == self.tp.rank:
@@ -194,25 +202,32 @@ class Sums:
         if call.gathers:
             all_gather(self._something, self.tp)
 
-    def _term(self, call: Call) -> Tensor:
-        term = torch.empty(call.num_rows, self.width, dtype=self.dtype, device=self.tp.device)
-        term.normal_()
-        term[:, ::7] = -0.0  # what an empty peer buffer looks like
-        return term
+    def _partial_sum(self, call: Call) -> Tensor:
+        partial_sum = torch.empty(
+            call.num_rows, self.width, dtype=self.dtype, device=self.tp.device
+        )
+        partial_sum.normal_()
+        partial_sum[:, ::7] = -0.0  # values that look like an empty peer buffer
+        return partial_sum
 
     def _residual(self, call: Call) -> Tensor | None:
         first = call.first_residual
         return None if first is None else self._residuals[first : first + call.num_rows]
 
     def _check(
-        self, term: Tensor, residual: Tensor | None, normed: Tensor, total: Tensor, kept: slice
+        self,
+        partial_sum: Tensor,
+        residual: Tensor | None,
+        normed: Tensor,
+        total: Tensor,
+        kept: slice,
     ) -> None:
-        """normed [N, E], and `total`, the sum of the rows that this rank keeps."""
-        expected = all_reduce(term.float(), self.tp)
+        """Compare normed [N, E] and `total`, the sum in the rows that this rank keeps."""
+        expected = all_reduce(partial_sum.float(), self.tp)
         if residual is not None:
             expected += residual.float()
         half_unit = torch.finfo(self.dtype).eps / 2
-        # in float32 the order of additions plays a part, by as many roundings of partial sums
+        # in float32 the order of additions matters: one rounding for each partial result
         order = (self.tp.size + 1) * LARGEST * torch.finfo(torch.float32).eps
         self._errors.compare(total, expected[kept], half_unit, order)
         plain = rms_norm_reference(total, self._norm.weight, EPS)
@@ -239,21 +254,22 @@ def _sleep(share: float, device: torch.device) -> None:
 def stress(
     tp: TPGroup, num_calls: int, seed: int, max_rows: int | None = None
 ) -> Iterator[dict[str, Any]]:
-    """At least so many calls, and what is known after every 1,000 and at the end.
+    """Make at least `num_calls` calls; yield figures every 1,000 calls and at the end.
 
-    The figures: calls, those of them replayed from graphs and in copy streams, wrong values and the worst
-    error of this rank, and whether all ranks have the same bits and nothing wrong.
+    The figures: calls, how many of them were replayed from graphs and how many ran in copy streams,
+    wrong values and the worst error of this rank, and whether all ranks are correct and have the
+    same bits.
     """
     errors = Errors(tp.device)
     numbers = random.Random(seed)  # the same on all ranks
     torch.manual_seed(seed * tp.size + tp.rank)  # also the GPU's generator
-    sums = [Sums(tp, width, errors, max_rows) for width in WIDTHS]
+    all_reduces = [FusedAllReduces(tp, width, errors, max_rows) for width in WIDTHS]
     graphs: list[tuple[torch.cuda.CUDAGraph, int]] = []
     if tp.device.type == "cuda":
-        for each in sums * GRAPHS_PER_WIDTH:
-            chain = draw_chain(numbers, tp.size, each.max_rows)
+        for each in all_reduces * GRAPHS_PER_WIDTH:
+            chain = sample_chain(numbers, tp.size, each.max_rows)
             graphs.append((each.graph_of(chain), len(chain)))
-    num_done = num_replayed = num_in_lanes = num_read = 0
+    num_done = num_replayed = num_in_copy_streams = num_read = 0
     while num_done < num_calls:
         if graphs and num_replayed * 2 <= num_done:
             graph, length = numbers.choice(graphs)
@@ -264,18 +280,22 @@ def stress(
             graph.replay()
             num_replayed += length
         else:
-            each = numbers.choice(sums)
-            chain = draw_chain(numbers, tp.size, each.max_rows)
+            each = numbers.choice(all_reduces)
+            chain = sample_chain(numbers, tp.size, each.max_rows)
             length = len(chain)
-            if each.tp.copy_streams and numbers.random() < LANES_SHARE:
-                each.run_in_lanes(chain)
-                num_in_lanes += length
+            if each.tp.copy_streams and numbers.random() < COPY_STREAMS_SHARE:
+                each.run_in_copy_streams(chain)
+                num_in_copy_streams += length
             else:
                 each.run(chain)
         num_done += length
         if num_done - num_read >= READ_EVERY or num_done >= num_calls:
             num_read = num_done
-            counts = {"calls": num_done, "replayed": num_replayed, "in_lanes": num_in_lanes}
+            counts = {
+                "calls": num_done,
+                "replayed": num_replayed,
+                "in_copy_streams": num_in_copy_streams,
+            }
             yield counts | _figures(errors, tp)
 
 
@@ -291,7 +311,7 @@ def _figures(errors: Errors, tp: TPGroup) -> dict[str, Any]:
 
 
 def run_rank(rank: int, args: argparse.Namespace, life: int, store: str, pipe: Connection) -> None:
-    """The life of a rank: its last figures, or its traceback, go into the pipe."""
+    """Run one rank; it sends its last figures, or its traceback, into the pipe."""
     try:
         device = torch.device("cpu")
         if args.device == "cuda":
@@ -313,7 +333,7 @@ def run_rank(rank: int, args: argparse.Namespace, life: int, store: str, pipe: C
 
 
 def run_ranks(args: argparse.Namespace, life: int) -> list[dict[str, Any]]:
-    """What became of each rank, in processes that live for this call alone."""
+    """Return the outcome of each rank, in new processes that end with this call."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["torch"])  # once, and not in every rank
     deadline = time.monotonic() + args.timeout_s
@@ -322,10 +342,10 @@ def run_ranks(args: argparse.Namespace, life: int) -> list[dict[str, Any]]:
         try:
             for rank in range(args.tp):
                 ours, theirs = context.Pipe(duplex=False)
-                words = (rank, args, life, str(Path(folder) / "store"), theirs)
-                ranks.append(context.Process(target=run_rank, args=words))
+                arguments = (rank, args, life, str(Path(folder) / "store"), theirs)
+                ranks.append(context.Process(target=run_rank, args=arguments))
                 ranks[-1].start()
-                theirs.close()  # so that the end of the rank is the end of the pipe
+                theirs.close()  # so that the pipe ends when the rank ends
                 pipes.append(ours)
             outcomes = receive(pipes, deadline)
             if not any("error" in outcome for outcome in outcomes):
@@ -350,30 +370,32 @@ def receive(pipes: list[Connection], deadline: float) -> list[dict[str, Any]]:
             try:
                 outcomes[rank] = pipe.recv()
             except EOFError:
-                outcomes[rank] = {"error": "ended without a word"}
+                outcomes[rank] = {"error": "ended without figures"}
             if "error" in outcomes[rank]:
-                return outcomes  # the others wait for it, perhaps for ever
+                return outcomes  # the other ranks may wait for it for ever
     return outcomes
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--calls", type=int, default=100_000, help="over all lives together")
+    parser.add_argument("--calls", type=int, default=100_000, help="total over all restarts")
     parser.add_argument("--tp", type=int, default=2, metavar="N", help="ranks, a GPU each")
     parser.add_argument(
-        "--restarts", type=int, default=0, help="how often new processes take over on the same GPUs"
+        "--restarts", type=int, default=0, help="how often to start again in new processes"
     )
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    parser.add_argument("--max-rows", type=int, help="default: as many as peer memory holds")
+    parser.add_argument("--max-rows", type=int, help="default: what peer memory holds")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
-        "--timeout-s", type=float, default=300.0, help="ranks that live longer count as hung"
+        "--timeout-s", type=float, default=300.0, help="ranks that take longer count as hung"
     )
     args = parser.parse_args()
     if args.calls < 1 or args.restarts < 0:
-        parser.error(f"--calls {args.calls} --restarts {args.restarts} is nothing to do")
+        parser.error(
+            f"--calls {args.calls} --restarts {args.restarts}: use 1 or more calls, 0 or more restarts"
+        )
     if args.device == "cuda" and args.tp < 2:
-        parser.error(f"--tp {args.tp} has nothing to add up; take 2 or more")
+        parser.error(f"--tp {args.tp} has nothing to reduce; use 2 or more")
     return args
 
 
@@ -388,8 +410,8 @@ def main() -> None:
         seconds = round(time.perf_counter() - life_begin, 1)
         for rank, outcome in enumerate(outcomes):
             is_right &= outcome.get("right", False)
-            words = "  ".join(f"{name} {value}" for name, value in outcome.items())
-            print(f"life {life}, rank {rank}, {seconds} s: {words}", flush=True)
+            figures_text = "  ".join(f"{name} {value}" for name, value in outcome.items())
+            print(f"life {life}, rank {rank}, {seconds} s: {figures_text}", flush=True)
         result["lives"].append({"seconds": seconds, "ranks": outcomes})
         if not is_right:
             break

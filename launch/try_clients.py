@@ -1,16 +1,16 @@
 """Runs the code of large clients against a server: LiteLLM, LangChain and pydantic-ai.
 
-Each one chats, streams, replays a tool call that the limit of tokens has cut, and asks for an
-answer of a form; and it must recognise an overflow of the context. This takes 25 s with the shipped
-model on two CPU cores. It installs nothing, and leaves out a client that is not there. In an
-environment of their own:
+Each client chats, streams, replays a tool call that `max_tokens` truncated, and requests a
+structured output; it must also recognise an overflow of the context. This takes 25 s with the
+shipped model on two CPU cores. The script installs nothing and skips a client that is not
+installed. In an environment of its own:
 
     pip install litellm langchain-openai 'pydantic-ai-slim[openai]'
     tpllm serve --device cpu --port 8000 &
     python launch/try_clients.py --url http://127.0.0.1:8000
 
-Prints a table, and ends with 1 if anything failed. The libraries `openai` and `openai-agents` are
-tried by tests/server/test_clients.py.
+Prints a table. The exit code is 1 if anything failed. tests/server/test_clients.py tests the
+libraries `openai` and `openai-agents`.
 """
 
 import argparse
@@ -24,7 +24,7 @@ from typing import Any
 
 QUESTION = "What is 348 + 44?"
 WRONG = "the arguments are no valid JSON; try again"
-CUT = '{"city": "Ul'  # as an answer of few tokens ends
+TRUNCATED = '{"city": "Ul'  # the end of an answer with too few tokens
 LONG = "word " * 50_000
 PARAMETERS = {
     "type": "object",
@@ -43,8 +43,8 @@ Checks = dict[str, Callable[[], object]]
 
 
 def openai_history() -> list[dict[str, Any]]:
-    """A conversation with a cut call, as OpenAI's clients keep it."""
-    function = {"name": "weather", "arguments": CUT}
+    """Return a conversation with a truncated call, as OpenAI's clients keep it."""
+    function = {"name": "weather", "arguments": TRUNCATED}
     call = {"id": "call_1", "type": "function", "function": function}
     return [
         {"role": "user", "content": QUESTION},
@@ -63,12 +63,12 @@ def must_raise(kind: type[BaseException]) -> Iterator[None]:
 
 
 def litellm_checks(url: str, model: str) -> Checks:
-    os.environ["LITELLM_LOCAL_MODEL_COST_MAP"] = "True"  # else it is loaded from the network
+    os.environ["LITELLM_LOCAL_MODEL_COST_MAP"] = "True"  # otherwise it is loaded from the network
     import litellm
 
     litellm.suppress_debug_info = True
     tool = {"type": "function", "function": {"name": "weather", "parameters": PARAMETERS}}
-    form = {"type": "json_schema", "json_schema": {"name": "sum", "schema": SUM, "strict": True}}
+    schema = {"type": "json_schema", "json_schema": {"name": "sum", "schema": SUM, "strict": True}}
 
     def ask(content: str = QUESTION, **fields: Any) -> Any:
         messages = fields.pop("messages", [{"role": "user", "content": content}])
@@ -85,7 +85,7 @@ def litellm_checks(url: str, model: str) -> Checks:
                 list(ask(LONG, stream=streams))
 
     def structured() -> None:
-        text = ask(response_format=form, max_tokens=200).choices[0].message.content
+        text = ask(response_format=schema, max_tokens=200).choices[0].message.content
         assert 0 <= json.loads(text)["total"] <= 999, text
 
     def replay() -> None:
@@ -105,7 +105,7 @@ def langchain_checks(url: str, model: str) -> Checks:
     options: dict[str, Any] = {"model": model, "base_url": url, "api_key": "none", "max_retries": 0}
     llm = ChatOpenAI(temperature=0, max_tokens=200, **options)
     tool = {"name": "weather", "description": "of a city", "parameters": PARAMETERS}
-    call = {"type": "invalid_tool_call", "id": "call_1", "name": "weather", "args": CUT}
+    call = {"type": "invalid_tool_call", "id": "call_1", "name": "weather", "args": TRUNCATED}
 
     def chat() -> None:
         assert llm.invoke(QUESTION).content
@@ -167,15 +167,15 @@ def pydantic_ai_checks(url: str, model: str) -> Checks:
     def replay() -> None:
         history = [
             ModelRequest([UserPromptPart(QUESTION)]),
-            ModelResponse([ToolCallPart("weather", CUT, "call_1")]),
+            ModelResponse([ToolCallPart("weather", TRUNCATED, "call_1")]),
             ModelRequest([ToolReturnPart("weather", WRONG, "call_1", outcome="retried")]),
         ]
         asked = agent(tools=[Tool(weather)]).run_sync("Well?", message_history=history)
         assert asked.usage.output_tokens
 
     def structured() -> None:
-        for form in (NativeOutput, ToolOutput):
-            assert 0 <= agent(output_type=form(Sum)).run_sync(QUESTION).output.total <= 999
+        for kind in (NativeOutput, ToolOutput):
+            assert 0 <= agent(output_type=kind(Sum)).run_sync(QUESTION).output.total <= 999
 
     def overflow() -> None:
         with must_raise(ModelContextWindowExceededError):
@@ -192,7 +192,7 @@ CLIENTS: dict[str, Callable[[str, str], Checks]] = {
 
 
 def try_client(make: Callable[[str, str], Checks], url: str, model: str) -> dict[str, str]:
-    """What came of each check: "ok", or the error."""
+    """Return the result of each check: "ok", or the error."""
     results = {}
     for name, check in make(url, model).items():
         try:

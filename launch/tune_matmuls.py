@@ -1,11 +1,11 @@
-"""Finds the fastest algorithm of cuBLASLt for a model's matrix products, by measuring.
+"""Finds, by measuring, the fastest cuBLASLt algorithm for each of a model's matmuls.
 
-For each weight and each batch size that has a CUDA graph: what cuBLAS would try, then tile sizes,
-then clusters, splits and options around the best of them. Each runs over as many copies of the
-weight as exceed the L2, as in a model, where every layer has its own; the best few are measured
-again from CUDA graphs. A product is bound by the weight's bytes up to some 200 rows, by arithmetic
-beyond. What beats torch's own product by 2 % enters the table of this kind of GPU, in
-tpllm/layers/linear/matmul_algorithms/.
+For each weight and each batch size that has a CUDA graph, it tries the algorithms that cuBLAS
+suggests, then tile sizes, and then clusters, splits and options of the best of them. Each runs over
+enough copies of the weight to exceed the L2, as in a model, where every layer has its own weight.
+The best few are measured again from CUDA graphs. The weight's bytes bound a matmul up to about 200
+rows, arithmetic beyond. An algorithm that beats torch's matmul by 2 % enters the table of this kind
+of GPU, in tpllm/layers/linear/matmul_algorithms/.
 
     python launch/tune_matmuls.py --model launch/configs/Qwen3-8B --tp 2
 """
@@ -27,17 +27,17 @@ from tpllm.layers.linear.matmul import load_table, save_table
 from tpllm.worker.cuda_graphs import decode_sizes
 
 COLD_BYTES = 300 << 20  # several times the L2
-COMPUTE_REDUCTION = 2  # of split products: float32 sums, in a fixed order
+COMPUTE_REDUCTION = 2  # of split-K matmuls: float32 sums in a fixed order
 CLUSTERS = range(2, 12)
 SPLITS = (1, 2, 3, 4)
 CUSTOMS = range(8)
 MIN_GAIN = 0.02
-# The GPU sleeps so long, some 150 us, while products are launched that shall follow one another.
+# The GPU sleeps this long (150 us) while the host launches matmuls, so that they run back to back.
 SLEEP_CYCLES = 300_000
 
 
 class Bench:
-    """Times products of one shape."""
+    """Times matmuls of one shape."""
 
     def __init__(self, M: int, N: int, K: int, dtype: torch.dtype = torch.bfloat16) -> None:
         device = torch.device("cuda")
@@ -56,28 +56,28 @@ class Bench:
     def torch_us(self) -> float:
         return self._graph_us(lambda weight: torch.mm(self.x, weight.t(), out=self.out))
 
-    def us(self, product: CublasLtMatmul) -> float:
-        return self._graph_us(lambda weight: product(self.x, weight, self.out))
+    def us(self, matmul: CublasLtMatmul) -> float:
+        return self._graph_us(lambda weight: matmul(self.x, weight, self.out))
 
-    def rough_us(self, product: CublasLtMatmul) -> float:
-        """Microseconds of a product among a few; good enough to choose whom to measure."""
+    def rough_us(self, matmul: CublasLtMatmul) -> float:
+        """Return microseconds of a matmul, accurate enough to choose which to measure again."""
         launches = max(2, min(8, len(self.weights)))
-        product(self.x, self._weight(), self.out)
+        matmul(self.x, self._weight(), self.out)
         torch.cuda._sleep(SLEEP_CYCLES)
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         begin.record()
         for _ in range(launches):
-            product(self.x, self._weight(), self.out)
+            matmul(self.x, self._weight(), self.out)
         end.record()
         end.synchronize()
         return float(begin.elapsed_time(end)) * 1e3 / launches
 
-    def is_right(self, product: CublasLtMatmul) -> bool:
-        """Whether its error is no larger than that of torch's product."""
+    def is_right(self, matmul: CublasLtMatmul) -> bool:
+        """Whether its error is no larger than the error of torch's matmul."""
         exact = self.x.float() @ self.weights[0].float().t()
         plain_error = (self.x @ self.weights[0].t() - exact).norm()
         self.out.fill_(float("nan"))
-        product(self.x, self.weights[0], self.out)
+        matmul(self.x, self.weights[0], self.out)
         return bool((self.out - exact).norm() <= 1.1 * plain_error)
 
     def _weight(self) -> Tensor:
@@ -91,16 +91,16 @@ class Bench:
 
 
 def fastest(bench: Bench, seeds: Iterable[Algorithm]) -> tuple[Algorithm, float, float] | None:
-    """The algorithm that beats torch clearly, its microseconds and torch's; None if none does."""
+    """Return the algorithm that clearly beats torch, its microseconds and torch's, or None."""
     tried: dict[Algorithm, float] = {}
-    products: dict[Algorithm, CublasLtMatmul] = {}
+    matmuls: dict[Algorithm, CublasLtMatmul] = {}
 
     def try_all(algorithms: Iterable[Algorithm]) -> None:
         for algorithm in algorithms:
             if algorithm.split_k > 1:
                 algorithm = algorithm._replace(reduction=COMPUTE_REDUCTION)
             if algorithm not in tried and (made := bench.problem.matmul(algorithm)):
-                products[algorithm] = made
+                matmuls[algorithm] = made
                 tried[algorithm] = bench.rough_us(made)
 
     def best(number: int) -> list[Algorithm]:
@@ -115,10 +115,10 @@ def fastest(bench: Bench, seeds: Iterable[Algorithm]) -> tuple[Algorithm, float,
         try_all(algorithm._replace(cluster_shape=cluster) for cluster in CLUSTERS)
         try_all(algorithm._replace(split_k=split, reduction=0) for split in SPLITS)
         try_all(algorithm._replace(custom=custom) for custom in CUSTOMS)
-    timed = {algorithm: bench.us(products[algorithm]) for algorithm in best(6)}
+    timed = {algorithm: bench.us(matmuls[algorithm]) for algorithm in best(6)}
     winner = min(timed, key=lambda algorithm: timed[algorithm])
     torch_us = bench.torch_us()
-    if timed[winner] > (1 - MIN_GAIN) * torch_us or not bench.is_right(products[winner]):
+    if timed[winner] > (1 - MIN_GAIN) * torch_us or not bench.is_right(matmuls[winner]):
         return None
     return winner, timed[winner], torch_us
 

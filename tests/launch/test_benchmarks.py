@@ -26,7 +26,7 @@ REPO = Path(__file__).parents[2]
 
 
 def run(script: str, *arguments: str) -> dict[str, Any]:
-    """Run a script of launch/, and return what its last line says."""
+    """Run a script of launch/ and return the JSON of its last line."""
     figures: dict[str, Any] = json.loads(run_text(script, *arguments).splitlines()[-1])
     return figures
 
@@ -48,7 +48,7 @@ def run_here(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> Callable[..., dict[str, Any]]:
     def run_script(script: str, *arguments: str) -> dict[str, Any]:
-        """As `run`, in this process."""
+        """Run a script like `run`, but in this process."""
         path = str(REPO / "launch" / script)
         monkeypatch.setattr(sys, "argv", [path, *arguments])
         monkeypatch.syspath_prepend(REPO / "launch")  # where such a script looks for modules
@@ -119,7 +119,7 @@ def test_a_step_of_one_token_can_take_no_less_than_its_bytes(model, tp, expected
     assert limit.decode_step_s(1, 128) * 1e3 == pytest.approx(expected_ms, rel=0.02)
 
 
-def test_a_decode_step_grows_by_the_bytes_of_keys_and_values_and_then_by_products() -> None:
+def test_a_decode_step_grows_by_the_bytes_of_keys_and_values_and_then_by_matmuls() -> None:
     limit = Limit(ModelConfig.from_folder(REPO / "launch/configs/Qwen3-8B"), 1, 4.3, 790)
     token_bytes = 36 * 2 * 8 * 128 * 2
     grown = limit.decode_step_s(16, 16 * 32768) - limit.decode_step_s(16, 16 * 128)
@@ -147,8 +147,8 @@ def test_tuned_weights_are_all_of_a_layer(tp: int) -> None:
     layer = "model.layers.0."
     tensors = config.tensor_shapes().items()
     sizes = [math.prod(shape) for name, shape in tensors if name.startswith(layer)]
-    products = [size for size in sizes if size > 1e6]  # all but the norms
-    assert tp * sum(N * K for N, K in shapes.values()) == sum(products)
+    matmul_sizes = [size for size in sizes if size > 1e6]  # all but the norms
+    assert tp * sum(N * K for N, K in shapes.values()) == sum(matmul_sizes)
 
 
 def test_a_start_is_measured_with_random_weights_in_a_real_checkpoint(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The plots of how steps grow: which figures go into them; drawn where matplotlib is there."""
+"""The plots of how steps grow: which figures they show; drawn only if matplotlib is installed."""
 
 import json
 import sys
@@ -73,7 +73,7 @@ def test_json_lines_are_found_among_tables(tmp_path: Path) -> None:
     path.write_text(f"a table\n  1 2\n{json.dumps(SMALL)}\n{json.dumps(HOST)}\n")
     assert read_results([path]) == [SMALL, HOST]
     path.write_text("a table\n")
-    with pytest.raises(ValueError, match=r"run\.txt has no JSON line; give what"):
+    with pytest.raises(ValueError, match=r"run\.txt has no JSON line; give the output"):
         read_results([path])
 
 

@@ -1,4 +1,4 @@
-"""The scripts that try the engine's reliability run, and say what they found."""
+"""The scripts that test the engine's reliability run and report what they found."""
 
 import random
 from collections import Counter
@@ -8,13 +8,13 @@ from launch.chaos_plans import CAUSES, COORDINATOR, HANGS, all_plans, spread_pla
 from tests.launch.test_benchmarks import run
 
 
-def test_a_round_of_chaos_is_told_in_figures() -> None:
+def test_a_round_of_chaos_is_reported_in_figures() -> None:
     arguments = ["--fork", "--faults", "1", "--tensor-parallel-size", "1", "--seed", "3"]
     figures = run("chaos.py", *arguments)
     assert (figures["faults"], figures["detected"], figures["leaks"]) == (1, 1, 0)
 
 
-def test_a_soak_is_told_in_figures() -> None:
+def test_a_soak_is_reported_in_figures() -> None:
     figures = run("soak.py", "--requests", "200", "--tensor-parallel-size", "1")
     assert (figures["requests"], figures["wrong"]) == (200, [])
 
@@ -30,15 +30,15 @@ def test_every_rank_has_every_fault_in_every_place() -> None:
 
 def test_few_rounds_have_every_act_place_and_rank_about_as_often() -> None:
     plans = all_plans(2, "cuda")
-    drawn = list(islice(spread_plans(random.Random(0), plans), 40))
+    sampled = list(islice(spread_plans(random.Random(0), plans), 40))
     for trait in ("act", "where", "rank"):
-        counts = Counter(getattr(plan, trait) for plan in drawn)
+        counts = Counter(getattr(plan, trait) for plan in sampled)
         assert len(counts) == len({getattr(plan, trait) for plan in plans})
         assert max(counts.values()) - min(counts.values()) <= 2
-    assert {plan.act for plan in drawn} == {*CAUSES, COORDINATOR}
+    assert {plan.act for plan in sampled} == {*CAUSES, COORDINATOR}
 
 
-def test_no_fault_comes_twice_before_all_have_come() -> None:
+def test_no_fault_repeats_before_all_have_run() -> None:
     plans = all_plans(2, "cuda")
-    drawn = list(islice(spread_plans(random.Random(0), plans), len(plans)))
-    assert {(plan.name, plan.rank) for plan in drawn} == {(p.name, p.rank) for p in plans}
+    sampled = list(islice(spread_plans(random.Random(0), plans), len(plans)))
+    assert {(plan.name, plan.rank) for plan in sampled} == {(p.name, p.rank) for p in plans}
