@@ -1,4 +1,4 @@
-"""Lanes for CPU processes: the exchanges over Gloo, everything in the order it is launched in."""
+"""Copy streams for CPU processes: Gloo exchanges, with all work in the order of its launch."""
 
 from contextlib import nullcontext
 from dataclasses import replace
@@ -12,7 +12,7 @@ from tpllm.parallel.group import TPGroup
 
 
 class GlooCopyStream:
-    """Counts the rows that have gone through it, and keeps its sums where the next ones go."""
+    """Exchanges over Gloo, counts the rows that it reduced, and reuses one output buffer."""
 
     def __init__(self, tp: TPGroup, max_rows: int, width: int) -> None:
         self._tp = tp
@@ -36,7 +36,7 @@ class GlooCopyStream:
             partial_sum = x[share_of(len(x), peer, self._tp.size)]
             theirs[: len(partial_sum)] = partial_sum
         found = all_to_all(partial_sums, self._tp)
-        found[self._tp.rank] = torch.nan  # our own is not to be taken from here
+        found[self._tp.rank] = torch.nan  # a rank must not read its own entry
         return found
 
     def outputs(self, num_rows: int) -> Tensor:

@@ -1,6 +1,6 @@
-"""What the kernel tests share: where kernels run, poisoned memory, and the tolerance.
+"""Fixtures that kernel tests share: the device, poisoned memory, and the tolerance.
 
-With a GPU the kernels are compiled and the "cuda" cases run; without one they run on CPU tensors in
+With a GPU the kernels are compiled and the "cuda" cases run. Without one they run on CPU tensors in
 Triton's interpreter (see tests/conftest.py), which has no bfloat16.
 """
 
@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-# `poisoned_memory` needs deterministic mode, in which cuBLAS asks for this.
+# `poisoned_memory` needs deterministic mode, in which cuBLAS requires this.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 
@@ -25,7 +25,7 @@ def _device(name: str) -> torch.device:
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def device(request: pytest.FixtureRequest) -> torch.device:
-    """Where kernels run here: the CPU (interpreted) or a GPU."""
+    """The device that kernels run on: the CPU (interpreted) or a GPU."""
     return _device(request.param)
 
 
@@ -40,14 +40,14 @@ def device(request: pytest.FixtureRequest) -> torch.device:
     ids=lambda param: f"{param[0]}-{param[1]}".replace("torch.", ""),
 )
 def device_and_dtype(request: pytest.FixtureRequest) -> tuple[torch.device, torch.dtype]:
-    """Where kernels run here, with each dtype they can run in."""
+    """The device that kernels run on, with each dtype that they support there."""
     name, dtype = request.param
     return _device(name), dtype
 
 
 @pytest.fixture
 def poisoned_memory() -> Iterator[None]:
-    """Fill what torch.empty and its kin return with NaN (floats) or the largest integer."""
+    """Fill the results of torch.empty and similar calls with NaN or the largest integer."""
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(False)
@@ -55,10 +55,10 @@ def poisoned_memory() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def assert_as_accurate() -> Callable[[Tensor, Tensor, Tensor], None]:
-    """Hold a result's error against `exact` to twice that of `plain`, torch in the result's dtype.
+    """Assert that a result's error against `exact` is at most twice that of `plain`.
 
-    Where plain torch happens to be luckier than its dtype allows, one rounding step is granted; in
-    float32, where errors are sums of many tiny ones, a few.
+    `plain` is torch's result in the same dtype. Its error may happen to be very small, so one
+    rounding step is always allowed, and a few in float32, where errors are sums of many tiny ones.
     """
 
     def check(result: Tensor, plain: Tensor, exact: Tensor) -> None:

@@ -1,4 +1,4 @@
-"""PeerBuffers for CPU processes: sums over peer memory in Triton's interpreter."""
+"""Peer buffers for CPU processes: all-reduces over peer memory in Triton's interpreter."""
 
 import math
 import shutil
@@ -20,7 +20,7 @@ class SharedPeerBuffers(PeerBuffers):
 
 
 def with_shared_peer_buffers(tp: TPGroup, max_rows: int, one_shot_rows: int, E: int) -> TPGroup:
-    """The group with peer buffers in a file that all ranks have mapped, for rows of E float32."""
+    """Return the group with peer buffers for rows of E float32, in a file that all ranks map."""
     interpret_gpu_instructions()
     shape = (tp.size, NUM_BUFFERS, tp.size, max_rows, E)
     path = [tempfile.mkdtemp() if tp.rank == 0 else None]

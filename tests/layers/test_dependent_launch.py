@@ -1,4 +1,4 @@
-"""Which kernels are launched early."""
+"""The steps whose kernels are launched early."""
 
 import pytest
 import torch

@@ -15,7 +15,7 @@ SMALL, PRIME, EVEN = 5, 4099, 16  # at TP 4 a vocabulary of 5 leaves the last ra
 
 
 class OneTable:
-    """A `WeightSource` with one table, whatever the name."""
+    """A `WeightSource` with one table for every name."""
 
     def __init__(self, vocab_size: int) -> None:
         self.table = torch.randn(vocab_size, E, generator=torch.Generator().manual_seed(0))
@@ -32,7 +32,7 @@ def sharded_vocabulary_equals_whole_table(tp: TPGroup) -> None:
         embedding = VocabParallelEmbedding(vocab_size, E, tp=tp, dtype=torch.float32)
         lm_head = ParallelLMHead(vocab_size, E, tp=tp, dtype=torch.float32)
         for layer in [embedding, lm_head]:
-            layer.weight.fill_(torch.nan)  # so that a row left unloaded shows
+            layer.weight.fill_(torch.nan)  # so that a row that is not loaded shows
             layer.load(weights, "table")
 
         ids = torch.arange(vocab_size, dtype=torch.int32).flip(0)

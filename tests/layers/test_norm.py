@@ -13,7 +13,7 @@ EPS = 1e-6
 
 
 def plain_rms_norm(x: Tensor, weight: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
-    """RMSNorm and the stream with every operation in x's own dtype."""
+    """Return RMSNorm and the residual stream, with every operation in x's own dtype."""
     stream = x if residual is None else x + residual
     return stream * torch.rsqrt(stream.square().mean(-1, keepdim=True) + EPS) * weight, stream
 
@@ -52,7 +52,7 @@ def test_rms_norm_is_as_accurate_as_plain_torch(
 
 
 def test_rms_norm_rounds_as_transformers_does(device_and_dtype: Where) -> None:
-    """Fp32 inside, rounded before the weight: in low precision most elements agree in every bit."""
+    """It rounds to x's dtype before the weight, so most elements agree in every bit."""
     x, residual, weight = random_inputs(5, 640, device_and_dtype)
     expected = rms_norm_reference(x, weight, EPS, residual.clone())
     normed = rms_norm_triton(x, weight, EPS, residual)
@@ -78,7 +78,7 @@ def test_no_rows_give_no_rows(device: torch.device) -> None:
 
 
 class OneTensor:
-    """A WeightSource of a single name."""
+    """A `WeightSource` with a single name."""
 
     def __init__(self, name: str, tensor: Tensor) -> None:
         self.name, self.tensor = name, tensor

@@ -39,7 +39,7 @@ class Case:
         apply(*vars(self).values())
 
     def heads(self) -> tuple[Tensor, Tensor, Tensor]:
-        """The queries, keys and values in qkv: views [N, heads, D]."""
+        """Return the queries, keys and values in qkv: views [N, heads, D]."""
         heads = self.qkv.view(self.qkv.shape[0], -1, self.cos_sin.shape[1])
         sizes = [self.num_heads, self.num_kv_heads, self.num_kv_heads]
         q, k, v = heads.split(sizes, dim=1)
@@ -71,7 +71,7 @@ def random_case(
 
 
 def plain_norm_and_rope(x: Tensor, weight: Tensor, positions: Tensor, cos_sin: Tensor) -> Tensor:
-    """Norm and rotation of x [N, heads, D] with every operation in x's own dtype."""
+    """Norm and rotate x [N, heads, D] with every operation in x's own dtype."""
     normed = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + EPS) * weight
     cos, sin = cos_sin.to(x.dtype)[positions].unsqueeze(1).chunk(2, dim=-1)
     low, high = normed.chunk(2, dim=-1)
@@ -143,7 +143,7 @@ def test_rotation_multiplies_pairs_by_a_complex_phase(
     torch.testing.assert_close(q, expected, atol=1e-5, rtol=1e-5)
 
 
-def test_table_is_cosines_then_sines_and_position_0_does_not_turn() -> None:
+def test_table_is_cosines_then_sines_and_position_0_does_not_rotate() -> None:
     table = rotary_cos_sin(8, 3, 100.0, torch.device("cpu"))
     assert table.dtype == torch.float32
     torch.testing.assert_close(table[0], torch.tensor([1.0] * 4 + [0.0] * 4))

@@ -1,4 +1,4 @@
-"""Collectives over Gloo. Each rank contributes its own numbers, so a rank left out shows."""
+"""Collectives over Gloo. Each rank contributes its own numbers, so that a missing rank shows."""
 
 import pytest
 import torch
@@ -32,7 +32,7 @@ def collectives_join_all_ranks(tp: TPGroup) -> None:
         gathered = all_gather(mine.T, tp)  # not contiguous
         assert torch.equal(gathered, expected.mT.to(dtype))
 
-    # what rank a gives to rank b is 100 a + 10 b and up
+    # rank a sends 100 a + 10 b and up to rank b
     mine = 100 * tp.rank + 10 * ranks.view(-1, 1, 1) + torch.arange(6).view(3, 2)
     expected = 100 * ranks.view(-1, 1, 1) + 10 * tp.rank + torch.arange(6).view(3, 2)
     assert torch.equal(all_to_all(mine, tp), expected)
@@ -64,7 +64,7 @@ def test_run_ranks_raises_the_error_of_any_rank() -> None:
         run_ranks(fails_on_last_rank, 2)
 
 
-def what_one_rank_cannot_make_nobody_has(tp: TPGroup) -> None:
+def no_rank_has_what_one_rank_cannot_make(tp: TPGroup) -> None:
     def make() -> str:
         if tp.rank == tp.size - 1:
             raise RuntimeError("no memory left")
@@ -74,6 +74,6 @@ def what_one_rank_cannot_make_nobody_has(tp: TPGroup) -> None:
     assert _make_on_all_ranks(tp, lambda: "made", "tests go on") == "made"
 
 
-def test_what_one_rank_cannot_make_nobody_has() -> None:
-    """Before anybody waits for that rank in what comes next."""
-    run_ranks(what_one_rank_cannot_make_nobody_has, 3)
+def test_no_rank_has_what_one_rank_cannot_make() -> None:
+    """Otherwise the others would wait for that rank in the next collective."""
+    run_ranks(no_rank_has_what_one_rank_cannot_make, 3)

@@ -1,4 +1,4 @@
-"""Where the copy streams' copies and flags go, with a driver and peers that are memory of this process."""
+"""Copy streams' addresses of copies and flags, with a fake driver and peers in this process."""
 
 import ctypes
 from types import SimpleNamespace
@@ -14,7 +14,7 @@ CPU, MAX_ROWS, WIDTH = torch.device("cpu"), 10, 8
 
 
 class Driver:
-    """Does at once what a stream would do, and nothing for what it would wait."""
+    """Does at once what a stream would do, and does not wait."""
 
     def cuMemcpyDtoDAsync_v2(self, target: int, source: int, size: int, stream: int) -> int:
         ctypes.memmove(target, source, size)
@@ -32,7 +32,7 @@ class Driver:
 def ranks(
     monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
 ) -> list[list[CopyEngineStream]]:
-    """The copy streams of each rank, of as many as the test is parametrized with."""
+    """The copy streams of each rank; the test's parameter is the number of ranks."""
 
     def empty(*shape: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
         return torch.full(shape, 7, dtype=dtype)
@@ -58,19 +58,19 @@ def ranks(
 
 
 @pytest.mark.parametrize("ranks", [2, 3, 4], indirect=True)
-def test_terms_and_sums_arrive_where_they_are_looked_for(
+def test_partial_sums_and_outputs_arrive_at_the_right_address(
     ranks: list[list[CopyEngineStream]],
 ) -> None:
     values = torch.Generator().manual_seed(0)
     for num_rows in (MAX_ROWS, 7, 2, 1):
         for index in range(copy_streams.NUM_COPY_STREAMS):
-            everybodys = [each[index] for each in ranks]
+            all_ranks = [each[index] for each in ranks]
             xs = [torch.randn(num_rows, WIDTH, generator=values) for _ in ranks]
             partial_sums = [
                 copy_stream.exchange_partial_sums(x)
-                for copy_stream, x in zip(everybodys, xs, strict=True)
+                for copy_stream, x in zip(all_ranks, xs, strict=True)
             ]
-            for rank, copy_stream in enumerate(everybodys):
+            for rank, copy_stream in enumerate(all_ranks):
                 ours = copy_stream.share(num_rows)
                 theirs = [
                     xs[peer][ours]
@@ -79,9 +79,9 @@ def test_terms_and_sums_arrive_where_they_are_looked_for(
                     for peer in range(len(ranks))
                 ]
                 copy_stream.outputs(num_rows)[ours] = sum(theirs)
-            for copy_stream in everybodys:
+            for copy_stream in all_ranks:
                 copy_stream.exchange_outputs(num_rows)
-            for copy_stream in everybodys:
+            for copy_stream in all_ranks:
                 torch.testing.assert_close(copy_stream.outputs(num_rows), sum(xs))
 
 
@@ -101,7 +101,7 @@ def test_every_peer_has_a_flag_for_each_exchange(ranks: list[list[CopyEngineStre
     assert flags(2)[1] == [[1, 0, 0], [0, 0, 0]]
 
 
-def test_a_refusing_driver_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_error_of_the_driver_is_raised(monkeypatch: pytest.MonkeyPatch) -> None:
     refusing = SimpleNamespace(cuStreamBatchMemOp_v2=lambda *_: 801)
     monkeypatch.setattr(copy_streams, "_driver", lambda: refusing)
     with pytest.raises(RuntimeError, match="801"):

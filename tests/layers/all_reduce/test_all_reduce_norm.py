@@ -1,4 +1,4 @@
-"""The fused sum, residual addition and norm: its arithmetic here, the exchange on several GPUs."""
+"""The fused all-reduce, residual addition and norm: arithmetic here, exchanges on several GPUs."""
 
 import pytest
 import torch
@@ -67,7 +67,7 @@ def _send_and_receive(x_ptr, buffer_ptr, out_ptr, E: tl.constexpr):
     tl.store(out_ptr + cols, receive(buffer_ptr + cols, mask), mask=mask)
 
 
-def test_a_row_comes_through_a_mailbox_and_leaves_it_empty(device_and_dtype) -> None:
+def test_a_row_passes_through_a_peer_buffer_and_leaves_it_empty(device_and_dtype) -> None:
     device, dtype = device_and_dtype
     values = [1.0, -1.0, 0.0, -0.0, torch.inf, -torch.inf, torch.nan, -6e-8, 65504.0, 0.1]
     x = torch.tensor(values, device=device).to(dtype)
@@ -78,8 +78,8 @@ def test_a_row_comes_through_a_mailbox_and_leaves_it_empty(device_and_dtype) -> 
     assert peer_buffer.signbit().all() and not peer_buffer.any()
 
 
-def sums_are_those_of_gloo(tp: TPGroup, one_shot_rows: int) -> None:
-    """Sums of few and of many rows by turns, in each way, by which peer buffers change places."""
+def all_reduces_equal_gloos(tp: TPGroup, one_shot_rows: int) -> None:
+    """All-reduces of few and many rows alternate, one-shot and two-shot, and use both buffers."""
     torch.set_num_threads(1)
     E, eps = 40, 1e-6
     tp = with_shared_peer_buffers(tp, 8, one_shot_rows, E)
@@ -101,12 +101,12 @@ def sums_are_those_of_gloo(tp: TPGroup, one_shot_rows: int) -> None:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="its kernels would run on CPU memory")
 @pytest.mark.parametrize("world_size, one_shot_rows", [(2, 4), (2, 2), (3, 1), (4, 1)])
-def test_sums_through_mailboxes_are_those_of_gloo(world_size: int, one_shot_rows: int) -> None:
-    run_ranks(sums_are_those_of_gloo, world_size, one_shot_rows)
+def test_all_reduces_through_peer_buffers_equal_gloos(world_size: int, one_shot_rows: int) -> None:
+    run_ranks(all_reduces_equal_gloos, world_size, one_shot_rows)
 
 
-def sums_survive_many_calls(tp: TPGroup, E: int, num_calls: int) -> None:
-    """Random sizes, checked against NCCL; ranks arrive at different times."""
+def all_reduces_survive_many_calls(tp: TPGroup, E: int, num_calls: int) -> None:
+    """Random sizes are checked against NCCL; ranks arrive at different times."""
     tp = with_peer_memory(tp, E, torch.bfloat16)
     assert tp.peers is not None
     assert peer_memory_works(tp)
@@ -123,18 +123,18 @@ def sums_survive_many_calls(tp: TPGroup, E: int, num_calls: int) -> None:
         )
         total = all_reduce(partial_sum.float(), tp)
         if (call + tp.rank) % 5 == 0:
-            torch.cuda._sleep(200_000)  # this rank is late for its sum
+            torch.cuda._sleep(200_000)  # this rank is late
         normed, residual = norm(partial_sum)
         kept = kept_rows(N, tp)
-        # in fp32 the order of two or more partial_sums can still move one rounding to bfloat16
+        # the order of fp32 additions can change one rounding to bfloat16
         wrong += ((residual.float() - total).abs() > 0.01 * total.abs() + 1e-3)[kept].sum()
         plain = rms_norm_reference(total, norm.weight.float(), 1e-6)
         wrong += ((normed.float() - plain).abs() > 0.02 * plain.abs() + 1e-2).sum()
     assert int(wrong) == 0
 
 
-def a_graph_of_sums_replays(tp: TPGroup) -> None:
-    """An odd number of sums: each replay finds the peer buffers' places the other way round."""
+def a_graph_of_all_reduces_replays(tp: TPGroup) -> None:
+    """An odd number of all-reduces: each replay starts with the other buffer."""
     E, N = 1024, 7
     tp = with_peer_memory(tp, E, torch.bfloat16)
     assert tp.peers is not None
@@ -143,15 +143,15 @@ def a_graph_of_sums_replays(tp: TPGroup) -> None:
     weight = torch.ones(E, device=tp.device, dtype=torch.bfloat16)
     residual = torch.empty(N, E, device=tp.device, dtype=torch.bfloat16)
 
-    def three_sums() -> torch.Tensor:
+    def three_all_reduces() -> torch.Tensor:
         for i, partial_sum in enumerate(partial_sums):
             out = all_reduce_norm(partial_sum, residual, weight, 1e-6, tp, has_residual=i > 0)
         return out
 
-    expected = three_sums().clone()
+    expected = three_all_reduces().clone()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-        out = three_sums()
+        out = three_all_reduces()
     for _ in range(200):
         out.fill_(torch.nan)
         graph.replay()
@@ -160,10 +160,10 @@ def a_graph_of_sums_replays(tp: TPGroup) -> None:
 
 @pytest.mark.multi_gpu
 @pytest.mark.parametrize("E", [1024, 5120])
-def test_sums_survive_many_calls(E: int) -> None:
-    run_ranks(sums_survive_many_calls, torch.cuda.device_count(), E, 3000, device="cuda")
+def test_all_reduces_survive_many_calls(E: int) -> None:
+    run_ranks(all_reduces_survive_many_calls, torch.cuda.device_count(), E, 3000, device="cuda")
 
 
 @pytest.mark.multi_gpu
-def test_a_graph_of_sums_replays() -> None:
-    run_ranks(a_graph_of_sums_replays, torch.cuda.device_count(), device="cuda")
+def test_a_graph_of_all_reduces_replays() -> None:
+    run_ranks(a_graph_of_all_reduces_replays, torch.cuda.device_count(), device="cuda")

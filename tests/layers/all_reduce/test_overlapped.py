@@ -1,4 +1,4 @@
-"""Sums in copy_streams: the kernel's arithmetic here, over Gloo; the exchange on several GPUs."""
+"""All-reduces in copy streams: the arithmetic here, over Gloo; the exchanges on several GPUs."""
 
 from dataclasses import dataclass, field
 
@@ -18,8 +18,8 @@ from tpllm.parallel.copy_streams import CopyStream
 from tpllm.parallel.group import TPGroup
 
 
-def sums_are_those_of_gloo(tp: TPGroup) -> None:
-    """Also of fewer rows than there are ranks, and of shares that differ."""
+def all_reduces_equal_gloos(tp: TPGroup) -> None:
+    """This includes fewer rows than ranks, and shares of different sizes."""
     torch.set_num_threads(1)
     E, eps = 40, 1e-6
     tp = with_gloo_copy_streams(tp, 19, E)
@@ -40,27 +40,27 @@ def sums_are_those_of_gloo(tp: TPGroup) -> None:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="its kernels would run on CPU memory")
 @pytest.mark.parametrize("world_size", [2, 3, 4])
-def test_sums_in_lanes_are_those_of_gloo(world_size: int) -> None:
-    run_ranks(sums_are_those_of_gloo, world_size)
+def test_all_reduces_in_copy_streams_equal_gloos(world_size: int) -> None:
+    run_ranks(all_reduces_equal_gloos, world_size)
 
 
 @dataclass
 class Work:
-    """A chain of sums in a copy stream."""
+    """A chain of all-reduces in a copy stream."""
 
     copy_stream: CopyStream
     partial_sums: Tensor  # [chain, N, E]
-    partial_sum: Tensor | None = None  # the next one to be summed
+    partial_sum: Tensor | None = None  # the next one to be reduced
     stream: Tensor | None = None  # the residual stream
     residuals: list[Tensor] = field(default_factory=list)
     found: list[Tensor] = field(default_factory=list)
 
 
-def sums_survive_many_calls(tp: TPGroup, E: int, num_calls: int) -> None:
-    """Chains of sums of random sizes in both copy streams, beside products, with ranks that are late.
+def all_reduces_survive_many_calls(tp: TPGroup, E: int, num_calls: int) -> None:
+    """Chains of random sizes run in both copy streams, beside matmuls, with ranks that are late.
 
-    A chain's sums are checked against NCCL's when it is over: inside of it nothing but the copy streams'
-    own exchanges keeps the ranks together.
+    A chain is checked against NCCL when it is over. Inside of it, only the copy streams' own
+    exchanges keep the ranks together.
     """
     max_rows, chain = 999, 5
     tp = with_peer_memory(tp, E, torch.bfloat16)
@@ -81,7 +81,7 @@ def sums_survive_many_calls(tp: TPGroup, E: int, num_calls: int) -> None:
             works.append(Work(copy_stream, partial_sums.normal_(generator=values)))
         for i in range(chain + 1):
             for work in works:
-                if i > 0:  # the sum of what was launched in the round before
+                if i > 0:  # all-reduce what was launched in the round before
                     assert work.partial_sum is not None
                     normed, work.stream = norm(work.partial_sum, work.stream, work.copy_stream)
                     work.found.append(normed.clone())
@@ -99,7 +99,7 @@ def sums_survive_many_calls(tp: TPGroup, E: int, num_calls: int) -> None:
             before = torch.zeros_like(residuals[0], dtype=torch.float32)
             for i in range(chain):
                 stream = all_reduce(partial_sums[i].float(), tp)[ours] + before
-                # in fp32 the order of two or more partial_sums can still move one rounding to bfloat16
+                # the order of fp32 additions can change one rounding to bfloat16
                 off = (residuals[i].float() - stream).abs() > 0.01 * stream.abs() + 1e-3
                 wrong += off.sum()
                 before = residuals[i].float()
@@ -115,5 +115,5 @@ def sums_survive_many_calls(tp: TPGroup, E: int, num_calls: int) -> None:
 @pytest.mark.multi_gpu
 @pytest.mark.parametrize("E", [1024, 5120])
 @pytest.mark.parametrize("world_size", [2, pytest.param(4, marks=FOUR_GPUS)])
-def test_sums_in_lanes_survive_many_calls(world_size: int, E: int) -> None:
-    run_ranks(sums_survive_many_calls, world_size, E, 2000, device="cuda")
+def test_all_reduces_in_copy_streams_survive_many_calls(world_size: int, E: int) -> None:
+    run_ranks(all_reduces_survive_many_calls, world_size, E, 2000, device="cuda")

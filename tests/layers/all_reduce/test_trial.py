@@ -1,4 +1,4 @@
-"""The trials at start, where the peer buffers and copy streams are those of CPU processes."""
+"""The start-up trials, with peer buffers and copy streams of CPU processes."""
 
 from dataclasses import replace
 
@@ -14,14 +14,14 @@ from tpllm.parallel.group import TPGroup
 
 
 class WrongCopyStream(GlooCopyStream):
-    """Gives one rank the others' partial_sums with another sign."""
+    """Gives one rank the others' partial sums with the wrong sign."""
 
     def exchange_partial_sums(self, x: Tensor) -> Tensor:
         partial_sums = super().exchange_partial_sums(x)
         return -partial_sums if self._tp.rank == 1 else partial_sums
 
 
-def trials_tell_right_sums_from_wrong_ones(tp: TPGroup) -> None:
+def trials_find_wrong_all_reduces(tp: TPGroup) -> None:
     torch.set_num_threads(1)
     assert not peer_memory_works(tp)  # there is none
     tp = with_shared_peer_buffers(tp, max_rows=4, one_shot_rows=2, E=40)
@@ -33,5 +33,5 @@ def trials_tell_right_sums_from_wrong_ones(tp: TPGroup) -> None:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="its kernels would run on CPU memory")
-def test_trials_tell_right_sums_from_wrong_ones() -> None:
-    run_ranks(trials_tell_right_sums_from_wrong_ones, 2)
+def test_trials_find_wrong_all_reduces() -> None:
+    run_ranks(trials_find_wrong_all_reduces, 2)

@@ -1,4 +1,4 @@
-"""Plans of decode attention for tests."""
+"""Split schedules of decode attention for tests."""
 
 import numpy as np
 import torch
@@ -18,14 +18,14 @@ from tpllm.layers.attention.split_schedule import (
 
 
 def schedule_of(context_lens: list[int], num_kv_heads: int) -> Tensor:
-    """On the CPU: [P, SPLIT_WORDS] int32."""
+    """Return a split schedule on the CPU: [P, SPLIT_WORDS] int32."""
     return torch.from_numpy(
         ContextSplit(num_kv_heads).schedule(np.array(context_lens, dtype=np.int32))
     )
 
 
 def assert_every_token_is_in_one_split(splits: np.ndarray, context_lens: list[int]) -> None:
-    """Of the splits of a plan that have tokens."""
+    """Check the used rows of a schedule."""
     assert not (splits[:, BEGIN] % SPLIT_GRANULARITY).any()
     for seq, context_len in enumerate(context_lens):
         ours = splits[splits[:, SEQ] == seq]
@@ -36,4 +36,4 @@ def assert_every_token_is_in_one_split(splits: np.ndarray, context_lens: list[in
         bounds = [0, *ours[:, END].tolist()]
         assert ours[:, BEGIN].tolist() == bounds[:-1]
         assert bounds[-1] == context_len
-        assert len(set(ours[:, SCRATCH].tolist())) <= 1  # it is where its first part is
+        assert len(set(ours[:, SCRATCH].tolist())) <= 1  # the entry of its first split

@@ -100,7 +100,7 @@ def check_step(
     """Run a step and compare each sequence with plain attention over its own tokens.
 
     `decode` holds the context lengths of decode rows, `prefill` pairs (new tokens, context length).
-    Blocks are scattered over the cache, and what no token wrote is NaN.
+    Blocks are scattered over the cache, and name_for_people no token wrote is NaN.
     """
     device, dtype, block_size = setting.device, setting.dtype, setting.block_size
     rng = torch.Generator().manual_seed(len(decode) * 100 + len(prefill) * 10 + num_heads)
@@ -192,7 +192,7 @@ def test_torch_backend_takes_any_head_dim(
 
 
 @pytest.mark.parametrize(
-    "name, what, capturable",
+    "name, name_for_people, capturable",
     [
         ("torch", "torch", (False, False)),
         ("triton", "split decode, torch prefill", (True, False)),
@@ -204,9 +204,9 @@ def test_torch_backend_takes_any_head_dim(
         ),
     ],
 )
-def test_a_backend_is_made_by_the_setting_s_name(name, what, capturable) -> None:
+def test_a_backend_is_made_by_the_setting(name, name_for_people, capturable) -> None:
     backend = make_backend(name)
-    assert backend.name == what
+    assert backend.name == name_for_people
     assert (backend.capturable, backend.prefill_capturable) == capturable
 
 

@@ -16,7 +16,7 @@ from tpllm.layers.rotary import QKNormRope, qk_norm_rope_store_reference, rotary
 def make_case(
     contexts: list[int], K: int, G: int, D: int, block_size: int, device, dtype
 ) -> tuple[Tensor, Tensor, Tensor, AttentionBatch]:
-    """Queries, and a cache whose pages are out of order; what nobody may read is NaN."""
+    """Return queries, and a cache whose pages are out of order and NaN where no token is."""
     generator = torch.Generator().manual_seed(0)
     S = len(contexts)
     width = -(-max(contexts) // block_size) + 2  # wider than any sequence needs
@@ -41,20 +41,20 @@ def make_case(
 def plain_and_exact(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, batch: AttentionBatch
 ) -> tuple[Tensor, Tensor]:
-    """Plain torch's answer in their dtype, and in float64."""
+    """Return plain torch's result in the same dtype, and in float64."""
     decode = TorchAttentionBackend().decode
     exact = decode(q.double(), k_cache.double(), v_cache.double(), batch, 0.3)
     return decode(q, k_cache, v_cache, batch, 0.3), exact
 
 
-@pytest.fixture(params=["whole contexts", "some in splits", "many splits", "small programs"])
+@pytest.fixture(params=["whole contexts", "some split", "many splits", "small programs"])
 def division(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """How contexts are divided; splits are as short as can be."""
+    """Several ways to divide contexts; splits are as short as possible."""
     monkeypatch.setattr(split_schedule, "_MIN_SPLIT_TOKENS", split_schedule.SPLIT_GRANULARITY)
     match request.param:
         case "whole contexts":
             monkeypatch.setattr(split_schedule, "_MAX_SPLITS", 1)
-        case "some in splits":
+        case "some split":
             monkeypatch.setattr(split_schedule, "_LARGE_PROGRAMS", 14)
         case "small programs":
             monkeypatch.setattr(ContextSplit, "has_large_programs", lambda split, num_seqs: False)
@@ -78,12 +78,12 @@ def test_matches_plain_torch(
     q, k_cache, v_cache, batch = make_case(contexts, K, G, D, block_size, device, dtype)
     plain, exact = plain_and_exact(q, k_cache, v_cache, batch)
     decode = PagedDecode()
-    for _ in range(2):  # the second time on used scratch memory
+    for _ in range(2):  # the second call finds used scratch memory
         ours = decode(q, k_cache, v_cache, batch.block_tables, batch.split_schedule, 0.3)
         assert_as_accurate(ours, plain, exact)
 
 
-def test_a_context_in_one_part_needs_no_scratch(device) -> None:
+def test_a_context_in_one_split_needs_no_scratch(device) -> None:
     q, k_cache, v_cache, batch = make_case([64, 640], 1, 2, 16, 16, device, torch.float32)
     decode = PagedDecode()
     decode(q, k_cache, v_cache, batch.block_tables, batch.split_schedule, 1.0)
@@ -100,10 +100,10 @@ def test_a_context_in_one_part_needs_no_scratch(device) -> None:
     "contexts, K, G, D, block_size",
     [([1], 1, 1, 16, 4), ([130, 1, 64, 65, 200], 2, 3, 32, 16), ([300, 7], 1, 8, 48, 256)],
 )
-def test_norms_rotates_and_stores_on_the_way(
+def test_norms_rotates_and_stores_in_the_same_kernel(
     contexts, K, G, D, block_size, device_and_dtype, assert_as_accurate
 ) -> None:
-    """The same as the store's kernel first and attention after it."""
+    """The result equals the store's kernel followed by attention."""
     device, dtype = device_and_dtype
     _, k_cache, v_cache, batch = make_case(contexts, K, G, D, block_size, device, dtype)
     generator = torch.Generator().manual_seed(1)
@@ -135,10 +135,10 @@ def test_norms_rotates_and_stores_on_the_way(
     assert torch.equal(v_cache.view(-1, K, D)[slots], plain_values.view(-1, K, D)[slots])
 
 
-def test_a_plan_that_goes_on_reads_the_new_tokens(
+def test_an_extended_schedule_reads_the_new_tokens(
     device_and_dtype, assert_as_accurate, monkeypatch
 ) -> None:
-    """Also where the last part of a context has grown by another page."""
+    """The last split of a context may also have grown by a page."""
     device, dtype = device_and_dtype
     monkeypatch.setattr(split_schedule, "_MIN_SPLIT_TOKENS", split_schedule.SPLIT_GRANULARITY)
     contexts = [130, 65, 200]

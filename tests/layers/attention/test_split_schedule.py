@@ -1,4 +1,4 @@
-"""Contexts in splits: all of them, no more splits than there is room for, and nobody waits long."""
+"""KV splits: they cover all contexts, fit the schedule, and none is much longer than others."""
 
 import numpy as np
 import pytest
@@ -24,7 +24,7 @@ KV_HEADS = st.sampled_from([1, 2, 3, 4, 8, 16, 64, 300])
 
 
 def used_splits(context_lens: list[int], num_kv_heads: int) -> np.ndarray:
-    """The splits of a schedule; what comes after them is nothing."""
+    """Return the used rows of a schedule; all rows after them are 0."""
     split = ContextSplit(num_kv_heads)
     return used_of(split, split.schedule(np.array(context_lens, dtype=np.int32)), len(context_lens))
 
@@ -40,7 +40,7 @@ def used_of(split: ContextSplit, schedule: np.ndarray, num_seqs: int) -> np.ndar
 
 
 @given(CONTEXTS, KV_HEADS)
-def test_every_token_is_in_one_part(context_lens: list[int], num_kv_heads: int) -> None:
+def test_every_token_is_in_one_split(context_lens: list[int], num_kv_heads: int) -> None:
     splits = used_splits(context_lens, num_kv_heads)
     lengths = splits[:, END] - splits[:, BEGIN]
     assert (np.diff(lengths) <= 0).all()  # the longest begins first
@@ -48,19 +48,19 @@ def test_every_token_is_in_one_part(context_lens: list[int], num_kv_heads: int) 
 
 
 @given(CONTEXTS, KV_HEADS)
-@example([40_000], 36)  # takes all places
-def test_parts_to_be_joined_have_places_of_their_own(
+@example([40_000], 36)  # uses all entries
+def test_splits_of_one_context_have_their_own_scratch_entries(
     context_lens: list[int], num_kv_heads: int
 ) -> None:
     splits = used_splits(context_lens, num_kv_heads)
-    joined = splits[splits[:, COUNT] > 1]
-    places = joined[:, SCRATCH] + joined[:, INDEX]
-    assert sorted(places.tolist()) == list(range(len(joined)))
-    assert len(joined) * num_kv_heads <= NUM_SCRATCH_ENTRIES
+    combined = splits[splits[:, COUNT] > 1]
+    entries = combined[:, SCRATCH] + combined[:, INDEX]
+    assert sorted(entries.tolist()) == list(range(len(combined)))
+    assert len(combined) * num_kv_heads <= NUM_SCRATCH_ENTRIES
 
 
 @given(st.integers(1, 2000), KV_HEADS)
-def test_a_plan_of_more_sequences_is_no_smaller(num_seqs: int, num_kv_heads: int) -> None:
+def test_a_schedule_of_more_sequences_is_no_smaller(num_seqs: int, num_kv_heads: int) -> None:
     split = ContextSplit(num_kv_heads)
     assert split.num_splits(0) == 0
     assert split.num_splits(num_seqs - 1) <= split.num_splits(num_seqs)
@@ -69,10 +69,10 @@ def test_a_plan_of_more_sequences_is_no_smaller(num_seqs: int, num_kv_heads: int
 @pytest.mark.parametrize(
     "context_lens, num_kv_heads, lengths",
     [
-        ([300], 8, [128, 128, 44]),  # a part costs a join: none is shorter
+        ([300], 8, [128, 128, 44]),  # no split is shorter, since combining costs time
         ([2048], 8, [128] * 16),
         ([32_768], 8, [1024] * 32),
-        # as many splits as run at a time, and whole contexts where there are enough
+        # as many splits as concurrent programs, and whole contexts if there are enough of them
         ([1000] * 16, 8, [384, 384, 232] * 16),
         ([1000] * 40, 8, [1000] * 40),
     ],
@@ -84,8 +84,8 @@ def test_few_contexts_fill_the_gpu(
     assert sorted((splits[:, END] - splits[:, BEGIN]).tolist()) == sorted(lengths)
 
 
-def test_a_long_context_among_many_does_not_keep_them_waiting() -> None:
-    """No part is longer than all tokens divided by the programs that run at a time."""
+def test_a_long_context_does_not_delay_the_others() -> None:
+    """No split is longer than all tokens divided by the concurrent programs."""
     context_lens = [32_768] + [860] * 184
     splits = used_splits(context_lens, 8)
     longest = int((splits[:, END] - splits[:, BEGIN]).max())
@@ -97,34 +97,34 @@ def test_a_long_context_among_many_does_not_keep_them_waiting() -> None:
     st.lists(st.integers(0, 2**40), max_size=20),
     KV_HEADS,
 )
-def test_plans_go_on_from_step_to_step(
+def test_schedules_are_extended_from_step_to_step(
     context_lens: list[int], steps: list[int], num_kv_heads: int
 ) -> None:
-    """Each sequence grows by a token, or by none, as padding does; or there are fewer of them."""
+    """Each sequence grows by one token, or by none, as padding does; sequences may end."""
     split = ContextSplit(num_kv_heads)
     schedules = SplitSchedules(split)
     lens = np.array(context_lens, dtype=np.int32)
     for step in steps:
         splits = used_of(split, schedules.next(lens), lens.size)
         assert_every_token_is_in_one_split(splits, lens.tolist())
-        joined = splits[splits[:, COUNT] > 1]
-        assert len(joined) * num_kv_heads <= NUM_SCRATCH_ENTRIES
+        combined = splits[splits[:, COUNT] > 1]
+        assert len(combined) * num_kv_heads <= NUM_SCRATCH_ENTRIES
         lens = lens + (step >> np.arange(lens.size) & 1).astype(np.int32)
         if step % 7 == 0 and lens.size > 1:
             lens = lens[:-1]
 
 
-def test_a_division_is_made_anew_after_a_while() -> None:
+def test_contexts_are_divided_again_after_a_while() -> None:
     schedules = SplitSchedules(ContextSplit(8))
     longest = []
     for length in range(128, 128 + 3 * SPLIT_GRANULARITY):
         schedule = schedules.next(np.array([length], dtype=np.int32))
         longest.append(int((schedule[:, END] - schedule[:, BEGIN]).max()))
-    assert max(longest) == 128 + SPLIT_GRANULARITY  # of one part, that of the beginning
+    assert max(longest) == 128 + SPLIT_GRANULARITY  # one split, as at the start
     assert longest[SPLIT_GRANULARITY : SPLIT_GRANULARITY + 2] == [128 + SPLIT_GRANULARITY, 128]
 
 
-def test_other_sequences_are_divided_anew() -> None:
+def test_other_sequences_are_divided_again() -> None:
     split = ContextSplit(8)
     schedules = SplitSchedules(split)
     for lens in ([500, 700], [501, 702], [500, 702], [501, 703, 4]):

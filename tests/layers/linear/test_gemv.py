@@ -18,7 +18,7 @@ def random(*shape: int, device, dtype, seed: int = 0) -> Tensor:
 
 
 def plain(x: Tensor, weight: Tensor, norm: Tensor | None, residual: Tensor | None, swiglu: bool):
-    """The separate steps, in x's dtype: what the result's error is held against."""
+    """Compute the separate steps in x's dtype, the reference for the result's error."""
     total = x if residual is None else x + residual
     if norm is not None:
         x = F.rms_norm(total, total.shape[-1:], norm, EPS)
@@ -45,7 +45,7 @@ def test_is_as_accurate_as_separate_steps(
     residual = random(1, K, device=device, dtype=dtype, seed=2) if with_residual else None
     norm = None if scales is None else (scales, EPS)
     y, total = apply(x, weight, fused=FusedOps(norm, residual, swiglu))
-    # what is normed is the sum as the stream stores it, rounded
+    # the norm's input is the sum as it is stored, rounded
     stored = x if residual is None else x + random(1, K, device=device, dtype=dtype, seed=2)
     exact_scales = None if scales is None else scales.double()
     exact = plain(stored.double(), weight.double(), exact_scales, None, swiglu)

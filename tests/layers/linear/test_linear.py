@@ -20,7 +20,7 @@ CPU = torch.device("cpu")
 
 
 class TensorWeights:
-    """A `WeightSource` of tensors in memory; notes how many elements were asked for."""
+    """A `WeightSource` of tensors in memory; it counts the elements that were read."""
 
     def __init__(self, **shapes: tuple[int, ...]) -> None:
         generator = torch.Generator().manual_seed(0)
@@ -46,7 +46,7 @@ def dense(weights: TensorWeights, name: str, x: Tensor) -> Tensor:
 
 
 def single(rank: int, size: int) -> TPGroup:
-    """A rank without its peers, for layers that do not communicate."""
+    """Return one rank of a group without its peers, for layers that do not communicate."""
     return TPGroup(rank=rank, size=size, device=CPU, process_group=None)
 
 

@@ -1,4 +1,4 @@
-"""Products by measured algorithms: the tables, and that they compute what torch computes."""
+"""Matmuls by measured algorithms: the tables, and that they compute what torch computes."""
 
 import json
 
@@ -24,7 +24,7 @@ ALGORITHM = Algorithm(66, 20, 2, 2, 0, 1, 35, 0, 5)
 
 @pytest.fixture
 def version_1(tmp_path, monkeypatch):
-    """A cuBLASLt of version 1, and tables in a folder of their own."""
+    """A cuBLASLt of version 1, and tables in a temporary folder."""
     monkeypatch.setattr(cublaslt, "version", lambda: 1)
     monkeypatch.setattr(matmul, "table_path", lambda gpu: tmp_path / f"{gpu}.json")
 
@@ -36,7 +36,7 @@ def test_a_table_comes_back_as_it_was_saved(version_1) -> None:
     assert load_table("elsewhere") == {}
 
 
-def test_a_table_of_another_cublaslt_is_left_alone(version_1, monkeypatch) -> None:
+def test_a_table_of_another_cublaslt_is_not_used(version_1, monkeypatch) -> None:
     save_table("here", {(16, 48, 32): ALGORITHM})
     monkeypatch.setattr(cublaslt, "version", lambda: 2)
     assert load_table("here") == {}
@@ -52,7 +52,7 @@ def test_shipped_tables_are_of_one_gpu_and_have_a_shape_once(path) -> None:
     assert shapes == sorted(set(shapes))
 
 
-def test_without_a_table_products_are_torchs(device) -> None:
+def test_without_a_table_torch_computes_matmuls(device) -> None:
     x, weight = torch.randn(3, 16, device=device), torch.randn(5, 16, device=device)
     out = torch.empty(3, 5, device=device)
     assert plain_matmul(x, weight, out) is out
@@ -60,7 +60,7 @@ def test_without_a_table_products_are_torchs(device) -> None:
     assert torch.equal(fast_matmul(torch.float32, device)(x, weight), x @ weight.t())
 
 
-def test_says_what_computes_products() -> None:
+def test_the_name_lists_what_computes_matmuls() -> None:
     assert plain_matmul.name == "torch"
     assert fast_matmul(torch.float32, torch.device("cpu")).name == "one row by our kernel, torch"
     measured = Matmul({(16, 48, 32): ALGORITHM}, has_gemv=False)
@@ -68,7 +68,7 @@ def test_says_what_computes_products() -> None:
 
 
 @pytest.mark.gpu
-def test_every_measured_product_is_as_accurate_as_torchs(assert_as_accurate) -> None:
+def test_every_measured_matmul_is_as_accurate_as_torchs(assert_as_accurate) -> None:
     device = torch.device("cuda")
     table = load_table(torch.cuda.get_device_name())
     if not table:
@@ -90,9 +90,9 @@ def test_every_measured_product_is_as_accurate_as_torchs(assert_as_accurate) -> 
 
 
 @pytest.mark.gpu
-def test_an_algorithm_that_does_not_serve_is_torchs_affair() -> None:
+def test_torch_computes_what_an_algorithm_cannot() -> None:
     shape = (16, 48, 64)
     x, weight = torch.randn(16, 64, device="cuda"), torch.randn(48, 64, device="cuda")
     x, weight = x.bfloat16(), weight.bfloat16()
-    absurd = Matmul({shape: ALGORITHM._replace(tile=9999)}, has_gemv=False)
-    assert torch.equal(absurd(x, weight), x @ weight.t())
+    impossible = Matmul({shape: ALGORITHM._replace(tile=9999)}, has_gemv=False)
+    assert torch.equal(impossible(x, weight), x @ weight.t())

@@ -1,4 +1,4 @@
-"""One row takes another way than many, to the same place."""
+"""One row takes another kernel than many rows, with the same result."""
 
 import pytest
 import torch
@@ -24,9 +24,9 @@ def one_row_is_that_row_of_many(tp: TPGroup) -> None:
                 norm, linear, x.clone(), clone(residual), swiglu=swiglu
             )
             for row in range(3):
-                part = None if residual is None else residual[row : row + 1].clone()
+                one_residual = None if residual is None else residual[row : row + 1].clone()
                 one, total = norm_linear(
-                    norm, linear, x[row : row + 1].clone(), part, swiglu=swiglu
+                    norm, linear, x[row : row + 1].clone(), one_residual, swiglu=swiglu
                 )
                 torch.testing.assert_close(one[0], several[row])
                 torch.testing.assert_close(total[0], stream_of_all[row])
