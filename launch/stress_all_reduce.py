@@ -392,7 +392,8 @@ def parse_arguments() -> argparse.Namespace:
     args = parser.parse_args()
     if args.calls < 1 or args.restarts < 0:
         parser.error(
-            f"--calls {args.calls} --restarts {args.restarts}: use 1 or more calls, 0 or more restarts"
+            f"--calls {args.calls} --restarts {args.restarts}: use --calls 1 or more and "
+            "--restarts 0 or more"
         )
     if args.device == "cuda" and args.tp < 2:
         parser.error(f"--tp {args.tp} has nothing to reduce; use 2 or more")

@@ -13,7 +13,7 @@ DROP = object()  # as a field's value: leave the field out
 
 
 def shipped_config(**changes: Any) -> dict[str, Any]:
-    """The shipped model's config.json with some fields changed."""
+    """Return the shipped model's config.json with some fields changed."""
     config = json.loads((resolve_model(None) / "config.json").read_text()) | changes
     return {field: value for field, value in config.items() if value is not DROP}
 

@@ -1,4 +1,4 @@
-"""Every test and every module must give back what it takes: see leaks.py."""
+"""Every test and every module must release what it takes: see leaks.py."""
 
 import os
 import signal
@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-# Of test processes side by side (pytest -n) each keeps to one core, as the engines it starts do:
-# the threads of two engines on the same cores wait for each other most of the time.
+# With pytest -n, each test process and its engines keep to one core: the threads of two engines on
+# the same cores would wait for each other most of the time.
 if worker := os.environ.get("PYTEST_XDIST_WORKER"):
     cores = sorted(os.sched_getaffinity(0))
     os.sched_setaffinity(0, {cores[int(worker.removeprefix("gw")) % len(cores)]})
@@ -21,7 +21,7 @@ import torch
 from tests.forked_engines import engines_are_forked
 from tests.leaks import assert_nothing_left, traces
 
-# Without a GPU, kernels run on CPU tensors in Triton's interpreter: to be chosen before its import.
+# Without a GPU, kernels run on CPU tensors in Triton's interpreter; it is chosen before the import.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
     from triton.runtime import interpreter
@@ -29,7 +29,7 @@ if not torch.cuda.is_available():
     _patch_lang_tensor = interpreter._patch_lang_tensor
 
     def _patch_with_index(tensor: Any, scope: Any) -> None:
-        """Scalars as bounds of range(): the interpreter's own way is none since numpy 2.4."""
+        """Allow scalars as bounds of range(); the interpreter's own code fails since numpy 2.4."""
         _patch_lang_tensor(tensor, scope)
         scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
 
@@ -40,13 +40,13 @@ if not torch.cuda.is_available():
     interpret_gpu_instructions()
 
 
-# The files that take longest come first, so that test processes side by side end together. The very
-# first forks hundreds of processes, which costs the less the less its own has imported.
+# The slowest files come first, so that parallel test processes end together. The very first forks
+# hundreds of processes, which is cheaper the less its process has imported.
 LONGEST_FIRST = [
     "faults/test_product.py",
     "engine/test_scheduler.py",
     "test_equality.py",
-    "sampling/test_cuts.py",
+    "sampling/test_thresholds.py",
     "server/test_end_to_end.py",
     "docs/test_code_blocks.py",
     "examples/test_examples.py",
@@ -65,12 +65,12 @@ LONGEST_FIRST = [
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.option.loadscopereorder = False  # xdist's own order begins with the most tests
+    config.option.loadscopereorder = False  # xdist would start with the files with the most tests
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    places = {Path(__file__).parent / name: i for i, name in enumerate(LONGEST_FIRST)}
-    items.sort(key=lambda item: places.get(item.path, len(places)))
+    order = {Path(__file__).parent / name: i for i, name in enumerate(LONGEST_FIRST)}
+    items.sort(key=lambda item: order.get(item.path, len(order)))
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -81,7 +81,7 @@ def own_temporary_directory(tmp_path_factory: pytest.TempPathFactory) -> Iterato
         patch.setenv("TMPDIR", directory)
         patch.setattr(tempfile, "tempdir", directory)
         patch.setenv("TPLLM_CRASH_DIR", str(tmp_path_factory.mktemp("crashes")))
-        # of multiprocessing; both live as long as this process
+        # multiprocessing's two servers live as long as this process
         set_forkserver_preload(["torch"])
         resource_tracker.ensure_running()
         forkserver.ensure_running()
@@ -91,14 +91,14 @@ def own_temporary_directory(tmp_path_factory: pytest.TempPathFactory) -> Iterato
 
 @pytest.fixture(scope="session")
 def forked_engines(own_temporary_directory: None) -> Iterator[None]:
-    """From the first module that uses it on, engines of this process start within half a second."""
+    """From the first use on, engines of this process start within half a second."""
     with engines_are_forked():
         yield
 
 
 @pytest.fixture(scope="module", autouse=True)
 def module_leaves_nothing(own_temporary_directory: None) -> Iterator[None]:
-    """What a module's fixtures start ends with the module: an engine lives no longer than that."""
+    """Check that everything a module's fixtures start ends with the module."""
     before = traces()
     yield
     assert_nothing_left(before)
@@ -106,9 +106,9 @@ def module_leaves_nothing(own_temporary_directory: None) -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def nothing_left(module_leaves_nothing: None) -> Iterator[Callable[[], None]]:
-    """Checks that a test leaves nothing behind; a test may call it earlier too.
+    """Check that a test leaves nothing behind; a test may also call the check earlier.
 
-    Fixtures of wider scope are made before it, so an engine that a module shares is no leak.
+    Fixtures of wider scope are set up before it, so an engine that a module shares is not a leak.
     """
     before = traces()
     yield lambda: assert_nothing_left(before)
@@ -117,7 +117,7 @@ def nothing_left(module_leaves_nothing: None) -> Iterator[Callable[[], None]]:
 
 @pytest.fixture
 def ctrl_c_raises() -> Iterator[None]:
-    """Here and in child processes, also where a shell has started the tests to ignore SIGINT."""
+    """Make SIGINT raise here and in child processes, even if the shell had it ignored."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     assert signal.signal(signal.SIGINT, before) is signal.default_int_handler

@@ -11,17 +11,17 @@ from typing import Any
 
 
 def press_ctrl_c() -> None:
-    """From any thread; the main one gets it."""
+    """Send SIGINT to this process, from any thread; the main thread receives it."""
     os.kill(os.getpid(), signal.SIGINT)
 
 
 def is_interrupted(call: Callable[[], object], line: int, modules: tuple[ModuleType, ...]) -> bool:
     """Press Ctrl-C before the nth line of the modules that `call` runs.
 
-    Returns whether it came to that: False where the call ended before.
+    Returns whether Ctrl-C was pressed: False if the call ended before that line.
 
     Raises:
-        AssertionError: Ctrl-C was pressed, and no KeyboardInterrupt came out.
+        AssertionError: Ctrl-C was pressed, and no KeyboardInterrupt was raised.
     """
     files = {inspect.getfile(module) for module in modules}
     num_lines = 0
@@ -37,7 +37,7 @@ def is_interrupted(call: Callable[[], object], line: int, modules: tuple[ModuleT
         return trace
 
     before = sys.gettrace()
-    # the finalizer of an earlier test's engine would count; Python drops what is raised in one
+    # lines of an earlier engine's finalizer would count, and Python drops exceptions in finalizers
     gc.disable()
     sys.settrace(trace)
     try:

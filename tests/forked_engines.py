@@ -1,9 +1,9 @@
-"""Engines whose workers are forked from the tests' process, where torch is imported once for all.
+"""Engines whose workers are forked from the tests' process, which has imported torch once.
 
-A start takes half a second that way instead of four to ten, and what runs is the same. Started, as
-ever, are the workers of programs that tests run, and those of `AsyncLLM`'s own process, which is no
-fork either: libraries that it shares with the tests have threads of their own, which a fork lacks.
-On a machine with GPUs nothing is forked: a GPU is lost to a process's forks.
+A start then takes half a second instead of four to ten, and the same code runs. Two kinds of worker
+are still started: those of programs that tests run, and those of `AsyncLLM`'s own process, since
+libraries in the tests' process have threads, which a fork would lack. On a machine with GPUs
+nothing is forked, since a forked process cannot use CUDA.
 """
 
 from collections.abc import Iterator
@@ -25,8 +25,8 @@ _started = processes._start
 def engines_are_forked() -> Iterator[None]:
     """Within the block, real workers are forks of this process.
 
-    All that these import is imported here first, some five seconds: once rather than in every fork,
-    and not by the thread that reads an engine's tokenizer while another one forks.
+    Everything that workers import is imported here first (five seconds): once instead of in every
+    fork, and not by the thread that reads an engine's tokenizer while another thread forks.
     """
     with pytest.MonkeyPatch.context() as patch:
         if not torch.cuda.is_available():
@@ -40,7 +40,7 @@ def engines_are_forked() -> Iterator[None]:
 
 @contextmanager
 def engines_are_started() -> Iterator[None]:
-    """Within the block they are started, as ever: for tests of the start itself."""
+    """Within the block, workers are started as usual: for tests of the start itself."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(processes, "_start", _started)
         yield

@@ -1,4 +1,4 @@
-"""What stands in Triton's interpreter for instructions of the GPU."""
+"""Replacements of GPU instructions in Triton's interpreter."""
 
 import triton
 import triton.language as tl
@@ -9,7 +9,7 @@ from tpllm.sampling import gumbel
 
 @triton.jit
 def no_fence() -> None:
-    """Between processes of a CPU a peer comes far too late to need one."""
+    """Replace the fence: between CPU processes, a peer comes much too late to need one."""
     tl.debug_barrier()
 
 
@@ -19,6 +19,6 @@ def exact_log(x: tl.tensor) -> tl.tensor:
 
 
 def interpret_gpu_instructions() -> None:
-    """In this process, from now on."""
+    """Use the replacements in this process from now on."""
     all_reduce_norm._fence = no_fence
     gumbel.fast_log = exact_log

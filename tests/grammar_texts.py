@@ -1,4 +1,4 @@
-"""Whether a text has a form, by the grammar that the shipped model's engine compiles for it."""
+"""Whether a text matches a structured output, by the grammar of the shipped model's engine."""
 
 from functools import cache
 
@@ -7,8 +7,8 @@ from tpllm.config.engine_config import EngineConfig
 from tpllm.engine.grammars import Grammars, read_tokenizer
 from tpllm.structured_outputs import StructuredOutputsParams
 
-# With a form, for the first request of engines that tests share: the process that tries forms
-# starts, which would else be left behind by some later test.
+# The first request of engines that tests share has a grammar, so that the process that tries
+# grammars starts now. Otherwise a later test would seem to leave it behind.
 FIRST = SamplingParams(max_tokens=1, structured_outputs=StructuredOutputsParams(regex="a"))
 
 
@@ -24,13 +24,13 @@ async def start_trials_of(engine: AsyncLLM) -> None:
 
 @cache
 def shipped_grammars() -> Grammars:
-    """These are compiled right here."""
+    """Return grammars that are compiled in this process."""
     config = EngineConfig.resolve(device="cpu")
     return Grammars(lambda: read_tokenizer(config))
 
 
 def fits(form: StructuredOutputsParams, text: str) -> bool:
-    """Whether the whole of an answer may be `text`, byte by byte."""
+    """Whether `text` may be the whole answer, byte by byte."""
     grammar = shipped_grammars().compile(form)
     matcher = grammar.start()
     tokenizer = grammar._tokenizer

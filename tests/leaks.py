@@ -1,10 +1,10 @@
 """What a test must not leave behind: processes, threads, descriptors, files.
 
-The session has a temporary directory of its own (see conftest.py), and every process it starts
-inherits it as TMPDIR, an engine's workers a directory inside it. So our processes can be told from
-those of others on the machine, whoever their parent is by now. Of one that was forked the kernel
-shows no such environment; it is told by its parent, or by the guard of its engine's directory, a
-program that ends when the last worker has.
+The session has a temporary directory of its own (see conftest.py). Every process that it starts
+inherits the directory as TMPDIR; an engine's workers get a directory inside it. This identifies our
+processes among those of others on the machine, even if their parent has changed. The kernel does
+not show this environment for a forked process. That one is identified by its parent, or by the
+guard of its engine's directory, a program that ends after the last worker.
 """
 
 import gc
@@ -18,11 +18,11 @@ from pathlib import Path
 
 import torch
 
-DEADLINE_S = 5.0  # what the engine promises, whatever ended it
+DEADLINE_S = 5.0  # the documented limit, however an engine ends
 
 
 def wait_until(is_so: Callable[[], bool], timeout_s: float = 60.0) -> bool:
-    """Look again and again until it is so; False after `timeout_s`."""
+    """Poll until `is_so` returns True; return False after `timeout_s`."""
     deadline = time.monotonic() + timeout_s
     while not is_so():
         if time.monotonic() > deadline:
@@ -32,19 +32,19 @@ def wait_until(is_so: Callable[[], bool], timeout_s: float = 60.0) -> bool:
 
 
 def is_running(pid: int) -> bool:
-    """Whether the process is there, and is not a zombie that its parent may not want to reap."""
+    """Whether the process exists and is not a zombie."""
     return process_state(pid) not in ("", "Z", "X")
 
 
 def process_state(pid: int) -> str:
-    """The letter that the kernel gives its state, such as R, S, T or Z; "" if it is not there."""
+    """Return the kernel's state character of a process, such as R, S, T or Z; "" if it is gone."""
     return _state_and_parent(pid)[0]
 
 
 def worker_pids() -> dict[int, Path]:
-    """The workers of this test session, whoever started them, with their engine's directory."""
+    """Return the workers of this test session, with their engine's directory."""
     found = {}
-    ours = Path(tempfile.gettempdir())  # another session's may run beside us
+    ours = Path(tempfile.gettempdir())  # other sessions may run on this machine
     for pid in _all_pids():
         directory = Path(_temporary_directory(pid))
         if directory.parent == ours and directory.name.startswith("tpllm-") and is_running(pid):
@@ -53,7 +53,7 @@ def worker_pids() -> dict[int, Path]:
 
 
 def traces() -> Counter[str]:
-    """Everything of ours that is on the machine now, in words, and how many of each."""
+    """Describe and count all processes, threads, descriptors and files of ours on the machine."""
     found = Counter(_processes())
     found.update(f"thread {t.name}" for t in threading.enumerate() if t.name.startswith("tpllm"))
     found.update(_descriptors())
@@ -67,7 +67,7 @@ def traces() -> Counter[str]:
 
 
 def assert_nothing_left(before: Counter[str]) -> None:
-    """Nothing is here that was not in `before`, or it is gone within five seconds."""
+    """Assert that everything that is not in `before` is gone within five seconds."""
     if wait_until(lambda: not traces() - before, 0.2):
         return
     gc.collect()  # an exception's traceback may hold an engine in a cycle
@@ -89,15 +89,15 @@ def _processes() -> list[str]:
 
 
 def _descriptors() -> list[str]:
-    """What this process has open, by kind: the numbers of pipes and sockets mean nothing."""
+    """List this process's open descriptors by kind; the numbers of pipes and sockets vary."""
     kinds: list[str] = []
-    if torch.cuda.is_available():  # the driver opens some whenever it likes, here too
+    if torch.cuda.is_available():  # the driver opens some at any time
         return kinds
     for fd in os.listdir("/proc/self/fd"):
         try:
             target = os.readlink(f"/proc/self/fd/{fd}")
         except OSError:
-            continue  # that of the listing itself
+            continue  # the descriptor of the listing itself
         if not target.startswith("/dev/nvidia"):  # the driver's, kept until the process ends
             kinds.append("descriptor of " + target.split(":[")[0])
     return kinds
@@ -110,7 +110,7 @@ def _all_pids() -> list[int]:
 def _read(pid: int, name: str) -> bytes:
     try:
         return Path(f"/proc/{pid}/{name}").read_bytes()
-    except OSError:  # it has just ended, or is not ours to look at
+    except OSError:  # it has just ended, or we may not read it
         return b""
 
 

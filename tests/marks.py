@@ -1,4 +1,4 @@
-"""Marks that several test files put on their tests."""
+"""Pytest marks that several test files use."""
 
 import pytest
 import torch

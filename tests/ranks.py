@@ -1,11 +1,11 @@
-"""Run a test function in every rank of a TP group: by default CPU processes that talk over Gloo.
+"""Runs a test function in every rank of a TP group: by default CPU processes that use Gloo.
 
-    def sums_over_ranks(tp: TPGroup, n: int) -> None: ...  # a module-level function, tp first
+    def partial_sums_add_up(tp: TPGroup, n: int) -> None: ...  # a module-level function, tp first
 
-    run_ranks(sums_over_ranks, 2, n)
+    run_ranks(partial_sums_add_up, 2, n)
 
-Each rank is forked from a server that has imported torch and done nothing else: a fresh interpreter
-would spend some seconds on that. A world of one runs in the test's own process.
+Each rank is forked from a server process that has imported torch and done nothing else, since a new
+interpreter would take seconds for that. A group of one runs in the test's own process.
 """
 
 import multiprocessing
@@ -24,7 +24,7 @@ import torch
 from tpllm.parallel.group import TPGroup
 
 DEADLINE_S = 120.0
-# After one rank has failed the others fail too, when its sockets close, or never.
+# After one rank has failed, the others fail when its sockets close, or never.
 GRACE_S = 5.0
 
 
@@ -32,7 +32,7 @@ def run_ranks(fn: Callable[..., None], world_size: int, *args: Any, device: str 
     """Call `fn(tp, *args)` in `world_size` processes and wait for them all.
 
     Raises:
-        AssertionError: a rank raised, died or missed the deadline; says which, with tracebacks.
+        AssertionError: a rank raised, died or missed the deadline; the message has its traceback.
     """
     if world_size == 1:
         fn(TPGroup.single(torch.device(device)), *args)
@@ -71,7 +71,7 @@ def _wait_for(ranks: list[BaseProcess]) -> None:
 
 
 def _failure_of(rank: int, process: BaseProcess, folder: Path) -> str | None:
-    """What went wrong in a rank, or None."""
+    """Return what went wrong in a rank, or None."""
     report = _report_path(folder, rank)
     if report.exists():
         return f"rank {rank} raised\n{report.read_text()}"
@@ -92,7 +92,7 @@ def _run_rank(
     fn: Callable[..., None],
     args: tuple[Any, ...],
 ) -> None:
-    """The life of a rank; its exception goes into a file, as a traceback may not pickle."""
+    """Run one rank; its exception goes into a file, since a traceback may not pickle."""
     try:
         warnings.simplefilter("error")
         torch.set_num_threads(1)  # ranks share the cores

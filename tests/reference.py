@@ -1,6 +1,6 @@
-"""What transformers says, and the rule by which our tokens equal its.
+"""The outputs of transformers, and the rule by which our tokens equal them.
 
-Two runs are equal when, in float32, their tokens agree up to the first choice whose margin is below
+Two runs are equal if, in float32, their tokens agree up to the first choice whose margin is below
 1e-3: matmul shapes and rank counts change the last bits, and a near-tie may then go either way.
 """
 
@@ -24,7 +24,7 @@ class Greedy:
     margins: list[float]
 
     def differs_from(self, token_ids: list[int]) -> str | None:
-        """What is wrong with `token_ids` by the rule above, or None."""
+        """Return how `token_ids` differ by the rule above, or None."""
         for i, (ours, theirs) in enumerate(zip(token_ids, self.output_ids, strict=False)):
             if ours != theirs:
                 if self.margins[i] < TIE:
@@ -36,7 +36,7 @@ class Greedy:
 
 
 def assert_equal(references: list[Greedy], outputs: list[Any]) -> None:
-    """Every `RequestOutput` continues its prompt as the reference does."""
+    """Assert that every `RequestOutput` continues its prompt as the reference does."""
     wrong = []
     for i, (reference, output) in enumerate(zip(references, outputs, strict=True)):
         assert output.prompt_token_ids == reference.prompt_ids
@@ -46,7 +46,7 @@ def assert_equal(references: list[Greedy], outputs: list[Any]) -> None:
 
 
 def shipped_greedy() -> list[Greedy]:
-    """The 32 prompts of the shipped model, continued by transformers in float32 (64 tokens)."""
+    """Return 32 prompts of the shipped model, continued by transformers in float32 (64 tokens)."""
     items = json.loads((DATA / "expected.json").read_text())["items"]
     return [Greedy(item["prompt_ids"], item["output_ids"], item["margins"]) for item in items]
 

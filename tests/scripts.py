@@ -17,12 +17,12 @@ ROOT = Path(__file__).parents[1]
 
 
 class Script:
-    """A running program and what it has started. Its stdout is for telling the test where it is."""
+    """A running program and its workers. It prints lines to stdout to show its progress."""
 
     def __init__(self, process: subprocess.Popen[str], errors: TextIO, others: set[int]) -> None:
         self.process = process
         self._errors = errors
-        self._others = others  # workers that were there before
+        self._others = others  # workers that existed before
 
     def wait_for(self, line: str) -> None:
         """Return once the program has printed `line`."""
@@ -40,7 +40,7 @@ class Script:
         os.killpg(self.process.pid, signal.SIGINT)
 
     def finish(self, stdin: str | None = None) -> str:
-        """Everything that it, and its workers on stderr, have written when it has ended."""
+        """Wait for its end and return its output, with that of its workers on stderr."""
         output, _ = self.process.communicate(stdin, timeout=DEADLINE_S)
         self._errors.seek(0)
         return output + self._errors.read()
@@ -52,7 +52,7 @@ class Script:
 
 @contextmanager
 def running(code: str, *, from_stdin: bool = False) -> Iterator[Script]:
-    """Run `code` as `python -c`, or as `python -` for `finish(code)` to write it."""
+    """Run `code` as `python -c`, or as `python -`, which reads it from `finish(code)`."""
     others = set(worker_pids())
     with tempfile.TemporaryFile("w+") as errors:
         process = subprocess.Popen(

@@ -1,6 +1,6 @@
-"""Real engines that many scripts share, each believing that it has started its own.
+"""Real engines that many scripts share, each as if it had started its own.
 
-A start takes seconds, and scripts of a few lines differ in nothing that a start would show.
+A start takes seconds, and for scripts of a few lines a new engine would make no difference.
 """
 
 import asyncio
@@ -19,11 +19,11 @@ from tpllm.config.engine_config import EngineConfig
 
 SETTINGS: dict[str, Any] = {"device": "cpu", "max_num_seqs": 16, "num_kv_blocks": 300}
 NOT_HERE = "Qwen/Qwen3-8B"  # scripts that name it get the shipped model
-ADDRESS = "127.0.0.1:8000"  # where documents suppose the server
+ADDRESS = "127.0.0.1:8000"  # the server's address in the documents
 
 
 class _Lent:
-    """All that the engine is, but that it cannot be closed."""
+    """An engine without the ability to close it."""
 
     def __init__(self, engine: Any) -> None:
         self._engine = engine
@@ -55,10 +55,10 @@ class _LentAsyncLLM(_Lent):
 
 
 class SharedEngines:
-    """An LLM, an AsyncLLM, and a server over that.
+    """An LLM, an AsyncLLM, and a server on top of that.
 
     Attributes:
-        address: the server's, for `ADDRESS`
+        address: the server's actual address, instead of `ADDRESS`
     """
 
     def __init__(self, llm: LLM, async_llm: AsyncLLM, served: Served) -> None:
@@ -68,9 +68,9 @@ class SharedEngines:
 
     @contextmanager
     def lent(self) -> Iterator[None]:
-        """Within the block, LLM and AsyncLLM give these. Settings are checked as they would be.
+        """Within the block, LLM and AsyncLLM return these engines after the usual checks.
 
-        OpenAI's clients are closed at its end, which scripts leave to theirs.
+        OpenAI's clients are closed at the end of the block, since scripts do not close them.
         """
 
         def llm(model: str | None = None, **settings: Any) -> _LentLLM:
@@ -100,7 +100,7 @@ def _check(model: str | None, settings: dict[str, Any]) -> None:
 
 @contextmanager
 def shared_engines(tensor_parallel_size: int = 1) -> Iterator[SharedEngines]:
-    """Start them; the size is the LLM's alone."""
+    """Start the engines; `tensor_parallel_size` is for the LLM only."""
     async_llm = AsyncLLM(**SETTINGS)
     try:
         asyncio.run(start_trials_of(async_llm))

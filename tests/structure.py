@@ -27,7 +27,7 @@ ENTRY_POINTS = (
 
 
 def name_of(file: Path) -> str:
-    """The dotted name of a module of the package."""
+    """Return the dotted name of a module of the package."""
     parts = file.relative_to(PACKAGE.parent).with_suffix("").parts
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
@@ -36,12 +36,12 @@ FILES = {name_of(file): file for file in sorted(PACKAGE.rglob("*.py"))}
 
 
 def folder_of(module: str) -> str:
-    """The first folder below the package that a module lives in; its own name at the root."""
+    """Return the first folder below the package in a module's path; at the root, its own name."""
     return module.split(".")[1] if "." in module else module
 
 
 def imported_modules(tree: ast.AST, top_level_only: bool = False) -> Iterator[str]:
-    """Full names of what a module imports; `from a import b` gives a.b, b being a module or not."""
+    """Yield full names of what a module imports; `from a import b` gives a.b, a module or not."""
     for node in tree.body if top_level_only and isinstance(tree, ast.Module) else ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from (name.name for name in node.names)
@@ -55,9 +55,9 @@ def imports_of(file: Path, top_level_only: bool = False) -> set[str]:
 
 
 def modules_imported_by(module: str) -> set[str]:
-    """The package's modules that a module imports anywhere, also within a function.
+    """Return the package's modules that a module imports anywhere, also within functions.
 
-    What only type checkers import is left out.
+    Imports for type checkers only are left out.
     """
     tree = _WithoutTypeChecking().visit(ast.parse(FILES[module].read_text()))
     found = set()
@@ -75,7 +75,7 @@ class _WithoutTypeChecking(ast.NodeTransformer):
 
 
 def import_closure(entry_points: Iterable[str] = ENTRY_POINTS) -> set[str]:
-    """Every module that is loaded with the entry points, the packages above them included."""
+    """Return every module that is loaded with the entry points, their packages included."""
     seen: set[str] = set()
     left = list(entry_points)
     while left:
@@ -88,18 +88,18 @@ def import_closure(entry_points: Iterable[str] = ENTRY_POINTS) -> set[str]:
 
 
 def root_modules() -> list[str]:
-    """The modules at the package's root, folders apart."""
+    """Return the modules at the package's root, without folders."""
     return sorted(file.stem for file in PACKAGE.glob("*.py"))
 
 
 def repeated_names(at_least: int = 3) -> dict[str, int]:
-    """File names that occur this often, but for those that Python itself asks for."""
+    """Return file names that occur this often, except those that Python itself requires."""
     names = Counter(file.stem for file in FILES.values() if not file.stem.startswith("__"))
     return {name: number for name, number in names.items() if number >= at_least}
 
 
 def folder_imports() -> dict[str, set[str]]:
-    """Which folders and root modules each folder and root module imports."""
+    """Return the folders and root modules that each folder and root module imports."""
     found: dict[str, set[str]] = {}
     for module in FILES:
         used = found.setdefault(folder_of(module), set())
@@ -109,13 +109,13 @@ def folder_imports() -> dict[str, set[str]]:
 
 
 def two_way_imports() -> list[tuple[str, str]]:
-    """Pairs of folders that import each other."""
+    """Return pairs of folders that import each other."""
     arrows = folder_imports()
     return [(a, b) for a in arrows for b in arrows[a] if a < b and a in arrows.get(b, ())]
 
 
 def mentions(option: str) -> dict[str, int]:
-    """How often each file outside of `server/` and `cli/` mentions an option."""
+    """Count how often each file outside of `server/` and `cli/` mentions an option."""
     found = {
         str(file.relative_to(PACKAGE)): len(re.findall(rf"\b{option}\b", file.read_text()))
         for file in FILES.values()
