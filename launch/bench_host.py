@@ -77,8 +77,8 @@ def measure_hop(
     num_readers: int, spin_s: float, gap_s: float, num_records: int = 2000
 ) -> dict[str, Any]:
     """Measure the hop in microseconds; a record is sent `gap_s` after the last one was received."""
-    parts = decode_plan(256).parts()
-    ring = create_ring(num_readers, 8, sum(part.nbytes for part in parts))
+    buffers = decode_plan(256).buffers()
+    ring = create_ring(num_readers, 8, sum(each.nbytes for each in buffers))
     board_fd = os.memfd_create("bench-host")
     os.ftruncate(board_fd, num_readers * num_records * 8)
     arrivals = open_board(board_fd, num_readers)
@@ -93,7 +93,7 @@ def measure_hop(
             readers.append(subprocess.Popen(command, pass_fds=(*ring.all(), board_fd)))
         if cores[-1] is not None:
             os.sched_setaffinity(0, {cores[-1]})
-        sent = send_records(RingWriter(ring), parts, arrivals, readers, gap_s)
+        sent = send_records(RingWriter(ring), buffers, arrivals, readers, gap_s)
     finally:
         os.sched_setaffinity(0, before)
         for reader in readers:
@@ -119,7 +119,7 @@ def choose_cores(available: list[int], num_processes: int) -> list[int] | list[N
 
 def send_records(
     writer: RingWriter,
-    parts: list[np.ndarray],
+    buffers: list[np.ndarray],
     arrivals: np.ndarray,
     readers: list[subprocess.Popen[bytes]],
     gap_s: float,
@@ -128,7 +128,7 @@ def send_records(
     sent = np.zeros(arrivals.shape[1], dtype=np.int64)
     for i in range(sent.size):
         sent[i] = time.monotonic_ns()
-        assert writer.try_send(STEP, parts)
+        assert writer.try_send(STEP, buffers)
         while not arrivals[:, i].all():
             if any(reader.poll() not in (None, 0) for reader in readers):
                 raise RuntimeError("a reader of the hop has failed")

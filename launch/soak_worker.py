@@ -100,7 +100,7 @@ def serve(spec: Spec, plans: RingReader, replies: Replies) -> None:
         plan = StepPlan.decode(record.payload)
         progress.begin(plan.step)
         if spec["rank"] == 0:
-            replies.result(worker.run(plan).parts())
+            replies.result(worker.run(plan).buffers())
         progress.launch(plan.step)
 
 

@@ -317,7 +317,7 @@ def test_a_call_from_inside_a_call_is_refused_and_harms_nothing(llm: LLM) -> Non
     refused = []
 
     def call_again(signum: int, frame: object) -> None:
-        with pytest.raises(RuntimeError, match="in the middle of a step in this very thread"):
+        with pytest.raises(RuntimeError, match="in the middle of a step in this thread"):
             llm.generate([PSALM], SHORT, use_tqdm=False)
         refused.append(True)
 

@@ -1,4 +1,4 @@
-"""The ring, in one process and across several. Nothing here waits for time to pass."""
+"""Tests of the ring, in one process and across several. No test waits for time to pass."""
 
 import fcntl
 import hashlib
@@ -53,7 +53,7 @@ def ring() -> Iterator[Ring]:
 
 @pytest.fixture
 def ring_of_two() -> Iterator[Ring]:
-    """With two readers, and two slots."""
+    """A ring with two readers and two slots."""
     with closing(Ring(num_readers=2, num_slots=2)) as ring:
         yield ring
 
@@ -79,7 +79,7 @@ def num_descriptors() -> int:
 # ---- what arrives --------------------------------------------------------------------------------
 
 
-def test_a_record_arrives_as_its_parts_one_after_the_other(ring):
+def test_a_record_arrives_as_its_buffers_joined(ring):
     matrix = np.arange(12, dtype=np.int32).reshape(3, 4)
     parts = [b"bytes", matrix[:, ::2], np.array([-1], dtype=np.int64), b"", np.empty((0, 2))]
     assert ring.writer.try_send(7, parts)
@@ -88,7 +88,7 @@ def test_a_record_arrives_as_its_parts_one_after_the_other(ring):
     assert (record.kind, record.sequence, record.payload.tobytes()) == (7, 0, expected)
 
 
-def test_an_empty_ring_gives_nothing(ring):
+def test_an_empty_ring_returns_none(ring):
     assert ring.readers[0].try_receive() is None
     assert ring.readers[0].receive(timeout_s=0.0) is None
     assert ring.readers[0].receive(timeout_s=0.0, spin_s=1e-4) is None
@@ -202,9 +202,9 @@ import hashlib, sys
 from tpllm.channel.ring import RingDescriptors, RingReader
 
 index, count, *fds = map(int, sys.argv[1:])
-reader = RingReader(RingDescriptors.of(fds), index)
+reader = RingReader(RingDescriptors.from_list(fds), index)
 print("joined", flush=True)
-sys.stdin.read(1)  # the late one is not told to begin before the ring is full
+sys.stdin.read(1)  # the late reader begins when the ring is full
 digest = hashlib.sha256()
 for sequence in range(count):
     record = reader.receive(timeout_s=60, spin_s=1e-4 * (sequence % 2))
@@ -264,7 +264,7 @@ def test_each_record_wakes_each_reader_once(ring_of_two):
     assert [os.eventfd_read(fd) for fd in ring_of_two.descriptors.ready] == [2, 2]
 
 
-def test_each_record_taken_tells_the_writer_once(ring_of_two):
+def test_each_record_taken_wakes_the_writer_once(ring_of_two):
     ring_of_two.send(b"0", b"1")
     for reader in ring_of_two.readers:
         taken_by(reader)
@@ -272,7 +272,7 @@ def test_each_record_taken_tells_the_writer_once(ring_of_two):
 
 
 def test_a_reader_may_sleep_once_it_has_found_nothing(ring):
-    """What it has counted no longer shows in its descriptor, so it must take until None."""
+    """A reader takes records until None: its descriptor does not show those it has counted."""
     reader = ring.readers[0]
     assert not is_readable(reader.fileno())
     ring.send(b"0", b"1")
@@ -289,7 +289,7 @@ def test_a_writer_may_sleep_once_it_has_found_no_slot(ring_of_two):
     writer, (early, late) = ring_of_two.writer, ring_of_two.readers
     ring_of_two.send(b"0", b"1")
     taken_by(early)
-    assert not writer.try_send(1, [b"2"])  # has seen what the early reader did
+    assert not writer.try_send(1, [b"2"])  # it has counted the slot that the early reader left
     assert not is_readable(writer.fileno())
     taken_by(late)
     assert is_readable(writer.fileno())
@@ -323,11 +323,11 @@ def test_the_segment_keeps_its_size(ring):
     for other in (0, size - 1, size + 1):
         with pytest.raises(PermissionError):
             os.ftruncate(ring.descriptors.memory, other)
-    with pytest.raises(PermissionError):  # nor can the seal be lifted, or another be added
+    with pytest.raises(PermissionError):  # the seals can neither be removed nor extended
         fcntl.fcntl(ring.descriptors.memory, fcntl.F_ADD_SEALS, fcntl.F_SEAL_WRITE)
 
 
-def test_no_descriptor_goes_to_a_program_that_is_not_given_it(ring):
+def test_no_other_program_inherits_a_descriptor(ring):
     assert not any(os.get_inheritable(fd) for fd in ring.descriptors.all())
 
 

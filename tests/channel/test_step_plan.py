@@ -1,4 +1,4 @@
-"""The records of a step: what is written is what is read, and none is larger than announced."""
+"""The records of a step: they are read as they were written, and none exceeds its stated size."""
 
 from typing import Any
 
@@ -35,7 +35,7 @@ FIELDS = (
 
 
 def words(rng: np.random.Generator, *shape: int) -> np.ndarray:
-    """Any int32 words, the negative ones too: seeds and float bits travel as they are."""
+    """Return any int32 words, also negative ones, as seeds and float bits are."""
     return rng.integers(-(2**31), 2**31, size=shape, dtype=np.int32)
 
 
@@ -63,7 +63,7 @@ def random_plan(
 
 
 def payload_of(record: StepPlan | StepMasks | StepResult) -> np.ndarray:
-    return np.frombuffer(b"".join(part.tobytes() for part in record.parts()), np.uint8)
+    return np.frombuffer(b"".join(each.tobytes() for each in record.buffers()), np.uint8)
 
 
 def check_equal(received: StepPlan, sent: StepPlan) -> None:
@@ -116,14 +116,14 @@ def test_a_result_is_read_as_it_was_written(seed: int, num_yielded: list[int]):
     np.testing.assert_array_equal(received.logprobs, sent.logprobs, strict=True)
 
 
-def test_parts_of_a_larger_array_are_written_in_their_own_order():
+def test_slices_of_a_larger_array_are_written_in_order():
     rng = np.random.default_rng(0)
     sent = random_plan(rng, S=3, num_decode=1, entering=2, updates=4, tokens=6)
     sent.rows = words(rng, 6)[::2]
     sent.block_updates = words(rng, 2, 4).T
     fds = create_ring(num_readers=1, num_slots=1, slot_bytes=4096)
     try:
-        assert RingWriter(fds).try_send(STEP, sent.parts())
+        assert RingWriter(fds).try_send(STEP, sent.buffers())
         record = RingReader(fds, 0).try_receive()
         assert record is not None and record.kind == STEP
         check_equal(StepPlan.decode(record.payload), sent)
@@ -150,13 +150,13 @@ def test_the_largest_plan_has_the_bytes_that_its_limits_announce(limits: PlanLim
     fds = create_ring(num_readers=1, num_slots=2, slot_bytes=limits.plan_bytes)
     try:
         writer, reader = RingWriter(fds), RingReader(fds, 0)
-        assert writer.try_send(STEP, plan.parts())
+        assert writer.try_send(STEP, plan.buffers())
         record = reader.try_receive()
         assert record is not None
         check_equal(StepPlan.decode(record.payload), plan)
         plan.token_ids = words(rng, limits.max_num_batched_tokens + 1)
         with pytest.raises(ValueError, match=f"a record of {limits.plan_bytes + 4} bytes"):
-            writer.try_send(STEP, plan.parts())
+            writer.try_send(STEP, plan.buffers())
     finally:
         fds.close()
 
@@ -168,9 +168,11 @@ def test_the_largest_result_has_the_bytes_that_its_limits_announce(limits: PlanL
     widest = position_words(MAX_LOGPROBS)
 
     def block(index: int, n: int) -> np.ndarray:
-        return LogprobBlock.of(index, 0, np.ones((n, widest), np.int32), MAX_LOGPROBS).record()
+        return LogprobBlock.from_words(
+            index, 0, np.ones((n, widest), np.int32), MAX_LOGPROBS
+        ).record()
 
-    # every row reports on its new token, and on a part of its prompt: all tokens of the step
+    # every row reports log-probabilities of its new token and of a prompt chunk
     of_prompts = [block(i, len(part)) for i, part in enumerate(np.array_split(np.arange(N), S))]
     logprobs = np.concatenate([*of_prompts, *(block(i, 1) for i in range(S))])
     assert payload_of(StepResult(0, ones, ones, logprobs)).size == limits.result_bytes
@@ -220,7 +222,5 @@ def test_a_record_of_another_version_is_refused(record: type[StepPlan | StepMask
     one = np.ones(1, np.int32)
     payload = payload_of(StepResult(0, one, one, one[:0])).copy()
     payload[:8].view("<i8")[0] = 1
-    with pytest.raises(
-        ValueError, match=f"version 1, this side speaks {VERSION}; both sides must run"
-    ):
+    with pytest.raises(ValueError, match=f"version 1 and this process reads version {VERSION}; "):
         record.decode(payload)

@@ -529,7 +529,7 @@ class SimulatedEngine:
 
 
 def _bytes_of(record: StepPlan | StepMasks | StepResult) -> np.ndarray:
-    return np.frombuffer(b"".join(part.tobytes() for part in record.parts()), np.uint8)
+    return np.frombuffer(b"".join(each.tobytes() for each in record.buffers()), np.uint8)
 
 
 def _scheduled(plan: StepPlan) -> Iterable[tuple[int, int, int]]:

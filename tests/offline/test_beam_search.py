@@ -1,4 +1,4 @@
-"""Beam search against transformers', and what it refuses."""
+"""Tests of beam search against transformers, and of the parameters that it refuses."""
 
 from collections.abc import Iterator
 
@@ -69,7 +69,9 @@ def test_the_end_token_is_in_the_text_where_that_is_asked_for(llm):
 
 def test_what_cannot_run_is_refused_before_it_starts(llm):
     steps = llm.coordinator.stats.num_steps
-    with pytest.raises(ValueError, match="beam_width=40 is more than the 18 that the 20 log-prob"):
+    with pytest.raises(
+        ValueError, match="beam_width=40 is more than 18, since a request .* 20 log-prob"
+    ):
         llm.beam_search(PROMPTS, BeamSearchParams(beam_width=40, max_tokens=5))
     with pytest.raises(ValueError, match="prompt 1: max_tokens=4090 after a prompt of 9 tokens"):
         llm.beam_search([[1], [1] * 9], BeamSearchParams(beam_width=2, max_tokens=4090))
@@ -96,7 +98,7 @@ def test_an_unknown_keyword_gives_the_nearest_known_one():
 
 
 def test_an_end_token_beyond_the_best_candidates_completes_nothing():
-    """It is there to have enough beams that go on, as in transformers."""
+    """A candidate beyond `beam_width` only fills up the unfinished beams, as in transformers."""
     beams = Beams([1], BeamSearchParams(beam_width=2, max_tokens=9), end_token_ids=[7, 8])
     logprobs = {5: -0.1, 7: -0.2, 8: -0.3, 6: -0.4}
     beams.extend([{token_id: Logprob(value, 1) for token_id, value in logprobs.items()}])

@@ -1,6 +1,7 @@
-"""Calls of one LLM side by side: streams that change threads, threads that share an engine.
+"""Concurrent calls of one LLM: streams that change threads, and threads that share an engine.
 
-Workers draw tokens without a model (`launch.soak_worker`): only the caller's process matters here.
+The workers make tokens without a model (`launch.soak_worker`): the tests concern only the caller's
+process.
 """
 
 import gc
@@ -53,7 +54,7 @@ def llm(forked_engines: None) -> Iterator[LLM]:
 
 @pytest.fixture(autouse=True)
 def quiet_engine(request: pytest.FixtureRequest) -> Iterator[None]:
-    """A test leaves nothing in the engine."""
+    """Check that a test leaves nothing in the engine."""
     yield
     if "llm" in request.fixturenames:
         coordinator = request.getfixturevalue("llm").coordinator
@@ -147,7 +148,7 @@ def test_threads_that_do_everything_at_once_get_what_a_quiet_engine_gives(llm):
 
 @contextmanager
 def in_step(llm: LLM, act: Callable[[], object]) -> Iterator[None]:
-    """Have `act` happen in the middle of the next step."""
+    """Call `act` in the middle of the next step."""
     step = llm.coordinator.step
     acts = [act]
 
@@ -207,7 +208,7 @@ def test_a_request_that_is_refused_leaves_the_others_running(llm):
     assert got + ids_of(list(stream)) == expected(PROMPTS[0])
 
 
-def test_a_worker_that_dies_is_told_to_every_call_with_its_own_outputs():
+def test_a_worker_that_dies_is_reported_to_every_call_with_its_own_outputs():
     with made_llm() as llm, ThreadPoolExecutor(1) as pool:
         stream = llm.generate_stream(PROMPTS[0], ENDLESS)
         next(stream)

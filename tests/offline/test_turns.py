@@ -17,7 +17,7 @@ def test_threads_have_the_turn_in_the_order_in_which_they_asked():
             had.append(number)
 
     def is_long(length: int) -> bool:
-        return len(turns._line) == length
+        return len(turns._queue) == length
 
     threads = [threading.Thread(target=ask, args=(i,)) for i in range(5)]
     with turns.take():
@@ -36,7 +36,7 @@ def test_a_thread_that_has_the_turn_or_waits_for_it_is_refused_another():
     turns, refused = Turns(), []
 
     def ask_again(*_: object) -> None:
-        with pytest.raises(RuntimeError, match="in the middle of a step in this very thread"):
+        with pytest.raises(RuntimeError, match="in the middle of a step in this thread"):
             turns.take().__enter__()
         with turns.try_take() as has_turn:
             refused.append(not has_turn)
@@ -51,7 +51,7 @@ def test_a_thread_that_has_the_turn_or_waits_for_it_is_refused_another():
             may_end.wait()
 
     def interrupt() -> None:
-        assert wait_until(lambda: len(turns._line) == 2)
+        assert wait_until(lambda: len(turns._queue) == 2)
         signal.pthread_kill(main, signal.SIGUSR1)
         assert wait_until(lambda: len(refused) == 2)
         may_end.set()
@@ -87,7 +87,7 @@ def test_one_who_gives_up_waiting_keeps_nobody_out():
     main = threading.get_ident()
 
     def interrupt() -> None:
-        assert wait_until(lambda: len(turns._line) == 2)
+        assert wait_until(lambda: len(turns._queue) == 2)
         signal.pthread_kill(main, signal.SIGUSR1)
 
     before = signal.signal(signal.SIGUSR1, give_up)

@@ -108,7 +108,9 @@ class Stub:
             if self._spec["rank"] == 0:
                 plan = StepPlan.decode(record.payload)
                 drawn = (100 + plan.starts + plan.num_tokens)[plan.samples == 1]
-                self._replies.result(StepResult(plan.step, plan.samples, drawn, _NO_WORDS).parts())
+                self._replies.result(
+                    StepResult(plan.step, plan.samples, drawn, _NO_WORDS).buffers()
+                )
 
     def between_begin_and_end(self) -> None:
         """The work of a step; none here."""

@@ -1,1 +1,1 @@
-"""What the coordinator and its workers say to each other, in shared memory: numpy only."""
+"""Messages between the coordinator and its workers over shared memory. Needs numpy only."""

@@ -1,7 +1,7 @@
-"""How a child process begins its life: with a spec, and tied to the process that started it.
+"""Start-up of a child process: it reads its spec and ties its life to its parent process.
 
-Both kinds, the workers and the engine's own process under a server, are `python -m MODULE FD`,
-where FD is an anonymous file with everything the process needs, as JSON.
+The workers and the engine's process under a server are both `python -m MODULE FD`. FD is an
+anonymous file that holds everything the process needs, as JSON.
 """
 
 import ctypes
@@ -16,32 +16,33 @@ _PR_SET_PDEATHSIG = 1
 
 
 def write_spec(spec: dict[str, Any]) -> int:
-    """The descriptor of a new anonymous file with `spec`, for a child to inherit."""
+    """Return the descriptor of a new anonymous file that holds `spec`, for a child to inherit."""
     fd = os.memfd_create("tpllm-spec", os.MFD_CLOEXEC)
     os.pwrite(fd, json.dumps(spec).encode(), 0)
     return fd
 
 
 def read_spec(fd: int) -> dict[str, Any]:
+    """Return the spec that `write_spec` wrote into the file `fd`."""
     spec: dict[str, Any] = json.loads(os.pread(fd, os.fstat(fd).st_size, 0))
     return spec
 
 
 def tie_to_parent(parent_pidfd: int) -> None:
-    """Have the kernel kill this process as soon as the one that started it is gone.
+    """Have the kernel kill this process as soon as its parent process has ended.
 
-    SIGKILL, since anything gentler waits for the interpreter: while a library is loaded from a cold
-    disk, or a call into the driver hangs, that may take minutes, and a stopped process takes no
-    other signal at all. The engine's directory is therefore removed by a process of its own
+    The signal is SIGKILL. Every other signal waits for the interpreter, which may take minutes
+    while it loads a library from a cold disk or a driver call hangs, and a stopped process
+    receives no other signal. A separate process therefore removes the engine's directory
     (`tpllm.supervision.guard`).
 
-    SIGINT gets its default action back: sent to this process alone, it ends it as any signal does.
-    So does SIGCHLD: where a program ignores it, its child would lose the exit statuses of its own.
+    SIGINT and SIGCHLD get their default actions back. SIGINT then ends this process like any other
+    signal. A child that inherits an ignored SIGCHLD would lose the exit statuses of its children.
     """
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL) != 0:
         raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG) failed")
-    if wait_readable(parent_pidfd, 0.0):  # it ended before we could ask
+    if wait_readable(parent_pidfd, 0.0):  # the parent ended before prctl
         os._exit(1)

@@ -1,4 +1,4 @@
-"""Log-probabilities on their way back: blocks of positions of one row, in a step's result."""
+"""Log-probabilities in a step's result: blocks of successive positions of one row."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -9,8 +9,10 @@ BLOCK_HEADER_WORDS = 4  # index of the row in its plan, first position, position
 
 
 def position_words(num_logprobs: int) -> int:
-    """Words of one position: the actual token's rank, ids and bits of the log-probabilities of it
-    and of the `num_logprobs` likeliest tokens.
+    """Return the number of int32 words that one position takes.
+
+    They are the rank of the actual token, then the ids and the float32 log-probabilities of the
+    actual token and of the `num_logprobs` likeliest tokens.
     """
     return 1 + 2 * (1 + num_logprobs)
 
@@ -20,7 +22,7 @@ class LogprobBlock:
     """Log-probabilities of n successive tokens of one row, k likeliest tokens each.
 
     Attributes:
-        index: of the row among the plan's scheduled rows
+        index: position of the row among the plan's scheduled rows
         first_position: index in its sequence of the first of these tokens
         ranks: [n] int32, how likely each token is: 1 for the likeliest
         token_ids: [n, 1 + k] int32, the token itself, then the likeliest ones
@@ -34,8 +36,10 @@ class LogprobBlock:
     logprobs: np.ndarray
 
     @classmethod
-    def of(cls, index: int, first_position: int, words: np.ndarray, k: int) -> "LogprobBlock":
-        """From the device's layout: words [n, position_words(K)] int32, K at least `k`."""
+    def from_words(
+        cls, index: int, first_position: int, words: np.ndarray, k: int
+    ) -> "LogprobBlock":
+        """Read the device's layout: words [n, position_words(K)] int32, K at least `k`."""
         width = (words.shape[1] - 1) // 2
         return cls(
             index,
@@ -47,7 +51,7 @@ class LogprobBlock:
 
     @classmethod
     def blank(cls, index: int, first_position: int, n: int, k: int) -> "LogprobBlock":
-        """Of n positions, to be filled by `put`."""
+        """Return a block of n positions that `put` fills."""
         return cls(
             index,
             first_position,
@@ -56,15 +60,16 @@ class LogprobBlock:
             np.zeros((n, 1 + k), dtype=np.float32),
         )
 
-    def put(self, part: "LogprobBlock") -> None:
-        """Copy another block, of some of these positions and as many likeliest tokens."""
-        begin = part.first_position - self.first_position
-        rows = slice(begin, begin + part.ranks.size)
-        self.ranks[rows] = part.ranks
-        self.token_ids[rows] = part.token_ids
-        self.logprobs[rows] = part.logprobs
+    def put(self, chunk: "LogprobBlock") -> None:
+        """Copy a block that covers some of these positions, with the same number of tokens each."""
+        begin = chunk.first_position - self.first_position
+        positions = slice(begin, begin + chunk.ranks.size)
+        self.ranks[positions] = chunk.ranks
+        self.token_ids[positions] = chunk.token_ids
+        self.logprobs[positions] = chunk.logprobs
 
     def record(self) -> np.ndarray:
+        """Return the block as [words] int32, for `read_blocks` to read."""
         n, width = self.token_ids.shape
         header = np.array([self.index, self.first_position, n, width], dtype=np.int32)
         arrays = (self.ranks, self.token_ids, self.logprobs.view(np.int32))
@@ -72,7 +77,7 @@ class LogprobBlock:
 
 
 def read_blocks(words: np.ndarray) -> Iterator[LogprobBlock]:
-    """The blocks of a result's `logprobs` [words] int32, as views of it."""
+    """Yield the blocks of a result's `logprobs` [words] int32, as views of it."""
     while words.size:
         index, first_position, n, width = words[:BLOCK_HEADER_WORDS].tolist()
         begin = BLOCK_HEADER_WORDS

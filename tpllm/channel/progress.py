@@ -1,6 +1,6 @@
-"""A board in anonymous shared memory where each rank notes how far it is, at no cost.
+"""A board in anonymous shared memory on which each rank records its progress, at no cost.
 
-Read only when something is wrong: by whoever has waited too long, or has to tell what happened.
+The coordinator reads it when a worker takes too long, and for a crash report.
 """
 
 import mmap
@@ -9,15 +9,15 @@ import signal
 
 import numpy as np
 
-# The coordinator asks a rank for its Python stacks with this signal; see `tpllm.worker.stacks`.
+# A rank writes its Python stacks when it receives this signal; see `tpllm.worker.stacks`.
 STACK_SIGNAL = signal.SIGUSR2
 
-_WORDS = 8  # int64 words of a rank: a cache line of its own
+_WORDS = 8  # int64 words per rank: one cache line
 _BEGUN, _LAUNCHED, _BEATS = range(3)
 
 
 def create_board(num_ranks: int) -> int:
-    """The descriptor of a new board, on which no rank has begun a step."""
+    """Return the descriptor of a new board, on which no rank has begun a step."""
     fd = os.memfd_create("tpllm-board", os.MFD_CLOEXEC)
     words = np.zeros((num_ranks, _WORDS), dtype=np.int64)
     words[:, [_BEGUN, _LAUNCHED]] = -1
@@ -26,30 +26,30 @@ def create_board(num_ranks: int) -> int:
 
 
 class Board:
-    """What all ranks have noted, as the coordinator reads it."""
+    """The progress of all ranks, as the coordinator reads it."""
 
     def __init__(self, fd: int) -> None:
         self._words = _map(fd)
 
     def begun(self, rank: int) -> int:
-        """The last step that `rank` has begun; -1 for none."""
+        """Return the last step that `rank` has begun; -1 if it has begun none."""
         return int(self._words[rank, _BEGUN])
 
     def launched(self, rank: int) -> int:
-        """The last step that `rank` has handed to its device (a CPU has then computed it)."""
+        """Return the last step that `rank` has launched on its device (a CPU has computed it)."""
         return int(self._words[rank, _LAUNCHED])
 
     def beats(self) -> int:
-        """Grows while a rank does something long, such as loading weights, and gets on with it."""
+        """Return a counter that grows while a rank makes progress, as when it loads weights."""
         return int(self._words[:, _BEATS].sum())
 
     def close(self) -> None:
-        """Unmap the board. No other call after it."""
+        """Unmap the board. No other method may be called afterwards."""
         del self._words
 
 
 class Progress:
-    """One rank's line of the board, for that rank to write."""
+    """One rank's line of the board, which that rank writes."""
 
     def __init__(self, fd: int, rank: int) -> None:
         self._words = _map(fd)[rank]

@@ -1,15 +1,15 @@
 """A ring of records in anonymous shared memory: one writer, any number of readers, no busy waiting.
 
-The segment is a memfd, so it has no name that could collide or be left behind: it is gone with the
-last process that holds it. Every record wakes each reader through that reader's own eventfd, whose
-counter is the number of records to take; a reader that has taken one says so through an eventfd
-that all readers share. Both sides are therefore ordered by system calls, not by one processor's
-memory model, and a slot is rewritten only when its slowest reader has left it.
+The segment is a memfd. It has no name that could collide or be left behind, and it is freed with
+the last process that holds it. Each reader has an eventfd that counts the records it has not taken
+yet; the writer adds one to it for every record. All readers share a second eventfd, which a reader
+signals when it has taken a record. System calls therefore order both sides, whatever the
+processor's memory model is. A slot is rewritten only after its slowest reader has left it.
 
 Layout, all little-endian:
 
     header   64 bytes    magic, version, number of slots, bytes per slot, number of readers
-    readers  64 bytes each, a cache line of its own: how many records that reader has taken
+    readers  64 bytes each (one cache line): how many records that reader has taken
     slots    16 bytes (sequence number, kind, payload size), then the payload
 """
 
@@ -27,15 +27,15 @@ import numpy as np
 MAGIC = 0x54504C4D
 VERSION = 1
 _HEADER_BYTES = 64
-_LINE = 64
+_CACHE_LINE_BYTES = 64
 _RECORD_HEADER_BYTES = 16
 _SEAL_SIZE = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 
-Part = np.ndarray | bytes
+Buffer = np.ndarray | bytes
 
 
 class Record(NamedTuple):
-    """One record as received: its payload is a copy, the slot is already free again."""
+    """One record as received. Its payload is a copy; its slot is already free."""
 
     kind: int
     sequence: int
@@ -44,18 +44,19 @@ class Record(NamedTuple):
 
 @dataclass(frozen=True)
 class RingDescriptors:
-    """The file descriptors that a process needs to join a ring, to be inherited by it."""
+    """The file descriptors that a process inherits to join a ring."""
 
     memory: int
-    ready: tuple[int, ...]  # one eventfd per reader: records waiting for it
+    ready: tuple[int, ...]  # one eventfd per reader: the records that it has not taken
     freed: int  # eventfd: some reader has left a slot
 
     def all(self) -> tuple[int, ...]:
+        """Return the descriptors in a fixed order."""
         return (self.memory, *self.ready, self.freed)
 
     @staticmethod
-    def of(fds: Sequence[int]) -> "RingDescriptors":
-        """Those that `all` gave."""
+    def from_list(fds: Sequence[int]) -> "RingDescriptors":
+        """Return the descriptors that `all` returned, rebuilt from integers."""
         return RingDescriptors(fds[0], tuple(fds[1:-1]), fds[-1])
 
     def close(self) -> None:
@@ -64,22 +65,22 @@ class RingDescriptors:
 
 
 def create_ring(num_readers: int, num_slots: int, slot_bytes: int) -> RingDescriptors:
-    """Make the shared memory and the eventfds of a ring; pages cost memory only once touched.
+    """Make the shared memory and the eventfds of a ring. A page takes memory once it is written.
 
     Args:
-        num_readers: readers that each see every record.
-        num_slots: records that can be on their way at once.
+        num_readers: number of readers; each of them receives every record.
+        num_slots: most records that are in the ring at once.
         slot_bytes: largest payload, in bytes.
 
     Raises:
-        OSError: the process has no descriptors left; those of the ring are closed again.
+        OSError: the process has no descriptors left; the ring's descriptors are closed again.
     """
-    line_bytes = _line_up(_RECORD_HEADER_BYTES + slot_bytes)
-    size = _HEADER_BYTES + num_readers * _LINE + num_slots * line_bytes
+    line_bytes = _round_up_to_cache_lines(_RECORD_HEADER_BYTES + slot_bytes)
+    size = _HEADER_BYTES + num_readers * _CACHE_LINE_BYTES + num_slots * line_bytes
     opened = [os.memfd_create("tpllm-ring", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)]
     try:
         os.ftruncate(opened[0], size)
-        # a reader must never meet SIGBUS because somebody shrank the segment
+        # a shrunken segment would end its readers with SIGBUS
         fcntl.fcntl(opened[0], fcntl.F_ADD_SEALS, _SEAL_SIZE)
         header = np.array([MAGIC, VERSION, num_slots, slot_bytes, num_readers], dtype="<u8")
         os.pwrite(opened[0], header.tobytes(), 0)
@@ -94,7 +95,7 @@ def create_ring(num_readers: int, num_slots: int, slot_bytes: int) -> RingDescri
 
 
 class _Ring:
-    """The mapped segment, as both ends see it. The descriptors stay the caller's, to be closed."""
+    """The mapped segment, common to both ends. The caller keeps and closes the descriptors."""
 
     def __init__(self, descriptors: RingDescriptors) -> None:
         self._descriptors = descriptors
@@ -106,12 +107,12 @@ class _Ring:
                 "both ends must run the same tpllm"
             )
         self.num_slots, self.slot_bytes = slots, slot_bytes
-        lines = memory[_HEADER_BYTES : _HEADER_BYTES + readers * _LINE]
-        self._taken = lines.view("<u8")[:: _LINE // 8]  # [readers] records taken by each
-        self._slots = memory[_HEADER_BYTES + readers * _LINE :].reshape(slots, -1)
+        lines = memory[_HEADER_BYTES : _HEADER_BYTES + readers * _CACHE_LINE_BYTES]
+        self._taken = lines.view("<u8")[:: _CACHE_LINE_BYTES // 8]  # [readers] records taken
+        self._slots = memory[_HEADER_BYTES + readers * _CACHE_LINE_BYTES :].reshape(slots, -1)
 
     def close(self) -> None:
-        """Unmap the segment; the mapping holds a descriptor of its own. No other call after it."""
+        """Unmap the segment, which holds its own descriptor. No other method may be called then."""
         del self._taken, self._slots
 
     def _slot(self, sequence: int) -> np.ndarray:
@@ -127,29 +128,29 @@ class RingWriter(_Ring):
         self._sequence = 0
 
     def fileno(self) -> int:
-        """Readable when a reader may have freed a slot: what to poll after `try_send` failed."""
+        """Return a descriptor that becomes readable when a reader may have freed a slot."""
         return self._descriptors.freed
 
-    def try_send(self, kind: int, parts: Sequence[Part]) -> bool:
-        """Write one record, the parts one after the other; False where every slot is taken.
+    def try_send(self, kind: int, buffers: Sequence[Buffer]) -> bool:
+        """Write one record whose payload is the buffers joined; False if every slot is taken.
 
         Raises:
             ValueError: the record is larger than a slot; nothing has been written.
         """
-        size = sum(len(part) if isinstance(part, bytes) else part.nbytes for part in parts)
+        size = sum(len(each) if isinstance(each, bytes) else each.nbytes for each in buffers)
         if size > self.slot_bytes:
             raise ValueError(
                 f"a record of {size} bytes does not fit the ring's slots of {self.slot_bytes} bytes"
             )
         if self._sequence - int(self._taken.min()) >= self.num_slots:
             _take_count(self._descriptors.freed)
-            # the counter was emptied before this second look, so no wake-up can be lost
+            # the counter is emptied before this second check, so that no wake-up is lost
             if self._sequence - int(self._taken.min()) >= self.num_slots:
                 return False
         slot = self._slot(self._sequence)
         offset = _RECORD_HEADER_BYTES
-        for part in parts:
-            data = np.frombuffer(part, np.uint8) if isinstance(part, bytes) else _as_bytes(part)
+        for each in buffers:
+            data = np.frombuffer(each, np.uint8) if isinstance(each, bytes) else _as_bytes(each)
             slot[offset : offset + data.size] = data
             offset += data.size
         slot[:8].view("<u8")[0] = self._sequence
@@ -159,14 +160,14 @@ class RingWriter(_Ring):
             os.eventfd_write(fd, 1)
         return True
 
-    def send(self, kind: int, parts: Sequence[Part], timeout_s: float) -> None:
-        """`try_send`, waiting for a free slot.
+    def send(self, kind: int, buffers: Sequence[Buffer], timeout_s: float) -> None:
+        """Wait for a free slot and write one record, as `try_send` does.
 
         Raises:
-            TimeoutError: some reader has taken nothing for `timeout_s`.
+            TimeoutError: no slot became free within `timeout_s`.
         """
         deadline = time.monotonic() + timeout_s
-        while not self.try_send(kind, parts):
+        while not self.try_send(kind, buffers):
             if not wait_readable(self.fileno(), deadline - time.monotonic()):
                 raise TimeoutError(f"no reader freed a slot of the ring within {timeout_s} s")
 
@@ -182,11 +183,11 @@ class RingReader(_Ring):
         self._sequence = 0
 
     def fileno(self) -> int:
-        """Readable when a record has come, unless `try_receive` has already counted it."""
+        """Return a descriptor that is readable while it announces uncounted records."""
         return self._ready_fd
 
     def try_receive(self) -> Record | None:
-        """The next record, or None where there is none yet."""
+        """Return the next record, or None if there is none yet."""
         if self._waiting == 0:
             self._waiting = _take_count(self._ready_fd)
             if self._waiting == 0:
@@ -203,10 +204,10 @@ class RingReader(_Ring):
         return Record(kind, sequence, payload)
 
     def receive(self, timeout_s: float | None = None, spin_s: float = 0.0) -> Record | None:
-        """The next record, sleeping until it comes; None after `timeout_s`.
+        """Sleep until the next record comes and return it; None after `timeout_s`.
 
-        `spin_s` looks again and again for that long before it sleeps: a sleeping process takes tens
-        of microseconds to wake, which is worth a little heat while steps are in flight.
+        Before it sleeps, it polls for `spin_s`: a sleeping process takes tens of microseconds to
+        wake, which matters while steps are in flight.
         """
         spin_until = time.perf_counter() + spin_s if spin_s else 0.0
         while (record := self.try_receive()) is None:
@@ -219,7 +220,7 @@ class RingReader(_Ring):
 
 
 def wait_readable(fd: int, timeout_s: float | None) -> bool:
-    """Sleep until `fd` is readable; False after `timeout_s` (None waits for ever)."""
+    """Sleep until `fd` is readable; False after `timeout_s` (None waits without a limit)."""
     poll = select.poll()
     poll.register(fd, select.POLLIN)
     return bool(poll.poll(None if timeout_s is None else max(0.0, timeout_s) * 1e3))
@@ -232,9 +233,9 @@ def _take_count(eventfd: int) -> int:
         return 0
 
 
-def _as_bytes(part: np.ndarray) -> np.ndarray:
-    return np.ascontiguousarray(part).reshape(-1).view(np.uint8)
+def _as_bytes(array: np.ndarray) -> np.ndarray:
+    return np.ascontiguousarray(array).reshape(-1).view(np.uint8)
 
 
-def _line_up(size: int) -> int:
-    return -(-size // _LINE) * _LINE
+def _round_up_to_cache_lines(size: int) -> int:
+    return -(-size // _CACHE_LINE_BYTES) * _CACHE_LINE_BYTES

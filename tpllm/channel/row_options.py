@@ -1,7 +1,7 @@
-"""What a row asks for beyond a temperature and a seed, as it travels with the row that enters.
+"""Sampling settings of a row beyond temperature and seed, as a plan carries them.
 
-Most rows ask for nothing more and have no record here. One record is a header of int32 words, then
-its lists one after the other; several records stand one after the other in a step's plan.
+Most rows have only a temperature and a seed, and no record here. A record is a header of int32
+words followed by its lists. A step's plan joins the records of all rows that enter.
 """
 
 from collections.abc import Iterator
@@ -11,8 +11,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-# row, words of the record, tokens of the prompt, top_k, bits of five floats, logprobs, prompt
-# logprobs, whether masked, then the lengths of seven lists
+# row, words of the record, tokens of the prompt, top_k, five float32 values, num_logprobs,
+# num_prompt_logprobs, is_masked, then the lengths of seven lists
 _HEADER_WORDS = 19
 _NO_IDS = np.empty(0, dtype=np.int32)
 _NO_VALUES = np.empty(0, dtype=np.float32)
@@ -20,19 +20,19 @@ _NO_VALUES = np.empty(0, dtype=np.float32)
 
 @dataclass(frozen=True, eq=False)
 class RowOptions:
-    """Settings of one row; the defaults ask for nothing.
+    """Settings of one row. The defaults change nothing.
 
     Attributes:
         num_prompt_tokens: tokens of the row that were not generated
-        top_k: 0 for all
-        bias_ids, bias_values: int32 and float32, added to the logits of these ids
-        banned_ids: int32, not to be drawn before the row's minimum position
-        allowed_ids: int32, the only ones to be drawn; empty for all
-        bad_word_ids, bad_word_ends: int32, the token sequences one after the other, and where each
-            of them ends
+        top_k: most tokens to sample from; 0 for all
+        bias_ids, bias_values: int32 and float32; each value is added to the logit of its id
+        banned_ids: int32, ids that are not sampled before the row's minimum position
+        allowed_ids: int32, the only ids that are sampled; empty for all
+        bad_word_ids, bad_word_ends: int32, the token ids of all bad words joined, and the index at
+            which each word ends
         num_logprobs, num_prompt_logprobs: how many likeliest tokens to report besides the actual
-            one; -1 for no report at all
-        is_masked: whether every draw waits for a mask of its tokens: see `StepMasks`
+            one; -1 for no report
+        is_masked: whether sampling waits for a mask of the allowed tokens: see `StepMasks`
     """
 
     num_prompt_tokens: int = 0
@@ -59,27 +59,27 @@ class RowOptions:
 
     @property
     def truncates(self) -> bool:
-        """Whether only some of the likeliest tokens can be drawn."""
+        """Whether only some of the likeliest tokens can be sampled."""
         return self.top_k > 0 or self.top_p < 1 or self.min_p > 0
 
     @property
     def has_lists(self) -> bool:
-        return any(part.size for part in self._lists())
+        return any(each.size for each in self._lists())
 
     @property
     def changes_logits(self) -> bool:
-        """Whether a token cannot be drawn from the model's logits as they are."""
+        """Whether the model's logits change before a token is sampled from them."""
         return self.truncates or self.has_penalties or self.has_lists
 
     @property
     def reads_tokens(self) -> bool:
-        """Whether the worker must know the row's tokens."""
+        """Whether the worker needs the row's tokens."""
         return bool(self.has_penalties or self.bad_word_ids.size or self.num_prompt_logprobs >= 0)
 
     @property
     def list_words(self) -> int:
-        """Words that the lists take in a record."""
-        return sum(part.size for part in self._lists())
+        """The number of words that the lists take in a record."""
+        return sum(each.size for each in self._lists())
 
     def _lists(self) -> tuple[np.ndarray, ...]:
         return (
@@ -92,14 +92,14 @@ class RowOptions:
         )
 
     def record(self, row: int, tokens: list[int]) -> np.ndarray:
-        """The words that tell a worker: [words] int32.
+        """Return the record for the workers: [words] int32.
 
         Args:
             row: the row that the sequence enters.
-            tokens: its tokens so far, left out where nothing reads them.
+            tokens: the sequence's tokens so far; the record leaves them out if nothing reads them.
         """
         known = np.array(tokens if self.reads_tokens else [], dtype=np.int32)
-        lists = [*(part.view(np.int32) for part in self._lists()), known]
+        lists = [*(each.view(np.int32) for each in self._lists()), known]
         floats = np.array(
             [
                 self.top_p,
@@ -119,7 +119,7 @@ class RowOptions:
             self.num_logprobs,
             self.num_prompt_logprobs,
             int(self.is_masked),
-            *(part.size for part in lists),
+            *(each.size for each in lists),
         ]
         return np.concatenate([np.array(header, dtype=np.int32), *lists])
 
@@ -129,16 +129,16 @@ class EnteringOptions(NamedTuple):
 
     row: int
     options: RowOptions
-    tokens: np.ndarray  # [n] int32, the row's first tokens, where it reads them
+    tokens: np.ndarray  # [n] int32, the sequence's tokens so far; empty if nothing reads them
 
 
 def record_words(options: RowOptions, num_tokens: int) -> int:
-    """Words of a record, with as many tokens as it may have to tell."""
+    """Return the number of words of a record for a sequence of `num_tokens` tokens."""
     return _HEADER_WORDS + options.list_words + (num_tokens if options.reads_tokens else 0)
 
 
 def read_records(words: np.ndarray) -> Iterator[EnteringOptions]:
-    """The records of a plan's `row_options` [words] int32; their lists are views of it."""
+    """Yield the records of a plan's `row_options` [words] int32; their lists are views of it."""
     while words.size:
         row, size, num_prompt_tokens, top_k = words[:4].tolist()
         top_p, min_p, repetition, frequency, presence = words[4:9].view(np.float32).tolist()

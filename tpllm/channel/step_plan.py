@@ -1,13 +1,13 @@
-"""The wire layout of a step: what the coordinator asks for, and what comes back.
+"""The wire layout of a step: the plan that workers receive and the result that rank 0 returns.
 
 A worker keeps the batch on its GPU, one *row* per running sequence: block table, sampling settings,
 last token. A plan therefore carries only what changed (rows that enter, blocks added to tables) and
-what to compute: for each scheduled row, where it starts and how many tokens. Decode rows come
-first; their input id is the row's last token, which never left the GPU. Prefill rows follow with
-their token ids.
+what to compute: for each scheduled row, the position where it starts and the number of tokens.
+Decode rows come first; their input id is the row's last token, which never left the GPU. Prefill
+rows follow with their token ids.
 
-A record is a header of int64 words, then flat int32 arrays; it needs nothing but itself to be
-understood. All arrays of a decoded plan are views of the received bytes.
+A record is a header of int64 words, then flat int32 arrays. It is complete: no earlier record is
+needed to read it. All arrays of a decoded plan are views of the received bytes.
 """
 
 from dataclasses import dataclass
@@ -26,12 +26,12 @@ RESULT = 2
 CONTROL = 3  # JSON, rare
 MASKS = 4
 
-# The cache block that is never handed out: the padding rows of a CUDA graph write there.
+# The cache block that no sequence gets: the padding rows of a CUDA graph write there.
 RESERVED_BLOCK = 0
 
-# A row that enters carries these int32 words: its index, then the sampling settings that stay with
-# it: temperature (float32 bits), seed (low word, high word), the position before which its end
-# tokens are masked (min_tokens), and those end tokens, padded with -1.
+# int32 words of a row that enters: its index, then its row state, which is its temperature (float32
+# bits), its seed (low word, high word), the position before which its end tokens are masked
+# (min_tokens), and these end tokens, padded with -1.
 MAX_MASKED_STOP_IDS = 16
 ROW_STATE_WORDS = 4 + MAX_MASKED_STOP_IDS
 ENTERING_WORDS = 1 + ROW_STATE_WORDS
@@ -46,14 +46,14 @@ class StepPlan:
     rows: np.ndarray  # [S] row index of each scheduled sequence
     starts: np.ndarray  # [S] tokens of the row already in the cache: where this step begins
     num_tokens: np.ndarray  # [S] tokens that this step computes; 1 for a decode row
-    samples: np.ndarray  # [S] 1 where the row's last token yields a new one, 0 inside a prompt
-    entering: np.ndarray  # [n, ENTERING_WORDS] rows taken over by a new sequence
+    samples: np.ndarray  # [S] 1 if the row samples a token after its last one, 0 inside a prompt
+    entering: np.ndarray  # [n, ENTERING_WORDS] rows that a new sequence takes over
     block_updates: np.ndarray  # [m, 2] (row * max_blocks_per_seq + index in the table, block id)
     token_ids: np.ndarray  # [sum of num_tokens of the prefill rows]
-    row_options: np.ndarray  # records of the entering rows that ask for more: see `row_options`
+    row_options: np.ndarray  # records of the entering rows that have one: see `row_options.py`
 
-    def parts(self) -> list[np.ndarray]:
-        """The record's bytes, in order, for `RingWriter.try_send`."""
+    def buffers(self) -> list[np.ndarray]:
+        """Return the record's arrays in order, for `RingWriter.try_send`."""
         counts = (
             self.rows.size,
             self.num_decode,
@@ -72,7 +72,7 @@ class StepPlan:
         """Read a record's payload [bytes] uint8.
 
         Raises:
-            ValueError: another version wrote it.
+            ValueError: another version of tpllm wrote it.
         """
         step, S, num_decode, n, m, tokens, options = _read_header(payload)
         words = payload[_HEADER_WORDS * 8 :].view("<i4")
@@ -97,17 +97,17 @@ class StepPlan:
 
 @dataclass
 class StepMasks:
-    """Which tokens the rows of a step may draw that wait for it (`RowOptions.is_masked`).
+    """Which tokens the masked rows of a step may sample (see `RowOptions.is_masked`).
 
-    It follows the step's plan, before any later one, and comes also where m is 0. A row that waits
-    and is not among the m ones draws from all tokens: nobody wants it any more.
+    This record follows the step's plan, before any later plan, and is sent even if m is 0. A masked
+    row that is not among the m rows samples from all tokens; its request has ended.
     """
 
     step: int
-    indices: np.ndarray  # [m] of each row among the plan's scheduled rows
-    words: np.ndarray  # [m, mask_words] a bit for each token id, 1 where it may be drawn
+    indices: np.ndarray  # [m] index of each row among the plan's scheduled rows
+    words: np.ndarray  # [m, mask_words] a bit for each token id, 1 if it may be sampled
 
-    def parts(self) -> list[np.ndarray]:
+    def buffers(self) -> list[np.ndarray]:
         header = _write_header(self.step, self.words.shape)
         return [header, self.indices, self.words]
 
@@ -120,14 +120,14 @@ class StepMasks:
 
 @dataclass
 class StepResult:
-    """What a step yielded, in the order of its plan's rows; sent by rank 0."""
+    """The sampled tokens of a step, in the order of its plan's rows; rank 0 sends it."""
 
     step: int
     num_yielded: np.ndarray  # [S] tokens that each row yields: 0 inside a prompt
     token_ids: np.ndarray  # [sum of num_yielded]
-    logprobs: np.ndarray  # blocks, for the rows that asked: see `logprobs`
+    logprobs: np.ndarray  # blocks of the rows that report them: see `logprob_records.py`
 
-    def parts(self) -> list[np.ndarray]:
+    def buffers(self) -> list[np.ndarray]:
         counts = (self.num_yielded.size, self.token_ids.size, self.logprobs.size)
         header = _write_header(self.step, counts)
         return [header, self.num_yielded, self.token_ids, self.logprobs]
@@ -142,14 +142,14 @@ class StepResult:
 
 @dataclass(frozen=True)
 class PlanLimits:
-    """The most that one step may carry; the scheduler keeps to it, the ring is sized by it."""
+    """The most that one step may carry. The scheduler obeys it, and it sets the ring's size."""
 
     max_num_seqs: int
     max_num_batched_tokens: int
     max_blocks_per_seq: int
     block_size: int
     vocab_size: int
-    max_logprobs: int  # most alternatives to a token that are reported
+    max_logprobs: int  # most likeliest tokens that a row reports
 
     @property
     def max_tokens_per_seq(self) -> int:
@@ -157,19 +157,19 @@ class PlanLimits:
 
     @property
     def max_list_words(self) -> int:
-        """The most words that one request's lists may take: a bias for every token, and so on."""
-        return 3 * self.vocab_size + 8192  # of bad words some 5,000, however few tokens there are
+        """The most words that one request's lists may take, such as a bias for every token."""
+        return 3 * self.vocab_size + 8192  # some 5,000 bad words even with a small vocabulary
 
     @property
     def max_option_words(self) -> int:
-        # the largest single record; and a step full of new rows that ask for simple things
+        # the largest single record, and a step full of new rows with few options each
         largest = self.max_list_words + self.max_tokens_per_seq
         simple = self.max_num_seqs * 32 + self.max_num_batched_tokens
         return 32 + max(largest, simple)
 
     @property
     def max_block_updates(self) -> int:
-        # enough for the longest single sequence, and for a step full of new prompts and decode rows
+        # enough for the longest single sequence and a step full of new prompts and decode rows
         prompts = self.max_num_batched_tokens // self.block_size + self.max_num_seqs
         return self.max_blocks_per_seq + prompts + self.max_num_seqs
 
@@ -182,7 +182,7 @@ class PlanLimits:
 
     @property
     def mask_words(self) -> int:
-        """Words of one mask."""
+        """The number of words of one mask."""
         return -(-self.vocab_size // 32)
 
     @property
@@ -191,7 +191,7 @@ class PlanLimits:
 
     @property
     def result_bytes(self) -> int:
-        # each row may report on its new token and on a chunk of its prompt
+        # a row may report log-probabilities of its new token and of a chunk of its prompt
         logprobs = self.max_num_seqs * (2 * BLOCK_HEADER_WORDS + position_words(self.max_logprobs))
         logprobs += self.max_num_batched_tokens * position_words(self.max_logprobs)
         return _HEADER_WORDS * 8 + (2 * self.max_num_seqs + logprobs) * 4
@@ -204,12 +204,12 @@ def _write_header(step: int, counts: tuple[int, ...]) -> np.ndarray:
 
 
 def _read_header(payload: np.ndarray) -> list[int]:
-    """The step and the counts after it, the unused ones zero."""
+    """Return the step and the counts after it; unused counts are zero."""
     words: list[int] = payload[: _HEADER_WORDS * 8].view("<i8").tolist()
     version = words.pop(0)
     if version != VERSION:
         raise ValueError(
-            f"step record of version {version}, this side speaks {VERSION}; "
-            "both sides must run the same tpllm"
+            f"a step record has version {version} and this process reads version {VERSION}; "
+            "run the same tpllm in the coordinator and the workers"
         )
     return words

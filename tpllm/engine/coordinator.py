@@ -228,7 +228,7 @@ class Coordinator:
             times.schedule_s += planned - begin
             if plan is None:
                 break
-            self._workers.send(STEP, plan.parts(), plan.step)
+            self._workers.send(STEP, plan.buffers(), plan.step)
             self._step_times.note_sent(planned)
             times.broadcast_s += clock() - planned
             self._send_masks()
@@ -248,7 +248,7 @@ class Coordinator:
     def _send_masks(self) -> None:
         masks = self._scheduler.take_masks()
         if masks is not None:
-            self._workers.send(MASKS, masks.parts())
+            self._workers.send(MASKS, masks.buffers())
 
     def sleep_until_readable(self, *fds: int) -> None:
         """Sleep while there is nothing to do, until one of `fds` can be read or a worker fails."""

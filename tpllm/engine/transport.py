@@ -7,7 +7,7 @@ scheduling knows nothing of processes, and another way to reach the workers chan
 from collections.abc import Sequence
 from typing import Any, Protocol
 
-from tpllm.channel.ring import Part, Record
+from tpllm.channel.ring import Buffer, Record
 
 
 class Transport(Protocol):
@@ -33,7 +33,7 @@ class Transport(Protocol):
         """Every worker has said that it is ready: from now on a deadline is that of a step."""
         ...
 
-    def send(self, kind: int, parts: Sequence[Part], step: int | None = None) -> None:
+    def send(self, kind: int, buffers: Sequence[Buffer], step: int | None = None) -> None:
         """Broadcast one record to every worker."""
         ...
 

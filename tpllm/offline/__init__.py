@@ -1,1 +1,1 @@
-"""What stands behind `LLM`: calls that share the engine's steps, and beam search."""
+"""Code behind `LLM`: calls that share the engine's steps, and beam search."""

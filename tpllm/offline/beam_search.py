@@ -1,8 +1,9 @@
-"""Beam search: the likeliest whole continuations, rather than the likeliest next token each time.
+"""Beam search: it looks for the likeliest continuations as a whole, not token by token.
 
-Every step extends each beam by its likeliest tokens and keeps the best of all. The rules are those
-of transformers' `generate(num_beams=...)` with its defaults, and so are the scores: the sum of
-log-probabilities over `length ** length_penalty`, in generated tokens, an end token included.
+Every step extends each beam by its likeliest tokens and keeps the best beams. Rules and scores
+follow the defaults of `generate(num_beams=...)` in transformers. A score is the sum of the
+log-probabilities divided by `length ** length_penalty`. The length counts generated tokens,
+including an end token.
 """
 
 from collections.abc import Mapping, Sequence
@@ -17,19 +18,19 @@ from tpllm.vllm_keywords import checks_keywords
 @checks_keywords("BeamSearchParams", {})
 @dataclass(frozen=True, kw_only=True)
 class BeamSearchParams:
-    """What to search for. Names and defaults are vLLM's.
+    """Parameters of a beam search. Names and defaults are those of vLLM.
 
     Attributes:
-        beam_width: continuations that are kept at every step, and given back
+        beam_width: number of continuations that every step keeps and the search returns
         max_tokens: most tokens to generate
-        ignore_eos: go on past the model's end tokens
-        temperature: above 0, a token drawn at this temperature is tried besides the likeliest ones
+        ignore_eos: continue after the model's end tokens
+        temperature: above 0, each step also tries a token sampled at this temperature
         length_penalty: above 0 favours long continuations, below 0 short ones
-        include_stop_str_in_output: leave the end token in the text
+        include_stop_str_in_output: keep the end token in the text
 
     Raises:
-        ValueError: a value is out of range, or not of its type.
-        UnknownSettingError: there is no such keyword.
+        ValueError: a value is out of range or has the wrong type.
+        UnknownSettingError: a keyword does not exist.
     """
 
     beam_width: int
@@ -48,18 +49,19 @@ class BeamSearchParams:
         SamplingParams(temperature=self.temperature)
 
     def step_params(self, num_end_tokens: int, vocab_size: int) -> SamplingParams:
-        """How one step asks the engine for the tokens that may follow a beam.
+        """Return the parameters of a request for the likeliest next tokens of a beam.
 
-        A step keeps `beam_width` beams that go on, and no beam adds more end tokens than there are.
+        The request reports `beam_width` tokens, and one more for each end token: end tokens finish
+        a beam, and a step keeps `beam_width` unfinished beams.
 
         Raises:
-            ValueError: more log-probabilities are needed than a request may ask for.
+            ValueError: the search needs more log-probabilities than a request may have.
         """
         most = MAX_LOGPROBS - num_end_tokens
         if self.beam_width > most:
             raise ValueError(
-                f"beam_width={self.beam_width} is more than the {most} that the "
-                f"{MAX_LOGPROBS} log-probabilities of a token allow; lower it"
+                f"beam_width={self.beam_width} is more than {most}, since a request reports at "
+                f"most {MAX_LOGPROBS} log-probabilities of a token; lower it"
             )
         return SamplingParams(
             temperature=self.temperature,
@@ -74,10 +76,10 @@ class BeamSearchSequence:
     """One continuation.
 
     Attributes:
-        tokens: of the prompt and the continuation
+        tokens: token ids of the prompt and the continuation
         cum_logprob: sum of the log-probabilities of the continuation's tokens
-        score: `cum_logprob` over its length to the power of `length_penalty`
-        text: of all tokens, special ones included; None without a tokenizer
+        score: `cum_logprob` divided by `length ** length_penalty`
+        text: text of all tokens, including special tokens; None without a tokenizer
         finish_reason: "stop" at an end token, "length" at `max_tokens`
         stop_reason: the end token
     """
@@ -92,7 +94,7 @@ class BeamSearchSequence:
 
 @dataclass
 class BeamSearchOutput:
-    """The continuations of one prompt, the best first."""
+    """The continuations of one prompt, best first."""
 
     sequences: list[BeamSearchSequence] = field(default_factory=list)
 
@@ -100,7 +102,8 @@ class BeamSearchOutput:
 class Beams:
     """The search for one prompt.
 
-    `running` holds the beams to extend next, the likeliest first; none, when the search is over.
+    Attributes:
+        running: the beams to extend next, likeliest first; empty when the search is finished
     """
 
     def __init__(
@@ -113,7 +116,11 @@ class Beams:
         self.running = [BeamSearchSequence(list(prompt))]
 
     def extend(self, next_tokens: Sequence[Mapping[int, Logprob]]) -> None:
-        """Go one step, given what may follow each of `running`."""
+        """Extend the beams by one token.
+
+        Args:
+            next_tokens: the likeliest next tokens of each beam in `running`
+        """
         width = self._params.beam_width
         self._num_tokens += 1
         candidates = [
@@ -127,7 +134,7 @@ class Beams:
         for rank, (cum_logprob, beam, token_id) in enumerate(candidates):
             ends = token_id in self._end_token_ids
             if ends or is_last:
-                if rank < width:  # those after only fill up the beams that go on
+                if rank < width:  # candidates after these are used for unfinished beams only
                     self._complete(beam, token_id, cum_logprob, ends)
             elif len(self.running) < width:
                 self.running.append(BeamSearchSequence([*beam.tokens, token_id], cum_logprob))
@@ -154,10 +161,11 @@ class Beams:
         return score
 
     def _can_improve(self) -> bool:
-        """Whether the best running beam, ended now, would be among the best."""
+        """Whether the best running beam would be among the results if it ended now."""
         if not self.running or len(self._completed) < self._params.beam_width:
             return True
         return self._score(self.running[0].cum_logprob) > self._completed[-1].score
 
     def output(self) -> BeamSearchOutput:
+        """Return the finished continuations, best first."""
         return BeamSearchOutput(self._completed)

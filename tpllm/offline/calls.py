@@ -1,8 +1,7 @@
-"""Calls of one LLM, from any threads: their requests run side by side, in the same steps.
+"""Calls of one LLM from any number of threads. Their requests share the engine's steps.
 
-A call has the engine for a step at a time. Between two of them others have their turn, so a stream
-that nobody asks for more keeps nobody waiting, whichever threads ask; its requests go on with the
-steps of the others.
+A call holds the engine for one step at a time. Between two steps another call gets its turn, so a
+stream whose caller does not read it blocks no other call; its requests run in the others' steps.
 """
 
 import copy
@@ -23,7 +22,7 @@ class Call:
     """The requests of one call.
 
     Attributes:
-        changed: those with something to take, some of them more than once
+        changed: requests with new output, possibly repeated
     """
 
     def __init__(self) -> None:
@@ -31,7 +30,7 @@ class Call:
         self.changed: deque[Request] = deque()
 
     def take(self) -> list[RequestOutput]:
-        """What is new. The caller has the turn: a step in another thread would write to it."""
+        """Return new outputs. The caller must hold the turn, so that no step changes them."""
         outputs = []
         while self.changed:
             request = self.changed.popleft()
@@ -41,17 +40,17 @@ class Call:
 
     @property
     def errors(self) -> dict[str, NoNextTokenError]:
-        """Why requests have ended before their time, by their ids."""
+        """The errors that ended requests early, by request id."""
         return {each.request_id: each.error for each in self.requests if each.error is not None}
 
     def raise_first_error(self, outputs: Mapping[str, RequestOutput]) -> None:
-        """Raise what ended a request before its time, once all have ended.
+        """Raise the first error that ended a request early. Call it once all requests have ended.
 
         Args:
-            outputs: those of the call, by request id, for the error to hold
+            outputs: the call's outputs by request id, which the error takes
 
         Raises:
-            NoNextTokenError: names the prompt.
+            NoNextTokenError: a request had no next token; the error names the prompt.
         """
         errors = self.errors
         for i, request in enumerate(self.requests):
@@ -63,14 +62,14 @@ class Call:
 
 
 class Calls:
-    """The calls of an engine, which steps as they ask for more."""
+    """The calls of an engine. The engine runs a step when a call needs new outputs."""
 
     def __init__(self, coordinator: Coordinator, processor: OutputProcessor) -> None:
         self._coordinator = coordinator
         self._processor = processor
         self._turns = Turns()
-        self._call_of: dict[Request, Call] = {}  # of those that run
-        self._over: deque[Call] = deque()  # whose requests are to be aborted
+        self._call_of: dict[Request, Call] = {}  # the call of each running request
+        self._ended_calls: deque[Call] = deque()  # their requests have to be aborted
         self._failure: WorkerError | None = None
 
     @contextmanager
@@ -79,15 +78,15 @@ class Calls:
         prompts: Sequence[tuple[str | None, list[int], SamplingParams, list[list[int]]]],
         output_kind: RequestOutputKind | None,
     ) -> Iterator[Call]:
-        """Run requests for the length of a block; whatever ends it early aborts them.
+        """Run requests while a `with` block runs. An exception in the block aborts them.
 
         Args:
-            prompts: of each its text, its token ids, its parameters and the ids of their bad words
-            output_kind: instead of that of the parameters
+            prompts: text, token ids, sampling parameters and bad word ids of each prompt
+            output_kind: replaces the output kind of the sampling parameters
 
         Raises:
-            ValueError: one of them could never run; it is named by its index as a prompt.
-            RuntimeError: the engine is closed, or this very thread is in the middle of a step.
+            ValueError: a request can never run; the error names the index of its prompt.
+            RuntimeError: the engine is closed, or this thread is in the middle of a step.
         """
         call = Call()
         try:
@@ -97,7 +96,7 @@ class Calls:
                     try:
                         request = self._processor.add(*prompt, output_kind=output_kind)
                         call.requests.append(request)
-                        # the others of one prompt differ in their seeds alone
+                        # the other requests of a prompt differ only in their seeds
                         self._coordinator.check(request.engine_requests[0])
                     except ValueError as error:
                         raise ValueError(f"prompt {i}: {error}") from None
@@ -106,7 +105,7 @@ class Calls:
                     self._coordinator.add(request.engine_requests)
             yield call
         except BaseException:
-            self._over.append(call)
+            self._ended_calls.append(call)
             self._end_calls()
             raise
 
@@ -118,32 +117,32 @@ class Calls:
         microseconds, after which a worker that waits for its next plan may have fallen asleep.
 
         Raises:
-            WorkerError: a worker has failed, in this call or in another.
-            RuntimeError: the engine has been closed.
+            WorkerError: a worker has failed, in this call or in another one.
+            RuntimeError: the engine is closed.
         """
         with Interrupts() as interrupts, self.turn():
             while not call.changed:
                 if self._failure is not None:
-                    raise copy.copy(self._failure)  # each call adds its own outputs
+                    raise copy.copy(self._failure)  # each call adds its own outputs to the error
                 self._refuse_if_closed()
                 self._step()
                 interrupts.check()  # Ctrl-C comes between two steps, with the books in order
-                if self._over or self._turns.is_awaited:
+                if self._ended_calls or self._turns.is_awaited:
                     break
             return call.take()
 
     @contextmanager
     def turn(self) -> Iterator[None]:
-        """Have the engine for the length of a block.
+        """Hold the engine while a `with` block runs.
 
         Raises:
-            RuntimeError: this thread has it, and was interrupted by a signal handler.
+            RuntimeError: this thread already holds it and a signal handler calls.
         """
         try:
             with self._turns.take():
                 yield
         finally:
-            if self._over:
+            if self._ended_calls:
                 self._end_calls()
 
     def _refuse_if_closed(self) -> None:
@@ -151,9 +150,9 @@ class Calls:
             raise RuntimeError("this LLM is closed; make a new one") from self._failure
 
     def _step(self) -> None:
-        """One step of the engine; in the middle of it nothing is certain."""
+        """Run one step of the engine. An exception closes the engine: its state is unknown then."""
         try:
-            # the next step runs on the GPUs while we read the texts of this one
+            # the GPUs run the next step while the results of this one are detokenized
             processed = self._processor.process(self._coordinator.step())
             if processed.to_abort:
                 self._coordinator.abort(processed.to_abort)
@@ -168,18 +167,18 @@ class Calls:
             raise
 
     def _end_calls(self) -> None:
-        """Abort the requests of calls that are over; where others have the turn, they do it.
+        """Abort the requests of ended calls, unless another thread holds the turn and does it.
 
-        Never waits: it may come from a finalizer, so in the middle of anything.
+        It never waits, since a finalizer may call it in the middle of any other code.
         """
-        while self._over:
+        while self._ended_calls:
             with Interrupts(), self._turns.try_take() as has_turn:
                 if not has_turn:
                     return
-                while self._over:
-                    self._abort(self._over.popleft())
-                with suppress(WorkerError):  # nobody's requests: the next call hears of it
-                    self._come_to_rest()
+                while self._ended_calls:
+                    self._abort(self._ended_calls.popleft())
+                with suppress(WorkerError):  # the next call raises it
+                    self._finish_steps_in_flight()
 
     def _abort(self, call: Call) -> None:
         for request in call.requests:
@@ -189,8 +188,8 @@ class Calls:
             ids = [each.request_id for r in call.requests for each in r.engine_requests]
             self._coordinator.abort(ids)
 
-    def _come_to_rest(self) -> None:
-        """Without requests, take in what is in flight: the next call finds a quiet engine."""
+    def _finish_steps_in_flight(self) -> None:
+        """If no request is left, wait for the steps in flight, so that the engine becomes idle."""
         coordinator = self._coordinator
         while not (coordinator.closed or coordinator.num_unfinished) and coordinator.num_in_flight:
             self._step()

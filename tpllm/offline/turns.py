@@ -1,4 +1,4 @@
-"""A fair lock: threads get it in the order in which they ask."""
+"""A fair lock: threads get it in the order of their calls."""
 
 import threading
 from collections import deque
@@ -7,16 +7,15 @@ from contextlib import contextmanager
 
 
 class Turns:
-    """One thread at a time has the turn, the one that asked first.
+    """A lock that its waiting threads get in order. The thread that holds it has the turn.
 
-    A plain lock would go back to the thread that has just let go of it: one that gives it back and
-    asks again in a loop would keep all others out. Signal handlers and finalizers may call any
-    method in the middle of another.
+    A thread that releases and takes a plain lock in a loop can keep all others out of it. Signal
+    handlers and finalizers may call any method in the middle of another one.
     """
 
     def __init__(self) -> None:
         self._changed = threading.Condition()  # its lock is reentrant
-        self._line: deque[int] = deque()  # of thread ids; the first one has the turn
+        self._queue: deque[int] = deque()  # thread ids; the first one has the turn
 
     @property
     def is_awaited(self) -> bool:
@@ -25,42 +24,43 @@ class Turns:
 
     @contextmanager
     def take(self) -> Iterator[None]:
-        """Wait for the turn, and have it for the length of a block.
+        """Wait for the turn and hold it while a `with` block runs.
 
         Raises:
-            RuntimeError: this thread has the turn, or waits for it: a signal handler calls.
+            RuntimeError: this thread already has the turn or waits for it, as when a signal handler
+                calls.
         """
-        me = threading.get_ident()
+        thread_id = threading.get_ident()
         with self._changed:
-            if me in self._line:
+            if thread_id in self._queue:
                 raise RuntimeError(
-                    "this LLM is in the middle of a step in this very thread, which a signal "
-                    "handler has interrupted; use AsyncLLM where calls come at any time"
+                    "this LLM is in the middle of a step in this thread, which a signal handler "
+                    "has interrupted; use AsyncLLM if calls come at any time"
                 )
         try:
             with self._changed:
-                self._line.append(me)
-                self._changed.wait_for(lambda: self._line[0] == me)
+                self._queue.append(thread_id)
+                self._changed.wait_for(lambda: self._queue[0] == thread_id)
             yield
         finally:
-            self._leave(me)
+            self._leave(thread_id)
 
     @contextmanager
     def try_take(self) -> Iterator[bool]:
-        """As `take`, but without waiting; gives False where somebody else has the turn."""
-        me = threading.get_ident()
+        """Take the turn as `take` does, or yield False at once if another thread has it."""
+        thread_id = threading.get_ident()
         with self._changed:
-            is_free = not self._line
+            is_free = not self._queue
             if is_free:
-                self._line.append(me)
+                self._queue.append(thread_id)
         try:
             yield is_free
         finally:
             if is_free:
-                self._leave(me)
+                self._leave(thread_id)
 
-    def _leave(self, me: int) -> None:
+    def _leave(self, thread_id: int) -> None:
         with self._changed:
-            if me in self._line:
-                self._line.remove(me)
+            if thread_id in self._queue:
+                self._queue.remove(thread_id)
             self._changed.notify_all()

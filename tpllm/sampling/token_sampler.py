@@ -51,7 +51,7 @@ class LogprobWords:
         """Return the records for the step's result, from `words` copied to the host."""
         records, begin = [], 0
         for index, first_position, n, k in self.blocks:
-            block = LogprobBlock.of(index, first_position, words[begin : begin + n], k)
+            block = LogprobBlock.from_words(index, first_position, words[begin : begin + n], k)
             records.append(block.record())
             begin += n
         return records

@@ -22,7 +22,7 @@ from typing import Any, NoReturn
 from tpllm.channel.child_process import write_spec
 from tpllm.channel.progress import Board, create_board
 from tpllm.channel.ring import (
-    Part,
+    Buffer,
     Record,
     RingReader,
     RingWriter,
@@ -165,11 +165,11 @@ class WorkerGroup:
 
     # ---- talking -----------------------------------------------------------------------------
 
-    def send(self, kind: int, parts: Sequence[Part], step: int | None = None) -> None:
+    def send(self, kind: int, buffers: Sequence[Buffer], step: int | None = None) -> None:
         """Broadcast one record to every worker."""
         with self._processes.use():
             self.watch.note_sending(step)
-            while not self._writer.try_send(kind, parts):
+            while not self._writer.try_send(kind, buffers):
                 self._processes.refuse_if_ending()
                 if self._some_worker_ended(0.0):
                     self._fail_with_cause()

@@ -44,8 +44,8 @@ def main(serve: Serve = serve) -> NoReturn:
     dump_stacks_on_signal(spec["stacks"])
     exit_code = 1
     try:
-        replies = Replies(RingWriter(RingDescriptors.of(spec["replies"])))
-        plans = RingReader(RingDescriptors.of(spec["plans"]), spec["rank"])
+        replies = Replies(RingWriter(RingDescriptors.from_list(spec["replies"])))
+        plans = RingReader(RingDescriptors.from_list(spec["plans"]), spec["rank"])
         exit_code = _serve_and_report(serve, spec, plans, replies)
     except BaseException:
         traceback.print_exc()  # no channel to report it through

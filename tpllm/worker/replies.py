@@ -6,7 +6,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from tpllm.channel.ring import Part, RingWriter
+from tpllm.channel.ring import Buffer, RingWriter
 from tpllm.channel.step_plan import CONTROL, RESULT
 
 _TIMEOUT_S = 60.0
@@ -19,9 +19,9 @@ class Replies:
         self._writer = writer
         self._lock = threading.Lock()
 
-    def result(self, parts: Sequence[Part]) -> None:
+    def result(self, buffers: Sequence[Buffer]) -> None:
         with self._lock:
-            self._writer.send(RESULT, parts, _TIMEOUT_S)
+            self._writer.send(RESULT, buffers, _TIMEOUT_S)
 
     def control(self, message: dict[str, Any]) -> None:
         with self._lock:

@@ -81,7 +81,7 @@ class ResultSender:
                 readback.marks.wait_end()
                 tokens = readback.tokens.numpy()[: int(num_sampled.sum())]
                 logprobs = readback.logprob_records()
-                self._replies.result(StepResult(step, num_sampled, tokens, logprobs).parts())
+                self._replies.result(StepResult(step, num_sampled, tokens, logprobs).buffers())
                 self._times.add(readback.marks)
                 if previous is not None:  # kept until now: this step's idle time begins at its end
                     self._free.put(previous)
