@@ -247,7 +247,7 @@ def test_without_sampling_parameters_the_checkpoint_s_are_taken(llm: LLM) -> Non
         ([4096], SHORT, "prompt 1: the prompt holds token id 4096, outside the vocabulary of 4096"),
         ([-1], SHORT, "prompt 1: the prompt holds token id -1, outside"),
         ([1] * 4096, SHORT, "has 4096 tokens, which leaves no room .* max_model_len=4096"),
-        ([1] * 700, SHORT, "has 700 tokens, more than the whole cache .*39 blocks of 16"),
+        ([1] * 700, SHORT, "has 700 tokens, which leaves no room .*39 blocks of 16"),
         ("hi", SamplingParams(stop_token_ids=[5000]), "stop_token_ids holds 5000"),
         ("hi", SamplingParams(min_tokens=700, max_tokens=None), "min_tokens=700 after a prompt of"),
         ("hi", SamplingParams(logit_bias={4096: 1}), "logit_bias holds 4096, outside"),
@@ -255,12 +255,12 @@ def test_without_sampling_parameters_the_checkpoint_s_are_taken(llm: LLM) -> Non
         (
             "hi",
             SamplingParams(min_tokens=1, stop_token_ids=[3, 4], allowed_token_ids=[4]),
-            r"allowed_token_ids=\[4\] has nothing that can be drawn beside min_tokens=1;",
+            r"allowed_token_ids=\[4\] leaves no token to sample, because min_tokens=1 excludes",
         ),
         (
             "hi",
             SamplingParams(allowed_token_ids=[440], bad_words=["will"]),
-            r"allowed_token_ids=\[440\] has nothing that can be drawn beside bad_words;",
+            r"allowed_token_ids=\[440\] leaves no token to sample, because bad_words excludes",
         ),
         ("hi", SamplingParams(bad_words=[" "]), "bad_words holds ' ', which spells no token"),
     ],

@@ -230,9 +230,12 @@ def test_logprobs_are_those_of_transformers(together: dict[str, Heard]) -> None:
 def test_lists_that_no_step_could_carry_are_refused(engine: Coordinator) -> None:
     prompt, plain = PROMPTS[0], params()
     wrong = {
-        "bad_words=.'x'. came without the token ids": ((replace(plain, bad_words=["x"])), []),
+        "bad_words=.'x'. needs a tokenizer, and this engine has none": (
+            (replace(plain, bad_words=["x"])),
+            [],
+        ),
         "bad_words holds 4096, outside": (replace(plain, bad_words=["x"]), [[1, 4096]]),
-        "take 20493 words together, and a step carries 20478": (
+        "take 20493 words together, and a request may have 20478": (
             replace(
                 plain,
                 logit_bias=dict.fromkeys(range(4096), 1.0),

@@ -1,12 +1,12 @@
-"""An engine without a model: a real scheduler, and a worker that checks all that it is told.
+"""An engine without a model: a real scheduler, and a simulated worker that checks every plan.
 
-The simulated worker knows nothing but the bytes of the plans. It executes them in order, as a GPU
-does; their results come back late. Its cache stores in every slot the digest of the token and all
-tokens before it, so a page that was shared wrongly, overwritten, freed too early or left stale is
-noticed by the first row that reads it. The next token is a function of the true sequence and the
-request's settings alone, so batching, chunks, preemption and the prefix cache must not change it.
+The simulated worker reads only the bytes of the plans. It executes them in order, as a GPU does,
+and their results come back late. Each slot of its cache stores the digest of the token and all
+tokens before it. The first row that reads a block which was shared wrongly, overwritten, freed too
+early or left stale therefore fails. The next token depends only on the true sequence and the
+request's settings, so batching, chunks, preemption and the prefix cache must not change it.
 
-The tokens 1 to 7 spell a to g, for the grammars of structured outputs.
+The tokens 1 to 7 are the letters a to g, for the grammars of structured outputs.
 """
 
 import struct
@@ -39,7 +39,7 @@ EOS = 0
 
 
 class _Letters:
-    """A tokenizer as llguidance wants to see one."""
+    """A tokenizer with the interface that llguidance needs."""
 
     eos_token_id = EOS
     bos_token_id = None
@@ -59,19 +59,19 @@ def ids_of_mask(words: bytes | np.ndarray) -> set[int]:
 
 
 def extend(prefix: int, token_id: int) -> int:
-    """Digest of a prefix (0 where empty) and one more token: what its keys and values depend on."""
+    """Return the digest of a prefix (0 if empty) and one more token, which its KV depends on."""
     return xxhash.xxh64_intdigest(struct.pack("<Qi", prefix, token_id))
 
 
-def draw(prefix: int, temperature: float, seed: int, banned: Iterable[int]) -> int:
-    """The token after `prefix`: as in a real engine, the seed plays no part at temperature 0."""
+def sample_token(prefix: int, temperature: float, seed: int, banned: Iterable[int]) -> int:
+    """Return the token after `prefix`. As in a real engine, temperature 0 ignores the seed."""
     noise = seed if temperature else 0
     allowed = sorted(set(range(VOCAB_SIZE)).difference(banned))
     return allowed[xxhash.xxh64_intdigest(struct.pack("<QQ", prefix, noise)) % len(allowed)]
 
 
 def logprobs_of(prefix: int, token_id: int, k: int) -> TokenLogprobs:
-    """What is reported of a token after `prefix`: made up, and different wherever they differ."""
+    """Return made-up log-probabilities of a token, which differ for each prefix and token."""
     numbers = extend(prefix, token_id)
     ids = [token_id, *(numbers >> 3 * i & 7 for i in range(k))]
     logprobs = [(numbers >> 10 * i & 1023) / 1024 for i in range(1 + k)]
@@ -79,16 +79,19 @@ def logprobs_of(prefix: int, token_id: int, k: int) -> TokenLogprobs:
 
 
 class TrueSequence:
-    """The tokens of a request when nothing else runs: its prompt and, without end, its draws."""
+    """The tokens of a request that runs alone: its prompt, then sampled tokens without end."""
 
     def __init__(self, request: AddRequest, seed: int, max_total_tokens: int) -> None:
         params = self.params = request.sampling_params
         self._seed = seed
         self.num_prompt_tokens = len(request.prompt_token_ids)
-        form = params.structured_outputs
-        self.ends = {*params.stop_token_ids, *([] if params.ignore_eos and not form else [EOS])}
-        # None also once the answer has ended
-        self._matcher = GRAMMARS.compile(form).compile() if form else None
+        structured = params.structured_outputs
+        self.ends = {
+            *params.stop_token_ids,
+            *([] if params.ignore_eos and not structured else [EOS]),
+        }
+        # also None once the output has ended
+        self._matcher = GRAMMARS.compile(structured).compile() if structured else None
         self.tokens: list[int] = []
         self.prefixes: list[int] = []  # digest of the tokens up to and including each
         for token_id in request.prompt_token_ids:
@@ -101,23 +104,23 @@ class TrueSequence:
         self.tokens.append(token_id)
 
     def grow(self, num_tokens: int) -> None:
-        """Draw until the sequence has `num_tokens`, past its end if need be."""
+        """Sample until the sequence has `num_tokens` tokens, also beyond its end."""
         while len(self.tokens) < num_tokens:
-            num_drawn = len(self.tokens) - self.num_prompt_tokens
-            banned = self.ends if num_drawn < self.params.min_tokens else set()
+            num_sampled = len(self.tokens) - self.num_prompt_tokens
+            banned = self.ends if num_sampled < self.params.min_tokens else set()
             if self._matcher is not None:
                 held_back = banned or ({EOS} if self.params.ignore_eos else set())
                 allowed = ids_of_mask(self._matcher.compute_bitmask())
                 banned = set(range(VOCAB_SIZE)) - (allowed - held_back or allowed)
-            drawn = draw(self.prefixes[-1], self.params.temperature, self._seed, banned)
-            self._append(drawn)
-            if drawn in self.ends:
+            token_id = sample_token(self.prefixes[-1], self.params.temperature, self._seed, banned)
+            self._append(token_id)
+            if token_id in self.ends:
                 self._matcher = None
             elif self._matcher is not None:
-                assert self._matcher.consume_token(drawn)
+                assert self._matcher.consume_token(token_id)
 
     def logprobs(self, begin: int, end: int, k: int) -> list[TokenLogprobs | None]:
-        """Of the tokens `begin` to `end`; nothing comes before the first."""
+        """Return the log-probabilities of the tokens `begin` to `end`; the first token has none."""
         self.grow(end)
         return [
             logprobs_of(self.prefixes[i - 1], self.tokens[i], k) if i else None
@@ -125,16 +128,16 @@ class TrueSequence:
         ]
 
     def outcome(self) -> tuple[list[int], str, int | None]:
-        """The generated tokens, the finish reason and the stop reason."""
+        """Return the generated tokens, the finish reason and the stop reason."""
         self.grow(self.num_prompt_tokens + self.max_tokens)
         first = self.num_prompt_tokens
-        drawn = self.tokens[first : first + self.max_tokens]
-        for i, token_id in enumerate(drawn):
+        generated = self.tokens[first : first + self.max_tokens]
+        for i, token_id in enumerate(generated):
             may_end = i >= self.params.min_tokens or self.params.structured_outputs
             if token_id in self.ends and may_end:
                 asked_for = token_id in self.params.stop_token_ids
-                return drawn[: i + 1], "stop", token_id if asked_for else None
-        return drawn, "length", None
+                return generated[: i + 1], "stop", token_id if asked_for else None
+        return generated, "length", None
 
 
 class SimulatedWorker:
@@ -159,10 +162,10 @@ class SimulatedWorker:
         self.events: Counter[str] = Counter()
 
     def execute(self, payload: np.ndarray) -> StepResult | None:
-        """Run one step, given as the bytes of its record; None where `draw` is to follow."""
+        """Run one step, given as the bytes of its record; None if `sample_masked` must follow."""
         assert self._waiting is None, "the masks of a step come before any later step"
         plan = StepPlan.decode(payload)
-        self._check_form(plan)
+        self._check_layout(plan)
         for words in plan.entering:
             self._row_state[words[0]] = words[1:]
             self._options.pop(int(words[0]), None)
@@ -178,13 +181,13 @@ class SimulatedWorker:
         written_by = self._store(plan)
         self._attend(plan)
         self._note(plan, written_by)
-        drawing = plan.rows[plan.samples == 1].tolist()
-        if any(row in self._options and self._options[row].is_masked for row in drawing):
+        sampling_rows = plan.rows[plan.samples == 1].tolist()
+        if any(row in self._options and self._options[row].is_masked for row in sampling_rows):
             self._waiting = plan
             return None
-        return self._draw(plan, {})
+        return self._result(plan, {})
 
-    def draw(self, payload: np.ndarray) -> StepResult:
+    def sample_masked(self, payload: np.ndarray) -> StepResult:
         """Finish the step that waits for its masks, given as the bytes of their record."""
         plan, self._waiting = self._waiting, None
         assert plan is not None, "no step waits for masks"
@@ -193,13 +196,13 @@ class SimulatedWorker:
         for i in masks.indices.tolist():
             assert plan.samples[i] and self._options[int(plan.rows[i])].is_masked
         pairs = zip(masks.indices.tolist(), masks.words, strict=True)
-        return self._draw(plan, {i: ids_of_mask(words) for i, words in pairs})
+        return self._result(plan, {i: ids_of_mask(words) for i, words in pairs})
 
-    def _draw(self, plan: StepPlan, masks: dict[int, set[int]]) -> StepResult:
-        drawn = self._sample(plan, masks)
-        return StepResult(plan.step, plan.samples.copy(), drawn, self._report(plan))
+    def _result(self, plan: StepPlan, masks: dict[int, set[int]]) -> StepResult:
+        sampled_ids = self._sample(plan, masks)
+        return StepResult(plan.step, plan.samples.copy(), sampled_ids, self._report(plan))
 
-    def _check_form(self, plan: StepPlan) -> None:
+    def _check_layout(self, plan: StepPlan) -> None:
         limits = self._limits
         S = plan.rows.size
         assert 1 <= S <= limits.max_num_seqs
@@ -226,7 +229,7 @@ class SimulatedWorker:
         return truth
 
     def _store(self, plan: StepPlan) -> dict[int, int]:
-        """Check every row's input and store it; which row wrote each block."""
+        """Check every row's input and store it; return which row wrote each block."""
         written_by: dict[int, int] = {}
         token_ids = deque(plan.token_ids.tolist())
         for i, (row, start, num_tokens) in enumerate(_scheduled(plan)):
@@ -255,7 +258,7 @@ class SimulatedWorker:
             assert seen == self._truth(row, end).prefixes[:end], f"row {row} sees the wrong tokens"
 
     def _sample(self, plan: StepPlan, masks: dict[int, set[int]]) -> np.ndarray:
-        drawn = []
+        sampled_ids = []
         for i, (row, start, num_tokens) in enumerate(_scheduled(plan)):
             if plan.samples[i]:
                 position = start + num_tokens
@@ -264,12 +267,12 @@ class SimulatedWorker:
                 banned = set(state[4:].tolist()) if position < state[3] else set()
                 banned |= set(range(VOCAB_SIZE)) - masks[i] if i in masks else set()
                 temperature = float(state[:1].view(np.float32)[0])
-                self._last_tokens[row] = draw(prefix, temperature, _seed_of(state), banned)
-                drawn.append(self._last_tokens[row])
-        return np.array(drawn, dtype=np.int32)
+                self._last_tokens[row] = sample_token(prefix, temperature, _seed_of(state), banned)
+                sampled_ids.append(self._last_tokens[row])
+        return np.array(sampled_ids, dtype=np.int32)
 
     def _report(self, plan: StepPlan) -> np.ndarray:
-        """Log-probabilities of new tokens, and of the prompt tokens that this step predicts."""
+        """Return log-probabilities of new tokens and of the prompt tokens of this step."""
         records = [np.empty(0, np.int32)]
         for i, (row, start, num_tokens) in enumerate(_scheduled(plan)):
             options = self._options.get(row)
@@ -310,7 +313,7 @@ class SimulatedWorker:
 
 @dataclass
 class Watched:
-    """A request, the engine's record of it, and what the caller has heard."""
+    """A request, the engine's record of it, and the updates that the caller has received."""
 
     seq: Sequence
     truth: TrueSequence
@@ -361,22 +364,22 @@ class SimulatedEngine:
         self._in_flight: deque[tuple[StepResult | None, set[int]]] = deque()
         self.events = self._worker.events
 
-    # ---- what a caller does ------------------------------------------------------------------
+    # ---- the caller --------------------------------------------------------------------------
 
     def add(self, prompt: list[int], params: SamplingParams | None = None) -> Watched:
-        """Queue a request; without `params` it is greedy, and ends after 4 tokens and no sooner."""
+        """Queue a request. Without `params` it is greedy and has exactly 4 tokens."""
         params = params or SamplingParams(temperature=0, max_tokens=4, ignore_eos=True)
         request_id = str(len(self.requests))
         # identifies the request to the worker, and fills both words of the seed
         seed = (len(self.requests) + 1) * (2**40 + 1)
         request = AddRequest(request_id, prompt, params)
-        form = params.structured_outputs
+        structured = params.structured_outputs
         seq = Sequence(
             request,
             seed=seed,
             eos_token_ids=(EOS,),
             max_total_tokens=self.max_total_tokens,
-            grammar=None if form is None else GRAMMARS.compile(form),
+            grammar=None if structured is None else GRAMMARS.compile(structured),
         )
         self._truths[seed] = TrueSequence(request, seed, self.max_total_tokens)
         self.requests[request_id] = Watched(seq, self._truths[seed])
@@ -392,10 +395,10 @@ class SimulatedEngine:
             self._hear(update)
         self.check()
 
-    # ---- what the coordinator does -----------------------------------------------------------
+    # ---- the coordinator ---------------------------------------------------------------------
 
     def send(self) -> StepPlan | None:
-        """Schedule a step and have the worker execute it; its result stays in flight."""
+        """Schedule a step and execute it in the worker. Its result stays in flight."""
         running = [each.seq for each in self._alive() if each.seq.status is Status.RUNNING]
         plan = self.scheduler.schedule()
         for seq in running:
@@ -420,7 +423,7 @@ class SimulatedEngine:
         return plan
 
     def receive(self) -> list[RequestUpdate]:
-        """Take in the result of the oldest step in flight."""
+        """Process the result of the oldest step in flight."""
         result, _ = self._in_flight.popleft()
         assert result is not None, "the oldest step in flight waits for its masks"
         payload = _bytes_of(result)
@@ -440,7 +443,7 @@ class SimulatedEngine:
             payload = _bytes_of(masks)
             assert payload.size <= self.limits.masks_bytes
             _, written = self._in_flight.pop()
-            self._in_flight.append((self._worker.draw(payload), written))
+            self._in_flight.append((self._worker.sample_masked(payload), written))
             self.events["masks"] += masks.indices.size
 
     def step(self) -> list[RequestUpdate]:
@@ -449,8 +452,8 @@ class SimulatedEngine:
         return self.receive() if self._in_flight else []
 
     def run_to_end(self) -> None:
-        """Serve everything, then check that all came back, as it should be."""
-        # generous: the earliest request moves on in every step or two
+        """Serve all requests, then check that every resource has been released."""
+        # a generous limit: the earliest request advances at least every other step
         patience = 100 + 20 * sum(
             each.truth.num_prompt_tokens + each.truth.max_tokens for each in self.requests.values()
         )
@@ -475,7 +478,7 @@ class SimulatedEngine:
         # more where one came back within the same step, now sharing blocks that it had computed too
         assert stats.num_preemptions >= self.events["preemptions"]
 
-    # ---- what must always hold ---------------------------------------------------------------
+    # ---- invariants --------------------------------------------------------------------------
 
     def check(self) -> None:
         sequences = [each.seq for each in self.requests.values()]
@@ -496,7 +499,7 @@ class SimulatedEngine:
         assert self.scheduler.num_in_flight == len(self._in_flight)
 
     def _check_logprobs(self, each: Watched) -> None:
-        """All that were asked for have come, one for each token and in order."""
+        """Check that all requested log-probabilities came, one for each token and in order."""
         truth, params = each.truth, each.truth.params
         first = truth.num_prompt_tokens
         expected: list[TokenLogprobs | None] = []
@@ -533,7 +536,7 @@ def _bytes_of(record: StepPlan | StepMasks | StepResult) -> np.ndarray:
 
 
 def _scheduled(plan: StepPlan) -> Iterable[tuple[int, int, int]]:
-    """Row, start and number of tokens of each scheduled row."""
+    """Return row, start and number of tokens of each scheduled row."""
     return zip(plan.rows.tolist(), plan.starts.tolist(), plan.num_tokens.tolist(), strict=True)
 
 

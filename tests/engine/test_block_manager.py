@@ -1,4 +1,4 @@
-"""The block manager, by sentences, and against a plain model of what every block holds."""
+"""Tests of the block manager, with examples and against a plain model of every block's content."""
 
 from collections import Counter
 from typing import Any, ClassVar
@@ -20,7 +20,7 @@ from tpllm.engine.block_manager import BlockManager
 
 
 def take(blocks: BlockManager, tokens: list[int]) -> list[int]:
-    """The table of a sequence that stores `tokens`, its full blocks shared where they are known."""
+    """Return the block table of a sequence with `tokens`, which shares its known full blocks."""
     digests = blocks.digest_chain(tokens, [])
     cached = blocks.match_prefix(digests)
     table = blocks.take(cached, -(-len(tokens) // blocks.block_size) - len(cached))
@@ -206,7 +206,7 @@ class Blocks(RuleBasedStateMachine):
     @precondition(lambda self: self.held and self.blocks.num_free)
     @rule(tokens=st.lists(st.integers(0, 1), min_size=1, max_size=3))
     def extend(self, tokens: list[int]) -> None:
-        """The latest sequence goes on: into its last block, and into fresh ones."""
+        """Extend the latest sequence in its last block and in new blocks."""
         blocks, (table, known) = self.blocks, self.held[-1]
         for token in tokens:
             if len(known) == len(table) * blocks.block_size:
@@ -234,7 +234,7 @@ class Blocks(RuleBasedStateMachine):
         assert find(self.blocks, [0] * 12) == find(self.blocks, [1] * 12) == []
 
     def store(self, tokens: list[int]) -> None:
-        """Write `tokens` after those that the latest sequence holds; make its full blocks known."""
+        """Append `tokens` to the latest sequence, and register its full blocks."""
         table, known = self.held[-1]
         known += tokens
         size = self.blocks.block_size

@@ -1,4 +1,4 @@
-"""Grammars that are compiled beside the steps: whoever waits for one is woken."""
+"""Tests of grammars that a thread compiles: the engine wakes when one is done."""
 
 import os
 import select
@@ -12,16 +12,16 @@ from tpllm.structured_outputs import StructuredOutputsParams
 
 
 class NoGrammars:
-    """Compiles nothing."""
+    """Grammars that compile nothing."""
 
-    def knows(self, form: StructuredOutputsParams) -> bool:
+    def has(self, params: StructuredOutputsParams) -> bool:
         return False
 
-    def compile(self, form: StructuredOutputsParams) -> None:
+    def compile(self, params: StructuredOutputsParams) -> None:
         pass
 
 
-def test_what_wakes_the_engine_can_be_taken(monkeypatch) -> None:
+def test_a_request_can_be_taken_when_it_wakes_the_engine(monkeypatch) -> None:
     set_result = Future.set_result
 
     def set_late(future: Future[Any], result: Any) -> None:

@@ -1,4 +1,4 @@
-"""Compiled grammars: what they let pass, what is refused, and that nobody depends on company."""
+"""Tests of compiled grammars: what they allow and refuse, and that outputs are independent."""
 
 import json
 import os
@@ -24,13 +24,13 @@ from tpllm.supervision.start import engine_grammars
 @pytest.fixture(scope="module")
 def shipped() -> Iterator[Grammars]:
     grammars = engine_grammars(EngineConfig.resolve(device="cpu"))
-    grammars.compile(StructuredOutputsParams(regex="a"))  # starts the process that tries forms
+    grammars.compile(StructuredOutputsParams(regex="a"))  # starts the process that tries grammars
     yield grammars
     grammars.close()
 
 
-def grammar_of(**form) -> Grammar:
-    return GRAMMARS.compile(StructuredOutputsParams(**form))
+def grammar_of(**spec) -> Grammar:
+    return GRAMMARS.compile(StructuredOutputsParams(**spec))
 
 
 def next_ids(matcher: Matcher, held_back=()) -> set[int]:
@@ -39,7 +39,7 @@ def next_ids(matcher: Matcher, held_back=()) -> set[int]:
 
 
 def accepts(compiled: Grammar, text: str) -> bool:
-    """Whether an answer may be `text`, in letters of a vocabulary of single bytes."""
+    """Whether an output may be `text`, whose characters are tokens of single bytes."""
     matcher = compiled.start()
     for letter in text:
         id_ = ord(letter) - ord("a") + 1
@@ -52,7 +52,7 @@ INDENTED = "\n" + 7 * " "
 
 
 def fits(compiled: Grammar, text: str) -> bool:
-    """Whether an answer may begin with `text`, letter by letter."""
+    """Whether an output may begin with `text`, character by character."""
     ids = [id_ for letter in text for id_ in compiled._tokenizer.tokenize_str(letter)]
     matcher = compiled.start()
     return all([matcher.advance(id_) for id_ in ids])
@@ -178,24 +178,24 @@ def test_whitespace_in_a_schema_of_a_grammar_is_bounded(shipped, grammar, fittin
 
 
 @pytest.mark.parametrize(
-    "form",
+    "spec",
     [
         {"json": {"properties": {"a": {"type": "integer"}}}},
         {"grammar": 'start: %json {"properties": {"a": {"type": "integer"}}}'},
     ],
 )
-def test_an_object_has_no_properties_that_its_schema_does_not_name(shipped, form):
-    compiled = shipped.compile(StructuredOutputsParams(**form))
+def test_an_object_has_no_properties_that_its_schema_does_not_name(shipped, spec):
+    compiled = shipped.compile(StructuredOutputsParams(**spec))
     assert fits(compiled, '{"a":1}') and not fits(compiled, '{"a":1,')
 
 
 @pytest.mark.parametrize("depth", [900, 950, 970, 980, 990])
 def test_a_schema_that_is_nested_too_deeply_is_refused(shipped, depth):
     text = '{"items":' * depth + "{}" + "}" * depth
-    forms: list[dict[str, Any]] = [{"json": text}, {"grammar": f"start: %json {text}"}]
-    for form in forms:
+    specs: list[dict[str, Any]] = [{"json": text}, {"grammar": f"start: %json {text}"}]
+    for spec in specs:
         with pytest.raises(ValueError, match=r"cannot be used|nested too deeply"):
-            shipped.compile(StructuredOutputsParams(**form))
+            shipped.compile(StructuredOutputsParams(**spec))
 
 
 def test_a_token_that_does_not_fit_ends_the_answer():
@@ -219,7 +219,7 @@ def test_an_answer_that_meets_the_limit_of_the_shared_lexer_goes_on_with_its_own
     )
 
     def follow() -> tuple[bool, bool]:
-        """Whether an answer of its own went on, and whether it met the limit."""
+        """Return whether a new output continued, and whether it met the limit."""
         matcher = compiled.start()
         shared = matcher.inner
         for _ in range(12):
@@ -230,7 +230,7 @@ def test_an_answer_that_meets_the_limit_of_the_shared_lexer_goes_on_with_its_own
 
     outcomes = [follow() for _ in range(40)]
     assert all(goes_on for goes_on, _ in outcomes)
-    assert outcomes[-1][1]  # what the others had used up is not missed
+    assert outcomes[-1][1]  # the states that other outputs used are not missing
 
 
 REFUSED: dict[str, dict[str, Any]] = {
@@ -248,10 +248,10 @@ REFUSED: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("message", REFUSED)
 def test_what_does_not_compile_is_refused_with_the_reason(shipped, message):
-    form = StructuredOutputsParams(**REFUSED[message])
-    for _ in range(2):  # the second time from memory
+    spec = StructuredOutputsParams(**REFUSED[message])
+    for _ in range(2):  # the second time the error is cached
         with pytest.raises(ValueError, match=message):
-            shipped.compile(form)
+            shipped.compile(spec)
 
 
 def halves(i: int) -> dict:
@@ -260,7 +260,7 @@ def halves(i: int) -> dict:
 
 
 def doubled(depth: int) -> str:
-    """A grammar of a terminal that is 2 ** depth letters long."""
+    """Return a grammar of a terminal that has 2 ** depth characters."""
     rules = [f"{'B' * i}: {'B' * (i + 1)} {'B' * (i + 1)}" for i in range(1, depth)]
     return "\n".join([*rules, f"{'B' * depth}: /z/", "start: B"])
 
@@ -283,36 +283,36 @@ def test_what_would_explode_is_refused_in_bounded_time(shipped, what):
 
 def test_a_grammar_that_a_request_has_is_not_compiled_again(shipped, monkeypatch):
     monkeypatch.setattr(grammars, "_MAX_CACHED", 2)
-    forms = [StructuredOutputsParams(regex=f"ab{i}") for i in range(4)]
-    first, *_ = [shipped.compile(form) for form in forms]
-    assert forms[0] not in shipped._compiled
-    assert shipped.compile(forms[0]) is first
+    specs = [StructuredOutputsParams(regex=f"ab{i}") for i in range(4)]
+    first, *_ = [shipped.compile(spec) for spec in specs]
+    assert specs[0] not in shipped._compiled
+    assert shipped.compile(specs[0]) is first
 
 
 def test_a_compiled_grammar_waits_for_its_request_however_many_come_after(shipped, monkeypatch):
-    """Checked between two steps, it would be compiled again there, and hold everyone up."""
+    """Otherwise the check between two steps would compile it again and delay all requests."""
     monkeypatch.setattr(grammars, "_MAX_CACHED", 1)
     compiling = CompilingRequests(shipped)
-    forms = [StructuredOutputsParams(regex=f"cd{i}") for i in range(3)]
-    for i, form in enumerate(forms):
-        compiling.add([AddRequest(str(i), [1], SamplingParams(structured_outputs=form))], form)
+    specs = [StructuredOutputsParams(regex=f"cd{i}") for i in range(3)]
+    for i, spec in enumerate(specs):
+        compiling.add([AddRequest(str(i), [1], SamplingParams(structured_outputs=spec))], spec)
     compiling._pool.shutdown()
     monkeypatch.delattr(Grammar, "compile")
     taken: list[str] = []
     for (request,), error in compiling.take():
         assert error is None
         taken.append(request.request_id)
-        shipped.compile(forms[int(request.request_id)])
+        shipped.compile(specs[int(request.request_id)])
     assert taken == ["0", "1", "2"]
     os.close(compiling.fileno())
 
 
 def test_requests_wait_for_their_grammars_in_a_thread_and_can_be_aborted_there():
     compiling = CompilingRequests(GRAMMARS)
-    forms = [StructuredOutputsParams(regex=regex) for regex in ("a{3}", "(a", "b{3}")]
-    for i, form in enumerate(forms):
-        params = SamplingParams(structured_outputs=form)
-        compiling.add([AddRequest(f"{i}{c}", [1], params) for c in "xy"], form)
+    specs = [StructuredOutputsParams(regex=regex) for regex in ("a{3}", "(a", "b{3}")]
+    for i, spec in enumerate(specs):
+        params = SamplingParams(structured_outputs=spec)
+        compiling.add([AddRequest(f"{i}{c}", [1], params) for c in "xy"], spec)
     compiling.abort(["0x", "2x", "2y", "unknown"])
     taken: list[tuple[list[AddRequest], str | None]] = []
     while compiling._waiting:
@@ -325,17 +325,17 @@ def test_requests_wait_for_their_grammars_in_a_thread_and_can_be_aborted_there()
 
 
 def test_an_engine_without_a_tokenizer_or_its_file_says_what_to_do(tmp_path):
-    form = StructuredOutputsParams(json_object=True)
+    spec = StructuredOutputsParams(json_object=True)
     config = EngineConfig.resolve(device="cpu", skip_tokenizer_init=True)
     with pytest.raises(ValueError, match="needs a tokenizer, and this engine has none"):
-        engine_grammars(config).compile(form)
+        engine_grammars(config).compile(spec)
     (tmp_path / "tokenizer_config.json").write_text("{}")
     config = EngineConfig.resolve(device="cpu", tokenizer=str(tmp_path))
     with pytest.raises(ValueError, match="needs tokenizer.json, and .* has none"):
-        engine_grammars(config).compile(form)
+        engine_grammars(config).compile(spec)
     (tmp_path / "tokenizer.json").write_text(json.dumps({"model": None}))
     with pytest.raises(ValueError, match="llguidance cannot read .*tokenizer.json"):
-        engine_grammars(config).compile(form)
+        engine_grammars(config).compile(spec)
 
 
 def test_without_llguidance_the_error_names_the_extra(shipped, monkeypatch):

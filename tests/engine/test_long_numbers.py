@@ -1,4 +1,4 @@
-"""Numbers of JSON end, where the form lets them."""
+"""Tests that long numbers in JSON end where their schema allows it."""
 
 import json
 
@@ -16,7 +16,7 @@ def shipped() -> Grammars:
 
 
 def num_fitting(compiled: Grammar, text: str) -> int:
-    """How many letters of `text` an answer may begin with, letter by letter."""
+    """Return how many characters of `text` an output may begin with."""
     matcher = compiled.start()
     tokenize = compiled._tokenizer.tokenize_str
     for i, id_ in enumerate(id_ for letter in text for id_ in tokenize(letter)):
@@ -31,7 +31,7 @@ NUMBERS = ["1" * 99, "-" + "1" * 99, "0." + "3" * 99, "1.5e+" + "0" * 99, "1e-" 
 
 @pytest.mark.parametrize("number", NUMBERS)
 @pytest.mark.parametrize(
-    "form, before",
+    "spec, before",
     [
         ({"json": {"type": "number"}}, ""),
         ({"json": {"additionalProperties": {"type": "number"}}}, '{"12": '),
@@ -39,8 +39,8 @@ NUMBERS = ["1" * 99, "-" + "1" * 99, "0." + "3" * 99, "1.5e+" + "0" * 99, "1e-" 
         ({"grammar": 'start: "x" %json {"items": {"type": "number"}}'}, "x[12, "),
     ],
 )
-def test_a_number_ends_after_32_characters(shipped, form, before, number):
-    compiled = shipped.compile(StructuredOutputsParams(**form))
+def test_a_number_ends_after_32_characters(shipped, spec, before, number):
+    compiled = shipped.compile(StructuredOutputsParams(**spec))
     assert num_fitting(compiled, before + number) == len(before) + MAX_CHARS
 
 
@@ -61,7 +61,7 @@ def test_a_number_that_must_be_longer_goes_on(shipped):
     assert num_fitting(compiled, "1" * 51) == 51
 
 
-@pytest.mark.parametrize("form", [{"regex": "[0-9]+"}, {"grammar": "start: /[0-9]+/"}])
-def test_digits_that_are_no_json_have_no_limit(shipped, form):
-    compiled = shipped.compile(StructuredOutputsParams(**form))
+@pytest.mark.parametrize("spec", [{"regex": "[0-9]+"}, {"grammar": "start: /[0-9]+/"}])
+def test_digits_that_are_no_json_have_no_limit(shipped, spec):
+    compiled = shipped.compile(StructuredOutputsParams(**spec))
     assert num_fitting(compiled, "1" * 99) == 99

@@ -1,4 +1,4 @@
-"""The scheduler, by sentences and under random traffic; see `simulation` for what checks it."""
+"""Tests of the scheduler, with examples and random traffic; `simulation` checks every step."""
 
 from collections import Counter
 from typing import Any, ClassVar
@@ -27,12 +27,12 @@ from tpllm.structured_outputs import StructuredOutputsParams
 
 
 def generate(num_tokens: int, **params: Any) -> SamplingParams:
-    """Greedy, `num_tokens` tokens whatever they are."""
+    """Return greedy parameters for exactly `num_tokens` tokens."""
     return SamplingParams(temperature=0, max_tokens=num_tokens, ignore_eos=True, **params)
 
 
 def prompt_of(num_tokens: int, first: int = 1) -> list[int]:
-    """A prompt that shares no block with one of another `first`."""
+    """Return a prompt that shares no block with a prompt of another `first`."""
     return [first, *(i % VOCAB_SIZE for i in range(num_tokens - 1))]
 
 
@@ -43,7 +43,7 @@ def send(engine: SimulatedEngine) -> StepPlan:
 
 
 def rows(plan: StepPlan) -> list[tuple[int, int, int]]:
-    """Row, start and number of tokens of each scheduled row."""
+    """Return row, start and number of tokens of each scheduled row."""
     return list(
         zip(plan.rows.tolist(), plan.starts.tolist(), plan.num_tokens.tolist(), strict=True)
     )
@@ -101,7 +101,7 @@ def test_the_next_token_is_scheduled_before_the_last_one_is_known():
     engine = SimulatedEngine()
     request = engine.add(prompt_of(5), generate(3))
     assert [rows(send(engine))[0][1:] for _ in range(3)] == [(0, 5), (5, 1), (6, 1)]
-    assert engine.send() is None  # all tokens that it may have are on their way
+    assert engine.send() is None  # all its tokens are known or in flight
     assert request.token_ids == []
     engine.run_to_end()
 
@@ -126,7 +126,7 @@ def test_a_row_that_enters_brings_its_sampling_settings():
     assert words[2:4].view(np.uint32).tolist() == [request.seq.seed % 2**32, request.seq.seed >> 32]
     assert words[4] == 8  # position of the first token that may be an end token
     assert words[5:].tolist() == [EOS, 3, 5] + [-1] * 13
-    assert unmasked[5:].tolist() == [-1] * 16  # without min_tokens nothing is held back
+    assert unmasked[5:].tolist() == [-1] * 16  # without min_tokens no end token is masked
     engine.run_to_end()
 
 
@@ -182,8 +182,10 @@ def test_an_end_token_stops_without_a_stop_reason_and_a_stop_token_is_named():
 
 
 @pytest.mark.parametrize("min_tokens", [1, 2, 5, 9])
-def test_no_end_token_is_drawn_before_min_tokens(min_tokens):
-    every_id = list(range(1, VOCAB_SIZE))  # with EOS all but one: every draw would end the request
+def test_no_end_token_is_sampled_before_min_tokens(min_tokens):
+    every_id = list(
+        range(1, VOCAB_SIZE)
+    )  # with EOS all ids but one: every sampled token would end the request
     params = SamplingParams(max_tokens=9, min_tokens=min_tokens, stop_token_ids=every_id[1:])
     request = serve(params)
     assert request.token_ids[:min_tokens] == [1] * min_tokens
@@ -366,7 +368,7 @@ def test_tokens_in_flight_of_a_preempted_row_are_kept_once():
     assert third.token_ids == third.seq.tokens[6:] == third.truth.outcome()[0][:3]
     while third.seq.status is Status.WAITING:
         engine.step()
-    assert third.seq.prefill_target == 9  # the three are part of what is computed again
+    assert third.seq.prefill_target == 9  # the three tokens are computed again
     engine.run_to_end()
 
 
@@ -500,7 +502,7 @@ def test_a_request_can_be_aborted_in_the_middle_of_its_prompt():
     engine.abort("0")
     sharer = engine.add(prompt_of(30))
     plan = send(engine)
-    assert plan.starts.tolist() == [8]  # what was computed of it is of use to others
+    assert plan.starts.tolist() == [8]  # another request uses its computed blocks
     engine.run_to_end()
     assert sharer.finish_reason == "length"
 
@@ -528,9 +530,9 @@ def test_ids_that_are_unknown_or_ended_are_passed_over():
 # ---- structured outputs --------------------------------------------------------------------------
 
 
-def structured(num_tokens: int, **forms: Any) -> SamplingParams:
+def structured(num_tokens: int, **settings: Any) -> SamplingParams:
     return SamplingParams(
-        max_tokens=num_tokens, structured_outputs=StructuredOutputsParams(**forms)
+        max_tokens=num_tokens, structured_outputs=StructuredOutputsParams(**settings)
     )
 
 
@@ -539,7 +541,7 @@ def test_a_first_token_has_its_mask_at_once_and_later_ones_when_the_token_before
     request = engine.add(prompt_of(5), structured(20, regex="(ab){20}"))
     send(engine)
     assert engine.events["masks"] == 1
-    send(engine)  # the worker computes, and knows no mask yet
+    send(engine)  # the worker runs the forward and has no mask yet
     assert engine.events["masks"] == 1
     assert engine.send() is None
     engine.receive()
@@ -548,7 +550,7 @@ def test_a_first_token_has_its_mask_at_once_and_later_ones_when_the_token_before
     assert request.token_ids == [1, 2] * 10
 
 
-def test_a_chunk_that_draws_nothing_waits_for_no_mask():
+def test_a_chunk_that_samples_nothing_waits_for_no_mask():
     engine = SimulatedEngine(max_num_batched_tokens=4)
     engine.add(prompt_of(10), structured(2, regex="ab"))
     for _ in range(2):
@@ -570,10 +572,10 @@ def test_rows_without_a_grammar_need_none_of_it():
 @pytest.mark.parametrize("ignore_eos", [False, True])
 @pytest.mark.parametrize("min_tokens", [0, 9])
 def test_where_a_grammar_is_complete_an_end_token_ends_the_request(ignore_eos, min_tokens):
-    form = StructuredOutputsParams(choice=["abc", "abd"])
+    spec = StructuredOutputsParams(choice=["abc", "abd"])
     request = serve(
         SamplingParams(
-            max_tokens=9, structured_outputs=form, ignore_eos=ignore_eos, min_tokens=min_tokens
+            max_tokens=9, structured_outputs=spec, ignore_eos=ignore_eos, min_tokens=min_tokens
         )
     )
     assert request.token_ids in ([1, 2, 3, EOS], [1, 2, 4, EOS])
@@ -582,8 +584,8 @@ def test_where_a_grammar_is_complete_an_end_token_ends_the_request(ignore_eos, m
 
 @pytest.mark.parametrize("settings", [{"ignore_eos": True}, {"min_tokens": 12}])
 def test_an_end_token_is_held_back_where_the_grammar_can_go_on(settings):
-    form = StructuredOutputsParams(regex="a{1,12}")
-    request = serve(SamplingParams(max_tokens=20, structured_outputs=form, **settings))
+    spec = StructuredOutputsParams(regex="a{1,12}")
+    request = serve(SamplingParams(max_tokens=20, structured_outputs=spec, **settings))
     assert request.token_ids == [1] * 12 + [EOS]
 
 
@@ -620,7 +622,7 @@ OPTIONS: list[dict[str, Any]] = [
     {},
     {},
     {"logprobs": 0},
-    {"repetition_penalty": 1.5},  # its row knows its tokens
+    {"repetition_penalty": 1.5},  # its row reads its tokens
     {"prompt_logprobs": 3},
     {"logprobs": 2, "prompt_logprobs": 0, "top_k": 3},
 ]
@@ -647,7 +649,7 @@ def sampling_params(draw: st.DrawFn) -> SamplingParams:
 
 
 class Traffic(RuleBasedStateMachine):
-    """Requests come and go in any order, on engines of any small size.
+    """Adds and aborts requests in any order, on engines of any small size.
 
     After every rule `SimulatedEngine.check` has held; at the end everything is served and compared
     with each request run alone.
@@ -672,7 +674,7 @@ class Traffic(RuleBasedStateMachine):
     @rule(requests=st.lists(st.tuples(prompts(), sampling_params()), min_size=1, max_size=4))
     def add(self, requests: list[tuple[list[int], SamplingParams]]) -> None:
         for prompt, params in requests:
-            # as the coordinator's check: room for one token more
+            # as the coordinator checks: there is room for one more token
             self.engine.add(prompt[: self.engine.max_total_tokens - 1], params)
 
     @precondition(lambda self: self.num_in_flight < self.engine.max_steps_in_flight)
@@ -718,7 +720,7 @@ class Traffic(RuleBasedStateMachine):
 
 @pytest.mark.timeout(900)  # hypothesis may spend five minutes on making a failure small
 def test_random_traffic_is_served_as_if_each_request_were_alone(monkeypatch):
-    # else it draws constants of all modules that are loaded, and so other traffic with other tests
+    # else hypothesis uses constants of all loaded modules, so that traffic depends on other tests
     monkeypatch.setattr(providers, "_get_local_constants", Constants)
     Traffic.events = Counter()
     run_state_machine_as_test(
@@ -727,7 +729,7 @@ def test_random_traffic_is_served_as_if_each_request_were_alone(monkeypatch):
             max_examples=150, stateful_step_count=40, deadline=None, derandomize=True, database=None
         ),
     )
-    # the traffic was worth its name
+    # every kind of event occurred
     for event in (
         "chunks",
         "mixed steps",

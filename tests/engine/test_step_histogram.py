@@ -6,7 +6,7 @@ from tpllm.engine.step_histogram import StepHistogram
 
 
 def counts(histogram: StepHistogram) -> dict[float, int]:
-    """How many steps are in each bucket that has any, by its upper bound."""
+    """Return the number of steps in each bucket that is not empty, by its upper bound."""
     buckets = histogram.buckets()
     before = [0, *(upto for _, upto in buckets)]
     return {bound: upto - b for (bound, upto), b in zip(buckets, before, strict=False) if upto > b}

@@ -249,7 +249,7 @@ def test_a_mistake_is_told_with_its_place(
     [
         ("logit_bias holds 5000, outside the vocabulary", "logit_bias"),
         ("stop_token_ids holds 5000, outside the vocabulary", "stop_token_ids"),
-        ("allowed_token_ids=[4] has nothing that can be drawn", "allowed_token_ids"),
+        ("allowed_token_ids=[4] leaves no token to sample", "allowed_token_ids"),
         ("the prompt holds token id 5000, outside the vocabulary", "prompt"),
         ("the prompt is empty; give at least one token", "prompt"),
         ("stop[0] is empty, which is found everywhere", "stop[0]"),

@@ -1,1 +1,1 @@
-"""The coordinator's side: scheduling, cache blocks, worker processes. Plain Python and numpy."""
+"""The coordinator: scheduling, KV cache blocks and grammars. Plain Python and numpy."""

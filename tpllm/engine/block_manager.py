@@ -1,10 +1,10 @@
-"""Pages of the KV cache: reference counts, prefix cache, least-recently-used reuse.
+"""Blocks of the KV cache: reference counts, prefix cache, least-recently-used reuse.
 
 A block stores the keys and values of `block_size` consecutive tokens on every rank. A full block
-whose tokens are known is registered under a digest of its tokens and everything before them, so
-that a later sequence with the same beginning shares it (PagedAttention and its prefix caching,
-https://arxiv.org/abs/2309.06180). A block that nobody holds keeps its content and its digest until
-its turn comes to be reused, the least recently released first.
+whose tokens are known is registered under a digest of its tokens and all tokens before them. A
+later sequence with the same prefix shares it (PagedAttention and its prefix caching,
+https://arxiv.org/abs/2309.06180). A block without references keeps its content and its digest until
+it is reused; the least recently released block is reused first.
 """
 
 from collections import OrderedDict
@@ -17,10 +17,10 @@ from tpllm.channel.step_plan import RESERVED_BLOCK
 
 
 class BlockManager:
-    """Hands out the blocks after the reserved one, 1 to `num_blocks - 1`.
+    """Allocates the blocks after the reserved one, 1 to `num_blocks - 1`.
 
     Raises:
-        ValueError: fewer than two blocks, so that none is left to hand out.
+        ValueError: there are fewer than two blocks.
     """
 
     def __init__(
@@ -34,7 +34,7 @@ class BlockManager:
         self._ref_counts = [0] * num_blocks
         self._digests: list[bytes | None] = [None] * num_blocks
         self._block_of: dict[bytes, int] = {}
-        # free blocks, least recently released first; a dict to take one out of the middle
+        # free blocks, least recently released first; a dict, since any of them may be taken out
         self._free = OrderedDict.fromkeys(range(RESERVED_BLOCK + 1, num_blocks))
 
     @property
@@ -47,8 +47,8 @@ class BlockManager:
     def digest_chain(self, tokens: Sequence[int], known: list[bytes]) -> list[bytes]:
         """Extend `known`, the digests of the first full blocks of `tokens`, to all full blocks.
 
-        128 bits of xxh3 over (previous digest, the block's tokens): equal digests are taken as
-        equal prefixes.
+        A digest is the 128-bit xxh3 hash of the previous digest and the block's tokens. Equal
+        digests count as equal prefixes.
         """
         size = self.block_size
         if not self._caching:
@@ -59,7 +59,7 @@ class BlockManager:
         return known
 
     def match_prefix(self, digests: Sequence[bytes]) -> list[int]:
-        """The cached blocks of the longest known prefix, not yet taken."""
+        """Return the cached blocks of the longest known prefix, without taking them."""
         blocks = []
         for digest in digests:
             block = self._block_of.get(digest)
@@ -74,7 +74,7 @@ class BlockManager:
         return len(self._free) >= revived + num_new
 
     def take(self, cached: Sequence[int], num_new: int) -> list[int]:
-        """Share the `cached` blocks and add `num_new` fresh ones: the table of a sequence."""
+        """Return a sequence's block table: the `cached` blocks, shared, and `num_new` new ones."""
         for block in cached:
             if self._ref_counts[block] == 0:
                 del self._free[block]
@@ -82,10 +82,10 @@ class BlockManager:
         return [*cached, *(self.allocate() for _ in range(num_new))]
 
     def allocate(self) -> int:
-        """One fresh block, the one released longest ago; what it cached is forgotten.
+        """Return the block that was released longest ago, and drop what it cached.
 
         Raises:
-            KeyError: none is free.
+            KeyError: no block is free.
         """
         block, _ = self._free.popitem(last=False)
         digest = self._digests[block]
@@ -96,26 +96,26 @@ class BlockManager:
         return block
 
     def register(self, block: int, digest: bytes) -> None:
-        """Make a full block findable. Of two equal blocks the first stays the one that is found."""
+        """Add a full block to the prefix cache, unless an equal block is already in it."""
         if digest not in self._block_of:
             self._block_of[digest] = block
             self._digests[block] = digest
 
     def release(self, table: Sequence[int]) -> None:
-        """Give a sequence's blocks back, its last ones to be reused before its first."""
+        """Release a sequence's blocks, so that its last blocks are reused before its first."""
         for block in reversed(table):
             self._ref_counts[block] -= 1
             assert self._ref_counts[block] >= 0, f"block {block} released twice"
             if self._ref_counts[block] == 0:
                 self._free[block] = None
-                if self._digests[block] is None:  # caches nothing: the first to be reused
+                if self._digests[block] is None:  # not in the prefix cache: reuse it first
                     self._free.move_to_end(block, last=False)
 
     def num_freed_by(self, table: Sequence[int]) -> int:
-        """How many blocks `release(table)` would make free."""
+        """Return how many blocks `release(table)` would make free."""
         return sum(self._ref_counts[block] == 1 for block in table)
 
     def reset_prefix_cache(self) -> None:
-        """Forget every cached prefix; blocks in use stay with their sequences."""
+        """Drop every cached prefix. Sequences keep the blocks that they use."""
         self._block_of.clear()
         self._digests = [None] * len(self._digests)

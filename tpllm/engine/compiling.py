@@ -1,4 +1,4 @@
-"""Requests with a grammar, while that is compiled in a thread: no step waits for it."""
+"""Requests whose grammar is being compiled in a thread, so that no step waits for it."""
 
 import os
 from collections.abc import Iterable, Iterator
@@ -12,7 +12,7 @@ from tpllm.structured_outputs import StructuredOutputsParams
 
 
 class CompilingRequests:
-    """Holds requests back until `grammars` has their grammar, or knows that there is none."""
+    """Holds requests until `grammars` has compiled their grammar or has refused it."""
 
     def __init__(self, grammars: Grammars) -> None:
         self._grammars = grammars
@@ -21,30 +21,30 @@ class CompilingRequests:
         self._waiting: dict[Future[Grammar | str], list[AddRequest]] = {}  # in order of arrival
 
     def fileno(self) -> int:
-        """Readable when `take` has something to give."""
+        """Return a descriptor that is readable when `take` has requests to return."""
         return self._done
 
     def load_tokenizer(self) -> None:
-        """Have the tokenizer read now, where it may be needed: other threads wait meanwhile."""
+        """Read the tokenizer in the thread now, if structured outputs are installed."""
         if find_spec("llguidance") is not None:
-            self._pool.submit(self._grammars.load)  # an error is told to whoever needs it
+            self._pool.submit(self._grammars.load)  # a request that needs it reports an error
 
-    def add(self, requests: list[AddRequest], form: StructuredOutputsParams) -> None:
-        """Hold back the continuations of one prompt; not behind others where its form is known."""
-        if self._grammars.knows(form):
+    def add(self, requests: list[AddRequest], params: StructuredOutputsParams) -> None:
+        """Hold the requests of one prompt. A compiled grammar does not wait behind others."""
+        if self._grammars.has(params):
             future: Future[Grammar | str] = Future()
-            future.set_result(self._compile(form))
+            future.set_result(self._compile(params))
         else:
-            future = self._pool.submit(self._compile, form)
+            future = self._pool.submit(self._compile, params)
         self._waiting[future] = requests
-        # not by `_compile` itself: an engine woken before the future is done would find nothing,
-        # and sleep again
+        # `_compile` runs before the future is done: an engine that it woke would find nothing and
+        # sleep again
         future.add_done_callback(self._wake)
 
-    def _compile(self, form: StructuredOutputsParams) -> Grammar | str:
-        """The grammar, or why there is none: compiled again, it would hold up a step."""
+    def _compile(self, params: StructuredOutputsParams) -> Grammar | str:
+        """Return the grammar, or the error as text."""
         try:
-            return self._grammars.compile(form)
+            return self._grammars.compile(params)
         except (ValueError, RuntimeError) as error:
             return str(error)
 
@@ -52,19 +52,19 @@ class CompilingRequests:
         os.eventfd_write(self._done, 1)
 
     def abort(self, request_ids: Iterable[str]) -> None:
-        """Forget those of the requests that are here."""
+        """Drop the requests with these ids, if they are held."""
         ids = set(request_ids)
         for requests in self._waiting.values():
             requests[:] = [each for each in requests if each.request_id not in ids]
 
     def take(self) -> Iterator[tuple[list[AddRequest], str | None]]:
-        """Requests that need not wait any longer, and why they are refused, if they are.
+        """Yield the requests whose grammar is done, with an error if it was refused.
 
-        Their grammars are compiled meanwhile, however many came after.
+        The grammar stays compiled while a request is yielded, however many others are compiled.
         """
         with suppress(BlockingIOError):
             os.eventfd_read(self._done)
         for future in [each for each in self._waiting if each.done()]:
             if requests := self._waiting.pop(future):
-                result = future.result()  # holds their grammar meanwhile
+                result = future.result()  # keeps the grammar alive
                 yield requests, result if isinstance(result, str) else None

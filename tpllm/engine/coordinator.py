@@ -1,7 +1,8 @@
-"""The coordinator: takes requests, plans steps one ahead of the GPUs, hands out their tokens.
+"""The coordinator: it takes requests, plans steps one ahead of the GPUs, and returns tokens.
 
-It meets its callers through plain data alone (`AddRequest`, request ids to abort, `RequestUpdate`),
-so it runs inside the caller's process offline and in a process of its own under a server.
+It exchanges only plain data with its callers (`AddRequest`, request ids to abort, `RequestUpdate`).
+It can therefore run inside the caller's process, as `LLM` does, or in a separate process, as
+`AsyncLLM` does.
 """
 
 import time
@@ -29,17 +30,18 @@ from tpllm.engine.step_histogram import StepHistogram
 from tpllm.engine.transport import Transport
 from tpllm.errors import SettingError
 
-# One step runs while the next is planned and sent. More would only make an end token cost more.
+# One step runs while the next is planned and sent. With more steps in flight, more tokens would be
+# computed after an end token and dropped.
 MAX_STEPS_IN_FLIGHT = 2
 
 
 @dataclass
 class HostTimes:
-    """Seconds that the coordinator has spent on steps, by what it did."""
+    """Seconds that the coordinator has spent on each of its tasks."""
 
     schedule_s: float = 0.0
     broadcast_s: float = 0.0
-    wait_s: float = 0.0  # for results: the time that the GPUs are ahead of us
+    wait_s: float = 0.0  # waiting for results: the coordinator is faster than the GPUs
     collect_s: float = 0.0
 
 
@@ -47,13 +49,13 @@ class Coordinator:
     """One engine: a scheduler, its blocks, and the workers that compute.
 
     Args:
-        config: its settings
-        workers: the workers, which have been started; the coordinator ends them
+        config: the engine's settings
+        workers: the workers, already started; the coordinator ends them
         grammars: compiles the grammars of structured outputs
 
     Raises:
-        SettingError: the settings leave no room for a cache.
-        WorkerError: a worker failed, at start or later; nothing of the engine is left running.
+        SettingError: the settings leave no room for a KV cache.
+        WorkerError: a worker failed, at start or later; all processes of the engine have ended.
     """
 
     def __init__(
@@ -84,10 +86,10 @@ class Coordinator:
         self._num_requests = 0
 
     def _fit_max_model_len(self) -> int:
-        """Most tokens of a sequence: max_model_len, or what the cache holds if nobody asked.
+        """Return the most tokens of a sequence: max_model_len, or fewer if the cache is smaller.
 
         Raises:
-            SettingError: somebody asked for more than the cache holds.
+            SettingError: the caller set max_model_len to more than the cache holds.
         """
         length = self.config.max_model_len
         capacity = self._blocks.num_usable_blocks * self.config.kv_block_size
@@ -109,7 +111,7 @@ class Coordinator:
 
     @property
     def num_in_flight(self) -> int:
-        """Steps on their way through the workers; `step` takes the oldest in."""
+        """Steps sent whose results have not come back; `step` receives the oldest result."""
         return self._scheduler.num_in_flight
 
     @property
@@ -118,14 +120,14 @@ class Coordinator:
 
     @property
     def worker_pids(self) -> list[int]:
-        """The process id of each rank's worker, for whoever wants to look inside one."""
+        """The process id of each rank's worker."""
         return self._workers.pids
 
     def check(self, request: AddRequest) -> None:
-        """Refuse what could never run, before any of its kind is added.
+        """Raise an error for a request that can never run. Call it before `add`.
 
         Raises:
-            ValueError: names what is wrong with the prompt or its sampling parameters.
+            ValueError: the error names what is wrong with the prompt or its sampling parameters.
         """
         prompt, params = request.prompt_token_ids, request.sampling_params
         config = self.config
@@ -138,18 +140,18 @@ class Coordinator:
             )
         if len(prompt) >= self.max_total_tokens:
             raise ValueError(
-                f"the prompt has {len(prompt)} tokens, more than the whole cache can hold "
-                f"({self._blocks.num_usable_blocks} blocks of {config.kv_block_size} tokens) with "
-                "an answer; raise num_kv_blocks or gpu_memory_utilization"
+                f"the prompt has {len(prompt)} tokens, which leaves no room for an answer in the "
+                f"KV cache ({self._blocks.num_usable_blocks} blocks of {config.kv_block_size} "
+                "tokens); raise num_kv_blocks or gpu_memory_utilization"
             )
         vocab_size = config.model_config.vocab_size
         for token_id in (min(prompt), max(prompt)):
             if not 0 <= token_id < vocab_size:
                 raise ValueError(
                     f"the prompt holds token id {token_id}, outside the vocabulary of {vocab_size} "
-                    "tokens; was the text encoded with another model's tokenizer?"
+                    "tokens; encode the text with this model's tokenizer"
                 )
-        # the model's end tokens are part of a row's lists, too
+        # a row's lists also hold the model's end tokens
         max_words = self.limits.max_list_words - len(config.model_config.eos_token_ids)
         _check_against_vocabulary(request, vocab_size, max_words)
         if len(prompt) + params.min_tokens > self.max_total_tokens:
@@ -159,59 +161,60 @@ class Coordinator:
                 "raise max_model_len and num_kv_blocks"
             )
         if params.allowed_token_ids is not None:
-            self._refuse_if_none_is_left(request, params.allowed_token_ids)
+            self._check_allowed_tokens(request, params.allowed_token_ids)
         if params.structured_outputs is not None:
             grammar = self._grammars.compile(params.structured_outputs)
-            _refuse_if_none_begins(request, grammar.first_mask)
+            _check_first_tokens(request, grammar.first_mask)
 
-    def _refuse_if_none_is_left(self, request: AddRequest, allowed: Collection[int]) -> None:
-        """Whether other settings leave an allowed token to begin with."""
+    def _check_allowed_tokens(self, request: AddRequest, allowed: Collection[int]) -> None:
+        """Raise a ValueError if other settings exclude every allowed first token."""
         params = request.sampling_params
-        held_back = {word[0] for word in request.bad_word_ids if len(word) == 1}
-        names = ["bad_words"] if held_back else []
+        excluded = {word[0] for word in request.bad_word_ids if len(word) == 1}
+        names = ["bad_words"] if excluded else []
         if params.min_tokens > 0:
             names.append(f"min_tokens={params.min_tokens}")
-            held_back.update(params.stop_token_ids)
+            excluded.update(params.stop_token_ids)
             if not params.ignore_eos:
-                held_back.update(self.config.model_config.eos_token_ids)
-        if held_back.issuperset(allowed):
+                excluded.update(self.config.model_config.eos_token_ids)
+        if excluded.issuperset(allowed):
             raise ValueError(
-                f"allowed_token_ids={short(list(allowed))} has nothing that can be drawn beside "
-                f"{' and '.join(names)}; allow another token, or leave one of these out"
+                f"allowed_token_ids={short(list(allowed))} leaves no token to sample, because "
+                f"{' and '.join(names)} excludes these; allow another token, or remove one of "
+                "these settings"
             )
 
     def add(self, requests: list[AddRequest]) -> None:
-        """Queue requests that `check` has let pass; later calls of `step` bring their tokens."""
+        """Queue requests that `check` has accepted; later calls of `step` return their tokens."""
         for request in requests:
             self._queue(request)
 
     def _queue(self, request: AddRequest) -> None:
         seed = request.sampling_params.seed
-        if seed is None:  # equal prompts must not draw equal noise
+        if seed is None:  # equal prompts must not be sampled with equal noise
             words = f"{self.config.seed}/{self._num_requests}".encode()
             seed = xxhash.xxh64_intdigest(words)
         self._num_requests += 1
-        form = request.sampling_params.structured_outputs
+        params = request.sampling_params.structured_outputs
         seq = Sequence(
             request,
             seed=seed % 2**64,
             eos_token_ids=self.config.model_config.eos_token_ids,
             max_total_tokens=self.max_total_tokens,
-            grammar=None if form is None else self._grammars.compile(form),
+            grammar=None if params is None else self._grammars.compile(params),
         )
         self._scheduler.add(seq)
 
     def abort(self, request_ids: Iterable[str]) -> list[RequestUpdate]:
-        """End requests; their blocks return as soon as no step in flight writes them."""
+        """End requests. Their blocks become free as soon as no step in flight writes to them."""
         return self._scheduler.abort(request_ids)
 
     def step(self) -> list[RequestUpdate]:
-        """Keep the GPUs fed, wait for the oldest step in flight, return what it brought.
+        """Send steps ahead, wait for the oldest step in flight and return its updates.
 
-        The list is empty after a step of prompt chunks alone, and when nothing is left to do.
+        The list is empty after a step of prefill chunks alone, and if no request is left.
 
-        An exception, also one that a signal handler raises, ends the engine: what has been planned,
-        what has been sent and what has been noted may then be three things.
+        An exception closes the engine, also one that a signal handler raises: planned, sent and
+        recorded steps may differ then.
         """
         try:
             return self._step()
@@ -240,7 +243,7 @@ class Coordinator:
         received = clock()
         self._step_times.note_result(received)
         updates = scheduler.finish(StepResult.decode(record.payload))
-        self._send_masks()  # of the step that runs: nobody waits for what comes after
+        self._send_masks()  # at once: the step in flight waits for its masks
         times.wait_s += received - begin
         times.collect_s += clock() - received
         return updates
@@ -251,11 +254,11 @@ class Coordinator:
             self._workers.send(MASKS, masks.buffers())
 
     def sleep_until_readable(self, *fds: int) -> None:
-        """Sleep while there is nothing to do, until one of `fds` can be read or a worker fails."""
+        """Sleep until one of `fds` is readable or a worker fails, while no request is left."""
         self._workers.sleep_until_readable(*fds)
 
     def engine_stats(self) -> EngineStats:
-        """What the engine is doing, as plain data."""
+        """Return counts and times of the running engine, as plain data."""
         blocks, scheduler = self._blocks, self._scheduler
         totals = asdict(scheduler.stats) | asdict(self.times)
         return EngineStats(
@@ -269,38 +272,38 @@ class Coordinator:
         )
 
     def reset_prefix_cache(self) -> None:
-        """Forget all cached prefixes, as between two repeats of a benchmark."""
+        """Drop all cached prefixes, as between two repeats of a benchmark."""
         self._blocks.reset_prefix_cache()
 
     def profile_decode(self, skip: int, num_steps: int) -> None:
-        """Have rank 0 trace the kernels of `num_steps` decode steps, after `skip` others.
+        """Make rank 0 trace the kernels of `num_steps` decode steps, after `skip` others.
 
-        The next `worker_times` brings the summary. Only on a GPU, with CUDA graphs.
+        The next `worker_times` returns the summary. This needs a GPU and CUDA graphs.
         """
         self._workers.send_control({"type": "profile", "skip": skip, "num_steps": num_steps})
 
     def worker_times(self, *, time_sampling: bool = False) -> dict[str, Any]:
-        """Rank 0's step times since the last call; see `tpllm.worker.step_times`.
+        """Return rank 0's step times since the last call; see `tpllm.worker.step_times`.
 
-        With `time_sampling` the workers, where they use graphs, also capture and time one of
-        sampling alone.
+        With `time_sampling`, workers that use CUDA graphs also capture and time a graph of sampling
+        alone.
         """
         self._workers.send_control({"type": "step_times", "time_sampling": time_sampling})
         return self._workers.receive_control(0)
 
     def close(self) -> None:
-        """Give everything back: processes, shared memory, GPU memory. Harmless when repeated."""
+        """Release all processes, shared memory and GPU memory. It may be called repeatedly."""
         self._grammars.close()
         self._workers.close()
 
     def kill(self) -> None:
-        """As `close`, without asking the workers first: for an engine in an unknown state."""
+        """Kill the workers instead of shutting them down: for an engine in an unknown state."""
         self._grammars.close()
         self._workers.kill()
 
 
-def _refuse_if_none_begins(request: AddRequest, first_mask: bytes) -> None:
-    """Whether other settings leave a token that the form of an answer may begin with."""
+def _check_first_tokens(request: AddRequest, first_mask: bytes) -> None:
+    """Raise a ValueError if other settings exclude every first token that the grammar allows."""
     allowed = request.sampling_params.allowed_token_ids
     banned = {word[0] for word in request.bad_word_ids if len(word) == 1}
     if allowed is None and not banned:
@@ -313,16 +316,17 @@ def _refuse_if_none_begins(request: AddRequest, first_mask: bytes) -> None:
         names = ["allowed_token_ids"] if allowed is not None else []
         names += ["bad_words"] if banned else []
         raise ValueError(
-            f"structured_outputs has no token to begin with beside {' and '.join(names)}; allow "
-            "what the form needs, or leave one of these out"
+            f"structured_outputs has no first token that {' and '.join(names)} allows; allow the "
+            "tokens that its grammar needs, or remove one of these settings"
         )
 
 
 def _check_against_vocabulary(request: AddRequest, vocab_size: int, max_words: int) -> None:
-    """Refuse ids that do not exist, and more of anything than there can be.
+    """Check the token ids of a request, and that its lists fit into a step's plan.
 
     Raises:
-        ValueError: names the setting.
+        ValueError: an id is not in the vocabulary, or a list is too long; the error names the
+            setting.
     """
     params = request.sampling_params
     lists = {
@@ -340,8 +344,8 @@ def _check_against_vocabulary(request: AddRequest, vocab_size: int, max_words: i
                 )
     if (params.bad_words and not request.bad_word_ids) or not all(request.bad_word_ids):
         raise ValueError(
-            f"bad_words={list(params.bad_words)} came without the token ids of each; "
-            "this engine has no tokenizer: name one with tokenizer=, or leave bad_words out"
+            f"bad_words={list(params.bad_words)} needs a tokenizer, and this engine has none; name "
+            "one with tokenizer=, or leave bad_words out"
         )
     for name in ("logprobs", "prompt_logprobs"):
         if (getattr(params, name) or 0) > vocab_size:
@@ -352,6 +356,6 @@ def _check_against_vocabulary(request: AddRequest, vocab_size: int, max_words: i
     num_words = sum(map(len, lists.values())) + len(lists["logit_bias"]) + len(request.bad_word_ids)
     if num_words > max_words:
         raise ValueError(
-            f"{max(lists, key=lambda name: len(lists[name]))} and the other lists of ids take "
-            f"{num_words} words together, and a step carries {max_words}; give fewer"
+            f"{max(lists, key=lambda name: len(lists[name]))} and the other lists of token ids "
+            f"take {num_words} words together, and a request may have {max_words}; shorten them"
         )

@@ -1,8 +1,8 @@
-"""Structured outputs: which tokens may come next, by a grammar that is compiled with llguidance.
+"""Structured outputs: llguidance compiles a grammar and computes which tokens may come next.
 
-A compiled grammar is shared by all sequences that ask for it. They also share its lexer, whose
-states are made as texts need them and whose number is limited: where it ends, a sequence goes on
-with a lexer of its own, so that none depends on the company that it has.
+All sequences with the same grammar share the compiled grammar and its lexer. The lexer adds states
+as outputs need them, up to a limit. A sequence that meets the limit continues with its own lexer,
+so that its output does not depend on other sequences.
 """
 
 import json
@@ -32,7 +32,8 @@ if TYPE_CHECKING:
 
 _MAX_CACHED = 64
 _MAX_LEXER_STATES = 50_000  # 1 to 2 kB each
-# Of the parser, at one place of a text: an optional property takes four; 25 ms for a step at worst.
+# Items of the parser at one position of a text. An optional property takes four items. A mask at
+# this limit took 25 ms.
 _MAX_ITEMS_IN_ROW = 50_000
 _MAX_ITEMS_IN_STEP = 500_000
 _NOTHING_FITS = "NoExtensionBias"  # in llguidance's words
@@ -50,13 +51,13 @@ _TOKENIZER_FILE = "tokenizer.json"
 
 
 class Trials(Protocol):
-    """Tries forms where a crash of the compiler does no harm: see `tpllm.supervision.trial`."""
+    """Tries grammars where a crash of the compiler does no harm: see `tpllm.supervision.trial`."""
 
-    def check(self, form: StructuredOutputsParams) -> None:
-        """Return if the form can be used.
+    def check(self, params: StructuredOutputsParams) -> None:
+        """Return if the grammar can be used.
 
         Raises:
-            ValueError: why it cannot.
+            ValueError: the grammar cannot be used; the error says why.
         """
         ...
 
@@ -64,11 +65,11 @@ class Trials(Protocol):
 
 
 class Grammars:
-    """Compiles grammars for one vocabulary; may be used by several threads.
+    """Compiles grammars for one vocabulary. Several threads may use it.
 
     Args:
-        load_tokenizer: makes llguidance's tokenizer, when first needed: it takes a second
-        trials: where forms are tried before they are compiled here; None for forms of our own
+        load_tokenizer: makes llguidance's tokenizer at first use, which takes a second
+        trials: tries each grammar before it is compiled here; None if all grammars are trusted
     """
 
     def __init__(
@@ -76,44 +77,44 @@ class Grammars:
     ) -> None:
         self._load_tokenizer = load_tokenizer
         self._trials = trials
-        self._loading = threading.Lock()
+        self._load_lock = threading.Lock()
         self._tokenizer: LLTokenizer | None = None
         self._numbers: NumberTokens | None = None
-        # or why it cannot be compiled; the one used last comes last
+        # grammars, or the error of one that cannot be compiled; the last used is the last item
         self._compiled: OrderedDict[StructuredOutputsParams, Grammar | str] = OrderedDict()
-        # also those that others have displaced there, as long as a request has them
+        # grammars that a request uses, also after they have been evicted from `_compiled`
         self._in_use: WeakValueDictionary[StructuredOutputsParams, Grammar] = WeakValueDictionary()
-        self._books = threading.Lock()
+        self._cache_lock = threading.Lock()
 
     def load(self) -> None:
         """Read the tokenizer now rather than at first use.
 
         Raises:
-            ValueError: llguidance is not there, or reads no tokenizer.
+            ValueError: llguidance is not installed, or cannot read the tokenizer.
         """
-        with self._loading:
+        with self._load_lock:
             if self._tokenizer is None:
                 tokenizer = self._load_tokenizer()
                 self._numbers = NumberTokens(tokenizer)
                 self._tokenizer = tokenizer
 
-    def knows(self, params: StructuredOutputsParams) -> bool:
-        """Whether `compile` has its answer at hand."""
-        with self._books:
+    def has(self, params: StructuredOutputsParams) -> bool:
+        """Whether `compile` returns or raises at once, without compiling."""
+        with self._cache_lock:
             return params in self._compiled or params in self._in_use
 
     def compile(self, params: StructuredOutputsParams) -> "Grammar":
-        """The grammar of an answer, ready to be used; takes a millisecond, or up to some seconds.
+        """Return the compiled grammar. This takes a millisecond, or up to some seconds.
 
         Raises:
-            ValueError: it is none, or too complex, or nothing satisfies it; or there is no
-                llguidance, or no tokenizer that it reads.
-            RuntimeError: the process that tries forms cannot be started, or `close` was called.
+            ValueError: the grammar is invalid or too complex, or nothing satisfies it; or
+                llguidance is not installed, or cannot read the tokenizer.
+            RuntimeError: the process that tries grammars cannot be started, or `close` was called.
         """
-        with self._books:
+        with self._cache_lock:
             compiled = self._compiled.get(params) or self._in_use.get(params)
             if compiled is not None:
-                self._keep(params, compiled)
+                self._store(params, compiled)
         if compiled is None:
             self.load()
             assert self._tokenizer is not None
@@ -124,20 +125,20 @@ class Grammars:
                 with panics_as_errors("llguidance"):
                     compiled = Grammar(self._tokenizer, source_of(params), numbers)
             except (ValueError, RecursionError) as error:
-                compiled = f"structured_outputs: {_form(params)} cannot be used: {error}"
-            with self._books:
-                self._keep(params, compiled)
+                compiled = f"structured_outputs: {_setting_of(params)} cannot be used: {error}"
+            with self._cache_lock:
+                self._store(params, compiled)
         if isinstance(compiled, str):
             raise ValueError(compiled)
         return compiled
 
     def close(self) -> None:
-        """End the process that tries forms. Harmless when repeated."""
+        """End the process that tries grammars. It may be called repeatedly."""
         if self._trials is not None:
             self._trials.close()
 
-    def _keep(self, params: StructuredOutputsParams, compiled: "Grammar | str") -> None:
-        """Under the lock."""
+    def _store(self, params: StructuredOutputsParams, compiled: "Grammar | str") -> None:
+        """Add a grammar to the cache. The caller holds `_cache_lock`."""
         self._compiled[params] = compiled
         self._compiled.move_to_end(params)
         while len(self._compiled) > _MAX_CACHED:
@@ -150,12 +151,12 @@ class Grammar:
     """A compiled grammar.
 
     Attributes:
-        end_token_ids: what may be drawn where the answer may end, and there alone
-        numbers: the vocabulary, where the length of numbers is limited
-        first_mask: which tokens an answer may begin with, a bit for each id
+        end_token_ids: tokens that are allowed only where the output may end
+        numbers: the tokens that continue a number; None if the length of numbers is not limited
+        first_mask: the tokens that an output may begin with, a bit for each id
 
     Raises:
-        ValueError: llguidance cannot use it, not even for a first token.
+        ValueError: llguidance cannot compile it, or it allows no first token.
     """
 
     def __init__(
@@ -165,19 +166,19 @@ class Grammar:
         self._source = source
         self.numbers = numbers
         self.end_token_ids = frozenset(tokenizer.eos_tokens)
-        self._first = self.compile()
-        self.first_mask = mask = self._first.compute_bitmask()
-        if self._first.is_error():
-            raise ValueError(_reason(self._first))
+        self._initial = self.compile()
+        self.first_mask = mask = self._initial.compute_bitmask()
+        if self._initial.is_error():
+            raise ValueError(_reason(self._initial))
         fitting = np.flatnonzero(np.unpackbits(np.frombuffer(mask, np.uint8), bitorder="little"))
-        if self._first.is_stopped() or self.end_token_ids.issuperset(fitting.tolist()):
+        if self._initial.is_stopped() or self.end_token_ids.issuperset(fitting.tolist()):
             raise ValueError("nothing satisfies it but an empty answer or an end token")
 
     def compile(self) -> "LLMatcher":
-        """A matcher that shares nothing.
+        """Return a new matcher that has its own lexer.
 
         Raises:
-            ValueError: it does not compile.
+            ValueError: the grammar does not compile.
         """
         from llguidance import LLMatcher
 
@@ -187,15 +188,15 @@ class Grammar:
         return matcher
 
     def start(self) -> "Matcher":
-        """Follow a new answer."""
-        return Matcher(self, self._first.deep_copy())
+        """Return a matcher for a new output."""
+        return Matcher(self, self._initial.deep_copy())
 
 
 class Matcher:
-    """One answer as it grows, token by token.
+    """Follows one output through its grammar, token by token.
 
     Attributes:
-        failure: why it cannot go on; None as long as it can
+        failure: why the output cannot continue; None while it can
     """
 
     def __init__(self, grammar: Grammar, inner: "LLMatcher") -> None:
@@ -206,7 +207,7 @@ class Matcher:
         self._tokens: list[int] = []
 
     def advance(self, token_id: int) -> bool:
-        """Note the next token; False where the answer cannot go on, or end, like this."""
+        """Advance by one token; return False if the output can neither continue nor end with it."""
         if self.failure is None and token_id in self._grammar.end_token_ids:
             if not self.inner.is_accepting():
                 self.failure = NOTHING_LEFT
@@ -215,11 +216,11 @@ class Matcher:
             if self.number_limit is not None:
                 self.number_limit.follow(token_id)
             if not self.inner.consume_token(token_id):
-                self.take_lexer_of_its_own()
+                self.use_own_lexer()
         return self.failure is None
 
-    def take_lexer_of_its_own(self) -> None:
-        """Leave the shared one, which has met its limit; `failure` is set if that was not it."""
+    def use_own_lexer(self) -> None:
+        """Replace the shared lexer, which may have met its limit; set `failure` if that fails."""
         self.inner = self._grammar.compile()
         num_fitting = self.inner.try_consume_tokens(self._tokens)
         if self.inner.is_error():
@@ -231,10 +232,15 @@ class Matcher:
 def fill_masks(
     matchers: Sequence[Matcher], held_back: Sequence[Collection[int]], num_words: int
 ) -> np.ndarray:
-    """Which tokens may come next in each answer, a bit for each id: [n, num_words] uint32.
+    """Return which tokens may come next in each output, a bit for each id: [n, num_words] uint32.
 
-    The tokens `held_back` from an answer stay out where it has others. Where the grammar turns out
-    too complex the `failure` of a matcher is set, and its row has no meaning.
+    The `held_back` tokens of an output are excluded unless no other token is left. If a grammar
+    turns out to be too complex, `failure` of its matcher is set and its row has no meaning.
+
+    Args:
+        matchers: one for each output
+        held_back: token ids for each output
+        num_words: words of one mask
     """
     words = np.zeros((len(matchers), num_words), dtype=np.uint32)
     alive = [(each, i) for i, each in enumerate(matchers) if each.failure is None]
@@ -246,7 +252,7 @@ def fill_masks(
         executor.unsafe_compute_mask_ptr(filled, pointer, num_words * 4, len(matchers))
     for matcher, row, ids in zip(matchers, words, held_back, strict=True):
         if matcher.failure is None and matcher.inner.is_error():
-            matcher.take_lexer_of_its_own()
+            matcher.use_own_lexer()
             if matcher.failure is None:
                 _fill_one(matcher, row)
             if matcher.inner.is_error():
@@ -275,16 +281,16 @@ def _hold_back(row: np.ndarray, ids: Collection[int]) -> None:
 
 
 def read_tokenizer(config: EngineConfig) -> "LLTokenizer":
-    """The tokenizer of an engine, as llguidance needs it.
+    """Return the tokenizer of an engine in llguidance's form.
 
     Raises:
-        ValueError: llguidance is not there, or reads no tokenizer.
+        ValueError: llguidance is not installed, or cannot read the tokenizer.
     """
     try:
         from llguidance import LLTokenizer
     except ImportError:
         raise ValueError(
-            "structured_outputs needs the package llguidance; install it, as in "
+            "structured_outputs needs the package llguidance; install it with "
             "pip install 'tpllm[structured]'"
         ) from None
     folder = config.tokenizer_folder
@@ -334,17 +340,17 @@ def _executor() -> "LLExecutor":
 
 
 def source_of(params: StructuredOutputsParams) -> str:
-    """The grammar in llguidance's own form.
+    """Return the grammar as llguidance's source text.
 
     Raises:
-        ValueError: it is none.
+        ValueError: it is not a valid grammar.
     """
     from llguidance import LLMatcher, grammar_from
 
     if params.regex is not None:
         return LLMatcher.grammar_from_regex(params.regex)
     if params.choice is not None:
-        # one terminal: as alternatives of a rule, more than a row of the parser holds ran dry
+        # one terminal: as alternatives of a rule, many choices exceeded _MAX_ITEMS_IN_ROW
         words = " | ".join(json.dumps(text, ensure_ascii=False) for text in params.choice)
         words = words.replace("\x7f", "\\u007f")  # the one letter that Lark wants escaped, too
         # without no_forcing a text that spells a special token would become that token
@@ -363,13 +369,14 @@ def source_of(params: StructuredOutputsParams) -> str:
 
 
 def _has_json(params: StructuredOutputsParams) -> bool:
-    """Whether the answer, or some of it, is JSON by a schema."""
+    """Whether the output, or a piece of it, is JSON."""
     if params.grammar is not None:
         return "%json" in params.grammar
     return params.json is not None or params.json_object is not None
 
 
-def _form(params: StructuredOutputsParams) -> str:
+def _setting_of(params: StructuredOutputsParams) -> str:
+    """Return the field of `params` that is set, with its value, for an error message."""
     for name in ("regex", "choice", "grammar"):
         if (value := getattr(params, name)) is not None:
             shown = repr(value)
@@ -378,7 +385,7 @@ def _form(params: StructuredOutputsParams) -> str:
 
 
 def _reason(matcher: "LLMatcher") -> str:
-    """What is wrong, in one line."""
+    """Return the matcher's error in one line."""
     lines = [line.strip() for line in matcher.get_error().splitlines()]
     reason = " ".join(line for line in lines if line and not _NOT_SHOWN.match(line))
     if reason == _NOTHING_FITS:

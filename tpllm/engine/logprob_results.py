@@ -1,4 +1,4 @@
-"""The log-probabilities in a step's result, handed to the sequences that they are of."""
+"""Assigns the log-probabilities in a step's result to its sequences."""
 
 import numpy as np
 
@@ -7,11 +7,11 @@ from tpllm.engine.request import Sequence, TokenLogprobs
 
 
 def take_logprobs(seqs: list[Sequence], words: np.ndarray) -> dict[int, list[TokenLogprobs]]:
-    """Log-probabilities of new tokens, by the index of their row; those of prompts are put away.
+    """Return the log-probabilities of new tokens by row index; store those of prompt tokens.
 
     Args:
-        seqs: the step's, in the order of its rows
-        words: `logprobs` of its result
+        seqs: the step's sequences, in the order of its rows
+        words: `logprobs` of the step's result
     """
     new: dict[int, list[TokenLogprobs]] = {}
     for block in read_blocks(words):

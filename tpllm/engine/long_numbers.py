@@ -1,7 +1,7 @@
-"""Numbers of JSON end: no more digits after 32 characters, where the form lets a number end.
+"""Limits numbers in JSON to 32 characters, where the schema allows the number to end.
 
-JSON itself has no limit, and a weak model that has written some zeros goes on until `max_tokens`.
-A double needs 24 characters at most, a 64-bit integer 20.
+JSON has no limit, and a weak model that has written some zeros continues until `max_tokens`. A
+double needs at most 24 characters and a 64-bit integer 20.
 """
 
 from typing import TYPE_CHECKING
@@ -17,11 +17,11 @@ _QUOTE, _BACKSLASH = b'"\\'
 
 
 class NumberTokens:
-    """The tokens of a vocabulary as far as numbers need them.
+    """The tokens of a vocabulary that can continue a number.
 
     Attributes:
-        texts: each token's bytes
-        mask: which tokens go on with a number, a bit for each id: uint32 words
+        texts: the bytes of each token
+        mask: [num_words] uint32, a bit for each id, 1 if the token can continue a number
     """
 
     def __init__(self, tokenizer: "LLTokenizer") -> None:
@@ -33,15 +33,15 @@ class NumberTokens:
 
 
 class NumberLimit:
-    """Follows one answer in JSON, and ends a number in it that has become too long."""
+    """Tracks the numbers of one JSON output, and ends a number that has become too long."""
 
     def __init__(self, tokens: NumberTokens) -> None:
         self._tokens = tokens
-        self._length = 0  # of the number at the end of the answer
+        self._length = 0  # characters of the number at the end of the output
         self._in_string = self._escaped = False
 
     def follow(self, token_id: int) -> None:
-        """Note the next token."""
+        """Advance by one token."""
         for byte in self._tokens.texts[token_id]:
             if self._escaped:
                 self._escaped = False
@@ -55,7 +55,7 @@ class NumberLimit:
                 self._in_string = byte == _QUOTE
 
     def apply(self, row: np.ndarray) -> None:
-        """Take the tokens that go on with a long number out of a mask, if others are left.
+        """Remove the tokens that continue a long number from a mask, if others are left.
 
         Args:
             row: [num_words] uint32, a bit for each token that may come next; changed in place

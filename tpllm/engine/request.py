@@ -1,4 +1,4 @@
-"""What callers hand in and get back, and the engine's own record of a request."""
+"""Requests and their updates as callers see them, and the engine's record of a request."""
 
 from dataclasses import dataclass, field, replace
 from enum import Enum
@@ -13,11 +13,11 @@ from tpllm.sampling_params import SamplingParams
 
 @dataclass(frozen=True)
 class AddRequest:
-    """Ask the coordinator to continue a prompt. Plain data: it may come from another process.
+    """A request to continue a prompt. It is plain data that may come from another process.
 
     Attributes:
-        bad_word_ids: the token sequences that `sampling_params.bad_words` stands for, made where
-            the tokenizer is: see `Tokenizer.bad_word_ids`
+        bad_word_ids: the token ids of each of `sampling_params.bad_words`, which the process with
+            the tokenizer computes: see `Tokenizer.bad_word_ids`
     """
 
     request_id: str
@@ -27,9 +27,9 @@ class AddRequest:
 
 
 class TokenLogprobs(NamedTuple):
-    """Log-probabilities at one position: of its token, then of the likeliest ones, in order.
+    """Log-probabilities at one position: first its token, then the likeliest tokens in order.
 
-    The token itself may be among the likeliest again. All three lists are of equal length.
+    The token itself may occur again among the likeliest. All three lists have the same length.
     """
 
     token_ids: list[int]
@@ -40,8 +40,8 @@ class TokenLogprobs(NamedTuple):
 class PackedLogprobs(NamedTuple):
     """Log-probabilities at n successive positions, with the k likeliest tokens of each.
 
-    Bytes of arrays, since those of a long prompt are a million numbers: as Python's own objects
-    they took a second to make, and half a second to send to another process and read there.
+    The fields are the bytes of arrays. A long prompt has a million numbers: as Python objects they
+    took 1 s to make and 0.5 s to send to another process.
 
     Attributes:
         ranks: [n] int32, how likely each token is: 1 for the likeliest
@@ -54,7 +54,7 @@ class PackedLogprobs(NamedTuple):
     logprobs: bytes
 
     @classmethod
-    def of(cls, block: LogprobBlock) -> "PackedLogprobs":
+    def from_block(cls, block: LogprobBlock) -> "PackedLogprobs":
         return cls(*(each.tobytes() for each in (block.ranks, block.token_ids, block.logprobs)))
 
     @property
@@ -62,7 +62,7 @@ class PackedLogprobs(NamedTuple):
         return len(self.ranks) // 4
 
     def position(self, index: int) -> TokenLogprobs:
-        """Those at one position, 0 <= index < num_positions."""
+        """Return the log-probabilities at one position, 0 <= index < num_positions."""
         width = len(self.token_ids) // len(self.ranks)
         begin, end = index * width, (index + 1) * width
         return TokenLogprobs(
@@ -73,24 +73,23 @@ class PackedLogprobs(NamedTuple):
 
 
 class RequestUpdate(NamedTuple):
-    """News of one request: tokens drawn since the last update, and how it ended, if it did."""
+    """What is new of one request: tokens sampled since the last update, and how it ended."""
 
     request_id: str
     new_token_ids: list[int]
-    finish_reason: str | None  # "stop", "length", "abort" or "error": it has no next token
-    # the id from `stop_token_ids` that ended it, or what the error is
+    finish_reason: str | None  # "stop", "length", "abort" or "error" (no next token); None: runs
+    # the id from `stop_token_ids` that ended it, or the text of the error
     stop_reason: int | str | None
     num_cached_tokens: int  # prompt tokens found in the prefix cache at first admission
-    logprobs: list[TokenLogprobs] | None = None  # one for each new token, where asked for
-    # complete, with the first new token, where asked for: of all the prompt's tokens but the first,
-    # which nothing predicts
+    logprobs: list[TokenLogprobs] | None = None  # one for each new token, if requested
+    # if requested, complete with the first new token: those of all prompt tokens but the first
     prompt_logprobs: PackedLogprobs | None = None
 
 
 _NO_IDS: frozenset[int] = frozenset()
 _NOTHING_LEFT = (
-    "the request's settings leave no next token: what structured_outputs or allowed_token_ids let "
-    "pass, allowed_token_ids, bad_words or min_tokens rule out; relax one of them"
+    "the request's settings leave no next token: allowed_token_ids, bad_words or min_tokens "
+    "exclude every token that structured_outputs or allowed_token_ids allows; relax one of them"
 )
 
 
@@ -101,12 +100,12 @@ class Status(Enum):
 
 
 class Sequence:
-    """The engine's record of a request. It runs one step ahead of what is known.
+    """The engine's record of a request.
 
-    `tokens` holds the prompt and every token read back. More may have been asked for in steps still
-    in flight; their ids are known to the GPU alone. `num_computed_tokens` counts the tokens whose
-    keys and values are stored, or will be by a step in flight. Once it has reached
-    `prefill_target`, one token more is known or in flight, and that one is the next input.
+    `tokens` holds the prompt and every token that results have returned. Steps in flight may have
+    sampled more tokens, whose ids only the GPU knows. `num_computed_tokens` counts the tokens whose
+    keys and values are stored, or will be stored by a step in flight. Once it has reached
+    `prefill_target`, one more token is known or in flight, and it is the next input.
     """
 
     __slots__ = (
@@ -153,18 +152,18 @@ class Sequence:
         self.seed = seed
         self.stop_token_ids = frozenset(params.stop_token_ids)
         self.grammar = grammar
-        self.matcher: Matcher | None = None  # what has come of its answer; from the first mask on
+        self.matcher: Matcher | None = None  # follows the output from the first mask on
         eos = () if params.ignore_eos else eos_token_ids
         if grammar is not None:
             eos = tuple(grammar.end_token_ids)
         self.ignores_eos = params.ignore_eos
         self.end_token_ids = self.stop_token_ids.union(eos)
         self.min_total_tokens = self.num_prompt_tokens + params.min_tokens
-        self.rules = TokenRules.of(params, request.bad_word_ids, self.end_token_ids)
-        # where there are masks, these hold end tokens back
+        self.rules = TokenRules.from_params(params, request.bad_word_ids, self.end_token_ids)
+        # with a grammar, its masks exclude end tokens
         masked = sorted(self.end_token_ids) if params.min_tokens and grammar is None else []
         self.options = row_options(params, self.num_prompt_tokens, request.bad_word_ids, masked)
-        # None also once they have been handed out
+        # also None once they have been returned
         self.prompt_logprobs: LogprobBlock | None = None
         if (k := params.prompt_logprobs) is not None:
             self.prompt_logprobs = LogprobBlock.blank(0, 1, self.num_prompt_tokens - 1, k)
@@ -174,21 +173,24 @@ class Sequence:
         self.max_total_tokens = limit
 
         self.status = Status.WAITING
-        self.num_cached_tokens = -1  # not admitted yet
+        self.num_cached_tokens = -1  # -1: not admitted yet
         self.num_steps_in_flight = 0
         self.block_digests: list[bytes] = []
         self.reset()
 
-    def follow_grammar(self) -> Matcher:
-        """What may follow its tokens so far, which it must have a grammar for."""
+    def get_matcher(self) -> Matcher:
+        """Return the matcher of the sequence's grammar; start it at the first call."""
         if self.matcher is None:
             assert self.grammar is not None
             self.matcher = self.grammar.start()
         return self.matcher
 
-    def dead_end(self, token_id: int) -> str | None:
-        """Why it has no next token, and this one only because some token must come; else None."""
-        if self.rules is not None and self.rules.exclude(
+    def refuse(self, token_id: int) -> str | None:
+        """Return why a sampled token is excluded, or None if it is not.
+
+        The workers sample an excluded token only if no token is left.
+        """
+        if self.rules is not None and self.rules.excludes(
             token_id, self.tokens, self.num_prompt_tokens
         ):
             return _NOTHING_LEFT
@@ -196,8 +198,8 @@ class Sequence:
             return None
         return f"structured_outputs: {self.matcher.failure}"
 
-    def held_back(self) -> frozenset[int]:
-        """Of a sequence with a grammar: what it draws next only where nothing else is left."""
+    def held_back_ids(self) -> frozenset[int]:
+        """Return the tokens that a sequence with a grammar samples only if no other is left."""
         if len(self.tokens) < self.min_total_tokens:
             return self.end_token_ids
         if self.ignores_eos and self.grammar is not None:
@@ -205,20 +207,20 @@ class Sequence:
         return _NO_IDS
 
     def ends_at_end_token(self) -> bool:
-        """Whether it ends if its newest token is an end token."""
-        # a grammar leads to an end token before its time only where nothing else is left
+        """Whether the sequence ends if its newest token is an end token."""
+        # with a grammar, an end token before `min_tokens` means that no other token was left
         return self.grammar is not None or len(self.tokens) > self.min_total_tokens
 
     def take_prompt_logprobs(self) -> PackedLogprobs:
-        """The prompt's log-probabilities, which are complete; they are not computed again."""
+        """Return the prompt's complete log-probabilities, and stop computing them."""
         complete, self.prompt_logprobs = self.prompt_logprobs, None
         assert complete is not None
         if self.options is not None:
             self.options = replace(self.options, num_prompt_logprobs=-1)
-        return PackedLogprobs.of(complete)
+        return PackedLogprobs.from_block(complete)
 
     def reset(self) -> None:
-        """Forget everything stored in the cache: the state of a sequence that waits."""
+        """Return to the state of a waiting sequence, with nothing in the KV cache."""
         self.row = -1
         self.block_table: list[int] = []
         self.num_computed_tokens = 0

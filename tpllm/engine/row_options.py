@@ -1,4 +1,4 @@
-"""From a request's SamplingParams to what its row carries to the workers."""
+"""Converts a request's SamplingParams into the RowOptions that its row carries to the workers."""
 
 from collections.abc import Collection, Sequence
 
@@ -15,20 +15,20 @@ def row_options(
     bad_word_ids: Sequence[Sequence[int]] = (),
     masked_ids: Collection[int] = (),
 ) -> RowOptions | None:
-    """What the request asks for beyond its row state; None where that is nothing.
+    """Return the settings that do not fit in the row state; None if there are none.
 
     Args:
-        bad_word_ids: the token sequences of `params.bad_words`, none of them empty.
-        masked_ids: its end tokens, where `min_tokens` holds them back. A few of them fit in the row
-            state, where holding them back costs nothing.
+        bad_word_ids: the token ids of each of `params.bad_words`, none of them empty.
+        masked_ids: the end tokens that `min_tokens` excludes. A few of them fit in the row state,
+            where excluding them takes no time.
     """
     bias = params.logit_bias or {}
-    draws = not params.is_greedy  # the likeliest token is never cut off
+    is_random = not params.is_greedy  # top-k, top-p and min-p always keep the likeliest token
     options = RowOptions(
         num_prompt_tokens=num_prompt_tokens,
-        top_k=max(0, params.top_k) if draws else 0,
-        top_p=params.top_p if draws else 1.0,
-        min_p=params.min_p if draws else 0.0,
+        top_k=max(0, params.top_k) if is_random else 0,
+        top_p=params.top_p if is_random else 1.0,
+        min_p=params.min_p if is_random else 0.0,
         repetition_penalty=params.repetition_penalty,
         frequency_penalty=params.frequency_penalty,
         presence_penalty=params.presence_penalty,
@@ -42,10 +42,10 @@ def row_options(
         bad_word_ids=_int32([id_ for word in bad_word_ids for id_ in word]),
         bad_word_ends=np.cumsum([len(word) for word in bad_word_ids], dtype=np.int32),
     )
-    reports = max(options.num_logprobs, options.num_prompt_logprobs) >= 0
-    asks = options.truncates or options.has_penalties or reports or options.is_masked
-    asks = asks or options.list_words > options.banned_ids.size
-    return options if asks or len(masked_ids) > MAX_MASKED_STOP_IDS else None
+    has_logprobs = max(options.num_logprobs, options.num_prompt_logprobs) >= 0
+    is_needed = options.truncates or options.has_penalties or has_logprobs or options.is_masked
+    is_needed = is_needed or options.list_words > options.banned_ids.size
+    return options if is_needed or len(masked_ids) > MAX_MASKED_STOP_IDS else None
 
 
 def _int32(ids: Collection[int]) -> np.ndarray:

@@ -1,9 +1,9 @@
-"""EngineStats: what an engine is doing, as plain data."""
+"""EngineStats: counts and times of a running engine, as plain data."""
 
 from dataclasses import dataclass, field
 from typing import Any
 
-# What the coordinator and its scheduler count under the same names.
+# fields that the coordinator and its scheduler count under the same names
 TOTALS = (
     "num_preemptions",
     "num_steps",
@@ -19,23 +19,23 @@ TOTALS = (
 
 @dataclass(frozen=True, kw_only=True)
 class EngineStats:
-    """A look into a running engine. Counts and times are totals since its start.
+    """A snapshot of a running engine. Counts and times are totals since its start.
 
     Attributes:
-        num_waiting: requests that wait for room, preempted ones included
+        num_waiting: requests that wait for room, including preempted ones
         num_running: requests in the batch
         kv_cache_usage: share of the KV cache's blocks that requests hold, 0 to 1
-        num_preemptions: times that a request gave its blocks to another
+        num_preemptions: how often a request had to give its blocks to another one
         num_steps: steps planned
-        num_prompt_tokens: of the requests admitted
-        num_cached_tokens: of these, found in the prefix cache
-        num_generated_tokens: tokens drawn for requests that still ran
-        schedule_s, broadcast_s, wait_s, collect_s: what the coordinator spent on planning steps,
-            sending them, waiting for their results and taking these in
-        step_s: what the steps took whose results have come
-        step_buckets: of these, in rising order: seconds, and how many took at most so long; the
-            last is (infinity, all)
-        health: of each rank {"rank", "pid", "phase", "alive"}
+        num_prompt_tokens: prompt tokens of the admitted requests
+        num_cached_tokens: prompt tokens that were found in the prefix cache
+        num_generated_tokens: tokens sampled for requests that had not ended
+        schedule_s, broadcast_s, wait_s, collect_s: time of the coordinator for planning steps,
+            sending them, waiting for their results and processing these
+        step_s: duration of the steps whose results have come
+        step_buckets: durations of these steps in rising order: seconds, and how many steps took at
+            most that long; the last pair is (infinity, number of steps)
+        health: {"rank", "pid", "phase", "alive"} of each rank
     """
 
     num_waiting: int

@@ -1,4 +1,4 @@
-"""Collects what the scheduler decides for a step, as much as a record takes, and makes its plan."""
+"""Collects the scheduler's decisions for a step within the plan's limits, and builds the plan."""
 
 import numpy as np
 
@@ -10,12 +10,12 @@ _NO_WORDS = np.empty(0, dtype=np.int32)
 
 
 class StepBuilder:
-    """One step while it is put together; `seal` makes the plan of it.
+    """One step under construction; `build` returns its plan.
 
     Attributes:
-        budget: tokens that still fit
-        decode: sequences that compute one token
-        prefill: the others, with the tokens to compute
+        budget: number of tokens that the step can still take
+        decode: sequences of the decode rows
+        prefill: sequences with a prefill chunk, and the number of tokens in it
     """
 
     def __init__(self, limits: PlanLimits) -> None:
@@ -28,28 +28,28 @@ class StepBuilder:
         self._num_option_words = 0
 
     def add_block(self, seq: Sequence, block: int) -> None:
-        """Give a decoding sequence one block more."""
-        place = seq.row * self._limits.max_blocks_per_seq + len(seq.block_table)
+        """Add a block to the table of a decoding sequence."""
+        position = seq.row * self._limits.max_blocks_per_seq + len(seq.block_table)
         seq.block_table.append(block)
-        self._block_updates += (place, block)
+        self._block_updates += (position, block)
 
     def has_room(self, seq: Sequence, num_blocks: int) -> bool:
-        """Whether the record takes one more sequence that enters, with so many blocks."""
+        """Whether the plan has room for one more entering sequence with `num_blocks` blocks."""
         limits = self._limits
         if len(self._block_updates) // 2 + num_blocks > limits.max_block_updates:
             return False
         return self._num_option_words + _num_option_words(seq) <= limits.max_option_words
 
-    def enter(self, seq: Sequence) -> None:
-        """A sequence has got a row and its blocks."""
+    def add_entering(self, seq: Sequence) -> None:
+        """Add a sequence that has just got its row and its blocks."""
         self._entering.append(seq)
         self._num_option_words += _num_option_words(seq)
         first = seq.row * self._limits.max_blocks_per_seq
         for index, block in enumerate(seq.block_table):
             self._block_updates += (first + index, block)
 
-    def seal(self, number: int) -> tuple[StepPlan, list[Sequence]]:
-        """The plan of step `number`, and its sequences, each of which is moved one step on."""
+    def build(self, number: int) -> tuple[StepPlan, list[Sequence]]:
+        """Return the plan of step `number` and its sequences, whose counts include the step."""
         seqs = self.decode + [seq for seq, _ in self.prefill]
         lengths = [1] * len(self.decode) + [num_tokens for _, num_tokens in self.prefill]
         starts = [seq.num_computed_tokens for seq in seqs]
@@ -85,7 +85,7 @@ class StepBuilder:
 def _entering_words(seq: Sequence) -> list[int]:
     masked = sorted(seq.end_token_ids) if seq.min_total_tokens > seq.num_prompt_tokens else []
     if len(masked) > MAX_MASKED_STOP_IDS or seq.grammar is not None:
-        masked = []  # these are part of the row's options, or of its masks
+        masked = []  # the row's options or its masks exclude them instead
     padding = [-1] * (MAX_MASKED_STOP_IDS - len(masked))
     temperature = int(np.float32(seq.temperature).view(np.int32))
     seed_low, seed_high = np.array([seq.seed], dtype="<u8").view("<i4").tolist()

@@ -1,11 +1,11 @@
-"""StepHistogram: how long the engine's steps take, counted as each one's result comes in."""
+"""StepHistogram counts how long the engine's steps take."""
 
 from bisect import bisect_left
 from collections import deque
 from itertools import accumulate
 from math import inf
 
-# From one sequence of a small model to the largest chunk of prompts without a GPU.
+# from one decode row of a small model to the largest prefill chunk without a GPU
 _BOUNDS_S = (
     *(0.0005, 0.00075, 0.001, 0.0015, 0.002, 0.003, 0.004, 0.006, 0.008),
     *(0.01, 0.015, 0.02, 0.03, 0.04, 0.06, 0.08),
@@ -14,13 +14,13 @@ _BOUNDS_S = (
 
 
 class StepHistogram:
-    """Counts every step in one of a few buckets, so that none is lost between two looks.
+    """Counts every step in one bucket, so that no step is lost between two reads.
 
-    A step takes from the result before it to its own. Where no step was in flight, it begins when
-    it is sent. To count one costs a third of a microsecond.
+    A step begins at the result of the step before it, or when it is sent if no step was in flight.
+    It ends at its own result. Counting a step costs 0.3 us.
 
     Attributes:
-        total_s: all steps together
+        total_s: duration of all steps together
     """
 
     def __init__(self) -> None:
@@ -30,10 +30,11 @@ class StepHistogram:
         self._last_result_s = -inf
 
     def note_sent(self, at_s: float) -> None:
+        """Record the time at which a step was sent."""
         self._sent_s.append(at_s)
 
     def note_result(self, at_s: float) -> None:
-        """The result of the oldest step in flight came at this time, by the same clock."""
+        """Record the time at which the result of the oldest step in flight came."""
         begin_s = self._sent_s.popleft()
         if begin_s < self._last_result_s:
             begin_s = self._last_result_s
@@ -43,5 +44,8 @@ class StepHistogram:
         self._counts[bisect_left(_BOUNDS_S, step_s)] += 1
 
     def buckets(self) -> list[tuple[float, int]]:
-        """In rising order: seconds, and how many steps took at most so long; the last is all."""
+        """Return pairs in rising order: seconds, and how many steps took at most that long.
+
+        The last pair is infinity and the number of all steps.
+        """
         return list(zip((*_BOUNDS_S, inf), accumulate(self._counts), strict=True))

@@ -1,7 +1,7 @@
-"""Transport: how a coordinator speaks to its workers, wherever they run.
+"""Transport: the interface through which a coordinator reaches its workers.
 
-The coordinator is given one (`tpllm.supervision.launcher.WorkerGroup` over shared memory), so that
-scheduling knows nothing of processes, and another way to reach the workers changes nothing here.
+`tpllm.supervision.launcher.WorkerGroup` implements it over shared memory. The coordinator takes one
+as an argument, so that scheduling does not depend on processes.
 """
 
 from collections.abc import Sequence
@@ -14,9 +14,9 @@ class Transport(Protocol):
     """The workers of one engine, as the coordinator sees them.
 
     Raises:
-        WorkerError: by any method, when a worker has failed; nothing of the engine is left then.
-        SettingError: a worker refused a setting; likewise.
-        RuntimeError: the engine has been closed, also by another thread in the middle of a call.
+        WorkerError: any method raises it when a worker has failed; all processes have ended then.
+        SettingError: a worker refused a setting; all processes have ended then.
+        RuntimeError: the engine is closed, possibly by another thread during a call.
     """
 
     world_size: int
@@ -30,7 +30,7 @@ class Transport(Protocol):
     def closed(self) -> bool: ...
 
     def note_ready(self) -> None:
-        """Every worker has said that it is ready: from now on a deadline is that of a step."""
+        """Record that every worker is ready: the deadlines of steps apply from now on."""
         ...
 
     def send(self, kind: int, buffers: Sequence[Buffer], step: int | None = None) -> None:
@@ -38,29 +38,29 @@ class Transport(Protocol):
         ...
 
     def send_control(self, message: dict[str, Any]) -> None:
-        """Broadcast a message as JSON: what is rare and small."""
+        """Broadcast a message as JSON. It is meant for small and rare messages."""
         ...
 
     def receive(self, rank: int, kind: int) -> Record:
-        """Return the next record of `kind` from `rank`; sleep until it comes."""
+        """Sleep until the next record of `kind` comes from `rank`, and return it."""
         ...
 
     def receive_control(self, rank: int) -> dict[str, Any]:
-        """Return the next message from `rank`; sleep until it comes."""
+        """Sleep until the next message comes from `rank`, and return it."""
         ...
 
     def sleep_until_readable(self, *fds: int) -> None:
-        """Sleep while nothing runs, until one of `fds` can be read."""
+        """Sleep until one of `fds` is readable. No step may be in flight."""
         ...
 
     def health(self) -> list[dict[str, Any]]:
-        """Return for each rank its rank and pid, its phase, and whether it lives."""
+        """Return rank, pid, phase and whether the process is alive, for each rank."""
         ...
 
     def close(self) -> None:
-        """Ask the workers to end, then see to it. Harmless when repeated."""
+        """Shut the workers down, and kill those that do not end. It may be called repeatedly."""
         ...
 
     def kill(self) -> None:
-        """End the workers at once."""
+        """Kill the workers at once."""
         ...
