@@ -253,15 +253,15 @@ def test_a_stop_is_measured_from_its_beginning(monkeypatch):
     client._silent_s = client._stopped_s = 0.0
     client.worker_pids = []
     for _ in range(107):
-        assert client._receive_or_ask() == []
-    with pytest.raises(WorkerError, match="is stopped, as by SIGSTOP; it was given 3 s"):
-        client._receive_or_ask()
+        assert client._receive_or_ping() == []
+    with pytest.raises(WorkerError, match="is stopped, as by SIGSTOP; it was killed after 3 s"):
+        client._receive_or_ping()
     client.worker_pids = [1]
     client._silent_s = client._stopped_s = 0.0
     for _ in range(8):
-        assert client._receive_or_ask() == []
-    with pytest.raises(WorkerError, match="does not answer; it was given 8 s"):
-        client._receive_or_ask()
+        assert client._receive_or_ping() == []
+    with pytest.raises(WorkerError, match="does not answer; it was killed after 8 s"):
+        client._receive_or_ping()
     client._connection.send.assert_called_once_with({"type": "alive"})
 
 

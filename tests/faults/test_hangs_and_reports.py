@@ -89,10 +89,10 @@ def test_a_slow_start_that_gets_on_is_no_hang(monkeypatch):
     group._collect()
     group.watch._beats = 0
     group.watch.timeouts = Timeouts(0.01, 0.01)
-    group.watch._alive_at -= 1
-    assert group.watch.patience_s() > 0  # there was a beat
-    group.watch._alive_at -= 1
-    assert group.watch.patience_s() <= 0  # and none since
+    group.watch._active_at -= 1
+    assert group.watch.remaining_s() > 0  # there was a beat
+    group.watch._active_at -= 1
+    assert group.watch.remaining_s() <= 0  # and none since
     group.kill()
 
 

@@ -95,7 +95,7 @@ def test_an_idle_engine_never_wakes_up(trials):
 def lose_patience_once_it_has_happened(monkeypatch: pytest.MonkeyPatch, act: str) -> None:
     """Let the deadline pass when the fault is there, whatever the time is then."""
 
-    def patience_s(watch: Watch) -> float:
+    def remaining_s(watch: Watch) -> float:
         happened = Path(json.loads(os.environ["CHAOS_FAULT"])["mark"]).exists()
         if act == "stop":
             children = [
@@ -106,4 +106,4 @@ def lose_patience_once_it_has_happened(monkeypatch: pytest.MonkeyPatch, act: str
             happened = happened and "T" in map(process_state, children)
         return -1.0 if happened else 0.05
 
-    monkeypatch.setattr(Watch, "patience_s", patience_s)
+    monkeypatch.setattr(Watch, "remaining_s", remaining_s)

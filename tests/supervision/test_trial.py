@@ -1,4 +1,4 @@
-"""The process that tries forms: what ends it refuses one form, and nothing of it is left behind."""
+"""Tests of the process that tries grammars. A grammar that ends it is refused."""
 
 import json
 import os
@@ -21,7 +21,7 @@ from tpllm.supervision.start import engine_grammars
 from tpllm.supervision.trial import Trials
 
 CONFIG = EngineConfig.resolve(device="cpu")
-FORM = StructuredOutputsParams(regex="a+")
+GRAMMAR = StructuredOutputsParams(regex="a+")
 
 
 @pytest.fixture
@@ -41,30 +41,30 @@ DEEP = {f"d{i}": {"allOf": [{"$ref": f"#/$defs/d{i + 1}"}]} for i in range(900)}
 OVERFLOW = {"$ref": "#/$defs/d0", "$defs": {**DEEP, "d900": {"type": "null"}}}
 
 
-def test_a_crash_refuses_one_form_and_is_remembered():
+def test_a_crash_refuses_one_grammar_and_is_cached():
     grammars = engine_grammars(CONFIG)
-    form = StructuredOutputsParams(json=OVERFLOW)
+    grammar = StructuredOutputsParams(json=OVERFLOW)
     try:
         with pytest.raises(ValueError, match="json cannot be used: the compiler crashed on it"):
-            grammars.compile(form)
-        assert grammars.compile(FORM).first_mask
+            grammars.compile(grammar)
+        assert grammars.compile(GRAMMAR).first_mask
         begin = time.perf_counter()
         with pytest.raises(
             ValueError, match="the compiler crashed on it, or took more than .* MiB or 10 s"
         ):
-            grammars.compile(form)
+            grammars.compile(grammar)
         assert time.perf_counter() - begin < 0.1
     finally:
         grammars.close()
 
 
-def test_one_process_tries_many_forms_and_another_follows_its_death(trials):
-    trials.check(FORM)
+def test_one_process_tries_many_grammars_and_is_replaced_when_it_dies(trials):
+    trials.check(GRAMMAR)
     first = pid_of(trials)
     trials.check(StructuredOutputsParams(choice=["a", "b"]))
     assert pid_of(trials) == first
     os.kill(first, signal.SIGKILL)
-    trials.check(FORM)  # tried again: it was not to blame
+    trials.check(GRAMMAR)  # tried again: the grammar did not cause the end
     assert pid_of(trials) != first and not is_running(first)
 
 
@@ -73,7 +73,7 @@ def test_what_takes_too_long_or_too_much_is_refused(trials, monkeypatch):
     slow = StructuredOutputsParams(
         json={"type": "object", "properties": {f"p{i}": {} for i in range(5000)}}
     )
-    with pytest.raises(ValueError, match="trying it took more than 0 s; make it simpler"):
+    with pytest.raises(ValueError, match="compiling it took more than 0 s; make it simpler"):
         trials.check(slow)
     small = Trials(CONFIG)
     monkeypatch.setattr(trial, "CPU_S", 10)
@@ -85,20 +85,20 @@ def test_what_takes_too_long_or_too_much_is_refused(trials, monkeypatch):
         small.close()
 
 
-def test_a_process_that_answers_no_more_is_ended(trials, monkeypatch):
-    trials.check(FORM)
+def test_a_process_that_does_not_reply_is_killed(trials, monkeypatch):
+    trials.check(GRAMMAR)
     pid = pid_of(trials)
     monkeypatch.setattr(trial, "_MAX_WAITS", 1)
     os.kill(pid, signal.SIGSTOP)
     assert wait_until(lambda: process_state(pid) == "T")
-    with pytest.raises(ValueError, match="trying it took more than 1 s"):
+    with pytest.raises(ValueError, match="compiling it took more than 1 s"):
         trials.check(StructuredOutputsParams(regex="ab"))
     assert not is_running(pid)
     monkeypatch.undo()
-    trials.check(FORM)
+    trials.check(GRAMMAR)
 
 
-DRY: dict[str, dict[str, Any]] = {
+DEAD_ENDS: dict[str, dict[str, Any]] = {
     """'{"a":-0,'""": {
         "json": {
             "type": "object",
@@ -112,24 +112,24 @@ DRY: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("message", DRY)
-def test_a_form_that_leads_to_a_dead_end_is_refused_and_says_where(trials, message):
+@pytest.mark.parametrize("message", DEAD_ENDS)
+def test_a_grammar_that_leads_to_a_dead_end_is_refused_with_its_place(trials, message):
     with pytest.raises(ValueError, match=f"nothing that fits can follow {message}"):
-        trials.check(StructuredOutputsParams(**DRY[message]))
+        trials.check(StructuredOutputsParams(**DEAD_ENDS[message]))
 
 
-def test_closed_it_takes_nothing(trials):
-    trials.check(FORM)
+def test_check_raises_after_close(trials):
+    trials.check(GRAMMAR)
     trials.close()
     trials.close()
     with pytest.raises(ClosedError):
-        trials.check(FORM)
+        trials.check(GRAMMAR)
 
 
-def test_a_process_that_cannot_start_is_no_mistake_of_the_form():
+def test_a_process_that_cannot_start_is_no_error_of_the_grammar():
     trials = Trials(CONFIG, module="tests.no_such_module")
-    with pytest.raises(RuntimeError, match="ended before the first: .*exit code 1"):
-        trials.check(FORM)
+    with pytest.raises(RuntimeError, match="ended before it was ready: .*exit code 1"):
+        trials.check(GRAMMAR)
 
 
 PROGRAM = """

@@ -1,1 +1,1 @@
-"""Life and death: starts the processes of an engine, watches them, and ends every one of them."""
+"""Processes of an engine: they are started, watched, and ended whatever happens."""

@@ -1,4 +1,4 @@
-"""A process that we started, and how it ended."""
+"""A child process and how it ended."""
 
 import os
 import signal
@@ -6,29 +6,30 @@ import threading
 import time
 from contextlib import suppress
 
-# No process can end with it. A program may reap all its children, also ours (a SIGCHLD handler that
-# calls waitpid(-1), or SIGCHLD ignored): the exit status is lost then. subprocess says 0 for it.
+# No process ends with this code. It stands for a lost exit status: a program that reaps all child
+# processes (a SIGCHLD handler with waitpid(-1), or SIGCHLD ignored) also reaps those of an engine.
+# subprocess would report 0.
 UNKNOWN_EXIT_CODE = 256
 _POLL_S = 0.005
 
 
 class Child:
-    """A child process of this one, by its pid.
+    """A child process of this process.
 
     Attributes:
-        exit_code: the negative number of the signal that killed it, or its exit code; None as long
-            as `poll` and `wait` have not seen its end
+        exit_code: its exit code, or the negative number of the signal that killed it; None until
+            `poll` or `wait` finds that it has ended
     """
 
     def __init__(self, pid: int) -> None:
         self.pid = pid
         self.exit_code: int | None = None
-        # one thread must not take the status that another one is about to read. Reentrant: a signal
-        # handler may end the engine in the middle of `poll`
+        # one thread must not reap the child while another one waits for it. Reentrant, since a
+        # signal handler may end the engine during `poll`
         self._lock = threading.RLock()
 
     def poll(self) -> int | None:
-        """The exit code, UNKNOWN_EXIT_CODE where somebody else has read it; None while it runs."""
+        """Return the exit code, UNKNOWN_EXIT_CODE if it is lost, or None while the child runs."""
         with self._lock:
             if self.exit_code is None:
                 try:
@@ -42,7 +43,7 @@ class Child:
         return self.exit_code
 
     def wait(self, timeout_s: float | None = None) -> int | None:
-        """Sleep until it has ended, or the time is over; then as `poll`."""
+        """Sleep until the child has ended or the timeout is over; return as `poll` does."""
         if timeout_s is None:
             with suppress(ChildProcessError):  # WNOWAIT leaves the status for `poll` to read
                 os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOWAIT)
@@ -53,7 +54,7 @@ class Child:
         return self.exit_code
 
     def kill(self) -> None:
-        """Send SIGKILL, unless it has ended."""
+        """Send SIGKILL, unless the child has ended."""
         if self.poll() is None:
-            with suppress(ProcessLookupError):  # it ended just now, and was reaped by others
+            with suppress(ProcessLookupError):  # it has just ended, and other code reaped it
                 os.kill(self.pid, signal.SIGKILL)

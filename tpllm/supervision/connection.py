@@ -1,7 +1,7 @@
 """A two-way connection between the engine's process and its caller's: plain data over a socket.
 
-Each message is one MessagePack map (https://msgpack.org), one after the other without any framing
-of our own, since each tells where it ends; there is no pickle. What the maps hold is in `messages`.
+Each message is one MessagePack map (https://msgpack.org). A map encodes its own length, so messages
+follow each other without framing. There is no pickle. `messages` documents the maps.
 """
 
 import select
@@ -22,9 +22,9 @@ _MAX_MESSAGE_BYTES = 2**31 - 1  # prompt log-probabilities of a long prompt: som
 class Connection:
     """One end of the socket. Either side may be killed at any moment.
 
-    `send` never waits: a thread writes, so that neither the steps of the engine nor the
-    event loop of its caller ever wait for the other side. What waits to be written is bounded by
-    the tokens that the running requests may have.
+    `send` never waits, because a thread writes. Neither the engine's steps nor the caller's event
+    loop therefore wait for the other side. The tokens of the running requests bound the size of
+    unwritten messages.
     """
 
     def __init__(self, opened: socket.socket) -> None:
@@ -44,23 +44,24 @@ class Connection:
         return self._socket.fileno()
 
     def send(self, message: Message) -> None:
-        """Have it written soon. What the other side's end prevents is dropped.
+        """Queue a message for the writer's thread. It is dropped if the other side has ended.
 
         Raises:
-            ValueError, OverflowError: it holds what a message cannot; nothing is sent.
+            ValueError, OverflowError: the message holds a value that MessagePack cannot encode;
+                nothing is sent.
         """
         self._outbox.put(msgpack.packb(message))
 
     def receive(self, timeout_s: float) -> list[Message]:
-        """The messages that have come; sleeps until there is one, for `timeout_s` at most.
+        """Sleep until messages come, for at most `timeout_s`, and return them.
 
         Raises:
-            EOFError: the other side is gone, or `close` was called.
+            EOFError: the other side has ended, or `close` was called.
         """
         while self._poll.poll(timeout_s * 1000):
             try:
                 data = self._socket.recv(_READ_BYTES)
-            except OSError:  # reset by a side that was killed, or closed here
+            except OSError:  # the other side was killed, or this side is closed
                 data = b""
             if not data:
                 raise EOFError("the other side of the connection is gone")
@@ -70,21 +71,21 @@ class Connection:
         return []
 
     def flush(self, timeout_s: float) -> None:
-        """Write what is left, and end the sending direction. Nothing can be sent any more."""
+        """Write all queued messages and end the writer's thread. Nothing can be sent afterwards."""
         self._outbox.put(None)
         if current_thread() is not self._writer:
             self._writer.join(timeout_s)
 
     def close(self) -> None:
-        """Let go of the socket at once; wakes a thread that waits in it."""
-        with suppress(OSError):  # the other side may be gone
+        """Close the socket at once, and wake a thread that waits for it."""
+        with suppress(OSError):  # the other side may have ended
             self._socket.shutdown(socket.SHUT_RDWR)
         self.flush(timeout_s=1.0)
         self._socket.close()
 
 
 def _write(opened: socket.socket, outbox: "SimpleQueue[bytes | None]") -> None:
-    """The writer's thread; it holds no `Connection`, so that one can be collected."""
+    """Run the writer's thread. It has no reference to the `Connection`, which can be collected."""
     while True:
         messages = [outbox.get()]
         with suppress(Empty):

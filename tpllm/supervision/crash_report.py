@@ -1,8 +1,8 @@
-"""One readable file about a failed engine: versions, GPUs, settings, last steps, stacks.
+"""Writes a readable file about a failed engine: versions, GPUs, settings, last steps, stacks.
 
-It holds no prompts and no outputs: stacks name files, lines and functions only, and of the
-environment only the variables that steer GPUs and their communication are told. (A worker's own
-traceback is in it, as in the exception.)
+The report holds no prompts and no outputs. Stacks name only files, lines and functions, and the
+environment section holds only variables that configure GPUs and their communication. It includes a
+worker's traceback, as the exception does.
 """
 
 import json
@@ -23,13 +23,13 @@ from tpllm.supervision.diagnosis import RankState
 FOLDER_VARIABLE = "TPLLM_CRASH_DIR"
 NUM_KEPT = 20
 _PACKAGES = ("torch", "triton", "flash-attn", "transformers", "numpy")
-_TOLD_VARIABLES = ("CUDA_", "GLOO_", "NCCL_", "TORCH_NCCL_", "OMP_NUM_THREADS", "TMPDIR")
+_REPORTED_VARIABLES = ("CUDA_", "GLOO_", "NCCL_", "TORCH_NCCL_", "OMP_NUM_THREADS", "TMPDIR")
 
 
 def report_folder() -> Path | None:
-    """Where reports go: TPLLM_CRASH_DIR, or tpllm/crashes in the user's state folder.
+    """Return the folder of reports: TPLLM_CRASH_DIR, or tpllm/crashes in the user's state folder.
 
-    None where TPLLM_CRASH_DIR is set and empty: no reports are wanted.
+    Return None if TPLLM_CRASH_DIR is set and empty: then no reports are written.
     """
     wanted = os.environ.get(FOLDER_VARIABLE)
     if wanted is not None:
@@ -44,9 +44,9 @@ def write_report(
     steps: Sequence[str],
     ranks: Sequence[RankState],
 ) -> Path | None:
-    """Write a report, drop the oldest beyond NUM_KEPT, return its file.
+    """Write a report, delete the oldest ones beyond NUM_KEPT, and return the report's path.
 
-    None if none is wanted, or the folder cannot be written: a failure is told without it, too.
+    Return None if reports are switched off or the folder is not writable.
     """
     folder = report_folder()
     if folder is None:
@@ -76,7 +76,7 @@ def _text(
         "Environment": "\n".join(
             f"{name}={value}"
             for name, value in sorted(os.environ.items())
-            if name.startswith(_TOLD_VARIABLES)
+            if name.startswith(_REPORTED_VARIABLES)
         ),
     }
     head = f"tpllm crash report, {time.strftime('%Y-%m-%d %H:%M:%S %z')}\n"
@@ -107,7 +107,7 @@ def _gpus() -> list[str]:
 
 
 def _settings_text(settings: Mapping[str, Any]) -> str:
-    config = settings.get("config")  # JSON of its own, as the workers get it
+    config = settings.get("config")  # JSON inside the settings, as the workers receive it
     return json.dumps(json.loads(config) if isinstance(config, str) else settings, indent=1)
 
 

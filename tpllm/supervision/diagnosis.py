@@ -1,6 +1,6 @@
-"""What each worker is doing, asked from outside: for the report of a failure or a hang.
+"""Finds out from outside what each worker is doing, for the report of a failure or a hang.
 
-Nothing here needs a worker's cooperation but the stacks, and those only its signal handler.
+Only the stacks need the worker's cooperation: its signal handler writes them.
 """
 
 import os
@@ -13,29 +13,28 @@ from pathlib import Path
 
 from tpllm.channel.progress import STACK_SIGNAL, Board
 
-ANSWER_S = 1.0  # a handler in C answers in milliseconds, if it can answer at all
+ANSWER_S = 1.0  # the handler in C writes the stacks within milliseconds, if it runs at all
 _POLL_S = 0.01
 _STATES = {
     "R": "running",
     "S": "sleeping",
-    "D": "waiting for a device or disk, deaf to signals",
+    "D": "waiting for a device or disk, where no signal reaches it",
     "T": "stopped by a signal",
     "t": "stopped by a debugger",
 }
 _ENDED = "ended"
-_PF_EXITING = 4  # among the flags of a process, see proc_pid_stat(5)
+_PF_EXITING = 4  # a flag of a process, see proc_pid_stat(5)
 
 
 @dataclass(frozen=True)
 class RankState:
-    """One rank as it was found.
+    """The state of one rank at the time of a failure.
 
     Attributes:
         begun: the last step that it has begun, -1 for none
-        launched: the last step that it has handed to its device
-        state: of its process, in words
-        stacks: its threads' Python stacks, as it wrote them when asked or when it crashed; "" where
-            it could not
+        launched: the last step that it has launched on its device
+        state: the state of its process, in words
+        stacks: Python stacks of its threads, as its signal handler wrote them; "" if it could not
     """
 
     rank: int
@@ -51,7 +50,7 @@ class RankState:
         return self.state in (_STATES["T"], _STATES["t"])
 
     def describe(self) -> str:
-        """A line or more, with the stack of the main thread."""
+        """Return the state in a line, followed by the stack of the main thread."""
         return f"rank {self.rank} {self._doing()}\n{self._where()}"
 
     def _doing(self) -> str:
@@ -59,30 +58,31 @@ class RankState:
             return f"is {self.state}, while {self.phase}"
         steps = "has begun no step" if self.begun < 0 else f"has begun step {self.begun}"
         if self.begun >= 0 and self.launched == self.begun:
-            steps = f"has handed step {self.begun} to its device"
+            steps = f"has launched step {self.begun} on its device"
         return f"{steps} and is {self.state}"
 
     def _where(self) -> str:
         stack = main_stack(self.stacks)
         if stack:
             return stack
-        return "  (it has ended)" if self.state == _ENDED else "  (it cannot tell its stack)"
+        return "  (it has ended)" if self.state == _ENDED else "  (its stack cannot be read)"
 
 
 def examine(
     pids: Sequence[int], phases: Sequence[str], board: Board, stack_fds: Sequence[int]
 ) -> list[RankState]:
-    """The state of every rank, stacks included; stopped ranks go on for the moment it takes.
+    """Return the state of every rank with its stacks. Stopped ranks are continued to write them.
 
-    Only for workers about to be killed: the question may end one that cannot answer yet.
+    Call it only for workers that are killed afterwards: the signal ends a worker that has not
+    installed its handler yet.
     """
     states = [_state(pid) for pid in pids]
     for pid, state in zip(pids, states, strict=True):
         if state != _ENDED:
             with suppress(ProcessLookupError):
-                os.kill(pid, STACK_SIGNAL)  # first, so that a stopped one does nothing else
+                os.kill(pid, STACK_SIGNAL)  # first, so that a stopped rank does nothing else
                 os.kill(pid, signal.SIGCONT)
-    _await_answers(pids, stack_fds)
+    _wait_for_stacks(pids, stack_fds)
     return [
         RankState(
             rank,
@@ -98,7 +98,7 @@ def examine(
 
 
 def rank_to_blame(ranks: Sequence[RankState]) -> int | None:
-    """The rank that holds up the others: a stopped one, or the only one that is behind."""
+    """Return the rank that delays the others: the only one that is stopped, or that is behind."""
     stopped = [each.rank for each in ranks if each.is_stopped]
     if len(stopped) == 1:
         return stopped[0]
@@ -108,7 +108,7 @@ def rank_to_blame(ranks: Sequence[RankState]) -> int | None:
 
 
 def main_stack(stacks: str, max_frames: int = 12) -> str:
-    """The frames of the thread that the signal met, out of all threads' stacks: the last answer."""
+    """Return the frames of the thread that ran the signal handler, from the last stacks written."""
     blocks = [block for block in stacks.split("\n\n") if "(most recent call first)" in block]
     current = [block for block in blocks if block.startswith("Current thread")]
     if not current:
@@ -119,18 +119,18 @@ def main_stack(stacks: str, max_frames: int = 12) -> str:
 
 
 def read_stacks(fd: int) -> str:
-    """What a rank has written into its file of stacks so far."""
+    """Return what a rank has written into its file of stacks so far."""
     return os.pread(fd, os.fstat(fd).st_size, 0).decode(errors="replace").strip()
 
 
 def is_ending(pid: int) -> bool:
-    """Whether the kernel is taking the process apart; how it ended is told only after that."""
+    """Whether the kernel is ending the process, whose exit code is known only afterwards."""
     letter, flags = _stat(pid)
     return letter == "Z" or bool(flags & _PF_EXITING)
 
 
-def _await_answers(pids: Sequence[int], fds: Sequence[int]) -> None:
-    """Return once every rank has answered and come to rest, or has ended, or after ANSWER_S."""
+def _wait_for_stacks(pids: Sequence[int], fds: Sequence[int]) -> None:
+    """Return when every rank has written its stacks or has ended, at the latest after ANSWER_S."""
     deadline = time.monotonic() + ANSWER_S
     before = [-1] * len(fds)
     while time.monotonic() < deadline:
@@ -143,7 +143,7 @@ def _await_answers(pids: Sequence[int], fds: Sequence[int]) -> None:
 
 
 def is_stopped(pid: int) -> bool:
-    """Whether a signal has stopped a process; not one that a debugger holds for a moment."""
+    """Whether a signal has stopped a process. A process that a debugger stops does not count."""
     return _stat(pid)[0] == "T"
 
 
@@ -153,7 +153,7 @@ def _state(pid: int) -> str:
 
 
 def _stat(pid: int) -> tuple[str, int]:
-    """The kernel's letter for a process's state, "X" if it is gone, and its flags."""
+    """Return the kernel's letter for a process's state, "X" if it has ended, and its flags."""
     try:
         text = Path(f"/proc/{pid}/stat").read_text()
     except OSError:

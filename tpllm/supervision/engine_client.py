@@ -1,4 +1,4 @@
-"""The caller's end of an engine that runs in a process of its own."""
+"""The caller's side of an engine that runs in a separate process."""
 
 import os
 import socket
@@ -24,18 +24,18 @@ from tpllm.supervision.processes import (
 )
 
 MODULE = "tpllm.supervision.engine_process"
-_ASK_AFTER_S = 5.0  # of silence
-_GRACE_S = 5.0  # for a process whose connection has ended to end itself
+_PING_AFTER_S = 5.0  # after this time without a message
+_GRACE_S = 5.0  # for the engine's process to end after its connection has ended
 
 
 class EngineClient:
-    """Starts an engine's process, talks to it, and sees to its end.
+    """Starts an engine's process, exchanges messages with it, and makes sure that it ends.
 
-    `on_phase(rank, phase)` hears of the workers' progress until they are ready.
+    `on_phase(rank, phase)` is called as the workers make progress, until they are ready.
 
     Raises:
-        ValueError: the engine refused a setting; nothing of it is left running.
-        WorkerError: it failed to start; likewise.
+        ValueError: the engine refused a setting; all its processes have ended.
+        WorkerError: the engine failed to start; all its processes have ended.
     """
 
     def __init__(
@@ -43,14 +43,14 @@ class EngineClient:
     ) -> None:
         self.worker_pids: list[int] = []  # known once it is ready
         self._config = config
-        self._received: list[Message] = []  # and not handed out yet
+        self._received: list[Message] = []  # messages that `receive` has not returned yet
         self._silent_s = 0.0
         self._stopped_s = 0.0
         self._processes = ChildProcesses(os.getpid())
         # runs at garbage collection and at the interpreter's exit, whichever comes first
         self._finalizer = weakref.finalize(self, self._processes.release)
         try:
-            with Interrupts():  # what has been made, but not yet noted, could not be given back
+            with Interrupts():  # an interrupt between creating and recording a resource leaks it
                 self._start(config)
             ready = self._wait_until_ready(on_phase)
             self.worker_pids = ready["worker_pids"]
@@ -60,7 +60,7 @@ class EngineClient:
             raise
 
     def _wait_until_ready(self, on_phase: Callable[[int, str], None] | None) -> Message:
-        """The engine's word that it can work; `on_phase` hears how its workers get there."""
+        """Return the engine's "ready" message; pass on the phases that come before it."""
         while True:
             for message in self.receive():
                 if message["type"] == "ready":
@@ -99,20 +99,20 @@ class EngineClient:
         return self._processes.released.is_set()
 
     def send(self, message: Message) -> None:
-        """Have it sent; never waits."""
+        """Queue a message for sending. This never waits."""
         self._connection.send(message)
 
     def receive(self) -> list[Message]:
-        """Sleep until messages come. An engine that is silent is asked whether it is there.
+        """Sleep until messages come, and return them. An engine that sends nothing is pinged.
 
         Raises:
             ClosedError: this side has closed the engine.
-            ValueError, WorkerError: the engine has failed; nothing of it is left.
+            ValueError, WorkerError: the engine has failed; all its processes have ended.
         """
         with self._processes.use():
             while not self._received:
                 try:
-                    self._received = self._receive_or_ask()
+                    self._received = self._receive_or_ping()
                 except EOFError:
                     self._processes.refuse_if_ending()
                     raise self._describe_end() from None
@@ -120,45 +120,45 @@ class EngineClient:
         if last["type"] != "error":
             received, self._received = self._received, []
             return received
-        if len(self._received) > 1:  # what came before it is news, too
+        if len(self._received) > 1:  # return the messages before the error first
             received, self._received = self._received[:-1], [last]
             return received
         self._processes.release(_GRACE_S)
         raise messages.read_error(last)
 
-    def _receive_or_ask(self) -> list[Message]:
-        """What comes before it is time to ask again, but for the answers to that.
+    def _receive_or_ping(self) -> list[Message]:
+        """Return messages other than replies to a ping; if none come, ping the engine.
 
-        Silence is counted in waits, not by the clock: while this process was stopped itself, or the
-        whole machine, nobody could answer.
+        The silence is counted in waits, not by the clock: if this process or the machine was
+        suspended, the engine had no chance to reply.
 
         Raises:
-            WorkerError: there has been no answer for too long.
+            WorkerError: the engine has not replied for too long.
         """
-        received = self._connection.receive(_ASK_AFTER_S)
+        received = self._connection.receive(_PING_AFTER_S)
         if received:
             self._silent_s = self._stopped_s = 0.0
             return [message for message in received if message["type"] != "alive"]
-        if self._silent_s == 0 and self.worker_pids:  # one that starts reads nothing yet
+        if self._silent_s == 0 and self.worker_pids:  # while it starts it reads no messages
             self.send({"type": "alive"})
-        self._silent_s += _ASK_AFTER_S
-        self._stopped_s = self._stopped_s + _ASK_AFTER_S if is_stopped(self.pid) else 0.0
+        self._silent_s += _PING_AFTER_S
+        self._stopped_s = self._stopped_s + _PING_AFTER_S if is_stopped(self.pid) else 0.0
         self._refuse_long_silence()
         return []
 
     def _refuse_long_silence(self) -> None:
-        # it has deadlines for its workers, and is itself to blame for what exceeds them
+        # the engine has deadlines for its workers: a longer silence is its own failure
         limit_s = self._config.start_timeout_s + self._config.step_timeout_s
         if self._stopped_s > self._config.step_timeout_s:
             limit_s, state = self._config.step_timeout_s, "is stopped, as by SIGSTOP"
         elif self.worker_pids and self._silent_s > limit_s:
             state = "does not answer"
-        else:  # or it loads, which may take any time
+        else:  # it may be loading, which may take any time
             return
         self._processes.refuse_if_ending()
         self.kill()
         raise WorkerError(
-            f"the engine's process {state}; it was given {limit_s:g} s, and has been ended",
+            f"the engine's process {state}; it was killed after {limit_s:g} s",
             cause="hang",
         )
 
@@ -166,18 +166,18 @@ class EngineClient:
         code = self._process.wait(_GRACE_S)
         self.kill()
         if code is None:
-            return WorkerError("the engine's process closed its connection and did not end")
+            return WorkerError("the engine's process closed its connection but did not end")
         how, usual_reason = how_it_ended(code)
         return WorkerError(f"the engine's process {how}; {usual_reason}")
 
     def close(self) -> None:
-        """Ask the engine to end, then see to it. Harmless when repeated, or in a forked copy."""
+        """Shut the engine down, and kill it if it does not end. A forked copy does nothing."""
         if self.closed or os.getpid() != self._processes.owner_pid:
             return
         self.send({"type": "shutdown"})
-        # as long as it waits for its workers, and a little for itself
+        # the time that the engine waits for its workers, and its own
         self._processes.release(CLOSE_TIMEOUT_S + _GRACE_S)
 
     def kill(self) -> None:
-        """End the engine at once; its workers notice, and end by themselves."""
+        """Kill the engine at once. Its workers then end by themselves."""
         self._processes.release()

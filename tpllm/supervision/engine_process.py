@@ -1,8 +1,8 @@
-"""The engine in a process of its own: `python -m tpllm.supervision.engine_process FD`.
+"""The engine in a separate process: `python -m tpllm.supervision.engine_process FD`.
 
-Started by `EngineClient` alone. The workers are children of this process, and all are tied: whoever
-ends, the others notice and end too. Between two steps it reads what callers want; without requests
-it sleeps. Grammars are tried and compiled in a thread, and their requests join the others then.
+`EngineClient` starts it. The workers are its child processes. If any of these processes ends, the
+others end too. The engine reads messages between two steps and sleeps while there are no requests.
+A thread tries and compiles grammars; their requests are added afterwards.
 """
 
 import os
@@ -23,9 +23,9 @@ _FLUSH_TIMEOUT_S = 5.0
 
 
 def main() -> NoReturn:
-    """Run an engine until its caller ends it, is gone, or a worker fails."""
+    """Run an engine until its caller shuts it down or ends, or a worker fails."""
     spec = read_spec(int(sys.argv[1]))
-    tie_to_parent(spec["parent"])  # as the workers are to this process
+    tie_to_parent(spec["parent"])  # as the workers are tied to this process
     connection = Connection(socket.socket(fileno=spec["socket"]))
     exit_code = 1
     try:
@@ -37,19 +37,19 @@ def main() -> NoReturn:
         coordinator = start_engine(
             config,
             grammars=grammars,
-            on_phase=lambda *phase: _tell_phase(connection, *phase),
+            on_phase=lambda *phase: _send_phase(connection, *phase),
         )
         _run(coordinator, compiling, connection)
         exit_code = 0
-    except EOFError:  # the caller is gone: there is nobody to tell
+    except EOFError:  # the caller has ended
         pass
     except BaseException as error:
         connection.send(messages.error(error))
     connection.flush(_FLUSH_TIMEOUT_S)
-    os._exit(exit_code)  # no destructors: everything has been given back
+    os._exit(exit_code)  # without destructors: all resources have been released
 
 
-def _tell_phase(connection: Connection, rank: int, phase: str) -> None:
+def _send_phase(connection: Connection, rank: int, phase: str) -> None:
     connection.send({"type": "phase", "rank": rank, "phase": phase})
 
 
@@ -84,14 +84,14 @@ def _handle(
     kind = message["type"]
     if kind == "add":
         requests = messages.read_add(message)
-        form = requests[0].sampling_params.structured_outputs
-        if form is None:
+        params = requests[0].sampling_params.structured_outputs
+        if params is None:
             _add(requests, coordinator, connection)
         else:
-            compiling.add(requests, form)
+            compiling.add(requests, params)
     elif kind == "abort":
         compiling.abort(message["request_ids"])
-        coordinator.abort(message["request_ids"])  # whoever asked for it waits for no news
+        coordinator.abort(message["request_ids"])  # the caller expects no updates of these
     elif kind == "alive":
         connection.send(message)
     else:
@@ -101,7 +101,7 @@ def _handle(
 
 def _add(requests: list[AddRequest], coordinator: Coordinator, connection: Connection) -> None:
     try:
-        coordinator.check(requests[0])  # the others differ in their seeds alone
+        coordinator.check(requests[0])  # the others differ only in their seeds
     except ValueError as error:
         _refuse(requests, str(error), connection)
     else:
@@ -109,7 +109,7 @@ def _add(requests: list[AddRequest], coordinator: Coordinator, connection: Conne
 
 
 def _refuse(requests: list[AddRequest], error: str, connection: Connection) -> None:
-    ids = [request.request_id for request in requests]  # the continuations of one prompt
+    ids = [request.request_id for request in requests]  # all requests of one prompt
     connection.send({"type": "refused", "request_ids": ids, "error": error})
 
 

@@ -1,4 +1,4 @@
-"""Why an engine failed, out of what its ranks said, how they ended and where they were found."""
+"""Finds out why an engine failed, from error reports, exit codes and states of its ranks."""
 
 import signal
 import time
@@ -10,20 +10,20 @@ from tpllm.errors import WorkerError
 from tpllm.supervision.child import UNKNOWN_EXIT_CODE, Child
 from tpllm.supervision.crash_report import write_report
 from tpllm.supervision.diagnosis import RankState, is_ending, main_stack, rank_to_blame
-from tpllm.supervision.inbox import Complaint, Inbox
+from tpllm.supervision.inbox import ErrorReport, Inbox
 from tpllm.supervision.processes import how_it_ended, signal_name
 from tpllm.supervision.watch import Watch
 
-GRACE_S = 0.5  # to listen for causes
-ENDING_S = 2.0  # likewise, while a rank is on its way out: the driver may take a second for a GPU
+GRACE_S = 0.5  # to wait for further error reports and exit codes
+ENDING_S = 2.0  # the same while a rank is ending: the driver may need a second to free a GPU
 
 
 @dataclass(frozen=True)
 class Failure:
-    """What is to be told of a failure: a text, and the attributes of WorkerError."""
+    """A failure: its text and the attributes of its WorkerError."""
 
     text: str
-    rank: int | None  # None where no single one is to blame
+    rank: int | None  # None if no single rank caused it
     cause: str
     signal: int | None = None
     remote_traceback: str | None = None
@@ -31,7 +31,7 @@ class Failure:
     def to_error(
         self, ranks: Sequence[RankState], watch: Watch, settings: Mapping[str, Any]
     ) -> WorkerError:
-        """The error for the caller, after writing a crash report."""
+        """Write a crash report and return the error for the caller."""
         report = write_report(self.text, settings, watch.last_steps(), ranks)
         return WorkerError(
             self.text if report is None else f"{self.text}\nA crash report is in {report}",
@@ -45,38 +45,43 @@ class Failure:
         )
 
 
-def await_ends(processes: Sequence[Child], inbox: Inbox) -> dict[int, int]:
-    """After a first sign of trouble, listen for what explains it: the ends without a word.
+def wait_for_exits(processes: Sequence[Child], inbox: Inbox) -> dict[int, int]:
+    """Wait for ranks that end without an error report, since their end is the cause of a failure.
 
-    Peers of such a rank complain, sometimes before its end is told.
+    Their peers may report errors first, before the end of such a rank is known.
 
     Returns:
-        the exit codes of these ranks; empty where complaints are all there is
+        the exit codes of the ranks that ended without an error report; empty if there are none
     """
     begin = time.monotonic()
     while True:
         codes = [process.poll() for process in processes]
-        inbox.collect()  # a worker's last words come before its end
-        told = {complaint.rank for complaint in inbox.complaints}
-        quiet = {rank: code for rank, code in enumerate(codes) if rank not in told}
-        silent = {rank: code for rank, code in quiet.items() if code is not None}
+        inbox.collect()  # a worker sends its error report before it ends
+        reporting = {report.rank for report in inbox.error_reports}
+        others = {rank: code for rank, code in enumerate(codes) if rank not in reporting}
+        exit_codes = {rank: code for rank, code in others.items() if code is not None}
         ending = any(
-            code is None and is_ending(processes[rank].pid) for rank, code in quiet.items()
+            code is None and is_ending(processes[rank].pid) for rank, code in others.items()
         )
-        if silent and (not all(map(_is_abort, silent.values())) or (told and not ending)):
-            return silent
+        only_aborts = all(map(_is_abort, exit_codes.values()))
+        if exit_codes and (not only_aborts or (reporting and not ending)):
+            return exit_codes
         if time.monotonic() > begin + (ENDING_S if ending else GRACE_S):
-            return silent
+            return exit_codes
         time.sleep(0.01)
 
 
-def failure_of_hang(ranks: Sequence[RankState], watch: Watch, omission: str) -> Failure:
-    """Say where every rank is. `omission` is what none did: "answered", for one."""
+def failure_of_hang(ranks: Sequence[RankState], watch: Watch, expected: str) -> Failure:
+    """Return the failure of a hang, with the state of every rank in its text.
+
+    Args:
+        expected: what no worker did in time, such as "answered"
+    """
     rank = rank_to_blame(ranks)
     who = "the workers hang" if rank is None else f"worker rank {rank} hangs"
     name = watch.timeout_name
     text = (
-        f"{who} {_when(ranks[rank or 0], watch)}: none {omission} for {name}={watch.timeout_s:g}; "
+        f"{who} {_when(ranks[rank or 0], watch)}: none {expected} for {name}={watch.timeout_s:g}; "
         f"raise {name} if work may take that long\n"
     )
     text += "\n".join(each.describe() for each in ranks)
@@ -84,38 +89,39 @@ def failure_of_hang(ranks: Sequence[RankState], watch: Watch, omission: str) -> 
     return Failure(text, rank, "hang", remote_traceback=stacks)
 
 
-def failure_of_ends(
+def failure_of_exits(
     ranks: Sequence[RankState],
     watch: Watch,
-    complaints: Sequence[Complaint],
-    silent: Mapping[int, int],
+    error_reports: Sequence[ErrorReport],
+    exit_codes: Mapping[int, int],
 ) -> Failure:
-    """The failure that explains the others, with all of them in its text.
+    """Return the failure that caused the others, with all of them in its text.
 
-    A rank that ended without a word explains the complaints of the others, never the other way
-    round, but for SIGABRT: that is also how NCCL ends a process that has lost its peers.
+    A rank that ended without an error report causes the errors that its peers report, and not the
+    other way round. SIGABRT is the exception: NCCL ends a process with it that has lost its peers.
 
     Args:
-        silent: exit codes of the ranks that ended without a word
+        exit_codes: exit codes of the ranks that ended without an error report
     """
-    order = sorted(silent, key=lambda rank: _is_abort(silent[rank]))
-    causes = [_end(ranks[rank], silent[rank], watch) for rank in order]
-    if complaints:
-        num_aborts = sum(map(_is_abort, silent.values()))
-        first = min(complaints)
+    order = sorted(exit_codes, key=lambda rank: _is_abort(exit_codes[rank]))
+    causes = [_failure_of_exit(ranks[rank], exit_codes[rank], watch) for rank in order]
+    if error_reports:
+        num_aborts = sum(map(_is_abort, exit_codes.values()))
+        first = min(error_reports)
         text = f"worker rank {first.rank} failed {_when(ranks[first.rank], watch)}:\n{first.text}"
-        told = Failure(text, first.rank, first.text.splitlines()[-1], remote_traceback=first.text)
-        causes.insert(len(causes) - num_aborts, told)
+        cause = first.text.splitlines()[-1]
+        reported = Failure(text, first.rank, cause, remote_traceback=first.text)
+        causes.insert(len(causes) - num_aborts, reported)
     return replace(causes[0], text="\n".join(each.text for each in causes))
 
 
 def _is_abort(exit_code: int) -> bool:
-    """Whether it may be no cause, but NCCL's answer to the end of another rank."""
+    """Whether the exit may be a consequence: NCCL aborts a process that has lost its peers."""
     return exit_code == -signal.SIGABRT
 
 
-def _end(rank: RankState, code: int, watch: Watch) -> Failure:
-    """Of a rank that ended without a word."""
+def _failure_of_exit(rank: RankState, code: int, watch: Watch) -> Failure:
+    """Return the failure of a rank that ended without an error report."""
     how, usual_reason = how_it_ended(code)
     text = f"worker rank {rank.rank} {how} {_when(rank, watch)}; {usual_reason}"
     if 0 <= code < UNKNOWN_EXIT_CODE:

@@ -1,10 +1,9 @@
 """Removes an engine's directory once its last worker has ended, whatever ended it.
 
-The workers end with the coordinator: the kernel kills them (`tpllm.channel.child_process`) without
-asking their interpreters, which may be busy in native code. A process that is killed cannot clean
-up, so this one does. It is a program of its own, `python guard.py DIRECTORY FD`, started before the
-workers, and waits in one system call: FD is the reading end of a pipe whose writing end every
-worker holds and never uses, so that it is closed when the last of them is gone.
+When the coordinator ends, the kernel kills the workers (`tpllm.channel.child_process`). A process
+that is killed cannot clean up, so this separate program does: `python guard.py DIRECTORY FD`. It is
+started before the workers and waits in one system call. FD is the reading end of a pipe. Every
+worker holds its writing end and never uses it, so that it is closed when the last worker has ended.
 """
 
 import os
@@ -15,7 +14,7 @@ import sys
 
 def main() -> None:
     directory, fd = sys.argv[1], int(sys.argv[2])
-    # whoever ends a group of processes politely means the workers, too: this one stays for that
+    # a signal to the whole process group also ends the workers, and the guard must outlive them
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     os.read(fd, 1)

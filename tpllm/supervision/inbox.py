@@ -1,4 +1,4 @@
-"""What the workers have said: records until somebody asks for them, phases, and complaints."""
+"""Messages of the workers: phases, error reports, and records that wait to be taken."""
 
 import json
 from collections import deque
@@ -9,33 +9,33 @@ from tpllm.channel.ring import Record, RingReader
 from tpllm.channel.step_plan import CONTROL
 
 
-class Complaint(NamedTuple):
-    """What a worker said of its failure."""
+class ErrorReport(NamedTuple):
+    """A worker's own report of its failure."""
 
     time: float  # time.monotonic(), one clock for all processes
     rank: int
     text: str
-    is_setting: bool  # it is about a setting: the text alone tells the caller everything
+    is_setting: bool  # a setting was refused: the caller needs only the text
 
 
 class Inbox:
-    """Takes in what comes through the ring of each rank.
+    """Receives what comes through the ring of each rank.
 
     Attributes:
-        readers: of these rings, in rank order
-        phases: what each rank said last that it does
-        complaints: what ranks have said of their failures
+        readers: the readers of these rings, in rank order
+        phases: the phase that each rank reported last
+        error_reports: the failures that ranks have reported
     """
 
     def __init__(self, world_size: int, on_phase: Callable[[int, str], None] | None) -> None:
         self.readers: list[RingReader] = []
         self.phases = ["starting"] * world_size
-        self.complaints: list[Complaint] = []
+        self.error_reports: list[ErrorReport] = []
         self._on_phase = on_phase
         self._records: deque[tuple[int, Record]] = deque()
 
     def collect(self) -> bool:
-        """Take in what has come; False where nothing has."""
+        """Receive everything that has come; return False if nothing has."""
         any_came = False
         for rank, reader in enumerate(self.readers):
             while (record := reader.try_receive()) is not None:
@@ -44,7 +44,7 @@ class Inbox:
         return any_came
 
     def pop(self, rank: int, kind: int) -> Record | None:
-        """The first record of `kind` from `rank` that nobody has had, if there is one."""
+        """Remove and return the first record of `kind` from `rank`, or None if there is none."""
         for item in self._records:
             if item[0] == rank and item[1].kind == kind:
                 self._records.remove(item)
@@ -54,8 +54,8 @@ class Inbox:
     def _take(self, rank: int, record: Record) -> None:
         message = json.loads(record.payload.tobytes()) if record.kind == CONTROL else {}
         if "error" in message:
-            self.complaints.append(
-                Complaint(message["time"], rank, message["error"], message["setting"])
+            self.error_reports.append(
+                ErrorReport(message["time"], rank, message["error"], message["setting"])
             )
         elif "phase" in message:
             self.phases[rank] = message["phase"]

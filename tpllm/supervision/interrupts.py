@@ -1,4 +1,4 @@
-"""Ctrl-C at a time of our choosing: between two steps, never in the middle of the books."""
+"""Delays Ctrl-C until the engine's state is consistent, as between two steps."""
 
 import signal
 import threading
@@ -8,11 +8,11 @@ from typing import Self
 
 
 class Interrupts(AbstractContextManager["Interrupts"]):
-    """Holds Python's KeyboardInterrupt back until `check()`; the second Ctrl-C is not held back.
+    """Delays Python's KeyboardInterrupt until `check()`. A second Ctrl-C is not delayed.
 
-    A KeyboardInterrupt may be raised between any two bytecodes, so also after a step has been sent
-    and before it has been noted. Does nothing outside the main thread, where Python delivers none,
-    or where the program handles SIGINT itself.
+    Python may raise a KeyboardInterrupt between any two bytecodes, also after a step has been sent
+    and before it has been recorded. This class does nothing outside the main thread, where Python
+    raises no KeyboardInterrupt, or if the program handles SIGINT itself.
     """
 
     def __init__(self) -> None:
@@ -39,7 +39,7 @@ class Interrupts(AbstractContextManager["Interrupts"]):
             self.check()
 
     def check(self) -> None:
-        """Raise the KeyboardInterrupt that was held back, if there was one."""
+        """Raise the delayed KeyboardInterrupt, if there is one."""
         if self._pending:
             self._pending = False
             raise KeyboardInterrupt

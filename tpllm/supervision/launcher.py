@@ -1,10 +1,10 @@
-"""Starts the workers, one process per rank, watches over them, and takes every one of them down.
+"""Starts the workers, one process per rank, watches them, and ends all of them.
 
-A worker is `python -m tpllm.worker`: a fresh interpreter, so neither torchrun nor a main guard is
-needed, and a notebook or a script read from standard input works. It inherits its ring descriptors
-and a pidfd of this process, and reads everything else from an anonymous file. Whatever way this
-process ends, the kernel kills the workers; whatever way a worker ends, this process sees the pidfd
-it has of it; and where nobody ends and nothing comes, a deadline passes.
+A worker is `python -m tpllm.worker`. A fresh interpreter needs neither torchrun nor a main guard,
+and works from a notebook or a script on standard input. A worker inherits its ring descriptors and
+a pidfd of this process, and reads everything else from an anonymous file. However this process
+ends, the kernel kills the workers. However a worker ends, this process is woken by the worker's
+pidfd. If no process ends and no message comes, a deadline passes.
 """
 
 import json
@@ -33,7 +33,7 @@ from tpllm.channel.step_plan import CONTROL, RESULT, PlanLimits
 from tpllm.config.resources import refuse_too_few_descriptors, refuse_too_little_room
 from tpllm.errors import SettingError
 from tpllm.supervision.diagnosis import RankState, examine
-from tpllm.supervision.failure import Failure, await_ends, failure_of_ends, failure_of_hang
+from tpllm.supervision.failure import Failure, failure_of_exits, failure_of_hang, wait_for_exits
 from tpllm.supervision.inbox import Inbox
 from tpllm.supervision.interrupts import Interrupts
 from tpllm.supervision.processes import (
@@ -45,7 +45,7 @@ from tpllm.supervision.processes import (
 )
 from tpllm.supervision.watch import Timeouts, Watch
 
-CONTROL_BYTES = 1 << 16  # room for any control record; longer tracebacks are cut by the worker
+CONTROL_BYTES = 1 << 16  # room for any control record; the worker truncates longer tracebacks
 CLOSE_TIMEOUT_S = 3.0
 _NUM_SLOTS = 8
 
@@ -53,21 +53,22 @@ _NUM_SLOTS = 8
 class WorkerGroup:
     """The worker processes of one engine and the rings between them and the coordinator.
 
-    One ring carries plans and control records to all workers; each worker has a ring of its own
-    back, on which rank 0 also sends the results of steps.
+    One ring carries plans and control records to all workers. Each worker replies on its own ring,
+    on which rank 0 also sends the results of steps.
 
     Args:
         world_size: number of workers.
-        limits: the size of the largest step, for which the rings are made.
-        settings: plain data that every worker is started with, as JSON.
-        timeouts: after how much silence the workers are taken down.
-        module: what a worker runs; tests put a stand-in here.
-        on_phase: hears `(rank, phase)` when a worker says what it does next, while we wait for it.
+        limits: the size of the largest step, which sets the size of the rings.
+        settings: plain data that every worker receives at its start, as JSON.
+        timeouts: how long the workers may be silent before they are killed.
+        module: the module that a worker runs; tests pass another one.
+        on_phase: called with `(rank, phase)` for each phase that a worker reports while it starts.
 
     Raises:
-        WorkerError: by any method, when a worker has failed; every process is gone by then.
-        SettingError: a worker refused a setting; likewise. Or this host is out of something.
-        RuntimeError: the group has been closed, also by another thread in the middle of a call.
+        WorkerError: any method raises it when a worker has failed; all processes have ended then.
+        SettingError: a worker refused a setting, or this host lacks a resource; all processes have
+            ended then.
+        RuntimeError: the group is closed, possibly by another thread during a call.
     """
 
     def __init__(
@@ -86,7 +87,7 @@ class WorkerGroup:
         # runs at garbage collection and at the interpreter's exit, whichever comes first
         self._finalizer = weakref.finalize(self, self._processes.release)
         try:
-            with Interrupts():  # what has been made, but not yet noted, could not be given back
+            with Interrupts():  # an interrupt between creating and recording a resource leaks it
                 self._start(limits, timeouts, module)
         except BaseException:
             self._processes.release()
@@ -103,8 +104,8 @@ class WorkerGroup:
         self._writer = RingWriter(plans)
         self._processes.channels.append(self._writer)
         refuse_too_little_room(tempfile.gettempdir())
-        # only a name, which nobody can guess: the workers make it, so that it is never there before
-        # the guard that removes it, should this process be killed
+        # only an unpredictable name: the workers create the directory, after the start of the guard
+        # that removes it even if this process is killed
         directory = Path(tempfile.gettempdir()) / f"tpllm-{secrets.token_hex(8)}"
         self._processes.directory = directory
         self._stack_fds: list[int] = []
@@ -139,7 +140,7 @@ class WorkerGroup:
             inherited += replies.all()
             commands.append(([sys.executable, "-P", "-m", module, str(spec_fd)], inherited))
         self._processes.spawn(commands, child_environment(directory), output, lifeline[0])
-        for fd in lifeline:  # from now on the workers alone hold its writing end
+        for fd in lifeline:  # from now on only the workers hold its writing end
             self._processes.descriptors.remove(fd)
             os.close(fd)
         self._poll = select.poll()
@@ -149,13 +150,13 @@ class WorkerGroup:
         self.watch = Watch(timeouts, self._board)
 
     def _keep(self, fd: int) -> int:
-        """Note a descriptor that has to be given back."""
+        """Record a descriptor that has to be closed, and return it."""
         self._processes.descriptors.append(fd)
         return fd
 
     @property
     def phases(self) -> list[str]:
-        """What each rank said last that it does."""
+        """The phase that each rank reported last."""
         return self._inbox.phases
 
     @property
@@ -163,7 +164,7 @@ class WorkerGroup:
         """The process id of each rank's worker."""
         return [process.pid for process in self._processes.processes]
 
-    # ---- talking -----------------------------------------------------------------------------
+    # ---- messages ----------------------------------------------------------------------------
 
     def send(self, kind: int, buffers: Sequence[Buffer], step: int | None = None) -> None:
         """Broadcast one record to every worker."""
@@ -173,7 +174,7 @@ class WorkerGroup:
                 self._processes.refuse_if_ending()
                 if self._some_worker_ended(0.0):
                     self._fail_with_cause()
-                if self.watch.patience_s() <= 0:
+                if self.watch.remaining_s() <= 0:
                     self._fail_hung("took a record")
                 wait_readable(self._writer.fileno(), 0.1)
 
@@ -181,30 +182,30 @@ class WorkerGroup:
         self.send(CONTROL, [json.dumps(message).encode()])
 
     def receive(self, rank: int, kind: int) -> Record:
-        """The next record of `kind` from `rank`; sleeps until it comes or a worker fails."""
+        """Sleep until the next record of `kind` comes from `rank` or a worker fails; return it."""
         with self._processes.use():
             while True:
                 if (record := self._inbox.pop(rank, kind)) is not None:
                     if kind == RESULT:
                         self.watch.note_result()
                     return record
-                # only now: what had come before somebody failed is not lost
-                if self._inbox.complaints:
+                # checked only now, so that records from before a failure are not lost
+                if self._inbox.error_reports:
                     self._fail_with_cause()
                 if self._collect():
                     continue
-                patience_s = self.watch.patience_s()
-                if patience_s <= 0:
+                remaining_s = self.watch.remaining_s()
+                if remaining_s <= 0:
                     self._fail_hung("said anything" if self.watch.step < 0 else "answered")
-                # a worker's last words come before its end
-                if self._some_worker_ended(patience_s) and not self._collect():
+                # a worker sends its error report before it ends
+                if self._some_worker_ended(remaining_s) and not self._collect():
                     self._fail_with_cause()
 
     def _collect(self) -> bool:
-        """Take in what has come from the workers; False where nothing has."""
+        """Receive what has come from the workers; return False if nothing has."""
         any_came = self._inbox.collect()
         if any_came:
-            self.watch.note_life()
+            self.watch.note_activity()
         return any_came
 
     def receive_control(self, rank: int) -> dict[str, Any]:
@@ -213,25 +214,25 @@ class WorkerGroup:
         return message
 
     def sleep_until_readable(self, *fds: int) -> None:
-        """Sleep while nothing runs, until one of `fds` can be read or a worker fails."""
+        """Sleep until one of `fds` is readable or a worker fails. No step may be in flight."""
         with self._processes.use():
             for fd in fds:
                 self._poll.register(fd, select.POLLIN)
             try:
                 while (ready := self._wait_for_events(timeout_s=None)).isdisjoint(fds):
-                    self._collect()  # a worker's last words come before its end
-                    if self._inbox.complaints or ready & self._pidfds:
+                    self._collect()  # a worker sends its error report before it ends
+                    if self._inbox.error_reports or ready & self._pidfds:
                         self._fail_with_cause()
             finally:
                 for fd in fds:
                     self._poll.unregister(fd)
 
     def note_ready(self) -> None:
-        """Every worker has said that it is ready."""
+        """Record that every worker is ready."""
         self.phases[:] = ["ready"] * self.world_size
 
     def health(self) -> list[dict[str, Any]]:
-        """Of each rank: its rank and pid, what it said last that it does, whether it lives."""
+        """Return rank, pid, last phase and whether the process is alive, for each rank."""
         return [
             {"rank": rank, "pid": process.pid, "phase": phase, "alive": process.poll() is None}
             for rank, (process, phase) in enumerate(
@@ -246,24 +247,24 @@ class WorkerGroup:
         return self._processes.released.is_set()
 
     def close(self) -> None:
-        """Ask the workers to end, then see to it. Harmless when repeated, or in a forked copy."""
+        """Shut the workers down, and kill those that do not end. A forked copy does nothing."""
         if self.closed or os.getpid() != self._processes.owner_pid:
             return
-        asked = False
-        # in use by another thread, which waits for a step: then there is nobody to ask
+        is_sent = False
+        # RuntimeError: another thread uses the ring and waits for a step, so the workers are killed
         with suppress(RuntimeError), self._processes.use():
-            asked = self._writer.try_send(CONTROL, [json.dumps({"type": "shutdown"}).encode()])
-        self._processes.release(CLOSE_TIMEOUT_S if asked else 0.0)
+            is_sent = self._writer.try_send(CONTROL, [json.dumps({"type": "shutdown"}).encode()])
+        self._processes.release(CLOSE_TIMEOUT_S if is_sent else 0.0)
 
     def kill(self) -> None:
-        """End the workers at once."""
+        """Kill the workers at once."""
         self._processes.release()
 
     def _some_worker_ended(self, timeout_s: float) -> bool:
-        """Sleep until some descriptor has something, or the time is over; has a worker ended?
+        """Sleep until a descriptor is readable or the time is over; return whether a worker ended.
 
         Raises:
-            RuntimeError: the group is being closed.
+            RuntimeError: the group is closed.
         """
         return not self._pidfds.isdisjoint(self._wait_for_events(timeout_s))
 
@@ -275,20 +276,20 @@ class WorkerGroup:
     # ---- failing -----------------------------------------------------------------------------
 
     def _fail_with_cause(self) -> NoReturn:
-        """Listen a moment for the rank that failed first, take everything down, raise."""
-        silent = await_ends(self._processes.processes, self._inbox)
+        """Wait a moment for the rank that failed first, kill all workers and raise its error."""
+        exit_codes = wait_for_exits(self._processes.processes, self._inbox)
         self._processes.refuse_if_ending()
-        complaints = self._inbox.complaints
-        if not silent and complaints and min(complaints).is_setting:
+        error_reports = self._inbox.error_reports
+        if not exit_codes and error_reports and min(error_reports).is_setting:
             self.kill()
-            raise SettingError(min(complaints).text)
+            raise SettingError(min(error_reports).text)
         ranks = self._examine()
-        self._fail(ranks, failure_of_ends(ranks, self.watch, complaints, silent))
+        self._fail(ranks, failure_of_exits(ranks, self.watch, error_reports, exit_codes))
 
-    def _fail_hung(self, omission: str) -> NoReturn:
-        """Take everything down, and say where every rank was."""
+    def _fail_hung(self, expected: str) -> NoReturn:
+        """Kill all workers and raise an error with the state of every rank."""
         ranks = self._examine()
-        self._fail(ranks, failure_of_hang(ranks, self.watch, omission))
+        self._fail(ranks, failure_of_hang(ranks, self.watch, expected))
 
     def _examine(self) -> list[RankState]:
         return examine(self.pids, self.phases, self._board, self._stack_fds)

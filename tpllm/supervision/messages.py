@@ -1,23 +1,23 @@
-"""What the engine's process and its caller say to each other. Each message is a map with a `type`.
+"""Messages between the engine's process and its caller. Each message is a map with a `type`.
 
 To the engine:
-    add         request_ids, prompt_token_ids, params, bad_word_ids: continuations of one prompt,
-                and what they have in common; of the sampling parameters what is not the default
+    add         request_ids, prompt_token_ids, params, bad_word_ids: the requests of one prompt and
+                what they have in common; params holds sampling parameters that are not the default
     abort       request_ids
-    stats       number: comes back with the answer
-    alive       asks for the same back, between two steps
+    stats       number: the reply repeats it
+    alive       a ping: the engine returns it between two steps
     shutdown
 
-From it:
+From the engine:
     phase       rank, phase: what a worker has begun, until all are ready
     ready       worker_pids, max_total_tokens of a sequence: the engine can take requests
-    updates     updates: the fields of a `RequestUpdate` in order, of every request with news of one
-                step
-    refused     request_ids, error: those of an `add` could never run, and why
+    updates     updates: the fields of a `RequestUpdate` in order, for every request with new tokens
+                in a step
+    refused     request_ids, error: the requests of an `add` that can never run, and why
     stats       number, stats: the fields of `EngineStats`
-    alive
+    alive       the reply to a ping
     error       error, kind ("setting", "worker" or "value"), details of a `WorkerError`: the engine
-                has failed; the last message
+                has failed; this is the last message
 """
 
 import traceback
@@ -34,14 +34,14 @@ from tpllm.structured_outputs import StructuredOutputsParams
 from tpllm.supervision.connection import Message
 
 _DEFAULTS = SamplingParams()
-# the caller's own business: the engine knows no text, and output_kind is no plain data
+# only the caller uses these: the engine has no text, and output_kind is not plain data
 _NOT_SENT = {"output_kind", "stop", "bad_words"}
 _ERROR_DETAILS = ("rank", "phase", "step", "cause", "signal", "remote_traceback")
 _SENT = [field.name for field in fields(SamplingParams) if field.name not in _NOT_SENT]
 
 
 def add(requests: Sequence[AddRequest]) -> Message:
-    """The continuations of one prompt, in order."""
+    """Return the message that adds the requests of one prompt, in order."""
     first = requests[0]
     return {
         "type": "add",
@@ -53,6 +53,7 @@ def add(requests: Sequence[AddRequest]) -> Message:
 
 
 def _changed(params: SamplingParams) -> dict[str, Any]:
+    """Return the sampling parameters that are not the default, as plain data."""
     changed = {
         name: value
         for name in _SENT
@@ -73,9 +74,9 @@ def read_add(message: Message) -> list[AddRequest]:
 
 
 def _read_params(changed: dict[str, Any]) -> SamplingParams:
-    form = changed.pop("structured_outputs", None)
-    structured = None if form is None else StructuredOutputsParams(**form)
-    return SamplingParams(**changed, structured_outputs=structured)
+    fields_of_outputs = changed.pop("structured_outputs", None)
+    outputs = None if fields_of_outputs is None else StructuredOutputsParams(**fields_of_outputs)
+    return SamplingParams(**changed, structured_outputs=outputs)
 
 
 def ready(worker_pids: list[int], max_total_tokens: int) -> Message:
@@ -119,7 +120,7 @@ def read_stats(message: Message) -> EngineStats:
 
 
 def error(raised: BaseException) -> Message:
-    """What ended the engine, for its caller to raise again."""
+    """Return the message with the exception that ended the engine, for the caller to raise."""
     if isinstance(raised, WorkerError):
         details = {name: getattr(raised, name) for name in _ERROR_DETAILS}
         details["report"] = None if raised.report is None else str(raised.report)
@@ -133,6 +134,7 @@ def error(raised: BaseException) -> Message:
 
 
 def read_error(message: Message) -> Exception:
+    """Return the exception that an error message holds."""
     text = message["error"]
     if message["kind"] == "setting":
         return SettingError(text)

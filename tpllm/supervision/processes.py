@@ -1,6 +1,6 @@
-"""Processes that we start, and everything else that has to be given back with them.
+"""Child processes, and everything else that has to be released with them.
 
-Apart from the object that talks to them, so that a finalizer can hold it.
+This is separate from the object that exchanges messages with them, so that a finalizer can hold it.
 """
 
 import os
@@ -20,11 +20,11 @@ from tpllm.supervision import guard
 from tpllm.supervision.child import UNKNOWN_EXIT_CODE, Child
 from tpllm.supervision.interrupts import Interrupts
 
-Command = tuple[list[str], tuple[int, ...]]  # words, and the descriptors to inherit
+Command = tuple[list[str], tuple[int, ...]]  # arguments, and the descriptors to inherit
 
 
 class ClosedError(RuntimeError):
-    """The engine was closed by its owner."""
+    """The owner of the engine closed it."""
 
 
 class Closable(Protocol):
@@ -33,11 +33,11 @@ class Closable(Protocol):
 
 @dataclass
 class ChildProcesses:
-    """Our child processes, and what we share with them.
+    """Child processes, and the resources that this process shares with them.
 
-    `release` may come from any thread, from a signal handler or from the garbage collector, also in
-    the middle of a call that uses a channel: it ends the processes at once, which wakes that call,
-    and descriptors are closed by whoever leaves last.
+    Any thread, a signal handler or the garbage collector may call `release`, also while another
+    call uses a channel. It ends the processes at once, which wakes that call. The last of these
+    calls to return closes the descriptors.
     """
 
     owner_pid: int
@@ -48,23 +48,23 @@ class ChildProcesses:
     descriptors: list[int] = field(default_factory=list)
     ending: bool = False
     released: threading.Event = field(default_factory=threading.Event)
-    # held to start a process and to end them all, so that none is started behind an end's back
+    # held to start a process and to end them all, so that none is started after the end
     lock: threading.RLock = field(default_factory=threading.RLock)
     _in_use: threading.Lock = field(default_factory=threading.Lock)
 
-    def release(self, patience_s: float = 0.0) -> None:
-        """Wait `patience_s` for the processes to end, kill what is left, remove every trace.
+    def release(self, timeout_s: float = 0.0) -> None:
+        """Wait `timeout_s` for the processes to end, kill the others and release everything.
 
-        Does nothing in a forked copy of the owner, and nothing the second time.
+        It does nothing in a forked copy of the owner, nor at the second call.
         """
         if os.getpid() != self.owner_pid:
             return
-        deadline = time.monotonic() + patience_s
+        deadline = time.monotonic() + timeout_s
         try:
             self.ending = True
             while time.monotonic() < deadline and any(p.poll() is None for p in self.processes):
                 time.sleep(0.005)
-        finally:  # Ctrl-C cuts the waiting short, and waits for the rest
+        finally:  # Ctrl-C ends the waiting, and is raised after the rest
             with Interrupts(), self.lock:
                 if not self.released.is_set():
                     self._end_everything()
@@ -75,7 +75,7 @@ class ChildProcesses:
         for process in self.processes:
             process.wait()
         self._close_descriptors()
-        if self.directory is not None:  # nobody is left who could make it again
+        if self.directory is not None:  # no process is left that could create it again
             shutil.rmtree(self.directory, ignore_errors=True)
         if self.guard is not None:
             self.guard.kill()
@@ -89,14 +89,14 @@ class ChildProcesses:
         output: int,
         lifeline: int | None = None,
     ) -> None:
-        """Start them from a thread that lives as long as they may.
+        """Start processes from a thread that lives as long as they do.
 
         The kernel sends a child its parent-death signal when the thread that started it ends, not
-        the process: a caller's short-lived thread must not be that thread.
+        when the process ends. A short-lived thread of the caller must therefore not start it.
 
         Args:
-            lifeline: reading end of a pipe whose other end they hold, for a guard of the
-                directory, which is started first; None for no guard
+            lifeline: reading end of a pipe whose writing end the processes hold, for the guard of
+                the directory, which is started first; None for no guard
         """
         started = threading.Event()
         failure: list[BaseException] = []
@@ -105,9 +105,9 @@ class ChildProcesses:
             try:
                 with self.lock:
                     if lifeline is not None and not self.ending:
-                        words = [sys.executable, "-I", "-S", guard.__file__]
-                        words += [str(self.directory), str(lifeline)]
-                        self.guard = _start((words, (lifeline,)), dict(os.environ), output)
+                        arguments = [sys.executable, "-I", "-S", guard.__file__]
+                        arguments += [str(self.directory), str(lifeline)]
+                        self.guard = _start((arguments, (lifeline,)), dict(os.environ), output)
                 for command in commands:
                     with self.lock:
                         if self.ending:
@@ -125,18 +125,18 @@ class ChildProcesses:
 
     @contextmanager
     def use(self) -> Iterator[None]:
-        """Keep the descriptors open for the length of a call.
+        """Keep the descriptors open while a `with` block runs.
 
         Raises:
             ClosedError: the engine is closed.
-            RuntimeError: nobody may call: it is busy, or another process's.
+            RuntimeError: another call uses the engine, or it belongs to another process.
         """
         if os.getpid() != self.owner_pid:
             raise RuntimeError(
                 f"this engine belongs to process {self.owner_pid}; a forked copy cannot use it"
             )
         if not self._in_use.acquire(blocking=False):
-            raise RuntimeError("this engine is in the middle of another call")
+            raise RuntimeError("this engine is in the middle of another call; wait for its end")
         try:
             self.refuse_if_ending()
             yield
@@ -151,7 +151,7 @@ class ChildProcesses:
 
     def _close_descriptors(self) -> None:
         if not self._in_use.acquire(blocking=False):
-            return  # the call that uses them closes them when it leaves
+            return  # the call that uses the descriptors closes them when it returns
         while self.channels:
             self.channels.pop().close()
         while self.descriptors:
@@ -160,24 +160,24 @@ class ChildProcesses:
 
 
 def _start(command: Command, environment: dict[str, str], output: int) -> Child:
-    words, inherited = command
+    arguments, inherited = command
     process = subprocess.Popen(
-        words,
+        arguments,
         stdin=subprocess.DEVNULL,
         stdout=output,
         stderr=output,
         pass_fds=inherited,
         env=environment,
-        start_new_session=True,  # Ctrl-C in the terminal is the coordinator's
+        start_new_session=True,  # Ctrl-C in the terminal reaches only the coordinator
     )
-    process.returncode = 0  # it is Child's from here on: subprocess does not wait for it as well
+    process.returncode = 0  # Child waits for it from here on, so subprocess must not
     return Child(process.pid)
 
 
 def child_environment(directory: Path | None = None) -> dict[str, str]:
-    """A child's environment: this very tpllm importable, temporary files in `directory`.
+    """Return a child's environment: it imports this tpllm and puts temporary files in `directory`.
 
-    GPUs are counted as NVML counts them, by which the settings were checked.
+    GPUs are numbered as NVML numbers them, since the settings were checked with NVML.
     """
     package_root = str(Path(__file__).resolve().parents[2])
     paths = [package_root, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
@@ -190,22 +190,22 @@ def child_environment(directory: Path | None = None) -> dict[str, str]:
 
 
 def how_it_ended(exit_code: int) -> tuple[str, str]:
-    """An exit code in words, and what such an end usually comes from."""
+    """Return an exit code in words, and the usual reason of such an exit."""
     if exit_code == UNKNOWN_EXIT_CODE:
         return "ended (exit status unknown)", (
             "this program reaps its child processes itself (SIGCHLD), which loses the status; "
-            "the last lines on stderr, or dmesg, may tell why"
+            "see the last lines on stderr, or dmesg"
         )
     if exit_code >= 0:
         how = f"ended with exit code {exit_code}"
-        return how, "its last lines on stderr may tell why"
+        return how, "see its last lines on stderr"
     number = -exit_code
     if number == signal.SIGKILL:
         reason = "the host may be out of memory: see dmesg, lower max_num_seqs or num_kv_blocks"
     elif number in (signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT):
-        reason = "a crash in native code: the process's last lines on stderr tell more"
+        reason = "native code crashed: see the process's last lines on stderr"
     else:
-        reason = "somebody ended it from outside"
+        reason = "another process sent the signal"
     return f"was killed by {signal_name(number)}", reason
 
 
@@ -217,7 +217,7 @@ def signal_name(number: int) -> str:
 
 
 def stderr_or_null() -> int:
-    """Where workers write: a library's chatter must not mix with the caller's output."""
+    """Return where workers write: to stderr, so that it does not mix with the caller's output."""
     try:
         os.fstat(2)
     except OSError:
@@ -226,9 +226,9 @@ def stderr_or_null() -> int:
 
 
 def fill_standard_descriptors() -> list[int]:
-    """Open those of 0, 1 and 2 that are closed, as in a daemon, and return them.
+    """Open those descriptors of 0, 1 and 2 that are closed, as in a daemon, and return them.
 
-    A ring that got such a number would be replaced in the workers by their own standard streams.
+    If a ring got such a number, the workers' standard streams would replace it.
     """
     opened = []
     while (fd := os.open(os.devnull, os.O_RDWR)) <= 2:

@@ -1,4 +1,4 @@
-"""Starts an engine on this host: its workers first, then the coordinator that plans their steps."""
+"""Starts an engine on this host: first its workers, then its coordinator."""
 
 from collections.abc import Callable
 
@@ -21,13 +21,13 @@ def start_engine(
 
     Args:
         config: the engine's settings
-        grammars: None for those of the model's tokenizer, which is read when first needed
+        grammars: compiles grammars; None to use the model's tokenizer, which is read at first use
         on_phase: called with rank and phase as the workers start
-        module: what a worker runs; tests and trials of reliability put something else here
+        module: the module that a worker runs; tests pass another one
 
     Raises:
-        SettingError: the settings leave no room for a cache.
-        WorkerError: a worker failed to start; nothing of the engine is left running.
+        SettingError: the settings leave no room for a KV cache.
+        WorkerError: a worker failed to start; all processes of the engine have ended.
     """
     workers = WorkerGroup(
         config.tensor_parallel_size,
@@ -41,5 +41,5 @@ def start_engine(
 
 
 def engine_grammars(config: EngineConfig) -> Grammars:
-    """Return the grammars of the model's tokenizer; a trial process compiles each one first."""
+    """Return grammars for the model's tokenizer; a trial process compiles each grammar first."""
     return Grammars(lambda: read_tokenizer(config), Trials(config))

@@ -1,8 +1,9 @@
-"""Has forms of answers tried by a process that may crash, before this one compiles them.
+"""Tries grammars in a child process that may crash, before this process compiles them.
 
-Compiling a grammar is native code over text from outside: a stack that overflows, or memory that
-runs out, ends the process it runs in. So each new form goes to a child first (`trial_process`),
-under limits of time and memory. If that dies, the form is refused, and the next one gets another.
+Native code compiles a grammar from untrusted text. A stack overflow or exhausted memory there ends
+its process. Each new grammar is therefore compiled in a child process first (`trial_process`), with
+limits of time and memory. If the child dies, the grammar is refused and a new child is started for
+the next one.
 """
 
 import json
@@ -28,19 +29,20 @@ from tpllm.supervision.processes import (
 )
 
 MODULE = "tpllm.supervision.trial_process"
-CPU_S = 10  # of the child, for one form
-MEMORY_BYTES = 2 << 30  # of address space, beyond what the child has with its tokenizer
-# Waits of a second, not seconds: while this process is stopped, as by a debugger, none passes.
+CPU_S = 10  # CPU time of the child for one grammar
+MEMORY_BYTES = 2 << 30  # address space beyond what the child uses once it has read its tokenizer
+# waits of one second each: they do not pass while this process is stopped, as by a debugger
 _MAX_WAITS = 120
 _READ_BYTES = 1 << 16
-_GRACE_S = 1.0  # for a process whose connection has ended to end
+_GRACE_S = 1.0  # for the child to end after its connection has ended
 
 
 class Trials:
-    """The child that tries forms; started with the first one. May be used by several threads.
+    """Tries grammars in a child process, which starts at first use. Several threads may use it.
 
     Args:
-        config: tells the child where the tokenizer is
+        config: the engine's settings, with the folder of the tokenizer
+        module: the module that the child runs
     """
 
     def __init__(self, config: EngineConfig, module: str = MODULE) -> None:
@@ -50,33 +52,33 @@ class Trials:
         self._child: _Child | None = None
         self._closed = False
 
-    def check(self, form: StructuredOutputsParams) -> None:
-        """Return if the form compiles and an answer can be followed for some steps.
+    def check(self, params: StructuredOutputsParams) -> None:
+        """Return if the grammar compiles and outputs can follow it for some tokens.
 
         Raises:
-            ValueError: why it cannot be used.
+            ValueError: the grammar cannot be used; the error says why.
             RuntimeError: the child cannot be started, or `close` was called.
         """
         with self._lock:
             try:
-                error = self._ask(form.to_dict())
-            except _KilledError:  # perhaps before it read the form
-                error = self._ask(form.to_dict())
+                error = self._try(params.to_dict())
+            except _KilledError:  # possibly before it read the grammar
+                error = self._try(params.to_dict())
         if error is not None:
             raise ValueError(error)
 
-    def _ask(self, form: dict[str, Any]) -> str | None:
-        """Why the form cannot be used, by the child's word or by its death; None if it can."""
+    def _try(self, params: dict[str, Any]) -> str | None:
+        """Return why the grammar cannot be used, as replied or from the child's death, or None."""
         try:
             if self._child is None:
                 self._child = _Child(self._config, self._module)
-            if self._closed:  # meanwhile
+            if self._closed:  # while the child started
                 raise ClosedError("this engine is closed")
-            return self._child.ask(form)
+            return self._child.try_grammar(params)
         except _DiedError as death:
             self._end_child()
             return str(death)
-        except BaseException:  # such as Ctrl-C: its reply may still come, and is nobody's
+        except BaseException:  # such as Ctrl-C: a later call must not receive this reply
             self._end_child()
             raise
 
@@ -86,7 +88,7 @@ class Trials:
             child.end()
 
     def close(self) -> None:
-        """End the child; wakes a thread that waits for it. Harmless when repeated."""
+        """End the child, and wake a thread that waits for it. It may be called repeatedly."""
         self._closed = True
         child = self._child
         if child is not None:
@@ -94,25 +96,25 @@ class Trials:
 
 
 class _DiedError(Exception):
-    """The child died of the form, or had to be ended; says how."""
+    """The grammar made the child crash, or exceed a limit; the text says how."""
 
 
 class _KilledError(Exception):
-    """The child was killed from outside."""
+    """Another process killed the child."""
 
 
 class _Child:
-    """One life of the process.
+    """One child process.
 
     Raises:
-        RuntimeError: it ended before it could try anything.
+        RuntimeError: it ended before it was ready.
     """
 
     def __init__(self, config: EngineConfig, module: str) -> None:
         self._processes = ChildProcesses(os.getpid())
         self._finalizer = weakref.finalize(self, self._processes.release)
         try:
-            with Interrupts():  # what has been made, but not yet noted, could not be given back
+            with Interrupts():  # an interrupt between creating and recording a resource leaks it
                 self._start(config, module)
             self._wait_until_ready()
         except BaseException:
@@ -125,7 +127,7 @@ class _Child:
                 self._receive()
         except (_DiedError, _KilledError) as death:
             raise RuntimeError(
-                f"the process that tries structured_outputs ended before the first: {death}"
+                f"the process that checks structured_outputs ended before it was ready: {death}"
             ) from None
 
     def _start(self, config: EngineConfig, module: str) -> None:
@@ -135,7 +137,7 @@ class _Child:
         processes.channels.append(ours)
         with theirs:
             parent = os.pidfd_open(os.getpid())
-            # what native code has to say of a form's crash is not for the user's terminal
+            # output of native code about a crash must not reach the user's terminal
             silence = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
             spec = {
                 "config": config.to_json(),
@@ -150,15 +152,15 @@ class _Child:
             inherited = (spec_fd, parent, theirs.fileno())
             processes.spawn([(command, inherited)], child_environment(), silence)
 
-    def ask(self, form: dict[str, Any]) -> str | None:
-        """Why the form cannot be used; None if it can.
+    def try_grammar(self, params: dict[str, Any]) -> str | None:
+        """Return why the grammar cannot be used, or None if it can.
 
         Raises:
-            _DiedError, _KilledError: it has ended instead, or answers no more.
+            _DiedError, _KilledError: the child has ended, or does not reply.
         """
         with self._processes.use():
-            with suppress(OSError):  # where it has ended, the next line says how
-                self._socket.sendall(json.dumps(form).encode() + b"\n")
+            with suppress(OSError):  # if the child has ended, `_receive` raises how
+                self._socket.sendall(json.dumps(params).encode() + b"\n")
             error: str | None = self._receive()["error"]
         return error
 
@@ -177,7 +179,7 @@ class _Child:
             if received.endswith(b"\n"):
                 reply: dict[str, Any] = json.loads(received)
                 return reply
-        raise _DiedError(f"trying it took more than {_MAX_WAITS} s; make it simpler")
+        raise _DiedError(f"compiling it took more than {_MAX_WAITS} s; make it simpler")
 
     def _raise_end(self) -> NoReturn:
         self._processes.refuse_if_ending()
@@ -187,13 +189,13 @@ class _Child:
         if code == -signal.SIGKILL:
             raise _KilledError("it was killed")
         if code == -signal.SIGXCPU:
-            raise _DiedError(f"trying it took more than {CPU_S} s; make it simpler")
+            raise _DiedError(f"compiling it took more than {CPU_S} s; make it simpler")
         how, _ = how_it_ended(code)
         raise _DiedError(
             f"the compiler crashed on it, or took more than {MEMORY_BYTES >> 20} MiB or {CPU_S} s: "
-            f"the process that tried it {how}; make it simpler"
+            f"its process {how}; make it simpler"
         )
 
     def end(self) -> None:
-        """Kill it, if it still runs, and give everything back."""
+        """Kill the child, if it still runs, and release its resources."""
         self._processes.release()

@@ -1,7 +1,8 @@
-"""The process that tries forms of answers: `python -m tpllm.supervision.trial_process FD`.
+"""The process that tries grammars: `python -m tpllm.supervision.trial_process FD`.
 
-`tpllm.supervision.trial` alone starts it. It reads a form from each line and replies with a line
-that says why the form cannot be used, or null. A form that goes beyond the limits ends it.
+`tpllm.supervision.trial` starts it. It reads a grammar (the fields of StructuredOutputsParams) from
+each line, and replies with a line that holds the error, or null if the grammar can be used. A
+grammar that exceeds a limit ends the process.
 """
 
 import json
@@ -31,19 +32,19 @@ from tpllm.structured_outputs import StructuredOutputsParams
 if TYPE_CHECKING:
     from llguidance import LLTokenizer
 
-# Half of what a thread usually has: what passes here does not overflow the stack of a caller.
+# half of a thread's usual stack: a grammar that passes here does not overflow the engine's stack
 _STACK_BYTES = 4 << 20
 _SHOWN_CHARS = 60
-# Answers that are followed: texts that they prefer to the lowest id, and for how many tokens.
+# outputs to try: texts that they prefer to the lowest allowed id, and their number of tokens
 _WALKS = [
-    (('"', ":", ","), 64),  # from part to part: property after property
+    (('"', ":", ","), 64),  # property after property
     (("}", "]", '"'), 32),  # to an end
     ((), 24),
 ]
 
 
 def main() -> None:
-    """Try forms until the parent has no more."""
+    """Try grammars until the parent closes the connection."""
     spec = read_spec(int(sys.argv[1]))
     tie_to_parent(spec["parent"])
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
@@ -63,7 +64,7 @@ def _serve(spec: dict[str, Any], tokenizer: "LLTokenizer") -> None:
         _send(lines, {"error": None})  # ready
         for line in lines:
             _limit(resource.RLIMIT_CPU, int(time.process_time()) + 1 + spec["cpu_s"])
-            _send(lines, {"error": try_form(tokenizer, json.loads(line))})
+            _send(lines, {"error": try_grammar(tokenizer, json.loads(line))})
 
 
 def _send(lines: Any, reply: dict[str, str | None]) -> None:
@@ -71,11 +72,11 @@ def _send(lines: Any, reply: dict[str, str | None]) -> None:
     lines.flush()
 
 
-def try_form(tokenizer: "LLTokenizer", form: dict[str, Any]) -> str | None:
-    """Why a form cannot be used; None if it compiles and some answers can be followed."""
+def try_grammar(tokenizer: "LLTokenizer", params: dict[str, Any]) -> str | None:
+    """Return why a grammar cannot be used; None if it compiles and outputs can follow it."""
     try:
         with panics_as_errors("the compiler fails on it"):
-            grammar = Grammar(tokenizer, source_of(StructuredOutputsParams(**form)))
+            grammar = Grammar(tokenizer, source_of(StructuredOutputsParams(**params)))
             for texts, num_tokens in _WALKS:
                 preferred = [id_ for text in texts for id_ in tokenizer.tokenize_str(text)[:1]]
                 _walk(tokenizer, grammar, preferred, num_tokens)
@@ -87,19 +88,19 @@ def try_form(tokenizer: "LLTokenizer", form: dict[str, Any]) -> str | None:
 def _walk(
     tokenizer: "LLTokenizer", grammar: Grammar, preferred: list[int], num_tokens: int
 ) -> None:
-    """Follow an answer to its end, or for so many tokens.
+    """Follow an output to its end, or for `num_tokens` tokens.
 
     Raises:
-        ValueError: it can neither go on nor end.
+        ValueError: the output can neither continue nor end.
     """
     matcher, tokens = grammar.start(), list[int]()
     num_words = (tokenizer.vocab_size + 31) // 32
     for _ in range(num_tokens):
         (row,) = fill_masks([matcher], [()], num_words)
-        fitting = np.flatnonzero(np.unpackbits(row.view(np.uint8), bitorder="little"))
-        if matcher.failure is not None or not fitting.size:
+        allowed = np.flatnonzero(np.unpackbits(row.view(np.uint8), bitorder="little"))
+        if matcher.failure is not None or not allowed.size:
             raise ValueError(_dead_end(matcher.failure, tokenizer.decode_str(tokens)))
-        next_id = next((id_ for id_ in preferred if id_ in fitting), int(fitting[0]))
+        next_id = next((id_ for id_ in preferred if id_ in allowed), int(allowed[0]))
         if not matcher.advance(next_id):
             raise ValueError(_dead_end(matcher.failure, tokenizer.decode_str(tokens)))
         if next_id in grammar.end_token_ids:
@@ -108,8 +109,8 @@ def _walk(
 
 
 def _dead_end(failure: str | None, text: str) -> str:
-    """What is wrong with a form of which an answer has come to `text`."""
-    text = text.rstrip()  # that of JSON may come anywhere
+    """Return the error of a grammar whose output cannot continue after `text`."""
+    text = text.rstrip()  # without the optional whitespace of JSON
     shown = repr(text if len(text) <= _SHOWN_CHARS else "..." + text[-_SHOWN_CHARS:])
     if failure in (None, NOTHING_LEFT, NOTHING_SATISFIES):
         return f"nothing that fits can follow {shown}"
