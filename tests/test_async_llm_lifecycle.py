@@ -222,7 +222,7 @@ def test_what_came_before_the_error_is_told_before_it(make_engine, monkeypatch):
 
 @pytest.mark.parametrize("busy", [False, True])
 def test_an_engine_s_process_that_is_stopped_is_told_and_ended(make_engine, monkeypatch, busy):
-    monkeypatch.setattr(engine_client, "_ASK_AFTER_S", 0.2)
+    monkeypatch.setattr(engine_client, "_PING_AFTER_S", 0.2)
 
     async def check() -> None:
         engine = make_engine(SLOW, step_timeout_s=0.5)
@@ -243,7 +243,7 @@ def test_an_engine_s_process_that_is_stopped_is_told_and_ended(make_engine, monk
 
 def test_a_stop_is_measured_from_its_beginning(monkeypatch):
     """A start may be silent for long: a short stop in the middle is no reason to end it."""
-    monkeypatch.setattr(engine_client, "_ASK_AFTER_S", 1.0)
+    monkeypatch.setattr(engine_client, "_PING_AFTER_S", 1.0)
     stops = iter(100 * [False] + 3 * [True] + [False] + 4 * [True] + 9 * [False])
     monkeypatch.setattr(engine_client, "is_stopped", lambda pid: next(stops))
     client = object.__new__(EngineClient)

@@ -22,7 +22,7 @@ class FaultStub(Stub):
         self._board = Board(spec["board"])
 
     def act_take(self) -> None:
-        """Take a record, begin its step if it is one, and leave it at that."""
+        """Take a record and begin its step if it is one, but do not finish it."""
         record = self._plans.receive()
         assert record is not None
         if record.kind != CONTROL:

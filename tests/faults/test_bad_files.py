@@ -27,7 +27,7 @@ EMBEDDING = "model.embed_tokens.weight"
 
 
 def write_checkpoint(folder: Path) -> Path:
-    """A small whole checkpoint."""
+    """Write a small complete checkpoint."""
     config = ModelConfig.from_folder(write_config(folder, **SIZES, eos_token_id=None))
     tensors = {name: np.ones(shape, np.float16) for name, shape in config.tensor_shapes().items()}
     save_file(tensors, folder / WEIGHTS_NAME)
@@ -38,19 +38,19 @@ def resolve(folder: Path) -> EngineConfig:
     return EngineConfig.resolve(folder, device="cpu", skip_tokenizer_init=True)
 
 
-def test_the_checkpoint_that_the_others_are_made_of_is_good(tmp_path):
+def test_the_undamaged_checkpoint_is_accepted(tmp_path):
     resolve(write_checkpoint(tmp_path))
 
 
 def header_of(file: Path) -> tuple[dict[str, Any], bytes]:
-    """The header of a safetensors file, and the bytes that follow it."""
+    """Return the header of a safetensors file and the bytes that follow it."""
     content = file.read_bytes()
     (length,) = struct.unpack("<Q", content[:8])
     return json.loads(content[8 : 8 + length]), content[8 + length :]
 
 
 def with_header(change: Callable[[dict[str, Any]], object]) -> Callable[[Path], None]:
-    """A damage that changes the header and leaves the data as it is."""
+    """Return a damage that changes the header and keeps the data."""
 
     def damage(folder: Path) -> None:
         header, data = header_of(folder / WEIGHTS_NAME)
@@ -62,7 +62,7 @@ def with_header(change: Callable[[dict[str, Any]], object]) -> Callable[[Path], 
 
 
 def with_length(length: int) -> Callable[[Path], None]:
-    """A damage that lies about the length of the header."""
+    """Return a damage that states a wrong length of the header."""
 
     def damage(folder: Path) -> None:
         content = (folder / WEIGHTS_NAME).read_bytes()
@@ -72,7 +72,7 @@ def with_length(length: int) -> Callable[[Path], None]:
 
 
 def replaced(name: str, make: Callable[[Path], object]) -> Callable[[Path], None]:
-    """A damage that puts something else in the place of a file."""
+    """Return a damage that replaces a file."""
 
     def damage(folder: Path) -> None:
         (folder / name).unlink(missing_ok=True)
@@ -87,7 +87,7 @@ def write_a_gigabyte(path: Path) -> None:
 
 
 def index(make: Callable[[Path], object]) -> Callable[[Path], None]:
-    """A damage that puts something in the place of the index of a sharded checkpoint."""
+    """Return a damage that replaces the index of a sharded checkpoint."""
 
     def damage(folder: Path) -> None:
         (folder / WEIGHTS_NAME).rename(folder / "a.safetensors")  # it would go before an index
@@ -101,7 +101,7 @@ def index_to(file: object) -> Callable[[Path], None]:
 
 
 def write_little(path: Path) -> None:
-    """An index to a file that has one of the tensors."""
+    """Return an index to a file that has one of the tensors."""
     save_file({EMBEDDING: np.ones((16, 8), np.float16)}, path.with_name("b.safetensors"))
     path.write_text(json.dumps({"weight_map": {EMBEDDING: "b.safetensors"}}))
 
@@ -221,7 +221,7 @@ def test_a_damaged_tokenizer_is_refused_by_folder(content, tmp_path):
 
 
 def test_no_pickle_is_ever_read(tmp_path):
-    """A folder with a pickled checkpoint alone has no weights for us."""
+    """A folder with only a pickled checkpoint has no weights that tpllm reads."""
     folder = write_checkpoint(tmp_path)
     (folder / WEIGHTS_NAME).rename(folder / "pytorch_model.bin")
     with pytest.raises(FileNotFoundError, match="has neither model.safetensors nor"):

@@ -1,4 +1,4 @@
-"""What is told of a hang or a crash: each rank's step and stack, in the error and in a report."""
+"""Tests that the error and the report of a hang or crash name each rank's step and stack."""
 
 import os
 import signal
@@ -27,7 +27,7 @@ def begin(acts: Acts, world_size: int = 2) -> WorkerGroup:
 
 
 def hang_in_step(acts: list[list[Any]]) -> WorkerGroup:
-    """Two ranks in step 1, of which rank 1 does something else."""
+    """Return two ranks in step 1, where rank 1 performs the act."""
     group = until_ready(begin({1: [READY, ["serve", 1], ["take"], *acts]}))
     group.phases[:] = ["ready"] * 2
     group.send(STEP, [b"plan"], step=0)
@@ -38,7 +38,7 @@ def hang_in_step(acts: list[list[Any]]) -> WorkerGroup:
     return group
 
 
-def test_a_stopped_rank_is_told_with_the_stacks_of_all():
+def test_a_stopped_rank_is_reported_with_the_stacks_of_all():
     group = hang_in_step([["stop"]])
     assert wait_until(lambda: process_state(group.pids[1]) == "T")
     with pytest.raises(WorkerError) as raised:
@@ -48,11 +48,11 @@ def test_a_stopped_rank_is_told_with_the_stacks_of_all():
     assert "rank 0 has begun step 1 and is " in message
     assert "in between_begin_and_end" in message
     assert "rank 1 has begun step 1 and is stopped by a signal" in message
-    assert "in act_stop" in message  # it went on for just as long as it took to ask
+    assert "in act_stop" in message  # it was continued only to write its stack
     assert "act_stop" in (raised.value.remote_traceback or "")
 
 
-def test_a_rank_in_native_code_still_tells_its_stack():
+def test_a_rank_in_native_code_still_writes_its_stack():
     group = hang_in_step([["seize_interpreter"]])
     with pytest.raises(WorkerError, match="in act_seize_interpreter") as raised:
         group.receive(0, RESULT)
@@ -82,8 +82,8 @@ def test_the_first_steps_have_the_time_of_the_start():
     assert names[-1] == "step_timeout_s"
 
 
-def test_a_slow_start_that_gets_on_is_no_hang(monkeypatch):
-    """Loading is silent for longer than the timeout, but for its beats on the board."""
+def test_a_slow_start_that_makes_progress_is_no_hang(monkeypatch):
+    """Loading sends no message for longer than the timeout, but its beats show progress."""
     group = begin({0: [SAY, ["beat"], HANG]}, 1)
     assert wait_until(lambda: group._board.beats() == 1)
     group._collect()
@@ -108,7 +108,7 @@ def reports(tmp_path, monkeypatch) -> Path:
     return Path(tmp_path) / "reports"
 
 
-def test_a_report_holds_what_a_maintainer_asks_for_and_no_prompt(reports):
+def test_a_report_holds_what_a_maintainer_needs_and_no_prompt(reports):
     group = until_ready(begin({0: [READY, ["serve", 1], ["raise", "disk on fire"]]}, 1))
     group.phases[:] = ["ready"]
     group.send(STEP, [b"the secret prompt"], step=0)
@@ -131,7 +131,7 @@ def test_only_the_newest_reports_are_kept(reports):
     assert len(list(reports.iterdir())) == NUM_KEPT
 
 
-def test_no_report_is_written_where_none_is_wanted_or_possible(reports, monkeypatch):
+def test_no_report_is_written_if_it_is_switched_off_or_impossible(reports, monkeypatch):
     reports.write_text("a file where the folder would be")
     assert write_report("it broke", {}, [], []) is None
     monkeypatch.setenv("TPLLM_CRASH_DIR", "")
@@ -164,7 +164,7 @@ def test_a_process_that_nobody_has_reaped_is_ending_and_a_living_one_is_not():
     assert not is_ending(os.getpid())
 
 
-def test_the_last_answer_is_the_stack_that_counts():
+def test_main_stack_returns_the_last_stack_written():
     old = 'Current thread 0x1 (most recent call first):\n  File "a", line 1 in old'
     new = 'Current thread 0x1 (most recent call first):\n  File "a", line 2 in new'
     other = 'Thread 0x2 (most recent call first):\n  File "b", line 3 in other'

@@ -1,4 +1,4 @@
-"""What had been generated when a worker died comes with the error, and a new engine can start."""
+"""Tests that the error of a dead worker holds the outputs so far, and that a new engine starts."""
 
 import os
 import signal

@@ -20,7 +20,7 @@ pytestmark = pytest.mark.usefixtures("fault_workers")
 
 class Fault(NamedTuple):
     act: list[Any]
-    cause: str  # as WorkerError gives it
+    cause: str  # the attribute of WorkerError
 
 
 FAULTS = {
@@ -32,7 +32,7 @@ FAULTS = {
 }
 START = ["starting", "joining the group", "loading weights", "capturing graphs"]
 SAYINGS = [["say", phase] for phase in START[1:]]
-# What a rank does before the fault comes, and how many steps have come back by then.
+# What a rank does before the fault, and how many results have come by then.
 PHASES: dict[str, tuple[list[list[Any]], int]] = {
     **{phase: (SAYINGS[:i], 0) for i, phase in enumerate(START)},
     "first step": ([*SAYINGS, READY, ["take"]], 0),
@@ -46,7 +46,7 @@ RANKS = [(rank, size) for size in (1, 2, 4) for rank in range(size)]
 @pytest.mark.parametrize("rank, world_size", RANKS)
 @pytest.mark.parametrize("phase", PHASES)
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_fault_is_told_by_rank_phase_and_cause(fault, phase, rank, world_size, tmp_path):
+def test_a_fault_is_reported_with_rank_phase_and_cause(fault, phase, rank, world_size, tmp_path):
     before, num_steps = PHASES[phase]
     is_idle = tmp_path / "is idle"
     if phase == "idle":
@@ -57,7 +57,7 @@ def test_a_fault_is_told_by_rank_phase_and_cause(fault, phase, rank, world_size,
     if phase == "closing":
         until_ready(group)
         run_steps(group, num_steps)
-        group.close()  # says nothing: the engine is at its end either way
+        group.close()  # raises nothing: the engine is closed in any case
         assert group.closed
         return
     with pytest.raises(WorkerError) as raised:
@@ -79,7 +79,7 @@ def test_a_fault_is_told_by_rank_phase_and_cause(fault, phase, rank, world_size,
 
 
 def reach_the_fault(group: WorkerGroup, phase: str, num_steps: int) -> None:
-    """Do what there is to do before the fault, and what makes it happen."""
+    """Run what precedes the fault, then trigger it."""
     if phase in START:
         return
     until_ready(group)

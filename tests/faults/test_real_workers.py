@@ -39,7 +39,7 @@ CASES = [
 
 @pytest.fixture(scope="module")
 def trials() -> Iterator[dict[int, Chaos]]:
-    """Rounds of chaos for one rank and for two, with their quiet answers."""
+    """Return the chaos rounds for one and two ranks, with the outputs of an undisturbed run."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(processes, "_start", forked_workers.start)
         patch.setenv("CHAOS_RUN", "tests")
@@ -48,16 +48,16 @@ def trials() -> Iterator[dict[int, Chaos]]:
 
 
 @pytest.mark.parametrize("act, where, rank, size", CASES)
-def test_a_fault_is_told_and_leaves_nothing(act, where, rank, size, trials, monkeypatch):
+def test_a_fault_is_reported_and_leaves_nothing(act, where, rank, size, trials, monkeypatch):
     if act in HANGS:
         lose_patience_once_it_has_happened(monkeypatch, act)
-    monkeypatch.setenv("CHAOS_FAULT", "{}")  # to be put back
+    monkeypatch.setenv("CHAOS_FAULT", "{}")  # so that monkeypatch restores it
     outcome = trials[size].run(Plan(act, where, rank, after=2 if where == "decode" else 0))
     assert outcome.wrong == []
     assert outcome.leaks == []
 
 
-def test_a_checkpoint_with_a_nan_is_told_by_tensor_and_leaves_nothing(trials, tmp_path):
+def test_a_checkpoint_with_a_nan_is_reported_by_tensor_and_leaves_nothing(trials, tmp_path):
     folder = shutil.copytree(resolve_model(None), tmp_path / "model")
     weights = folder / WEIGHTS_NAME
     with safe_open(weights, framework="pt") as opened:
@@ -69,7 +69,7 @@ def test_a_checkpoint_with_a_nan_is_told_by_tensor_and_leaves_nothing(trials, tm
 
 
 def test_an_idle_engine_never_wakes_up(trials):
-    """No thread of the worker is scheduled even once while there is nothing to do.
+    """No thread of the worker is scheduled even once while the engine is idle.
 
     With several ranks Gloo's own threads are: they look up a hundred times a second.
     """
@@ -93,7 +93,7 @@ def test_an_idle_engine_never_wakes_up(trials):
 
 
 def lose_patience_once_it_has_happened(monkeypatch: pytest.MonkeyPatch, act: str) -> None:
-    """Let the deadline pass when the fault is there, whatever the time is then."""
+    """Make the deadline pass as soon as the fault has occurred."""
 
     def remaining_s(watch: Watch) -> float:
         happened = Path(json.loads(os.environ["CHAOS_FAULT"])["mark"]).exists()

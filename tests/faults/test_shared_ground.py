@@ -1,4 +1,4 @@
-"""Engines side by side on one host, and what others have left there."""
+"""Tests of several engines on one host, and of files that other engines have left there."""
 
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
@@ -14,7 +14,7 @@ from tpllm.errors import SettingError
 
 
 @pytest.mark.usefixtures("fault_workers")
-def test_ten_engines_at_the_same_time_all_work_and_touch_nobody_s_leftovers():
+def test_ten_concurrent_engines_all_work_and_leave_other_engines_files_alone():
     leftover = Path(tempfile.gettempdir()) / "tpllm-0123456789abcdef" / "rendezvous"
     leftover.parent.mkdir()
     leftover.write_text("of an engine that is gone")
@@ -56,7 +56,7 @@ def test_a_directory_that_others_can_enter_is_refused(tmp_path, monkeypatch):
         until_ready(start(None, 1, "fault_worker"))
 
 
-def test_a_soak_of_some_thousand_requests_leaves_all_as_it_was():
+def test_a_soak_of_some_thousand_requests_leaves_nothing():
     figures = soak(4000, tensor_parallel_size=2)
     assert figures["wrong"] == []
     assert figures["requests"] == 4000

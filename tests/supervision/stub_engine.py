@@ -26,7 +26,7 @@ def start_stubs(
     on_phase: Callable[[int, str], None] | None,
 ) -> WorkerGroup:
     acts = json.loads(os.environ.get(ACTS, "{}"))
-    # the key of a rank that is told nothing: it works
+    # the key of a rank without an act: it works normally
     each = {str(r): acts.get(str(r), [["ready"], ["compute", 0.0]]) for r in range(world_size)}
     return WorkerGroup(world_size, limits, {"acts": each}, timeouts, "stub_worker", on_phase)
 

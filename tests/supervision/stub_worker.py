@@ -42,7 +42,7 @@ def start(
     timeout_s: float = 60.0,
     on_phase: Callable[[int, str], None] | None = None,
 ) -> WorkerGroup:
-    """Start stub workers; the fixture `stub_workers` lets them be found."""
+    """Start stub workers; the fixture `stub_workers` makes their module importable."""
     settings = {"acts": {str(rank): each for rank, each in (acts or {}).items()}}
     timeouts = Timeouts(start_timeout_s=timeout_s, step_timeout_s=timeout_s)
     limits = PlanLimits(4, 64, 4, 16, 8, max_logprobs=20)
@@ -78,7 +78,7 @@ class Stub:
         self._replies.control({"type": "ready", "rank": rank, "num_kv_blocks": 64, "info": {}})
 
     def act_serve(self, num_records: int) -> str | None:
-        """Send every step back as its result, and answer questions."""
+        """Send every step back as its result, and reply to control messages."""
         for _ in range(num_records):
             record = self._plans.receive()
             assert record is not None
@@ -113,7 +113,7 @@ class Stub:
                 )
 
     def between_begin_and_end(self) -> None:
-        """The work of a step; none here."""
+        """Do the work of a step; a stub does none."""
 
     def _answer(self, message: dict[str, Any]) -> dict[str, Any]:
         if message["type"] == "look around":
@@ -129,7 +129,7 @@ class Stub:
         raise SettingError(text)
 
     def act_complain(self, text: str) -> None:
-        """As a rank that has lost a peer, and does not end at once."""
+        """Act as a rank that has lost a peer and does not end at once."""
         self._replies.error(text)
 
     def act_exit(self, code: int) -> None:
@@ -142,7 +142,7 @@ class Stub:
         os.kill(os.getppid(), signal.Signals[name])
 
     def act_seize_interpreter(self) -> None:
-        """Stay in native code for ever with the interpreter's lock: no thread of Python runs."""
+        """Stay in native code without end and hold the interpreter lock, so no thread runs."""
         ctypes.PyDLL(None).pause()
 
     def act_touch(self, path: str) -> None:
@@ -153,7 +153,7 @@ class Stub:
             time.sleep(0.005)
 
     def act_hang(self) -> None:
-        """Deaf to everything, but not stuck in native code."""
+        """Ignore all signals and messages without being stuck in native code."""
         while True:
             time.sleep(0.005)
 
@@ -161,7 +161,7 @@ class Stub:
 def _target(fd: int) -> str:
     try:
         return os.readlink(f"/proc/self/fd/{fd}")
-    except OSError:  # that of the listing
+    except OSError:  # the descriptor of the listing itself
         return ""
 
 

@@ -1,4 +1,4 @@
-"""Messages between an engine's process and its caller's, within one process here."""
+"""Tests of the messages between an engine's process and its caller's, within one process."""
 
 import math
 import socket
@@ -74,14 +74,14 @@ def test_requests_arrive_as_they_were(pair):
     assert messages.read_add(through(pair, messages.add(requests))) == requests
 
 
-def test_what_they_have_in_common_travels_once(pair: Pair) -> None:
+def test_what_requests_have_in_common_is_sent_once(pair: Pair) -> None:
     params = SamplingParams(n=1000, seed=1, allowed_token_ids=list(range(1000)))
     requests = [AddRequest(str(i), [1] * 1000, params.of_continuation(i)) for i in range(1000)]
     assert len(msgpack.packb(messages.add(requests))) < 10_000
     assert messages.read_add(through(pair, messages.add(requests))) == requests
 
 
-def test_how_outputs_are_told_is_the_caller_s_business_alone(pair):
+def test_parameters_that_only_the_caller_uses_are_not_sent(pair):
     params = SamplingParams(output_kind=RequestOutputKind.DELTA, stop="x", bad_words=["y"])
     (request,) = messages.read_add(through(pair, messages.add([AddRequest("0", [1], params)])))
     assert request.sampling_params == SamplingParams()
@@ -110,7 +110,7 @@ def test_an_error_arrives_as_what_it_was(pair, raised):
     assert (type(read), str(read), vars(read)) == (type(raised), "told", vars(raised))
 
 
-def test_any_other_error_is_told_with_its_traceback(pair):
+def test_any_other_error_is_sent_with_its_traceback(pair):
     read = messages.read_error(through(pair, messages.error(KeyError("lost"))))
     assert isinstance(read, WorkerError)
     assert "KeyError: 'lost'" in str(read)

@@ -1,4 +1,4 @@
-"""What `Interrupts` does with SIGINT; the engine uses it between two steps."""
+"""Tests of `Interrupts`, which delays SIGINT; the engine uses it between two steps."""
 
 import signal
 import threading
@@ -44,7 +44,7 @@ def test_another_exception_is_not_hidden():
         raise OSError("disk")
 
 
-def test_of_two_inside_each_other_the_outer_one_decides():
+def test_the_outer_of_two_nested_ones_decides():
     reached = []
     with pytest.raises(KeyboardInterrupt), Interrupts():
         with Interrupts():
@@ -53,7 +53,7 @@ def test_of_two_inside_each_other_the_outer_one_decides():
     assert reached == ["after the inner one"]
 
 
-def test_a_program_that_handles_ctrl_c_itself_goes_on_doing_so():
+def test_a_program_that_handles_ctrl_c_itself_continues_to_do_so():
     caught = []
 
     def handle(number: int, frame: FrameType | None) -> None:

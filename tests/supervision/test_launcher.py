@@ -36,32 +36,32 @@ MODULES = (launcher, processes, child, ring, interrupts)
 
 @pytest.fixture(autouse=True)
 def forked(stub_workers, monkeypatch):
-    """Workers are forked: an interpreter of their own would be most of a test's time."""
+    """Fork workers: starting an interpreter would take most of a test's time."""
     monkeypatch.setitem(sys.modules, "stub_worker", stub_worker)
     monkeypatch.setattr(processes, "_start", forked_workers.start)
 
 
 @pytest.fixture
 def started(forked):
-    """They are started, as a user's are."""
+    """Start workers as new processes, as a user's engine does."""
     with engines_are_started():
         yield
 
 
 @pytest.fixture(autouse=True)
 def impatience(monkeypatch):
-    """Do not listen for a second cause where the test has none."""
+    """Do not wait for a second cause if the test has none."""
     monkeypatch.setattr(failure, "GRACE_S", 0.05)
 
 
 @pytest.fixture
 def patience(impatience, monkeypatch):
-    """Listen for the cause of a failure for as long as it takes; the test says what comes."""
+    """Wait for the cause of a failure without a limit."""
     monkeypatch.setattr(failure, "GRACE_S", LONG_S)
 
 
 def run_steps(group: WorkerGroup, count: int = 1) -> None:
-    """Do steps one after the other; the workers answer with the plan."""
+    """Run steps one after the other; the workers return the plan as the result."""
     for i in range(count):
         group.send(STEP, [str(i).encode()], step=group.watch.step + 1)
         assert group.receive(0, RESULT).payload.tobytes() == str(i).encode()
@@ -75,12 +75,12 @@ def test_records_reach_every_worker_and_answers_come_back():
     with closing(until_ready(start(world_size=3))) as group:
         run_steps(group, 100)
         group.send_control({"type": "question"})
-        for rank in (2, 0, 1):  # in the order asked for, whatever the order they came in
+        for rank in (2, 0, 1):  # in the requested order, whatever their order of arrival
             answer = group.receive_control(rank)
             assert answer == {"rank": rank, "heard": {"type": "question"}}
 
 
-def test_phases_are_told_as_they_come():
+def test_phases_are_reported_as_they_come():
     heard: list[tuple[int, str]] = []
     say: list[list[Any]] = [["say", "loading weights"], ["say", "capturing graphs"], READY, SERVE]
     with closing(start({0: say}, 1, on_phase=lambda *said: heard.append(said))) as group:
@@ -94,7 +94,9 @@ def test_a_result_that_came_before_a_failure_is_not_lost():
     with closing(until_ready(start(acts, world_size=1))) as group:
         group.send(STEP, [b"0"], step=0)
         (pid,) = group.pids
-        wait_until(lambda: not is_running(pid))  # by now result and complaint lie side by side
+        wait_until(
+            lambda: not is_running(pid)
+        )  # by now both the result and the error report have come
         assert group.receive(0, RESULT).payload.tobytes() == b"0"
         with pytest.raises(WorkerError, match="disk on fire"):
             group.receive(0, RESULT)
@@ -114,7 +116,7 @@ def test_workers_outlive_the_thread_that_made_them():
 def test_a_worker_gets_its_spec_and_nothing_else_by_descriptors():
     pipe = os.pipe()
     for fd in pipe:
-        os.set_inheritable(fd, True)  # a careless program's; still no business of a worker
+        os.set_inheritable(fd, True)  # inheritable, but no worker may get it
     with closing(until_ready(start())) as group:
         group.send_control({"type": "look around"})
         views = [group.receive_control(rank) for rank in range(2)]
@@ -144,13 +146,13 @@ def test_a_worker_gets_its_spec_and_nothing_else_by_descriptors():
 
 
 def test_the_directory_is_private():
-    with closing(until_ready(start())) as group:  # the workers make it
+    with closing(until_ready(start())) as group:  # the workers create it
         assert group._processes.directory is not None
         assert group._processes.directory.stat().st_mode & 0o777 == 0o700
 
 
-def test_signals_that_return_disturb_nothing():
-    """Every system call may be interrupted; the program's own handlers run in between."""
+def test_signal_handlers_that_return_disturb_nothing():
+    """A signal may interrupt every system call, and the program's own handlers run then."""
     caught = []
     done = threading.Event()
 
@@ -215,7 +217,7 @@ def test_a_worker_that_cannot_even_start_is_reported(capfd):
     assert "No module named no_such_worker" in capfd.readouterr().err
 
 
-def test_a_worker_that_leaves_without_a_word_is_reported():
+def test_a_worker_that_ends_without_an_error_report_is_reported():
     group = start({1: [["exit", 3]]})
     with pytest.raises(WorkerError, match="rank 1 ended with exit code 3 while starting") as raised:
         until_ready(group)
@@ -250,7 +252,7 @@ def test_a_worker_killed_in_a_step_is_reported_by_rank_and_step():
         (["exit", 3], "worker rank 1 ended with exit code 3"),
     ],
 )
-def test_a_rank_that_just_ended_explains_the_complaints_of_others(patience, tmp_path, end, said):
+def test_a_rank_that_just_ended_causes_the_error_reports_of_others(patience, tmp_path, end, said):
     told = str(tmp_path / "told")
     complains = [["complain", "connection closed by peer"], ["touch", told], HANG]
     group = start({0: complains, 1: [["await", told], end]})
@@ -259,14 +261,14 @@ def test_a_rank_that_just_ended_explains_the_complaints_of_others(patience, tmp_
     assert raised.value.rank == 1
 
 
-def test_the_first_of_several_complaints_is_the_cause(tmp_path):
+def test_the_first_of_several_error_reports_is_the_cause(tmp_path):
     first, second = tmp_path / "first", tmp_path / "second"
     acts = {
         0: [["await", str(first)], ["complain", "peer lost"], ["touch", str(second)], HANG],
         1: [["complain", "disk on fire"], ["touch", str(first)], HANG],
     }
     group = start(acts)
-    assert wait_until(second.exists)  # both have spoken before anyone listens
+    assert wait_until(second.exists)  # both have sent their report before anything is received
     with pytest.raises(
         WorkerError, match=r"^worker rank 1 failed .*\n.*disk on fire\nA crash"
     ) as raised:
@@ -274,7 +276,7 @@ def test_the_first_of_several_complaints_is_the_cause(tmp_path):
     assert raised.value.rank == 1
 
 
-def test_a_complaint_explains_the_abort_of_another_rank(patience, tmp_path):
+def test_an_error_report_is_the_cause_of_the_abort_of_another_rank(patience, tmp_path):
     told = str(tmp_path / "told")
     acts = {
         0: [["await", told], ["signal_self", "SIGABRT"]],
@@ -285,18 +287,20 @@ def test_a_complaint_explains_the_abort_of_another_rank(patience, tmp_path):
     assert raised.value.rank == 1
 
 
-def test_an_abort_is_told_after_the_end_that_explains_it(tmp_path):
+def test_an_abort_is_reported_after_the_exit_that_caused_it(tmp_path):
     told = tmp_path / "told"
     group = start({0: [["signal_self", "SIGABRT"]], 1: [["await", str(told)], ["exit", 3]]})
     assert wait_until(lambda: not is_running(group.pids[0]))
     told.touch()
-    assert wait_until(lambda: not is_running(group.pids[1]))  # both are gone before anyone looks
+    assert wait_until(
+        lambda: not is_running(group.pids[1])
+    )  # both have ended before anything is received
     with pytest.raises(WorkerError, match=r"(?s)^worker rank 1 ended with.*rank 0 .* SIGABRT"):
         group.receive_control(0)
 
 
-def test_a_rank_on_its_way_out_is_waited_for_before_another_is_blamed(monkeypatch, tmp_path):
-    """As on a GPU, where peers complain while the driver still takes back a dead one's memory."""
+def test_a_rank_that_is_ending_is_waited_for_before_another_is_blamed(monkeypatch, tmp_path):
+    """On a GPU, peers report errors while the driver still frees the memory of a dead rank."""
     end = tmp_path / "end"
     group = start(
         {0: [["complain", "peer lost"], HANG], 1: [["await", str(end)], ["signal_self", "SIGKILL"]]}
@@ -307,7 +311,7 @@ def test_a_rank_on_its_way_out_is_waited_for_before_another_is_blamed(monkeypatc
         return pid == group.pids[1]
 
     monkeypatch.setattr(failure, "is_ending", is_ending)
-    monkeypatch.setattr(failure, "GRACE_S", -1.0)  # no patience with anyone else
+    monkeypatch.setattr(failure, "GRACE_S", -1.0)  # wait for no other rank
     monkeypatch.setattr(failure, "ENDING_S", LONG_S)
     with pytest.raises(WorkerError, match=r"(?s)^worker rank 1 was killed by SIGKILL.*peer lost"):
         group.receive_control(0)
@@ -400,7 +404,7 @@ def test_closing_lets_the_workers_end_by_themselves():
             call()
 
 
-def test_closing_kills_a_worker_that_does_not_listen(monkeypatch):
+def test_closing_kills_a_worker_that_ignores_the_shutdown(monkeypatch):
     monkeypatch.setattr(launcher, "CLOSE_TIMEOUT_S", 0.1)
     group = until_ready(start({1: [READY, HANG]}))
     processes = group._processes.processes
@@ -408,7 +412,7 @@ def test_closing_kills_a_worker_that_does_not_listen(monkeypatch):
     assert processes[1].exit_code == -signal.SIGKILL
 
 
-def test_a_group_that_nobody_holds_is_gone(nothing_left):
+def test_a_group_without_references_is_collected(nothing_left):
     group = until_ready(start())
     run_steps(group)
     gc.disable()  # no cycle may keep it
@@ -430,7 +434,7 @@ def test_closing_from_another_thread_ends_a_call_that_waits(tmp_path):
     closing_it = threading.Thread(target=close_then)
     closing_it.start()
     with pytest.raises(RuntimeError, match="this engine is closed") as raised:
-        run_steps(group)  # may be closed before its answer is taken
+        run_steps(group)  # may be closed before its result is received
         group.receive(0, RESULT)
     assert not isinstance(raised.value, WorkerError)
     closing_it.join()
@@ -448,8 +452,8 @@ def test_closing_from_a_signal_handler_ends_the_call_it_interrupts():
         signal.signal(signal.SIGUSR1, before)
 
 
-def test_is_running_tells_the_living_from_the_dead():
-    """What the tests above rely on."""
+def test_is_running_distinguishes_running_and_ended_processes():
+    """The tests above rely on it."""
     group = until_ready(start())
     pids = group.pids
     assert all(map(is_running, pids))

@@ -131,7 +131,7 @@ def test_a_coordinator_ended_by_a_signal_takes_everything_along(number):
 
 
 def test_a_coordinator_that_becomes_another_program_takes_the_workers_along():
-    """Its process lives on, so only the end of the thread that started them tells."""
+    """Its process continues, so only the end of the thread that started them ends the workers."""
     code = IDLE + 'os.execv(sys.executable, [sys.executable, "-c", "import time; time.sleep(600)"])'
     with running(code) as script:
         script.wait_for("idle")
@@ -186,7 +186,7 @@ open({str(result)!r}, "wb").write(payload)
     assert result.read_bytes() == b"plan"
 
 
-# How a program may reap children of which it knows nothing.
+# Ways in which a program reaps child processes that it did not start itself.
 REAPERS = {
     "ignores them": "signal.signal(signal.SIGCHLD, signal.SIG_IGN)",
     "reaps all": """
@@ -204,7 +204,7 @@ signal.signal(signal.SIGCHLD, reap)
 @pytest.mark.parametrize("acts", [None, {1: [["say", "loading"], HANG]}], ids=["idle", "loading"])
 @pytest.mark.parametrize("reaper", REAPERS)
 def test_workers_in_a_program_that_reaps_its_children(reaper, acts):
-    """Their exit codes are lost then, not their end, and nobody claims to know them."""
+    """The exit codes are lost then, and the error says that they are unknown."""
     code = f"""
 import os, signal
 {REAPERS[reaper]}

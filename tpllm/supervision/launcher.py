@@ -196,7 +196,7 @@ class WorkerGroup:
                     continue
                 remaining_s = self.watch.remaining_s()
                 if remaining_s <= 0:
-                    self._fail_hung("said anything" if self.watch.step < 0 else "answered")
+                    self._fail_hung("sent a message" if self.watch.step < 0 else "answered")
                 # a worker sends its error report before it ends
                 if self._some_worker_ended(remaining_s) and not self._collect():
                     self._fail_with_cause()
