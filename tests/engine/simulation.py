@@ -325,10 +325,10 @@ class Watched:
 
 
 class SimulatedEngine:
-    """Scheduler and simulated worker, joined as the coordinator joins them.
+    """Scheduler and simulated worker, connected as the coordinator connects them.
 
-    `send` and `receive` are the two halves of a step; `step` is the coordinator's. After each of
-    them, and after `add` and `abort`, `check` holds.
+    `send` schedules a step and `receive` processes its result; `step` does what the coordinator's
+    `step` does. `check` holds after each of them, and after `add` and `abort`.
     """
 
     def __init__(

@@ -165,10 +165,10 @@ def test_a_reset_forgets_prefixes_and_leaves_blocks_with_their_holders():
 
 
 class Blocks(RuleBasedStateMachine):
-    """Sequences of few different tokens take, extend and release tables.
+    """Takes, extends and releases the block tables of sequences with few different tokens.
 
-    The model: `held` are the tables in use with the tokens they store, `content` what was written
-    to each block last, as the whole sequence up to its end.
+    In the model, `held` has the tables in use and the tokens that they store. `content` has the
+    sequence up to the end of each block, as it was last written.
     """
 
     events: ClassVar[Counter[str]] = Counter()  # over all examples

@@ -206,7 +206,7 @@ def test_a_token_that_does_not_fit_ends_the_answer():
     assert not matcher.advance(2)
 
 
-def test_an_answer_that_meets_the_limit_of_the_shared_lexer_goes_on_with_its_own(monkeypatch):
+def test_an_output_that_meets_the_limit_of_the_shared_lexer_continues_with_its_own(monkeypatch):
     def limits():
         from llguidance import LLParserLimits
 

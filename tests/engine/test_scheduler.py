@@ -80,7 +80,7 @@ def test_a_plan_carries_only_what_changed():
     engine.run_to_end()
 
 
-def test_decode_rows_come_first_then_prompts_that_have_begun_then_new_ones():
+def test_decode_rows_come_first_then_running_prompts_then_new_prompts():
     engine = SimulatedEngine(max_num_batched_tokens=16)
     decoding = engine.add(prompt_of(5, first=1), generate(9))
     begun = engine.add(prompt_of(20, first=2))
@@ -192,7 +192,7 @@ def test_no_end_token_is_sampled_before_min_tokens(min_tokens):
     assert len(request.token_ids) >= min_tokens
 
 
-def test_news_tell_the_prompt_tokens_found_in_the_cache_at_first_admission():
+def test_updates_hold_the_number_of_prompt_tokens_cached_at_first_admission():
     engine = SimulatedEngine(block_size=4)
     engine.add(prompt_of(16))
     engine.add(prompt_of(18))
@@ -256,7 +256,7 @@ def test_prompt_logprobs_are_computed_from_the_first_token_on_whatever_the_cache
     assert (asking.seq.num_cached_tokens, other.seq.num_cached_tokens) == (0, 16)
 
 
-def test_prompt_logprobs_that_were_handed_out_are_not_computed_again():
+def test_prompt_logprobs_that_were_returned_are_not_computed_again():
     engine = SimulatedEngine(num_blocks=7, block_size=4)
     for i in range(3):
         engine.add(prompt_of(6, first=i + 1), generate(6, prompt_logprobs=2))
@@ -517,7 +517,7 @@ def test_a_preempted_request_can_be_aborted_with_tokens_in_flight():
     assert third.token_ids == []
 
 
-def test_ids_that_are_unknown_or_ended_are_passed_over():
+def test_ids_that_are_unknown_or_ended_are_ignored():
     engine = SimulatedEngine()
     engine.add(prompt_of(5))
     engine.run_to_end()
@@ -561,7 +561,7 @@ def test_a_chunk_that_samples_nothing_waits_for_no_mask():
     engine.run_to_end()
 
 
-def test_rows_without_a_grammar_need_none_of_it():
+def test_rows_without_a_grammar_get_no_mask():
     engine = SimulatedEngine()
     engine.add(prompt_of(5), generate(6))
     engine.add(prompt_of(5, first=2), structured(3, regex="a*"))
@@ -651,8 +651,8 @@ def sampling_params(draw: st.DrawFn) -> SamplingParams:
 class Traffic(RuleBasedStateMachine):
     """Adds and aborts requests in any order, on engines of any small size.
 
-    After every rule `SimulatedEngine.check` has held; at the end everything is served and compared
-    with each request run alone.
+    `SimulatedEngine.check` must hold after every rule. At the end all requests are served, and each
+    is compared with the same request run alone.
     """
 
     events: ClassVar[Counter[str]] = Counter()  # over all examples

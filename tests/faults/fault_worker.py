@@ -1,7 +1,7 @@
-"""A worker without torch whose ranks wait for each other in every step, as collectives make them.
+"""A worker without torch whose ranks wait for each other in every step, as collectives do.
 
-Otherwise it is `stub_worker`: it enters the engine as the real one does, and acts out what it is
-told. So a rank that dies or stops holds up the others, which do not complain of it.
+Otherwise it is `stub_worker`: it starts as the real worker does and performs the acts that it gets.
+A rank that dies or stops therefore delays the others, which report no error.
 """
 
 import os

@@ -1,6 +1,6 @@
-"""Damaged and hostile checkpoints: refused with their cause, before any worker starts.
+"""Tests that damaged and hostile checkpoints are refused with their cause before a worker starts.
 
-`EngineConfig.resolve` is all that runs here: it starts nothing.
+Only `EngineConfig.resolve` runs here, which starts no process.
 """
 
 import json

@@ -1,6 +1,6 @@
-"""Whatever callers hand in: it is served or refused, and harms no other request.
+"""Tests that any request is served or refused, and harms no other request.
 
-The engine is the real one but for its worker, which draws tokens without a model.
+The engine is the real one except for its worker, which makes tokens without a model.
 """
 
 from collections.abc import Iterator

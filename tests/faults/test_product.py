@@ -1,7 +1,7 @@
-"""Every fault in every phase of every rank, at TP 1, 2 and 4, with workers that need no torch.
+"""Tests of every fault in every phase of every rank, at TP 1, 2 and 4, without torch.
 
-The launcher, the channel and a worker's entry are the real ones. That nothing is left behind is
-checked after each test by a fixture in tests/conftest.py.
+The launcher, the channel and the start of a worker are the real ones. A fixture in
+tests/conftest.py checks after each test that nothing is left behind.
 """
 
 from typing import Any, NamedTuple

@@ -1,4 +1,4 @@
-"""Faults in real workers with the shipped model: 30 cases, every pair of act, place and rank.
+"""Tests of faults in real workers with the shipped model: 30 combinations of act, place and rank.
 
 Workers are forked, since importing torch would take most of the time; `launch/chaos.py --product`
 does all cases with fresh interpreters.
@@ -71,7 +71,7 @@ def test_a_checkpoint_with_a_nan_is_reported_by_tensor_and_leaves_nothing(trials
 def test_an_idle_engine_never_wakes_up(trials):
     """No thread of the worker is scheduled even once while the engine is idle.
 
-    With several ranks Gloo's own threads are: they look up a hundred times a second.
+    With several ranks, Gloo's own threads poll a hundred times per second.
     """
 
     def wake_ups(pid: int) -> list[str]:

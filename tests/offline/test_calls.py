@@ -73,7 +73,7 @@ def generate(llm: LLM, prompt: list[int]) -> list[int]:
     return ids_of(llm.generate(prompt, GREEDY, use_tqdm=False))
 
 
-def test_a_stream_goes_on_in_another_thread_while_its_first_one_calls(llm):
+def test_a_stream_continues_in_another_thread_while_its_first_thread_calls(llm):
     with ThreadPoolExecutor(1) as one, ThreadPoolExecutor(1) as two:
         stream = llm.generate_stream(PROMPTS[0], DELTAS)
         first = one.submit(next, stream).result()

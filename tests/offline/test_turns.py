@@ -8,7 +8,7 @@ from tests.leaks import wait_until
 from tpllm.offline.turns import Turns
 
 
-def test_threads_have_the_turn_in_the_order_in_which_they_asked():
+def test_threads_get_the_turn_in_the_order_of_their_calls():
     turns = Turns()
     had: list[int | str] = []
 
@@ -72,7 +72,7 @@ def test_a_thread_that_has_the_turn_or_waits_for_it_is_refused_another():
     assert refused == [True, True]
 
 
-def test_one_who_gives_up_waiting_keeps_nobody_out():
+def test_a_thread_that_stops_waiting_blocks_no_other_thread():
     turns, may_end = Turns(), threading.Event()
     is_held = threading.Event()
 

@@ -1,6 +1,6 @@
 """The engine's process with workers that need no torch: `python -m stub_engine FD`.
 
-The workers are forked. What they act out stands in the environment, as JSON: see `stub_worker`.
+The workers are forked. An environment variable holds their acts as JSON: see `stub_worker`.
 """
 
 import json

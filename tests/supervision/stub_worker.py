@@ -1,8 +1,8 @@
 """A worker without torch, for tests of the launcher; `start` makes a group of them.
 
-It enters the engine as the real one does, through `tpllm.worker.__main__.main`, and then acts out
-what it is told: `start({0: [["say", "loading weights"], ["raise", "disk on fire"]]})`. A rank that
-is told nothing works: it reports that it is ready, then answers every record.
+It starts as the real worker does, through `tpllm.worker.__main__.main`, and then performs the acts
+that it gets: `start({0: [["say", "loading weights"], ["raise", "disk on fire"]]})`. A rank without
+acts works: it reports that it is ready, then replies to every record.
 """
 
 import ctypes

@@ -64,5 +64,5 @@ for timeout_s in (None, 30.0):
 def test_every_thread_gets_the_same_exit_code():
     for child in [start("exit 3") for _ in range(20)]:
         with ThreadPoolExecutor(4) as pool:
-            told = list(pool.map(Child.wait, [child] * 4))
-        assert told == [3] * 4
+            exit_codes = list(pool.map(Child.wait, [child] * 4))
+        assert exit_codes == [3] * 4

@@ -100,14 +100,14 @@ def test_updates_arrive_as_they_were(pair):
 @pytest.mark.parametrize(
     "raised",
     [
-        SettingError("told"),
-        ValueError("told"),
-        WorkerError("told", rank=1, phase="ready", step=7, signal=9, report=Path("report")),
+        SettingError("reported"),
+        ValueError("reported"),
+        WorkerError("reported", rank=1, phase="ready", step=7, signal=9, report=Path("report")),
     ],
 )
 def test_an_error_arrives_as_what_it_was(pair, raised):
     read = messages.read_error(through(pair, messages.error(raised)))
-    assert (type(read), str(read), vars(read)) == (type(raised), "told", vars(raised))
+    assert (type(read), str(read), vars(read)) == (type(raised), "reported", vars(raised))
 
 
 def test_any_other_error_is_sent_with_its_traceback(pair):

@@ -1,7 +1,7 @@
-"""The launcher with workers that need no torch: every way to start, to fail and to end.
+"""Tests of the launcher with workers that need no torch: how they start, fail and end.
 
-That nothing is left behind is checked after each test by a fixture in tests/conftest.py. The end
-of the whole program is in test_launcher_programs.py.
+A fixture in tests/conftest.py checks after each test that nothing is left behind.
+test_launcher_programs.py tests the end of the whole program.
 """
 
 import gc
@@ -253,9 +253,9 @@ def test_a_worker_killed_in_a_step_is_reported_by_rank_and_step():
     ],
 )
 def test_a_rank_that_just_ended_causes_the_error_reports_of_others(patience, tmp_path, end, said):
-    told = str(tmp_path / "told")
-    complains = [["complain", "connection closed by peer"], ["touch", told], HANG]
-    group = start({0: complains, 1: [["await", told], end]})
+    reported = str(tmp_path / "reported")
+    reports_error = [["complain", "connection closed by peer"], ["touch", reported], HANG]
+    group = start({0: reports_error, 1: [["await", reported], end]})
     with pytest.raises(WorkerError, match=f"(?s)^{said}.*connection closed by peer") as raised:
         group.receive(0, RESULT)
     assert raised.value.rank == 1
@@ -277,10 +277,10 @@ def test_the_first_of_several_error_reports_is_the_cause(tmp_path):
 
 
 def test_an_error_report_is_the_cause_of_the_abort_of_another_rank(patience, tmp_path):
-    told = str(tmp_path / "told")
+    reported = str(tmp_path / "reported")
     acts = {
-        0: [["await", told], ["signal_self", "SIGABRT"]],
-        1: [["complain", "disk on fire"], ["touch", told], HANG],
+        0: [["await", reported], ["signal_self", "SIGABRT"]],
+        1: [["complain", "disk on fire"], ["touch", reported], HANG],
     }
     with pytest.raises(WorkerError, match=r"(?s)^worker rank 1.*fire.*rank 0 .* SIGABRT") as raised:
         until_ready(start(acts))
@@ -288,10 +288,10 @@ def test_an_error_report_is_the_cause_of_the_abort_of_another_rank(patience, tmp
 
 
 def test_an_abort_is_reported_after_the_exit_that_caused_it(tmp_path):
-    told = tmp_path / "told"
-    group = start({0: [["signal_self", "SIGABRT"]], 1: [["await", str(told)], ["exit", 3]]})
+    reported = tmp_path / "reported"
+    group = start({0: [["signal_self", "SIGABRT"]], 1: [["await", str(reported)], ["exit", 3]]})
     assert wait_until(lambda: not is_running(group.pids[0]))
-    told.touch()
+    reported.touch()
     assert wait_until(
         lambda: not is_running(group.pids[1])
     )  # both have ended before anything is received

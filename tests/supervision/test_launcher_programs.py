@@ -1,6 +1,6 @@
-"""Programs with stub workers: however one ends, its workers and their directory go with it.
+"""Tests of programs with stub workers: when a program ends, its workers and their directory do too.
 
-The fixture in tests/conftest.py checks after each test that they have, within five seconds.
+The fixture in tests/conftest.py checks this after each test, within five seconds.
 """
 
 import signal
@@ -223,8 +223,8 @@ except WorkerError as error:
 """
     with running(code) as script:
         output = script.finish()
-        told = "worker rank 1 ended (exit status unknown) while "
-        assert output.count(told) == 2, output  # also in the report
+        message = "worker rank 1 ended (exit status unknown) while "
+        assert output.count(message) == 2, output  # also in the report
         assert "[1, 'exit status unknown', None]" in output
         assert "exit code" not in output
 
