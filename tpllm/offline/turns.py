@@ -20,7 +20,7 @@ class Turns:
     @property
     def is_awaited(self) -> bool:
         """Whether a thread waits for the turn of another."""
-        return len(self._line) > 1
+        return len(self._queue) > 1
 
     @contextmanager
     def take(self) -> Iterator[None]:
