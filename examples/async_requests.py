@@ -1,4 +1,4 @@
-"""Serves requests that come and go at different times, and ends one of them early.
+"""Runs requests that end at different times, and ends one of them early.
 
 python examples/async_requests.py [MODEL]
 """
@@ -19,7 +19,7 @@ ENDLESS = SamplingParams(temperature=0, max_tokens=None, ignore_eos=True, output
 
 
 async def follow(engine: AsyncLLM, name: str, params: SamplingParams) -> str:
-    """The text of a request, and why it ended."""
+    """Return the beginning of a request's text, and why it ended."""
     text, reason = "", None
     async for output in engine.generate(PROMPTS[name], params, request_id=name):
         completion = output.outputs[0]
@@ -31,9 +31,9 @@ async def main() -> None:
     async with AsyncLLM(*sys.argv[1:]) as engine:
         endless = asyncio.create_task(follow(engine, "novel", ENDLESS))
         answers = [follow(engine, name, GREEDY) for name in ("psalm", "genesis")]
-        for answer in await asyncio.gather(*answers):  # they run beside the endless one
+        for answer in await asyncio.gather(*answers):  # while the endless request runs
             print(answer)
-        await engine.abort("novel")  # its stream ends, with what it has
+        await engine.abort("novel")  # its stream ends with the text so far
         print(await endless)
         stats = await engine.stats()
         print(f"{stats.num_running} requests run, {stats.num_waiting} wait")

@@ -1,4 +1,4 @@
-"""Continues several prompts in one call: greedily, then by chance.
+"""Continues several prompts in one call: first greedy, then with sampling.
 
 python examples/basic.py [MODEL]
 """
@@ -13,10 +13,10 @@ PROMPTS = [
     "And Jesus answered and said unto them,",
 ]
 GREEDY = SamplingParams(temperature=0, max_tokens=8)
-DRAWN = SamplingParams(temperature=0.8, top_p=0.95, seed=7, max_tokens=8)
+SAMPLED = SamplingParams(temperature=0.8, top_p=0.95, seed=7, max_tokens=8)
 
-with LLM(*sys.argv[1:]) as llm:  # no model named: the small one that ships with tpllm
-    for title, params in (("greedy", GREEDY), ("drawn", DRAWN)):
+with LLM(*sys.argv[1:]) as llm:  # without a model name: the small model that ships with tpllm
+    for title, params in (("greedy", GREEDY), ("sampled", SAMPLED)):
         print(f"--- {title}")
         for output in llm.generate(PROMPTS, params):
             print(f"{output.prompt!r} -> {output.outputs[0].text!r}")

@@ -1,4 +1,4 @@
-"""Finds the likeliest whole continuations, instead of the likeliest next token each time.
+"""Searches for the likeliest continuations as a whole, instead of the likeliest token each time.
 
 python examples/beam_search.py [MODEL]
 """

@@ -1,4 +1,4 @@
-"""Shows how likely a model finds each token that it generates, and how well it knows a text.
+"""Prints the probabilities of generated tokens, and the perplexity of texts.
 
 python examples/log_probabilities.py [MODEL]
 """
@@ -22,10 +22,10 @@ with LLM(*sys.argv[1:]) as llm:
         for entry in entries.values():
             print(f"    {entry.rank}. {entry.decoded_token!r}: {math.exp(entry.logprob):.1%}")
 
-    # 0: of the prompt's own tokens alone. One token has to be generated.
+    # 0 reports only the prompt's own tokens. At least one token must be generated.
     for output in llm.generate(TEXTS, SamplingParams(max_tokens=1, prompt_logprobs=0)):
         positions = zip(output.prompt_token_ids, output.prompt_logprobs or [], strict=True)
-        # the first token follows nothing, so it has none
+        # the first token has no log-probability, since nothing precedes it
         logprobs = [entries[token_id].logprob for token_id, entries in positions if entries]
         perplexity = math.exp(-sum(logprobs) / len(logprobs))
         print(f"perplexity {perplexity:.1f}: {output.prompt!r}")

@@ -1,4 +1,4 @@
-"""Asks a server that runs, such as `tpllm serve` in another terminal, by OpenAI's own client.
+"""Uses OpenAI's client with a running server, such as `tpllm serve` in another terminal.
 
 pip install openai
 python examples/openai_client.py [BASE_URL]
@@ -43,7 +43,7 @@ for chunk in stream:
     if chunk.usage is not None:
         print(f" ({chunk.usage.completion_tokens} tokens)")
 
-# an answer held to a schema; the server needs pip install 'tpllm[structured]' for it
+# structured output by a schema; the server needs pip install 'tpllm[structured]' for it
 schema = {
     "type": "object",
     "properties": {"sum": {"type": "integer", "minimum": 0, "maximum": 999}},
@@ -59,8 +59,8 @@ answer = client.chat.completions.create(
 )
 print("JSON:", json.loads(answer.choices[0].message.content or ""))
 
-# what OpenAI's API does not have goes into extra_body
-drawn = client.completions.create(
+# parameters that OpenAI's API lacks are passed in extra_body
+sampled = client.completions.create(
     model=model,
     prompt="Once upon a time",
     n=2,
@@ -68,5 +68,5 @@ drawn = client.completions.create(
     max_tokens=8,
     extra_body={"top_k": 20, "min_p": 0.05},
 )
-for choice in drawn.choices:
-    print("drawn:", repr(choice.text))
+for choice in sampled.choices:
+    print("sampled:", repr(choice.text))

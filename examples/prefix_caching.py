@@ -1,4 +1,4 @@
-"""Asks several questions about one long text: all but the first find it in the prefix cache.
+"""Asks several questions about one long text. After the first, the text is in the prefix cache.
 
 python examples/prefix_caching.py [MODEL]
 """
@@ -7,7 +7,7 @@ import sys
 
 from tpllm import LLM, SamplingParams
 
-# Whole blocks are shared: 16 tokens on the CPU, 256 in half precision on a GPU.
+# Only whole blocks are shared: 16 tokens on the CPU, 256 in half precision on a GPU.
 TEXT = "\n".join(f"{i} And the LORD said unto Moses, This is verse {i}." for i in range(1, 26))
 QUESTIONS = ["\n26 And Moses", "\n26 And the people", "\n26 And it came to pass"]
 GREEDY = SamplingParams(temperature=0, max_tokens=8)

@@ -1,4 +1,4 @@
-"""Binds answers to a form: one of several words, a pattern, a JSON schema, a grammar.
+"""Constrains answers to one of several words, a regular expression, a JSON schema or a grammar.
 
 pip install 'tpllm[structured]'
 python examples/structured_output.py [MODEL]
@@ -18,10 +18,10 @@ GRAMMAR = r"""
 root   ::= number " + " number
 number ::= [0-9]{1,3}
 """
-FORMS = {
+CONSTRAINTS = {
     "choice": StructuredOutputsParams(choice=["yes", "no"]),
     "regex": StructuredOutputsParams(regex=r"[1-9][0-9]{0,3}"),
-    # small models are fond of spaces: none may stand between the parts
+    # small models tend to repeat whitespace, so it is disabled
     "json": StructuredOutputsParams(json=SCHEMA, disable_any_whitespace=True),
     "grammar": StructuredOutputsParams(grammar=GRAMMAR),
 }
@@ -29,9 +29,9 @@ QUESTION = [{"role": "user", "content": "What is 348 + 44?"}]
 
 with LLM(*sys.argv[1:]) as llm:
     params = [
-        SamplingParams(temperature=0, max_tokens=64, structured_outputs=form)
-        for form in FORMS.values()
+        SamplingParams(temperature=0, max_tokens=64, structured_outputs=constraint)
+        for constraint in CONSTRAINTS.values()
     ]
-    outputs = llm.chat([QUESTION] * len(params), params)  # all forms in one batch
-    for name, output in zip(FORMS, outputs, strict=True):
+    outputs = llm.chat([QUESTION] * len(params), params)  # all constraints in one batch
+    for name, output in zip(CONSTRAINTS, outputs, strict=True):
         print(f"{name}: {output.outputs[0].text}")

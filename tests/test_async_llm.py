@@ -140,7 +140,7 @@ def test_a_stream_that_nobody_reads_on_is_aborted(engine, ending):
         ([], GREEDY, "^the prompt is empty"),
         ([4096], GREEDY, "^the prompt holds token id 4096, outside the vocabulary"),
         ([1] * 5000, GREEDY, "has 5000 tokens, which leaves no room"),
-        (None, GREEDY, "give a text, a list of token ids"),
+        (None, GREEDY, "give a string, a list of token ids"),
         ("hi", "greedy", "sampling_params='greedy' must be SamplingParams"),
         ("hi", SamplingParams(stop_token_ids=[5000]), "stop_token_ids holds 5000"),
     ],

@@ -262,7 +262,7 @@ def test_without_sampling_parameters_the_checkpoint_s_are_taken(llm: LLM) -> Non
             SamplingParams(allowed_token_ids=[440], bad_words=["will"]),
             r"allowed_token_ids=\[440\] leaves no token to sample, because bad_words excludes",
         ),
-        ("hi", SamplingParams(bad_words=[" "]), "bad_words holds ' ', which spells no token"),
+        ("hi", SamplingParams(bad_words=[" "]), "bad_words holds ' ', which has no tokens"),
     ],
 )
 def test_what_cannot_run_is_refused_before_any_prompt_runs(llm, prompt, params, message) -> None:

@@ -55,7 +55,7 @@ CALLS: dict[str, tuple[str, Callable[[Tokenizer], object]]] = {
     "bad words": ("cannot encode this text", lambda t: t.bad_word_ids(["a"])),
     "decode": ("cannot decode these tokens", lambda t: t.decode([1])),
     "render": (
-        "does not take these messages",
+        "cannot render these messages",
         lambda t: t.render_chat([{"role": "user", "content": "a"}]),
     ),
 }

@@ -141,18 +141,18 @@ def test_params_are_hashable_frozen_and_survive_pickling():
         ("frequency_penalty", -2.1, "frequency_penalty=-2.1 must be between -2 and 2"),
         ("repetition_penalty", 0, "repetition_penalty=0.0 must be above 0"),
         ("repetition_penalty", -1, "repetition_penalty=-1.0 must be above 0"),
-        ("stop", ["a", ""], r"stop\[1\] is empty, which is found everywhere"),
+        ("stop", ["a", ""], r"stop\[1\] is empty, and matches everywhere"),
         ("stop", "\ud800", r"stop\[0\]='.ud800' is not valid Unicode"),
         ("bad_words", ["a", "\ud800"], r"bad_words\[1\]='.ud800' is not valid Unicode"),
-        ("stop", 5, "stop=5 must be a list of texts"),
-        ("stop", [5], r"stop\[0\]=5 must be a text"),
-        ("bad_words", "word", "bad_words='word' must be a list of texts"),
+        ("stop", 5, "stop=5 must be a list of strings"),
+        ("stop", [5], r"stop\[0\]=5 must be a string"),
+        ("bad_words", "word", "bad_words='word' must be a list of strings"),
         ("bad_words", [""], r"bad_words\[0\] is empty"),
         ("logit_bias", [1], r"logit_bias=\[1\] must be a dict"),
         ("logit_bias", {"x": 1}, "logit_bias key='x' must be a whole number"),
         ("logit_bias", {-1: 1}, "logit_bias key=-1 must be at least 0"),
         ("logit_bias", {5: "high"}, r"logit_bias\[5\]='high' must be a number"),
-        ("allowed_token_ids", [], "allowed_token_ids is empty, so no token could be drawn"),
+        ("allowed_token_ids", [], "allowed_token_ids=\\[\\] allows no token"),
         ("allowed_token_ids", [-1], r"allowed_token_ids\[0\]=-1 must be at least 0"),
         ("logprobs", -1, "logprobs=-1, the whole vocabulary, is not supported; ask for at most 20"),
         ("logprobs", 21, "logprobs=21 must be at most 20"),
@@ -180,7 +180,7 @@ def test_greedy_continuations_of_one_prompt_would_all_be_the_same():
 
 
 def test_stop_texts_need_a_text():
-    with pytest.raises(ValueError, match=r"stop=\['END'\] is looked for in the text"):
+    with pytest.raises(ValueError, match=r"stop=\['END'\] needs the text"):
         SamplingParams(stop="END", detokenize=False)
 
 

@@ -14,18 +14,18 @@ SCHEMA = {"type": "object", "properties": {"price": {"multipleOf": 0.01}}}
 REFUSED: dict[str, dict[str, Any]] = {
     "exactly one of json, regex, choice, grammar, json_object, and has none": {},
     "has json and regex": {"json": SCHEMA, "regex": "a"},
-    "json_object=False asks for nothing": {"json_object": False},
+    "json_object=False is no constraint": {"json_object": False},
     "json_object='yes' must be True or False": {"json_object": "yes"},
-    "json is no JSON schema: Expecting": {"json": '{"type":'},
+    "json is not a JSON schema: Expecting": {"json": '{"type":'},
     "is not JSON serializable": {"json": {"type": object}},
     "must be a JSON schema, which is an object": {"json": "[1]"},
-    "json is no JSON schema: .*InvalidOperation": {
+    "json is not a JSON schema: .*InvalidOperation": {
         "json": '{"multipleOf": 1e99999999999999999999}'
     },
     "json is nested too deeply": {"json": '{"items":' * 100_000},
     "json has 1000+.* characters": {"json": {"enum": ["x" * 100_000]}},
-    "regex='' must be a text": {"regex": ""},
-    "regex=3 must be a text": {"regex": 3},
+    "regex='' must be a string": {"regex": ""},
+    "regex=3 must be a string": {"regex": 3},
     "regex has 100001 characters, more than the 100000": {"regex": "a" * 100_001},
     "grammar has 1001 rules": {
         "grammar": "start: r0\n" + "".join(f"r{i}: r{i}\n" for i in range(1000))
@@ -42,19 +42,19 @@ REFUSED: dict[str, dict[str, Any]] = {
     "%json in grammar has 1001 rules": {
         "grammar": "start: %json " + '{"allOf": [' + ", ".join(['{"$r\\u0065f" : 0}'] * 1001) + "]}"
     },
-    "%json in grammar is no JSON schema": {"grammar": "start: %json x"},
-    "%json in grammar asks for multipleOf 10000019": {
+    "%json in grammar is not a JSON schema": {"grammar": "start: %json x"},
+    "%json in grammar has multipleOf 10000019": {
         "grammar": 'start: "a" %json {"items": {"multipl\\u0065Of": 10000019}}'
     },
     "grammar holds a lone surrogate": {"grammar": 'root ::= "\ud800"'},
     "choice='yes' must be a list": {"choice": "yes"},
-    "choice is empty": {"choice": []},
+    r"choice=\[\] allows no answer": {"choice": []},
     r"choice\[1\]=''": {"choice": ["a", ""]},
-    r"choice\[0\]=1 must be a text": {"choice": [1]},
+    r"choice\[0\]=1 must be a string": {"choice": [1]},
     "choice has 110000 characters": {"choice": [f"{i:011}" for i in range(10_000)]},
-    "whitespace_pattern is about json": {"regex": "a", "whitespace_pattern": " "},
-    "disable_any_whitespace is about json": {"choice": ["a"], "disable_any_whitespace": True},
-    "leaves nothing for whitespace_pattern": {
+    "whitespace_pattern needs json": {"regex": "a", "whitespace_pattern": " "},
+    "disable_any_whitespace needs json": {"choice": ["a"], "disable_any_whitespace": True},
+    "contradicts whitespace_pattern": {
         "json_object": True,
         "disable_any_whitespace": True,
         "whitespace_pattern": " ",

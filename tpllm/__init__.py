@@ -56,7 +56,7 @@ _HOME = {
 
 
 def __getattr__(name: str) -> object:
-    """Import a public name from its home at first use (PEP 562), and keep it."""
+    """Import a public name from its module at first use (PEP 562), and keep it."""
     if name not in _HOME:
         raise AttributeError(f"module 'tpllm' has no attribute {name!r}")
     value: object = getattr(import_module(_HOME[name]), name)

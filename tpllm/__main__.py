@@ -1,4 +1,4 @@
-"""`python -m tpllm` is the program `tpllm`."""
+"""`python -m tpllm` runs the program `tpllm`."""
 
 import sys
 

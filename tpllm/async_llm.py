@@ -1,4 +1,4 @@
-"""AsyncLLM: an engine for servers. Requests come and go at any time, each its own stream."""
+"""AsyncLLM: the engine for servers. Requests start at any time, and each has its own stream."""
 
 import asyncio
 import copy
@@ -27,16 +27,17 @@ from tpllm.text.prompts import Prompt, as_list
 from tpllm.text.tokenizer import Tokenizer, require_tokenizer
 from tpllm.vllm_keywords import CALLS, without_absent
 
-# Encoding this many characters takes about a millisecond, for which an event loop may well wait.
+# Encoding this many characters takes about a millisecond, which an event loop can afford.
 _LONG_TEXT = 4096
-GENERATE = ("prompt", "sampling_params", "request_id")  # its keywords, besides vLLM's
+GENERATE = ("prompt", "sampling_params", "request_id")  # the keywords of `generate`
 
 
 class AsyncLLM(AbstractAsyncContextManager["AsyncLLM"]):
     """A model that continues prompts for many callers at once, from any event loop.
 
-    The engine (scheduler and workers) has a process of its own; text is made into tokens and back
-    here. Making one blocks until the engine is ready. Usable as an async context manager.
+    The engine (scheduler and workers) runs in a process of its own. This object encodes prompts
+    and decodes tokens. The constructor blocks until the engine is ready. The object is an async
+    context manager.
 
         async with AsyncLLM("Qwen/Qwen3-8B", tensor_parallel_size=2) as engine:
             async for output in engine.generate("The capital of France is", SamplingParams()):
@@ -44,12 +45,12 @@ class AsyncLLM(AbstractAsyncContextManager["AsyncLLM"]):
 
     Args:
         model: local folder or Hugging Face id; None for the small model that ships with tpllm
-        on_phase: called with rank and phase as the workers start, "loading weights" for one
+        on_phase: called with rank and phase as the workers start, such as "loading weights"
         **settings: see `tpllm.config.settings.Settings` for every keyword
 
     Raises:
         ValueError, FileNotFoundError: a setting or file is wrong; no process is left running.
-        WorkerError: the engine failed to start; likewise.
+        WorkerError: the engine failed to start; no process is left running.
     """
 
     @takes_settings
@@ -77,12 +78,12 @@ class AsyncLLM(AbstractAsyncContextManager["AsyncLLM"]):
                 client.kill()
             self._encoder.shutdown(wait=False)
             raise
-        # what the cache holds may be less than the model's limit
+        # the KV cache may hold fewer tokens than the model's limit
         self.config = replace(self.config, max_model_len=client.max_total_tokens)
         self._client = client
         self._streams = _Streams(client, OutputProcessor(self._tokenizer))
         self._streams.start()
-        # the streams' thread holds no AsyncLLM, so that this runs when nobody else does either
+        # the streams' thread holds no reference to this object, so the finalizer can run
         weakref.finalize(self, client.kill)
         self.startup_s = time.perf_counter() - begin
 
@@ -93,20 +94,21 @@ class AsyncLLM(AbstractAsyncContextManager["AsyncLLM"]):
         request_id: str | None = None,
         **vllm_keywords: Any,
     ) -> AsyncGenerator[RequestOutput, None]:
-        """Continue a prompt; yields as it grows, in the form of `sampling_params.output_kind`.
+        """Continue a prompt, and yield outputs as tokens arrive.
 
-        A caller slower than the model gets several steps in one output. Closing the generator, or
-        cancelling the task that iterates it, aborts the request.
+        `sampling_params.output_kind` decides what each output holds. If the caller is slower than
+        the model, one output holds several steps. Closing the generator, or cancelling the task
+        that iterates it, aborts the request.
 
         Args:
             prompt: a text, a list of token ids, `{"prompt_token_ids": [...]}` or
                 `{"prompt": "..."}`
             sampling_params: None for `get_default_sampling_params()`
-            request_id: what `abort` calls it; None for one that no other request has
-            **vllm_keywords: those of vLLM that do not exist here, with values that ask for nothing
+            request_id: the name by which `abort` finds the request; None for a new unique one
+            **vllm_keywords: vLLM's keywords that tpllm lacks, with values that have no effect
 
         Raises (at the first iteration):
-            ValueError: the prompt cannot run. NoNextTokenError, one of these, comes at any
+            ValueError: the prompt cannot run. Its subclass NoNextTokenError can be raised at any
                 iteration: the request's settings have left no next token.
             WorkerError: the engine has failed, now or earlier: see `dead_error`.
             RuntimeError: the engine is closed.
@@ -119,7 +121,7 @@ class AsyncLLM(AbstractAsyncContextManager["AsyncLLM"]):
         elif not isinstance(params, SamplingParams):
             raise ValueError(f"sampling_params={params!r} must be SamplingParams")
         if request_id is not None and not isinstance(request_id, str):
-            raise ValueError(f"request_id={request_id!r} must be a text")
+            raise ValueError(f"request_id={request_id!r} must be a string")
         (given,) = as_list([prompt])
         text = given if isinstance(given, str) else None
         ids = await self._encode(given) if isinstance(given, str) else given
@@ -135,25 +137,25 @@ class AsyncLLM(AbstractAsyncContextManager["AsyncLLM"]):
             self._streams.close(stream)
 
     async def abort(self, request_id: str | Iterable[str]) -> None:
-        """End a request, or several; its stream yields what there is, with reason "abort".
+        """End one or several requests. Each stream yields its last output, with reason "abort".
 
-        Harmless for requests that are unknown or have ended.
+        Ids of requests that are unknown or have ended are ignored.
         """
         ids = [request_id] if isinstance(request_id, str) else request_id
         for each in ids:
             self._streams.abort(each)
 
     async def stats(self) -> EngineStats:
-        """What the engine is doing; it answers between two steps.
+        """Return the engine's statistics. The engine replies between two steps.
 
         Raises:
             WorkerError: the engine has failed.
             RuntimeError: the engine is closed.
         """
-        return await asyncio.wrap_future(self._streams.ask_for_stats())
+        return await asyncio.wrap_future(self._streams.request_stats())
 
     def get_tokenizer(self) -> Tokenizer:
-        """The model's tokenizer.
+        """Return the model's tokenizer.
 
         Raises:
             ValueError: the engine was made without one.
@@ -161,12 +163,12 @@ class AsyncLLM(AbstractAsyncContextManager["AsyncLLM"]):
         return require_tokenizer(self._tokenizer)
 
     def get_default_sampling_params(self) -> SamplingParams:
-        """What a request without sampling parameters gets: see the setting `generation_config`."""
+        """Return the default sampling parameters: see the setting `generation_config`."""
         return self.config.default_sampling_params
 
     @property
     def dead_error(self) -> BaseException | None:
-        """Why the engine has failed; None while it works, and when it was closed."""
+        """The error that ended the engine; None while it runs, and after `close`."""
         return self._streams.dead_error
 
     @property
@@ -180,14 +182,14 @@ class AsyncLLM(AbstractAsyncContextManager["AsyncLLM"]):
         return self._client.worker_pids
 
     async def close(self) -> None:
-        """Give processes, shared memory and GPU memory back. Harmless when repeated.
+        """Release processes, shared memory and GPU memory. It may be called repeatedly.
 
-        Streams that are open end with a RuntimeError.
+        Open streams end with a RuntimeError.
         """
         await asyncio.to_thread(self.shutdown)
 
     def shutdown(self) -> None:
-        """As `close`, for callers without an event loop; waits until everything is gone."""
+        """Do as `close`, for callers without an event loop; wait until every process has ended."""
         self._client.close()
         self._streams.join()
         self._encoder.shutdown()
@@ -202,7 +204,7 @@ class AsyncLLM(AbstractAsyncContextManager["AsyncLLM"]):
         return (await self._tokenize(self.get_tokenizer().encode_batch, [text]))[0]
 
     async def _bad_word_ids(self, params: SamplingParams) -> list[list[int]]:
-        """An empty list without a tokenizer: the processor refuses the words then."""
+        """Return the token ids of bad words; `OutputProcessor` refuses them without a tokenizer."""
         if not params.bad_words or self._tokenizer is None:
             return []
         return await self._tokenize(self._tokenizer.bad_word_ids, list(params.bad_words))
@@ -219,42 +221,42 @@ AsyncLLM.__doc__ = f"{AsyncLLM.__doc__}\n    Settings:\n{Settings.__doc__}"
 
 
 class _Stream:
-    """One caller's end of a request, on the event loop that it was opened in."""
+    """The output queue of one request, on the event loop of its caller."""
 
     def __init__(self, streams: "_Streams", request: Request) -> None:
         self.request = request
         self.loop = asyncio.get_running_loop()
         self.error: BaseException | None = None
         self._streams = streams
-        self._has_news = asyncio.Event()
+        self._has_output = asyncio.Event()
 
     def wake(self) -> None:
-        """Call it on the loop."""
-        self._has_news.set()
+        """Wake the task that waits in `next`. Only code on the event loop may call this."""
+        self._has_output.set()
 
     async def next(self) -> RequestOutput:
-        """What is new; sleeps until something is.
+        """Wait for the next output, and return it.
 
         Raises:
             ValueError: the engine refused the request.
-            WorkerError, RuntimeError: nothing more comes.
+            WorkerError, RuntimeError: the engine has failed or was closed.
         """
         while True:
-            # set by the loop alone: who takes longer than a step gives others their turn, too
-            await self._has_news.wait()
-            self._has_news.clear()
+            # only the loop sets the event, so a slow caller still yields to other tasks
+            await self._has_output.wait()
+            self._has_output.clear()
             output = self._streams.take(self)
-            if output is not None:  # else the wake-up came late, for what had been taken
+            if output is not None:  # None: an earlier call has taken this output
                 if self.error is not None:
-                    self._has_news.set()  # that is next
+                    self._has_output.set()  # the next call raises it
                 return output
 
 
 class _Streams:
-    """The open streams of an engine, and the thread that reads what it sends.
+    """The open streams of an engine, and the thread that reads the engine's messages.
 
-    The thread makes the texts too: an event loop only takes what is ready. Both hold the lock for
-    the books of a step at most.
+    The thread also decodes tokens, so an event loop only takes finished outputs. Both sides hold
+    the lock for the bookkeeping of one step at most.
     """
 
     def __init__(self, client: EngineClient, processor: OutputProcessor) -> None:
@@ -263,9 +265,9 @@ class _Streams:
         self._processor = processor
         self._lock = threading.Lock()
         self._open: dict[Request, _Stream] = {}
-        self._questions: dict[int, Future[EngineStats]] = {}
+        self._stats_futures: dict[int, Future[EngineStats]] = {}
         self._numbers = count()
-        self._end: BaseException | None = None  # why nothing more comes
+        self._end: BaseException | None = None  # why the engine sends nothing more
         self._thread = threading.Thread(target=self._run, name="tpllm-streams", daemon=True)
 
     def start(self) -> None:
@@ -285,13 +287,13 @@ class _Streams:
         request_id: str | None,
     ) -> _Stream:
         with self._lock:
-            self._refuse_if_over()
+            self._raise_if_ended()
             request = self._processor.add(text, ids, params, bad_word_ids, request_id=request_id)
             try:
                 self._client.send(messages.add(request.engine_requests))
             except (ValueError, OverflowError) as error:
                 self._processor.abort(request.request_id)
-                raise ValueError(f"the engine cannot be told of this request: {error}") from None
+                raise ValueError(f"the request cannot be sent to the engine: {error}") from None
             stream = self._open[request] = _Stream(self, request)
         return stream
 
@@ -299,16 +301,16 @@ class _Streams:
         with self._lock:
             if stream.request.error is not None:
                 raise stream.request.error
-            if stream.request.has_news:
+            if stream.request.has_new_output:
                 return stream.request.take()
             if stream.error is not None:
                 raise stream.error
             return None
 
     def close(self, stream: _Stream) -> None:
-        """The caller wants no more of it; aborts the request if it still runs."""
+        """Forget a stream, and abort its request if it still runs."""
         with self._lock:
-            # one that has ended left its id, and a new request may have it
+            # a new request may have the id of one that has ended
             if self._open.pop(stream.request, None) is not None and not stream.request.finished:
                 self._abort(stream.request.request_id)
 
@@ -326,22 +328,22 @@ class _Streams:
         self._client.send({"type": "abort", "request_ids": engine_ids})
         return request
 
-    def ask_for_stats(self) -> "Future[EngineStats]":
+    def request_stats(self) -> "Future[EngineStats]":
         with self._lock:
-            self._refuse_if_over()
+            self._raise_if_ended()
             number = next(self._numbers)
-            question = self._questions[number] = Future()
+            future = self._stats_futures[number] = Future()
             self._client.send({"type": "stats", "number": number})
-        return question
+        return future
 
-    def _refuse_if_over(self) -> None:
-        """Raise why nothing more comes, once the thread has noted it.
+    def _raise_if_ended(self) -> None:
+        """Raise the error that ended the engine, once the thread has recorded it.
 
-        Between the end of the client and that note, only the thread can tell whether the engine
-        failed or was closed: it ends what is opened meanwhile.
+        Until then only the thread knows whether the engine failed or was closed. The thread also
+        ends the streams that are opened in the meantime.
         """
         if self._end is not None:
-            raise _again(self._end)
+            raise _copy_of(self._end)
 
     # ---- the thread --------------------------------------------------------------------------
 
@@ -350,7 +352,7 @@ class _Streams:
             while True:
                 received = self._client.receive()
                 with self._lock:
-                    self._take_in(received)
+                    self._handle(received)
         except ClosedError:
             with self._lock:
                 self._end_all(RuntimeError("this AsyncLLM is closed; make a new one"))
@@ -360,7 +362,7 @@ class _Streams:
             with self._lock:
                 self._end_all(error)
 
-    def _take_in(self, received: list[Message]) -> None:
+    def _handle(self, received: list[Message]) -> None:
         changed: dict[Request, None] = {}
         for message in received:
             kind = message["type"]
@@ -375,27 +377,27 @@ class _Streams:
                     self._open[request].error = ValueError(message["error"])
                     changed[request] = None
             elif kind == "stats":
-                question = self._questions.pop(message["number"])
-                if question.set_running_or_notify_cancel():
-                    question.set_result(messages.read_stats(message))
+                future = self._stats_futures.pop(message["number"])
+                if future.set_running_or_notify_cancel():
+                    future.set_result(messages.read_stats(message))
         self._wake([self._open[request] for request in changed if request in self._open])
 
     def _end_all(self, error: BaseException) -> None:
         self._end = error
         for stream in self._open.values():
-            stream.error = _again(error)
+            stream.error = _copy_of(error)
         self._wake(list(self._open.values()))
-        for question in self._questions.values():
-            if question.set_running_or_notify_cancel():
-                question.set_exception(_again(error))
+        for future in self._stats_futures.values():
+            if future.set_running_or_notify_cancel():
+                future.set_exception(_copy_of(error))
 
     def _wake(self, streams: list[_Stream]) -> None:
-        """Tell the loops of these streams, each loop once: a step may have news for hundreds."""
+        """Wake these streams, with one call per event loop: a step may have hundreds of outputs."""
         by_loop: dict[asyncio.AbstractEventLoop, list[_Stream]] = {}
         for stream in streams:
             by_loop.setdefault(stream.loop, []).append(stream)
         for loop, of_loop in by_loop.items():
-            with suppress(RuntimeError):  # the loop is closed, and nobody waits any more
+            with suppress(RuntimeError):  # the loop is closed, so no task waits
                 loop.call_soon_threadsafe(_wake_all, of_loop)
 
 
@@ -404,9 +406,9 @@ def _wake_all(streams: list[_Stream]) -> None:
         stream.wake()
 
 
-def _again(error: BaseException) -> BaseException:
-    """A copy to raise: one exception raised in many tasks would collect their tracebacks."""
+def _copy_of(error: BaseException) -> BaseException:
+    """Return a copy to raise: one exception raised in many tasks collects all their tracebacks."""
     try:
         return copy.copy(error)
-    except TypeError:  # its constructor wants something else than it keeps
+    except TypeError:  # the constructor takes other arguments than `args` holds
         return RuntimeError(f"{type(error).__name__}: {error}")

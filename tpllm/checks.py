@@ -1,7 +1,7 @@
-"""Checks of one value from outside: it comes back in its plain Python type, or is refused by name.
+"""Checks of single values from callers and files. Each returns the value in its plain Python type.
 
-Every function takes the name that the message should blame (a keyword, or `config.json: field`)
-and raises ValueError. A bool is never taken for a number, and numpy's numbers are taken as numbers.
+Every function takes the name for its message (a keyword, or `config.json: field`) and raises
+ValueError. A bool does not count as a number; numpy's numbers do.
 """
 
 import json
@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 MAX_INT32 = 2**31 - 1
-MAX_JSON_BYTES = 64 << 20  # the index of a large model takes some megabytes
+MAX_JSON_BYTES = 64 << 20  # the weight index of a large model takes some megabytes
 MIN_SEED, MAX_SEED = -(2**63), 2**64 - 1  # 64 bits, signed or unsigned
 
 
 def check_int(name: str, value: object, minimum: int, maximum: int = MAX_INT32) -> int:
-    """`value` as an int within `minimum` .. `maximum`, both included."""
+    """Return `value` as an int; it must be within `minimum` and `maximum`, both included."""
     if isinstance(value, bool) or not isinstance(value, Integral):
         raise ValueError(f"{name}={value!r} must be a whole number")
     number = int(value)
@@ -29,12 +29,12 @@ def check_int(name: str, value: object, minimum: int, maximum: int = MAX_INT32) 
 
 
 def check_seed(name: str, value: object) -> int:
-    """`value` as a 64-bit seed, signed or unsigned."""
+    """Return `value` as a 64-bit seed, signed or unsigned."""
     return check_int(name, value, minimum=MIN_SEED, maximum=MAX_SEED)
 
 
 def check_number(name: str, value: object) -> float:
-    """`value` as a finite float."""
+    """Return `value` as a finite float."""
     if isinstance(value, bool) or not isinstance(value, Real):
         raise ValueError(f"{name}={value!r} must be a number")
     try:
@@ -47,25 +47,25 @@ def check_number(name: str, value: object) -> float:
 
 
 def check_bool(name: str, value: object) -> bool:
-    """`value`, which must be True or False."""
+    """Return `value`, which must be True or False."""
     if not isinstance(value, bool):
         raise ValueError(f"{name}={value!r} must be True or False")
     return value
 
 
 def check_choice(name: str, value: object, choices: Sequence[str]) -> str:
-    """`value`, which must be one of `choices`."""
+    """Return `value`, which must be one of `choices`."""
     if not isinstance(value, str) or value not in choices:
         raise ValueError(f"{name}={value!r} must be one of {', '.join(map(repr, choices))}")
     return value
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in a file.
+    """Return the JSON object that a file holds.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it holds something other than one JSON object.
+        ValueError: the file holds something other than one JSON object.
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist or is not a file")
@@ -83,12 +83,12 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def are_ints(values: Iterable[object]) -> bool:
-    """Whether all are Python's own ints: to ask each takes 100 ms for 140,000."""
-    return set(map(type, values)) <= {int}  # a bool's type is another
+    """Whether all values are Python's own ints. A loop over 140,000 values takes 100 ms."""
+    return set(map(type, values)) <= {int}  # a bool has the type bool
 
 
 def is_unicode(text: str) -> bool:
-    """Whether a text has no lone surrogate, which no encoding can write."""
+    """Whether a string has no lone surrogate, which UTF-8 cannot encode."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -97,6 +97,6 @@ def is_unicode(text: str) -> bool:
 
 
 def short(value: object) -> str:
-    """A value in a message: never the whole of a long one."""
+    """Return a value's repr for a message, shortened to 80 characters."""
     text = repr(value)
     return text if len(text) <= 80 else text[:77] + "..."

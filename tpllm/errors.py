@@ -1,4 +1,4 @@
-"""The errors a caller may want to catch, beyond ValueError and FileNotFoundError."""
+"""The errors that callers may want to catch, besides ValueError and FileNotFoundError."""
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -11,17 +11,17 @@ from tpllm.outputs import RequestOutput
 class WorkerError(RuntimeError):
     """A worker process failed to start, raised, ended or stopped answering; the engine is closed.
 
-    The message tells all of the following but the outputs, and where the crash report is.
+    The message holds all of the following except the outputs, and the path of the crash report.
 
     Attributes:
-        rank: index in the TP group of the worker to blame; None if no single one is
+        rank: index in the TP group of the worker that failed; None if no single one did
         phase: what that worker did: "starting", "loading weights", ..., "ready" once it serves
         step: the last step that was sent to the workers; None before the first
         cause: in a few words: "RuntimeError: disk on fire", "SIGKILL", "exit code 3", "hang",
             "exit status unknown" where the program reaps its children itself
-        signal: number of the signal that ended it, or None
+        signal: number of the signal that ended the worker, or None
         remote_traceback: the worker's own traceback, or its Python stack at the end; None where
-            there is none, as after SIGKILL
+            there is none, such as after SIGKILL
         report: file with versions, settings, last steps and all stacks; None if none was written
         outputs: requests of the failed call that had finished
         unfinished: its other requests, with what they had produced
@@ -52,11 +52,11 @@ class WorkerError(RuntimeError):
 
 
 class NoNextTokenError(ValueError):
-    """A request had to end before its time: its form and other settings left no next token.
+    """A request ended early: its structured output and other settings left no next token.
 
     Attributes:
-        outputs: of the same call, the outputs of the requests that ended as they should
-        unfinished: those of the others, with what they had produced
+        outputs: outputs of the requests of the same call that finished
+        unfinished: outputs of its other requests, with what they had produced
     """
 
     def __init__(self, message: str) -> None:
@@ -66,18 +66,18 @@ class NoNextTokenError(ValueError):
 
 
 class UnknownSettingError(TypeError, ValueError):
-    """A keyword that does not exist.
+    """A keyword does not exist.
 
-    A TypeError as Python raises for any unknown keyword, and a ValueError as every other wrong
-    setting: code that catches either goes on working.
+    It is a TypeError, as Python raises for any unknown keyword, and a ValueError, as tpllm raises
+    for any other wrong setting. Code that catches either continues to work.
     """
 
 
 def refuse_unknown_settings(owner: str, given: Iterable[str], known: Iterable[str]) -> None:
-    """Check the keywords `given` to `owner` against those it has.
+    """Check the keywords `given` to `owner` against the `known` ones.
 
     Raises:
-        UnknownSettingError: one is unknown; the message gives the nearest known name, or all.
+        UnknownSettingError: one is unknown; the message has the nearest known name, or all names.
     """
     names = list(known)
     for name in given:
@@ -89,22 +89,22 @@ def refuse_unknown_settings(owner: str, given: Iterable[str], known: Iterable[st
 
 
 class SettingError(ValueError):
-    """A setting that only a look at the host or the device could prove wrong.
+    """A setting does not fit the host or the device; a worker found out.
 
-    From a worker it reaches the caller as this error, without the worker's traceback.
+    The caller receives it as this error, without the worker's traceback.
     """
 
 
 @contextmanager
 def panics_as_errors(what: str) -> Iterator[None]:
-    """Turn a panic within the block into a ValueError; everything else passes.
+    """Turn a panic of a Rust library within the block into a ValueError; other errors pass.
 
-    `pyo3_runtime.PanicException` is a BaseException, which no `except Exception` catches: one text
-    that tokenizers cannot take would end a thread, or a program. Each library has a class of its
-    own of that name, which cannot be imported.
+    `pyo3_runtime.PanicException` is a BaseException, which `except Exception` does not catch. One
+    text that tokenizers cannot encode would end a thread, or the program. Each library has its own
+    class of that name, and none can be imported.
 
     Args:
-        what: the beginning of the message: what the library was asked for
+        what: the beginning of the message: what the library did
 
     Raises:
         ValueError: the library panicked.
@@ -118,5 +118,5 @@ def panics_as_errors(what: str) -> Iterator[None]:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's message, or the name of its class where there is none."""
+    """Return the first line of an error's message, or the name of its class if that is empty."""
     return next(iter(str(error).splitlines()), type(error).__name__)

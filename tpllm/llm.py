@@ -1,4 +1,4 @@
-"""LLM: the offline API. Prompts in, texts out, in one call."""
+"""LLM: the offline API, which continues a batch of prompts in one call."""
 
 import os
 import time
@@ -29,19 +29,18 @@ Message = Mapping[str, Any]
 class LLM(AbstractContextManager["LLM"]):
     """A model, running in one process per GPU, that continues prompts.
 
-    Usable as a context manager; `close()`, `del` and the end of the program give everything back
-    as well. Calls from several threads, and open streams, run side by side in the same steps. A
-    call from a signal handler that interrupts a step is refused.
+    The object is a context manager. `close()`, `del` and the end of the program release its
+    resources as well. Calls from several threads, and open streams, share the same steps. A call
+    from a signal handler that interrupts a step is refused.
 
     Args:
         model: local folder or Hugging Face id; None for the small model that ships with tpllm
-        on_phase: called with rank and phase as the workers start, "loading weights" for one
+        on_phase: called with rank and phase as the workers start, such as "loading weights"
         **settings: see `tpllm.config.settings.Settings` for every keyword
 
     Raises:
-        ValueError, FileNotFoundError: a setting or file is wrong; no process has been started, or,
-            where only a device or transformers' tokenizer could tell, none is left.
-        WorkerError: a worker failed to start; none is left.
+        ValueError, FileNotFoundError: a setting or file is wrong; no process is left running.
+        WorkerError: a worker failed to start; no process is left running.
     """
 
     @takes_settings
@@ -81,11 +80,10 @@ class LLM(AbstractContextManager["LLM"]):
         use_tqdm: bool = True,
         **vllm_keywords: Any,
     ) -> list[RequestOutput]:
-        """Continue every prompt; the outputs are in the order of the prompts.
+        """Continue every prompt, and return the outputs in the order of the prompts.
 
         Ctrl-C ends the call's requests and leaves the engine ready for the next call. An exception
-        that a signal handler of the program's own raises ends the engine: it may come in the
-        middle of a step.
+        from any other signal handler ends the engine, because it may interrupt a step.
 
         Args:
             prompts: a text, a list of token ids, `{"prompt_token_ids": [...]}` or
@@ -93,12 +91,12 @@ class LLM(AbstractContextManager["LLM"]):
             sampling_params: one for all prompts, or one for each; None for
                 `get_default_sampling_params()`
             use_tqdm: whether to show progress, with input and output tokens per second
-            **vllm_keywords: those of vLLM that do not exist here, with values that ask for nothing
+            **vllm_keywords: vLLM's keywords that tpllm lacks, with values that have no effect
 
         Raises:
-            ValueError: a prompt cannot run; none has been started then.
-            NoNextTokenError: the settings of a prompt have left it no next token; raised once the
-                others have ended, and holds their outputs.
+            ValueError: a prompt cannot run; no prompt has been started.
+            NoNextTokenError: the settings of a prompt have left it no next token. It is raised
+                once the other prompts have ended, and holds their outputs.
             WorkerError: a worker failed; the engine is closed. The error holds the outputs of the
                 prompts that had finished, and what the others had produced.
         """
@@ -111,14 +109,14 @@ class LLM(AbstractContextManager["LLM"]):
         prompts: Prompt | Iterable[Prompt],
         sampling_params: SamplingParams | Iterable[SamplingParams] | None = None,
     ) -> Generator[RequestOutput, None, None]:
-        """Continue every prompt; yields the output of one or another as it grows.
+        """Continue every prompt, and yield outputs as tokens arrive.
 
-        The form of the outputs is `output_kind` of their sampling parameters, and the last one of
-        each prompt is `finished`. The model works while the iterator, or another call, asks for
-        more. Any threads may do so, one at a time; to close it, or to let go of it, aborts what is
-        left.
+        `output_kind` of the sampling parameters decides what each output holds. The last output of
+        each prompt is `finished`. The model runs while a caller iterates this generator, or while
+        another call runs. Any thread may iterate it, one at a time. Closing or deleting the
+        generator aborts the requests that are left.
 
-        Args and errors, at the first iteration: those of `generate`.
+        The arguments are those of `generate`, and so are the errors, at the first iteration.
         """
         texts, prompt_ids = self._encode(as_list(prompts))
         with self._begin(texts, prompt_ids, sampling_params, None) as call:
@@ -147,18 +145,19 @@ class LLM(AbstractContextManager["LLM"]):
 
         Args:
             messages: `[{"role": "user", "content": "..."}]`, or a list of such conversations, in
-                any form in which OpenAI's clients keep them; read as the server reads them
+                any format of OpenAI's clients; the server accepts the same
             chat_template: a Jinja template to use instead of the model's
-            add_generation_prompt: end the prompt with what opens an answer
-            continue_final_message: leave the last message open, for the model to go on with it;
-                goes with `add_generation_prompt=False`
+            add_generation_prompt: end the prompt with the header of the assistant's answer
+            continue_final_message: leave the last message open, so that the model continues it;
+                requires `add_generation_prompt=False`
             tools: JSON schemas of functions that the model may call
-            chat_template_kwargs: what else the template reads, such as `enable_thinking`
+            chat_template_kwargs: further variables of the template, such as `enable_thinking`
             **vllm_keywords: as for `generate`
 
         Raises:
-            ValueError: there is no chat template, or it does not take these messages; and as
-                `generate`.
+            ValueError: there is no chat template, or it cannot render these messages, or a prompt
+                cannot run.
+            NoNextTokenError, WorkerError: as in `generate`.
         """
         _refuse_absent("LLM.chat", vllm_keywords, CHAT)
         tokenizer = self.get_tokenizer()
@@ -167,9 +166,9 @@ class LLM(AbstractContextManager["LLM"]):
             raise ValueError(
                 f"messages={messages!r} must be a list of messages, or a list of lists"
             )
-        # a message may be an object with attributes, too
+        # a message may also be an object with attributes
         is_message = not items or isinstance(items[0], Mapping) or hasattr(items[0], "role")
-        # what is no list is refused by the name of its conversation
+        # render_chat refuses an item that is no list, and the error names its conversation
         conversations = [items] if is_message else [plain_list(each) or each for each in items]
         texts = []
         for i, conversation in enumerate(conversations):
@@ -185,7 +184,7 @@ class LLM(AbstractContextManager["LLM"]):
             except ValueError as error:
                 raise ValueError(f"conversation {i}: {error}") from None
             texts.append(text)
-        # the template spells out every special token
+        # the template's text includes every special token
         prompt_ids = tokenizer.encode_batch(texts, add_special_tokens=False)
         return self._run([*texts], prompt_ids, sampling_params, use_tqdm)
 
@@ -196,10 +195,10 @@ class LLM(AbstractContextManager["LLM"]):
         use_tqdm: bool = False,
         **vllm_keywords: Any,
     ) -> list[BeamSearchOutput]:
-        """The `beam_width` likeliest continuations of every prompt, the best first.
+        """Return the `beam_width` likeliest continuations of every prompt, the best first.
 
-        Every step is a call of its own for all beams of all prompts, which find what they have in
-        common in the prefix cache.
+        Every step is one call for all beams of all prompts. The prefix cache holds the tokens that
+        beams share.
 
         Args:
             prompts: as for `generate`
@@ -207,7 +206,8 @@ class LLM(AbstractContextManager["LLM"]):
             **vllm_keywords: as for `generate`
 
         Raises:
-            ValueError: a prompt cannot run, or `beam_width` is too large; none has been started.
+            ValueError: a prompt cannot run, or `beam_width` is too large; no prompt has been
+                started.
             WorkerError: a worker failed; the engine is closed.
         """
         _refuse_absent("LLM.beam_search", vllm_keywords, BEAM_SEARCH)
@@ -244,7 +244,7 @@ class LLM(AbstractContextManager["LLM"]):
         return results
 
     def get_tokenizer(self) -> Tokenizer:
-        """The model's tokenizer.
+        """Return the model's tokenizer.
 
         Raises:
             ValueError: the engine was made without one.
@@ -252,25 +252,25 @@ class LLM(AbstractContextManager["LLM"]):
         return require_tokenizer(self._tokenizer)
 
     def get_default_sampling_params(self) -> SamplingParams:
-        """What a call without sampling parameters uses: see the setting `generation_config`."""
+        """Return the default sampling parameters: see the setting `generation_config`."""
         return self.config.default_sampling_params
 
     def reset_prefix_cache(self) -> None:
-        """Forget all cached prefixes, as between two repeats of a measurement."""
+        """Forget all cached prefixes, for example between two runs of a benchmark."""
         with self._calls.turn():
             self._coordinator.reset_prefix_cache()
 
     @property
     def coordinator(self) -> Coordinator:
-        """The engine behind this object: its statistics, and where its time goes."""
+        """The engine behind this object, with its statistics and timings."""
         return self._coordinator
 
     # ---- ending ------------------------------------------------------------------------------
 
     def close(self) -> None:
-        """Give processes, shared memory and GPU memory back. Harmless when repeated.
+        """Release processes, shared memory and GPU memory. It may be called repeatedly.
 
-        A call that another thread is in ends with a RuntimeError.
+        A call that runs in another thread ends with a RuntimeError.
         """
         self._coordinator.close()
 
@@ -283,7 +283,7 @@ class LLM(AbstractContextManager["LLM"]):
     # ---- inside ------------------------------------------------------------------------------
 
     def _encode(self, prompts: list[str | list[int]]) -> tuple[list[str | None], list[list[int]]]:
-        """Text (None where it came as ids) and token ids of every prompt, encoded in one go."""
+        """Return the text (None for a prompt of token ids) and the token ids of every prompt."""
         texts = [prompt for prompt in prompts if isinstance(prompt, str)]
         encoded = iter(self.get_tokenizer().encode_batch(texts) if texts else [])
         return (
@@ -292,7 +292,7 @@ class LLM(AbstractContextManager["LLM"]):
         )
 
     def _bad_word_ids(self, params: SamplingParams) -> list[list[int]]:
-        """An empty list without a tokenizer: the processor refuses the words then."""
+        """Return the token ids of bad words; `OutputProcessor` refuses them without a tokenizer."""
         return self._tokenizer.bad_word_ids(params.bad_words) if self._tokenizer else []
 
     def _begin(
@@ -302,10 +302,10 @@ class LLM(AbstractContextManager["LLM"]):
         sampling_params: SamplingParams | Iterable[SamplingParams] | None,
         output_kind: RequestOutputKind | None,
     ) -> AbstractContextManager[Call]:
-        """Run a call's requests for the length of a block.
+        """Return a context manager that runs a call's requests.
 
         Raises:
-            ValueError: one of them could never run; it is named by its index as a prompt.
+            ValueError: a prompt can never run; the message names it by its index.
         """
         params = one_for_each(sampling_params, len(prompt_ids), self.get_default_sampling_params)
         words = []
@@ -324,7 +324,7 @@ class LLM(AbstractContextManager["LLM"]):
         sampling_params: SamplingParams | Iterable[SamplingParams] | None,
         use_tqdm: bool,
     ) -> list[RequestOutput]:
-        """Run requests to their ends."""
+        """Run requests until they end, and return their outputs in order."""
         final_only = RequestOutputKind.FINAL_ONLY
         with (
             self._begin(texts, prompt_ids, sampling_params, final_only) as call,
@@ -350,7 +350,7 @@ class LLM(AbstractContextManager["LLM"]):
 LLM.__doc__ = f"{LLM.__doc__}\n    Settings:\n{Settings.__doc__}"
 
 
-# The keywords of the methods that take vLLM's, besides these.
+# The keywords that the methods have themselves; they take vLLM's, too.
 GENERATE = ("prompts", "sampling_params", "use_tqdm")
 CHAT = (
     *("messages", "sampling_params", "use_tqdm", "chat_template", "add_generation_prompt"),
@@ -360,13 +360,13 @@ BEAM_SEARCH = ("prompts", "params", "use_tqdm")
 
 
 def _refuse_absent(method: str, given: Mapping[str, Any], known: Sequence[str]) -> None:
-    """Refuse keywords of vLLM that ask for something, and unknown ones."""
+    """Refuse unknown keywords, and vLLM's keywords with values that would have an effect."""
     if given:
         without_absent(method, given, CALLS, known)
 
 
 class _Progress:
-    """A bar of finished prompts, with input and output tokens per second."""
+    """A progress bar of finished prompts, with input and output tokens per second."""
 
     def __init__(self, num_requests: int, enabled: bool) -> None:
         self._bar = tqdm(

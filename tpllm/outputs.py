@@ -1,4 +1,4 @@
-"""What callers get back, in vLLM's shape."""
+"""The outputs that callers receive. Names and meanings are vLLM's."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,12 +8,12 @@ FinishReason = Literal["stop", "length", "abort"]
 
 
 class Logprob(NamedTuple):
-    """How likely the model found a token at one position.
+    """The log-probability of a token at one position.
 
     Attributes:
         logprob: natural logarithm of its probability
-        rank: 1 for the likeliest token of all
-        decoded_token: the token by itself in words; None without a tokenizer
+        rank: 1 for the likeliest token of the vocabulary
+        decoded_token: the text of this token alone; None without a tokenizer
     """
 
     logprob: float
@@ -21,24 +21,25 @@ class Logprob(NamedTuple):
     decoded_token: str | None = None
 
 
-# Not frozen, with slots: a stream makes one of each for every token, and this is a third the time.
+# Slots, and not frozen: a stream creates one of each per token, and this takes a third the time.
 @dataclass(slots=True)
 class CompletionOutput:
     """One generated continuation of a prompt.
 
     Attributes:
-        index: which continuation of its request this is, from 0
-        text: `token_ids` in words, without the end token or stop text that ended it (unless
+        index: number of the continuation within its request, from 0
+        text: the text of `token_ids`, without the end token or stop string that ended it (unless
             `include_stop_str_in_output`); "" without a tokenizer or with `detokenize=False`
-        token_ids: generated tokens, an end or stop token included
-        finish_reason: "stop" at an end token, stop token or stop text; "length" at `max_tokens`,
-            `max_model_len` or, where that is less, what the KV cache holds; "abort" if the caller
-            ended it, or it is part of an error; None while it runs
-        stop_reason: the entry of `stop_token_ids` or `stop` that ended it; None for anything else,
-            the model's own end tokens included
-        cumulative_logprob: sum over all tokens so far; None unless `logprobs` are asked for
-        logprobs: for each of `token_ids`, its own log-probability first and then those of the
-            likeliest tokens, by token id; None unless asked for
+        token_ids: generated tokens, including an end token or stop token
+        finish_reason: "stop" at an end token, stop token or stop string; "length" at `max_tokens`,
+            at `max_model_len`, or when the sequence fills the KV cache; "abort" if the caller
+            ended it, or if it is part of an error; None while it runs
+        stop_reason: the entry of `stop_token_ids` or `stop` that ended it; None otherwise, also
+            at the model's own end tokens
+        cumulative_logprob: sum of the log-probabilities of all tokens so far; None without
+            `logprobs`
+        logprobs: for each of `token_ids` a dict by token id: the token's own log-probability
+            first, then the likeliest tokens; None without `logprobs`
     """
 
     index: int
@@ -52,17 +53,17 @@ class CompletionOutput:
 
 @dataclass(slots=True)
 class RequestOutput:
-    """A request and what came of it: everything so far, or what is new (see `output_kind`).
+    """The output of a request: everything so far, or what is new (see `output_kind`).
 
     Attributes:
         request_id: unique within its engine
-        prompt: the prompt's text; None if it came as token ids
-        prompt_token_ids: the prompt as the model read it
-        outputs: its continuations, `n` of them; a delta holds those that have news
-        finished: whether all of them have ended
-        num_cached_tokens: prompt tokens whose KV the prefix cache had
-        prompt_logprobs: for each token of the prompt, as `CompletionOutput.logprobs`, the first
-            excepted; None unless asked for. Each entry is made when it is read
+        prompt: the prompt's text; None if the prompt is token ids
+        prompt_token_ids: the prompt's token ids, as the model reads them
+        outputs: the `n` continuations; a delta holds only those with new tokens
+        finished: whether all continuations have ended
+        num_cached_tokens: prompt tokens whose KV was in the prefix cache
+        prompt_logprobs: an entry for each prompt token, as in `CompletionOutput.logprobs`, None
+            for the first; None without `prompt_logprobs`. Entries are built when they are read
     """
 
     request_id: str

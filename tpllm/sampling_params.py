@@ -1,4 +1,4 @@
-"""SamplingParams: how the tokens of a request are drawn, what is reported, and when it ends."""
+"""SamplingParams: how a request samples its tokens, what it reports, and when it ends."""
 
 import copy
 from collections.abc import Iterable, Mapping
@@ -12,13 +12,12 @@ from tpllm.fields.docs import documented
 from tpllm.structured_outputs import StructuredOutputsParams
 from tpllm.vllm_keywords import SAMPLING, checks_keywords
 
-# From about 1000 on every token is equally likely; at 1e37 float32 scores would overflow.
+# From about 1000 on all tokens are equally likely; at 1e37 float32 scores would overflow.
 MAX_TEMPERATURE = 1e6
-# Logits are multiplied or divided by it: further out, float32 would turn them into 0 or infinity.
+# Logits are multiplied or divided by it; beyond this, float32 logits become 0 or infinity.
 MAX_REPETITION_PENALTY = 1e6
 MAX_N = 16384
-# Each token reported costs memory in every result: as many as OpenAI and, unless told otherwise,
-# vLLM report.
+# Each reported token costs memory in every result. OpenAI's limit, and vLLM's default limit.
 MAX_LOGPROBS = 20
 # OpenAI's range: 100 makes a token certain, -100 impossible, against any ordinary logit.
 MAX_LOGIT_BIAS = 100.0
@@ -36,12 +35,12 @@ class RequestOutputKind(Enum):
 @checks_keywords("SamplingParams", SAMPLING)
 @dataclass(frozen=True, kw_only=True)
 class SamplingParams:
-    """How to draw a request's tokens, what to report, and when to stop.
+    """How to sample a request's tokens, what to report, and when to stop.
 
-    Names, defaults and meanings are vLLM's. Logits go through, in this order: structured_outputs,
-    allowed_token_ids, bad_words, min_tokens, logit_bias, repetition_penalty, frequency_penalty and
-    presence_penalty; then temperature, min_p, top_k and top_p. Greedy requests ignore the last
-    three.
+    Names, defaults and meanings are vLLM's. They change the logits in this order:
+    structured_outputs, allowed_token_ids, bad_words, min_tokens, logit_bias, repetition_penalty,
+    frequency_penalty and presence_penalty; then temperature, min_p, top_k and top_p. Greedy
+    requests ignore the last three.
 
     Raises:
         ValueError: a value is out of range, not of its type, or contradicts another.
@@ -53,11 +52,15 @@ class SamplingParams:
     temperature: float = 1.0
     """divides the logits; 0 always takes the likeliest token (greedy)"""
     top_p: float = 1.0
-    """sample from the fewest likeliest tokens whose probabilities add up to this; in (0, 1]"""
+    """sample from the smallest set of likeliest tokens whose probabilities add up to this; in
+    (0, 1]
+    """
     top_k: int = 0
     """sample from this many likeliest tokens; 0 or -1 for all"""
     min_p: float = 0.0
-    """sample from tokens at least this probable, relative to the likeliest; in [0, 1]"""
+    """sample from tokens whose probability is at least this fraction of the likeliest token's; in
+    [0, 1]
+    """
     presence_penalty: float = 0.0
     """subtracted from the logits of tokens generated before; in [-2, 2]"""
     frequency_penalty: float = 0.0
@@ -67,18 +70,18 @@ class SamplingParams:
     negative ones; 1 for none
     """
     seed: int | None = None
-    """64-bit, signed or unsigned; equal seeds sample equal tokens in any batch. None (or vLLM's
-    name for it, -1) takes the engine's seed, differently for each request.
+    """64-bit, signed or unsigned; equal seeds sample equal tokens in any batch. None (or -1, as in
+    vLLM) uses the engine's seed, differently for each request.
     """
     stop: str | tuple[str, ...] | list[str] = ()  # kept as a tuple
-    """a text, or several, that ends the request where it appears"""
+    """one or several strings that end the request where they appear"""
     stop_token_ids: tuple[int, ...] | list[int] = ()  # kept as a tuple
     """tokens that end the request, besides the model's end tokens"""
     bad_words: tuple[str, ...] | list[str] = ()  # kept as a tuple
-    """texts that generated tokens never spell, alone or after a space: the token that would
-    complete one cannot be sampled, however the text is divided into tokens (of long ones, in the
-    fewest tokens; a request's words share 4,096 token ids). A longer token may hold one: "not" bans
-    no token "nothing"
+    """words that the output never contains, alone or after a space. The token that would complete
+    one cannot be sampled, however the word is divided into tokens (a long word only in the fewest
+    tokens; a request's words share 4,096 token ids). A longer token may contain one: "not" does not
+    ban the token "nothing"
     """
     logit_bias: dict[int, float] | None = field(default=None, hash=False)
     """added to the logits of these token ids; clamped to [-100, 100]"""
@@ -91,54 +94,55 @@ class SamplingParams:
     ignore_eos: bool = False
     """continue past the model's end tokens (to measure speed)"""
     logprobs: int | None = None
-    """report the log-probabilities of each generated token and of this many likeliest ones, at most
-    20; those of the model, before any of the settings above. None for none
+    """report the log-probabilities of each generated token and of this many likeliest tokens, at
+    most 20, from the model's unchanged logits. None for none
     """
     prompt_logprobs: int | None = None
-    """the same for the tokens of the prompt, the first excepted; such a request computes its whole
-    prompt, also where the prefix cache has it
+    """the same for the prompt's tokens except the first. Such a request computes its whole prompt,
+    even if the prefix cache holds it
     """
     detokenize: bool = True
-    """whether to turn token ids into text"""
+    """whether to decode token ids into text"""
     skip_special_tokens: bool = True
     """leave special tokens out of the text"""
     spaces_between_special_tokens: bool = True
     """put spaces between special tokens in the text"""
     include_stop_str_in_output: bool = False
-    """keep the `stop` text that ended the request in its output"""
+    """keep the `stop` string that ended the request in its output"""
     output_kind: RequestOutputKind = RequestOutputKind.CUMULATIVE
     """what each output of a streamed request holds"""
     structured_outputs: StructuredOutputsParams | None = None
-    """the form that the answer must have, such as a JSON schema; end tokens can be drawn only where
-    the form is complete. Where nothing else can follow, one ends the request in spite of min_tokens
-    and ignore_eos.
+    """the constraint on the whole answer, such as a JSON schema. End tokens can be sampled only
+    where the answer is complete. Where no other token can follow, an end token ends the request
+    despite min_tokens and ignore_eos.
     """
 
     def __post_init__(self) -> None:
-        self._check_drawing()
+        self._check_sampling()
         self._check_token_lists()
         self._check_ends()
         self._check_reports()
 
     @property
     def is_greedy(self) -> bool:
-        """Whether the likeliest token is taken, so that nothing is drawn."""
+        """Whether the likeliest token is always taken, so that nothing is sampled."""
         return self.temperature == 0
 
     def of_continuation(self, index: int) -> "SamplingParams":
-        """Those of one of the n continuations: a seed of its own, since equal ones draw equally.
+        """Return the parameters of one of the n continuations.
 
-        The first reports on the prompt for all.
+        Each has its own seed, since equal seeds sample equal tokens. Only the first reports
+        `prompt_logprobs`.
         """
         if index == 0 or (self.seed is None and self.prompt_logprobs is None):
             return self
-        params = copy.copy(self)  # all has been checked, and may be long
+        params = copy.copy(self)  # skips the checks, which have passed and may be slow
         if self.seed is not None:
             params._keep("seed", xxhash.xxh64_intdigest(f"{self.seed}/{index}".encode()))
         params._keep("prompt_logprobs", None)
         return params
 
-    def _check_drawing(self) -> None:
+    def _check_sampling(self) -> None:
         self._keep("n", check_int("n", self.n, minimum=1, maximum=MAX_N))
         self._keep("temperature", _check_temperature(self.temperature))
         top_p = check_number("top_p", self.top_p)
@@ -166,9 +170,7 @@ class SamplingParams:
         if self.allowed_token_ids is not None:
             allowed = _check_token_ids("allowed_token_ids", self.allowed_token_ids)
             if not allowed:
-                raise ValueError(
-                    "allowed_token_ids is empty, so no token could be drawn; use None for all"
-                )
+                raise ValueError("allowed_token_ids=[] allows no token; use None for all")
             self._keep("allowed_token_ids", tuple(dict.fromkeys(allowed)))
 
     def _check_ends(self) -> None:
@@ -186,8 +188,8 @@ class SamplingParams:
         check_bool("detokenize", self.detokenize)
         if self.stop and not self.detokenize:
             raise ValueError(
-                f"stop={list(self.stop)!r} is looked for in the text, and detokenize=False makes "
-                "none; leave detokenize on, or use stop_token_ids"
+                f"stop={list(self.stop)!r} needs the text, and detokenize=False makes none; use "
+                "detokenize=True, or stop_token_ids"
             )
 
     def _check_reports(self) -> None:
@@ -201,12 +203,12 @@ class SamplingParams:
                 f"output_kind={self.output_kind!r} must be a RequestOutputKind: "
                 f"{', '.join(kind.name for kind in RequestOutputKind)}"
             )
-        form = self.structured_outputs
-        if form is not None and not isinstance(form, StructuredOutputsParams):
-            raise ValueError(f"structured_outputs={form!r} must be a StructuredOutputsParams")
+        structured = self.structured_outputs
+        if structured is not None and not isinstance(structured, StructuredOutputsParams):
+            raise ValueError(f"structured_outputs={structured!r} must be a StructuredOutputsParams")
 
     def _keep(self, name: str, value: object) -> None:
-        object.__setattr__(self, name, value)  # the dataclass is frozen for everyone else
+        object.__setattr__(self, name, value)  # the dataclass is frozen
 
 
 def _check_range(name: str, value: object, minimum: float, maximum: float) -> float:
@@ -246,7 +248,7 @@ def _check_logprobs(name: str, value: object) -> int | None:
 
 
 def _check_logit_bias(value: object) -> dict[int, float] | None:
-    """Its ids as ints, also where they were JSON's keys; each bias within OpenAI's range."""
+    """Return token ids as ints, also where JSON has them as strings, and clamped biases."""
     if value is None:
         return None
     if not isinstance(value, Mapping):
@@ -261,23 +263,23 @@ def _check_logit_bias(value: object) -> dict[int, float] | None:
 
 
 def _check_texts(name: str, value: object) -> tuple[str, ...]:
-    if value is None:  # vLLM's way to say "none"
+    if value is None:  # vLLM allows it
         return ()
     if isinstance(value, str | bytes) or not isinstance(value, Iterable):
-        raise ValueError(f"{name}={value!r} must be a list of texts")
+        raise ValueError(f"{name}={value!r} must be a list of strings")
     texts = tuple(value)
     for i, text in enumerate(texts):
         if not isinstance(text, str):
-            raise ValueError(f"{name}[{i}]={text!r} must be a text")
+            raise ValueError(f"{name}[{i}]={text!r} must be a string")
         if not text:
-            raise ValueError(f"{name}[{i}] is empty, which is found everywhere; leave it out")
+            raise ValueError(f"{name}[{i}] is empty, and matches everywhere; leave it out")
         if not is_unicode(text):
             raise ValueError(f"{name}[{i}]={text!r} is not valid Unicode; leave it out")
     return texts
 
 
 def _check_token_ids(name: str, value: object) -> tuple[int, ...]:
-    if value is None:  # vLLM's way to say "none"
+    if value is None:  # vLLM allows it
         return ()
     if isinstance(value, str | bytes) or not isinstance(value, Iterable):
         raise ValueError(f"{name}={value!r} must be a list of token ids")

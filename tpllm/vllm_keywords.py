@@ -1,7 +1,7 @@
-"""Keywords of vLLM that do not exist here: which of their values pass, and what to do about others.
+"""vLLM's keywords that tpllm lacks: the values that are accepted, and what to use instead.
 
-A value passes where it asks for nothing that we would not do: vLLM's default, mostly. None always
-does. `docs/coming-from-vllm.md` shows these tables, and a test compares.
+A value is accepted if it has no effect here, as most of vLLM's defaults do. None is always
+accepted. `docs/coming-from-vllm.md` shows these tables, and a test compares them.
 """
 
 from collections.abc import Callable, Collection, Mapping
@@ -13,11 +13,11 @@ from tpllm.errors import UnknownSettingError, refuse_unknown_settings
 
 
 class Absent(NamedTuple):
-    """A keyword that we do not have.
+    """A keyword that tpllm lacks.
 
     Attributes:
-        way_out: what to do instead
-        harmless: values that pass, None besides
+        way_out: what to use or do instead
+        harmless: values that are accepted and ignored, besides None
     """
 
     way_out: str
@@ -39,13 +39,13 @@ SETTINGS: Keywords = {
     "block_size": Absent("use kv_block_size"),
     "code_revision": Absent("no code of a checkpoint is ever run", ("main",)),
     "compilation_config": Absent("use enforce_eager to do without CUDA graphs", ({},)),
-    "config_format": Absent("use a checkpoint in Hugging Face's form", ("auto", "hf")),
+    "config_format": Absent("use a checkpoint in Hugging Face's format", ("auto", "hf")),
     "convert": Absent("models generate text, and nothing else", ("auto", "none")),
     "cpu_offload_gb": Absent("raise tensor_parallel_size where weights do not fit", (0,)),
     "data_parallel_size": Absent(_ONE_HOST, (1,)),
     "disable_async_output_proc": Absent(_LEAVE_OUT, (False,)),
     "disable_cascade_attn": Absent(_LEAVE_OUT, (True, False)),
-    "disable_log_stats": Absent("llm.coordinator.engine_stats() tells what it does", (True, False)),
+    "disable_log_stats": Absent("use llm.coordinator.engine_stats()", (True, False)),
     "distributed_executor_backend": Absent(_ONE_HOST, ("mp", "uni")),
     "download_dir": Absent("set HF_HOME, or give a local folder"),
     "enable_chunked_prefill": Absent("always on; raise max_num_batched_tokens instead", (True,)),
@@ -61,7 +61,7 @@ SETTINGS: Keywords = {
     "kv_transfer_config": Absent("one engine does prefill and decode"),
     "limit_mm_per_prompt": Absent(_NO_IMAGES, ({},)),
     "logits_processors": Absent("use logit_bias, allowed_token_ids or structured_outputs", ([],)),
-    "max_logprobs": Absent("20 is the most", (20,)),
+    "max_logprobs": Absent("the limit is 20", (20,)),
     "max_lora_rank": Absent(_NO_LORA, (16,)),
     "max_loras": Absent(_NO_LORA, (1,)),
     "max_num_partial_prefills": Absent(_LEAVE_OUT, (1,)),
@@ -78,11 +78,11 @@ SETTINGS: Keywords = {
     "rope_theta": Absent(_CONFIG),
     "runner": Absent("models generate text, and nothing else", ("auto", "generate")),
     "scheduling_policy": Absent("requests run in the order in which they come", ("fcfs",)),
-    "served_model_name": Absent("it is a setting of the server"),
+    "served_model_name": Absent("it is a setting of the server: tpllm serve --served-model-name"),
     "speculative_config": Absent(_LEAVE_OUT),
     "speculative_model": Absent(_LEAVE_OUT),
     "structured_outputs_config": Absent("llguidance is the only backend", ({},)),
-    "swap_space": Absent("a preempted sequence is computed again", (0, 4)),
+    "swap_space": Absent("a preempted sequence is recomputed", (0, 4)),
     "task": Absent("models generate text, and nothing else", ("auto", "generate")),
     "tokenizer_mode": Absent("the tokenizer is transformers' own", ("auto", "hf")),
     "tokenizer_revision": Absent(_FOLDER, ("main",)),
@@ -96,7 +96,9 @@ SETTINGS: Keywords = {
 
 SAMPLING: Keywords = {
     "best_of": Absent("use n, and choose by cumulative_logprob", (1,)),
-    "early_stopping": Absent("LLM.beam_search has transformers' rules", (False,)),
+    "early_stopping": Absent(
+        "LLM.beam_search stops as transformers' early_stopping=False", (False,)
+    ),
     "extra_args": Absent(_LEAVE_OUT, ({},)),
     "flat_logprobs": Absent("log-probabilities are lists of dicts", (False,)),
     "guided_decoding": Absent("use structured_outputs=StructuredOutputsParams(...)"),
@@ -114,10 +116,10 @@ SAMPLING: Keywords = {
     "routed_experts_prompt_start": Absent("models are dense", (0,)),
     "skip_clone": Absent(_LEAVE_OUT, (True, False)),
     "skip_reading_prefix_cache": Absent("use enable_prefix_caching=False of LLM", (False,)),
-    "stream_interval": Absent("every output comes as soon as it is there", (1,)),
+    "stream_interval": Absent("every output is sent at once", (1,)),
     "thinking_token_budget": Absent("use max_tokens, or enable_thinking of the chat template"),
     "trace_decode_token_ids": Absent("use prompt_logprobs to measure given tokens"),
-    "truncate_prompt_tokens": Absent("cut the list of token ids, and give that as the prompt"),
+    "truncate_prompt_tokens": Absent("truncate the list of token ids, and give that as the prompt"),
     "use_beam_search": Absent("call LLM.beam_search", (False,)),
 }
 
@@ -133,15 +135,15 @@ STRUCTURED: Keywords = {
 CALLS: Keywords = {
     "arrival_time": Absent(_LEAVE_OUT),
     "chat_template_content_format": Absent(
-        "contents reach the template as texts", ("auto", "string")
+        "the template receives contents as strings", ("auto", "string")
     ),
-    "concurrency_limit": Absent("max_num_seqs bounds what runs at once"),
+    "concurrency_limit": Absent("use max_num_seqs"),
     "data_parallel_rank": Absent(_ONE_HOST, (0,)),
     "guided_options_request": Absent("use structured_outputs of SamplingParams"),
     "lora_request": Absent(_NO_LORA, ([],)),
     "mm_processor_kwargs": Absent(_NO_IMAGES, ({},)),
     "priority": Absent("requests run in the order in which they come", (0, [])),
-    "prompt_adapter_request": Absent("put the prompt's words into the prompt"),
+    "prompt_adapter_request": Absent("write the instructions into the prompt"),
     "prompt_token_ids": Absent(
         'give the ids as the prompt: generate([1, 2, 3]), or {"prompt_token_ids": ids}'
     ),
@@ -156,7 +158,7 @@ PROMPTS: Keywords = {
     "mm_processor_kwargs": Absent(_NO_IMAGES, ({},)),
     "multi_modal_data": Absent(_NO_IMAGES, ({},)),
     "multi_modal_uuids": Absent(_NO_IMAGES, ({},)),
-    "prompt_embeds": Absent("give a text or token ids"),
+    "prompt_embeds": Absent("give a string or token ids"),
     "role": Absent("call LLM.chat with messages"),
     "type": Absent(_LEAVE_OUT, ("text", "token", "tokens")),
 }
@@ -167,10 +169,11 @@ _T = TypeVar("_T")
 def without_absent(
     owner: str, given: Mapping[str, Any], absent: Keywords, known: Collection[str]
 ) -> dict[str, Any]:
-    """The keywords `given` to `owner` that it has; those of vLLM that ask for nothing are dropped.
+    """Return the keywords `given` to `owner` without the `absent` ones, whose values are harmless.
 
     Raises:
-        UnknownSettingError: one is absent and asks for something, or nobody has it.
+        UnknownSettingError: an absent keyword has a value that would have an effect, or a keyword
+            is unknown.
     """
     refuse_unknown_settings(owner, [name for name in given if name not in absent], known)
     refuse_absent(owner, given, absent)
@@ -178,10 +181,10 @@ def without_absent(
 
 
 def refuse_absent(owner: str, given: Mapping[Any, Any], absent: Keywords) -> None:
-    """Check that those of vLLM's keywords that are absent here ask for nothing.
+    """Check that the values of `absent` keywords have no effect.
 
     Raises:
-        UnknownSettingError: one does.
+        UnknownSettingError: one would have an effect.
     """
     for name, value in given.items():
         if name in absent and not _is_harmless(value, absent[name].harmless):
@@ -197,14 +200,14 @@ def _is_harmless(value: object, harmless: tuple[Any, ...]) -> bool:
 def _is_same(value: object, other: object) -> bool:
     if isinstance(value, int | float) and isinstance(other, int | float):
         return value == other and isinstance(value, bool) == isinstance(other, bool)
-    # other types may compare as they like: an array, for one
+    # types first: other types, such as arrays, define == in their own way
     return type(value) is type(other) and value == other
 
 
 def checks_keywords(owner: str, absent: Keywords) -> Callable[[type[_T]], type[_T]]:
-    """Make a dataclass of keywords take vLLM's harmless ones, and refuse unknown ones by name.
+    """Return a decorator: the dataclass ignores vLLM's harmless keywords and refuses unknown ones.
 
-    Python's own TypeError would not say which name is the nearest.
+    Unlike Python's own TypeError, the error suggests the nearest known name.
     """
 
     def decorate(cls: type[_T]) -> type[_T]:

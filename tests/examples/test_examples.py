@@ -48,7 +48,7 @@ def test_every_example_has_a_test() -> None:
 
 def test_basic(run: Any) -> None:
     shown = run("basic.py")
-    assert f"shepherd;' -> {PSALM + ' He maketh'!r}" in shown.partition("--- drawn")[0]
+    assert f"shepherd;' -> {PSALM + ' He maketh'!r}" in shown.partition("--- sampled")[0]
     assert shown.count(" -> ") == 6
     # and by itself, with an engine of its own, on the CPU as here
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
@@ -127,4 +127,4 @@ def test_openai_client(run: Any, engines: SharedEngines) -> None:
     assert "chat: 392\n" in shown
     assert re.search(r"streamed: 469.*473 \(\d+ tokens\)\n", shown)
     assert re.search(r"JSON: \{'sum': \d{1,3}\}\n", shown)
-    assert shown.count("drawn: ") == 2
+    assert shown.count("sampled: ") == 2

@@ -59,7 +59,7 @@ def test_values_are_kept_as_plain_objects(field: str, value: Any, kept: object) 
         ("mode", "d", "mode='d' must be one of 'a', 'b', 'c'"),
         ("mode", ["a"], "mode=['a'] must be one of"),
         ("switch", 1, "switch=1 must be True or False"),
-        ("name", 5, "name=5 must be a text"),
+        ("name", 5, "name=5 must be a string"),
         ("mode", "\udcff", "mode='\\udcff' is not valid Unicode"),
         ("names", 5, "names=5 is not of its type"),
     ],

@@ -54,7 +54,7 @@ class LetterTokenizer:
     def render_chat(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> str:
         plain = plain_messages(messages)
         if any(message["content"] == "refuse" for message in plain):
-            raise ValueError("the chat template of letters does not take these messages: no")
+            raise ValueError("the chat template of letters cannot render these messages: no")
         tools = plain_tools(options.pop("tools", None))
         self.rendered.append({"messages": plain, "tools": tools, **options})
         lines = [f"<{message['role']}>{message['content']}\n" for message in plain]

@@ -199,14 +199,14 @@ def test_a_stop_string_is_told(client: OpenAI) -> None:
         ({"best_of": 2}, "best_of=2 is not supported beyond n=1"),
         (
             {"extra_body": {"prompt_logprobs": 1}, "stream": True},
-            "prompt_logprobs=1 come with a whole answer",
+            "prompt_logprobs=1 is not available in streams",
         ),
         ({"suffix": "end"}, "suffix is not supported"),
         ({"logit_bias": {"x": 1}}, "logit_bias key='x' must be a whole number"),
         ({"prompt": ""}, "prompt 0 has no tokens"),
         ({"prompt": []}, "prompt=[] is empty"),
-        ({"prompt": [[1], "a", {}]}, "prompt[2]={} must be a text or a list of token ids"),
-        ({"prompt": [True]}, "prompt[0]=True must be a text"),
+        ({"prompt": [[1], "a", {}]}, "prompt[2]={} must be a string or a list of token ids"),
+        ({"prompt": [True]}, "prompt[0]=True must be a string"),
         (
             {"prompt": "x" * 2000},
             "This model's maximum context length is 2000 tokens. However, your prompt is too",

@@ -176,7 +176,7 @@ def test_an_answer_has_the_form_that_it_must_have(client: OpenAI) -> None:
     arguments = "".join(each.arguments or "" for each in functions)
     assert 0 <= json.loads(arguments)["sum"] <= 99
     for streams in (False, True):
-        with pytest.raises(BadRequestError, match="guided_regex: what it asks for cannot be used"):
+        with pytest.raises(BadRequestError, match="guided_regex: its value cannot be used"):
             client.chat.completions.create(
                 model="tiny",
                 messages=QUESTION,

@@ -28,7 +28,7 @@ CALLS = {"role": "assistant", "tool_calls": [CALL] * 1000}
         (COMPLETIONS, {"bad_words": ["x" * 1025]}, "bad_words[0]='xxx"),
         (COMPLETIONS, {"guided_choice": ["x"] * 1025}, "guided_choice=['x', "),
         (COMPLETIONS, {"stop_token_ids": ["a"] * 10**5}, "stop_token_ids[0]='a' "),
-        (COMPLETIONS, {f"field{i}": i for i in range(10**4)}, "an object of 10001 fields"),
+        (COMPLETIONS, {f"field{i}": i for i in range(10**4)}, "the body has 10001 fields"),
         (COMPLETIONS, {"prompt": ["x"] * 16385}, "prompt has 16385 entries"),
         (
             COMPLETIONS,
@@ -100,7 +100,7 @@ def test_a_text_of_too_many_tokens_is_not_encoded_to_its_end(
     encoder = prompts.Prompts(tokenizer, 1500)
     assert encoder._encode(["x" * 1500], True) == [[ord("x")] * 1500]
     tokenizer.sizes.clear()
-    with pytest.raises(APIError, match="too long: a text has 10000 letters"):
+    with pytest.raises(APIError, match="too long: a text has 10000 characters"):
         encoder._encode(["x" * 10_000], True)
     assert tokenizer.sizes == [1000, 1000]
 
@@ -162,7 +162,7 @@ def test_more_log_probabilities_than_fit_into_memory_are_refused(
     whole = {**HELLO, **body} if path == CHAT else {"prompt": "x", **body}
     error = error_of(http.post(path, json=whole), 400)
     assert error["param"] == "logprobs"
-    assert f"come to {num_entries}" in error["message"] and "2097152" in error["message"]
+    assert f"have {num_entries}" in error["message"] and "2097152" in error["message"]
     assert all(name in error["message"] for name in ("top_logprobs", "max_tokens", "n"))
     error_of(http.post(path, json={**whole, "stream": True}), 400)
     assert served.engine.seen == []

@@ -45,8 +45,8 @@ def no_threads(monkeypatch: pytest.MonkeyPatch) -> None:
         (COMPLETIONS, {"prompt": IDS, "echo": True, "max_tokens": 0}, "prompt", "leave no room"),
         (COMPLETIONS, {"prompt": IDS[1:], "max_tokens": 2}, "max_tokens", "requested 2001 tokens"),
         (COMPLETIONS, {"prompt": ["x", IDS[2:]], "max_tokens": 3}, "max_tokens", "in prompt[1]"),
-        (COMPLETIONS, {"prompt": "x" * 300_000}, "prompt", "a text has 300000 letters"),
-        (CHAT, {"messages": [{**LONG[0], "content": "x" * 300_000}]}, "messages", "letters"),
+        (COMPLETIONS, {"prompt": "x" * 300_000}, "prompt", "a text has 300000 characters"),
+        (CHAT, {"messages": [{**LONG[0], "content": "x" * 300_000}]}, "messages", "characters"),
     ],
 )
 def test_an_overflow_is_told_as_openai_tells_it(

@@ -47,7 +47,7 @@ def test_a_full_queue_answers_429_while_those_inside_go_on() -> None:
             assert all(each.result().status_code == 200 for each in inside)
         assert http.post(CHAT, json=HELLO).status_code == 200
         too_many = http.post("/v1/completions", json={"prompt": "x", "n": 4})
-        assert "at most 3 at a time" in error_of(too_many, 400)["message"]
+        assert "more than the 3 that this server holds" in error_of(too_many, 400)["message"]
         metrics = http.get("/metrics").text
         assert f'tpllm_requests_total{{outcome="overloaded",path="{CHAT}"}} 1.0' in metrics
 
@@ -236,7 +236,7 @@ def test_a_drain_does_not_wait_for_a_client_that_does_not_read(
 
 
 def test_a_drain_waits_for_a_client_that_reads_slowly(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(serving, "LAST_WORDS_S", 0.1)
+    monkeypatch.setattr(serving, "LAST_ANSWERS_S", 0.1)
     monkeypatch.setattr(serving, "STALLED_S", 1.0)
     with running_server(**PATIENT) as served, large_answer(served, stream=False) as sock:
         served.call(served.stop.set)
@@ -348,10 +348,10 @@ def test_a_taken_port_is_refused_before_anything_starts() -> None:
     with listening_socket(ServerSettings(port=0)) as sock:
         sock.listen()
         port = sock.getsockname()[1]
-        taken = f"port={port} of host='127.0.0.1' cannot be had"
+        taken = f"port={port} of host='127.0.0.1' cannot be bound"
         with pytest.raises(ValueError, match=taken), listening_socket(ServerSettings(port=port)):
             pass
-    unknown = "host='no such host' is no address"
+    unknown = "host='no such host' is not an address"
     settings = ServerSettings(host="no such host")
     with pytest.raises(ValueError, match=unknown), listening_socket(settings):
         pass

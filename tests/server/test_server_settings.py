@@ -42,19 +42,22 @@ def test_several_texts_may_stand_between_commas(given: Any) -> None:
         ({"request_timeout_s": 0}, "request_timeout_s=0 must be more than 0 and at most 604800"),
         ({"drain_timeout_s": float("inf")}, "drain_timeout_s=inf must be finite"),
         ({"page": 1}, "page=1 must be True or False"),
-        ({"served_model_name": []}, "served_model_name=.. names nothing"),
+        ({"served_model_name": []}, "served_model_name=.. is empty"),
         ({"served_model_name": [""]}, "served_model_name holds ''"),
         ({"served_model_name": "a,,b"}, "served_model_name holds 'a,,b'"),
         ({"served_model_name": "a,"}, "served_model_name holds 'a,'"),
         ({"served_model_name": [5]}, "served_model_name holds 5"),
-        ({"cors_origins": ["example.org"]}, "cors_origins holds 'example.org', which is no origin"),
-        ({"cors_origins": ["https://example.org/"]}, "which is no origin"),
+        (
+            {"cors_origins": ["example.org"]},
+            "cors_origins holds 'example.org', which is not an origin",
+        ),
+        ({"cors_origins": ["https://example.org/"]}, "which is not an origin"),
         (
             {"allowed_hosts": ["http://a.org"]},
-            "allowed_hosts holds 'http://a.org', which is no host",
+            "allowed_hosts holds 'http://a.org', which is not a host",
         ),
-        ({"allowed_hosts": ["a.org:8000"]}, "give the name alone, without scheme and port"),
-        ({"cors_origins": 5}, "cors_origins=5 must be a text, or a list of texts"),
+        ({"allowed_hosts": ["a.org:8000"]}, "give only the name, without scheme and port"),
+        ({"cors_origins": 5}, "cors_origins=5 must be a string, or a list of strings"),
     ],
 )
 def test_a_wrong_setting_is_refused_by_name(wrong: dict[str, Any], message: str) -> None:

@@ -199,7 +199,7 @@ def test_a_function_whose_arguments_are_no_object_is_refused(
                 ],
                 "tool_choice": "required",
             },
-            "tools[1].function.parameters: properties.n: not is not supported; say what",
+            "tools[1].function.parameters: properties.n: not is not supported; describe",
         ),
         (
             {"response_format": {"type": "json_object", "schema": {"minLength": -1}}},

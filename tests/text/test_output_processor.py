@@ -104,9 +104,9 @@ def test_a_delta_taken_late_holds_all_steps_since():
         processor.process(
             [RequestUpdate(request.engine_requests[0].request_id, [token_id], None, None, 0)]
         )
-    assert request.has_news
+    assert request.has_new_output
     assert request.take().outputs[0].token_ids == ids
-    assert not request.has_news
+    assert not request.has_new_output
 
 
 # ---- the end of a text ---------------------------------------------------------------------------

@@ -47,10 +47,10 @@ def test_all_forms_become_texts_or_plain_ids(prompts, expected):
 @pytest.mark.parametrize(
     "prompts, message",
     [
-        (None, "prompts=None must be a text"),
-        (5, "prompts=5 must be a text"),
-        (b"abc", "must be a text"),
-        ([b"abc"], "prompt 0 is b'abc'; give a text"),
+        (None, "prompts=None must be a string"),
+        (5, "prompts=5 must be a string"),
+        (b"abc", "must be a string"),
+        ([b"abc"], "prompt 0 is b'abc'; give a string"),
         (["a", None], "prompt 1 is None"),
         ([["a"]], "prompt 0 holds 'a', which is not a token id"),
         ([1, 2.5], "prompt 0 holds 2.5"),
@@ -63,11 +63,11 @@ def test_all_forms_become_texts_or_plain_ids(prompts, expected):
         ({"prompt": "a", "cache_salt": "x"}, "cache_salt='x' is absent.*enable_prefix_caching"),
         ([{"role": "user", "content": "a"}], "role='user' is absent in tpllm; call LLM.chat"),
         ({"prompt": 5}, "prompt 0 is {'prompt': 5}; give"),
-        ({"prompt_token_ids": "hello"}, "prompt_token_ids='hello' is a text"),
+        ({"prompt_token_ids": "hello"}, "prompt_token_ids='hello' must be a list of token ids"),
         ({1: 2, "a": 3}, "prompt 0 has an unknown 1"),
         ({}, "prompt 0 is {}; give"),
-        (torch.tensor(5), "must be a text"),
-        ({"a", "b"}, "must be a text"),  # in no order
+        (torch.tensor(5), "must be a string"),
+        ({"a", "b"}, "must be a string"),  # in no order
         ({"prompt_token_ids": None}, "prompt 0 is {'prompt_token_ids': None}; give"),
     ],
 )

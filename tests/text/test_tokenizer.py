@@ -112,7 +112,7 @@ def test_a_tokenizer_can_be_sent_to_other_processes(tokenizer):
 
 
 def test_a_bad_word_that_spells_nothing_is_refused(tokenizer):
-    with pytest.raises(ValueError, match="bad_words holds ' ', which spells no token"):
+    with pytest.raises(ValueError, match="bad_words holds ' ', which has no tokens"):
         tokenizer.bad_word_ids(["the", " "])
 
 
@@ -144,7 +144,7 @@ def test_a_lone_surrogate_is_refused(tokenizer):
         (["hi"], r"messages\[0\]='hi' must be"),
         ([{"role": "user"}], r"messages\[0\].content is missing"),
         ([{"content": "hi"}], r"messages\[0\].role is missing"),
-        ([{"role": "user", "content": 5}], r"messages\[0\].content=5 must be a text"),
+        ([{"role": "user", "content": 5}], r"messages\[0\].content=5 must be a string"),
     ],
 )
 def test_wrong_messages_are_refused(tokenizer, messages, message):
@@ -175,5 +175,7 @@ def test_a_tokenizer_without_template_says_so(tmp_path):
 def test_a_damaged_tokenizer_is_refused_at_first_use(tmp_path, content):
     (tmp_path / "tokenizer.json").write_text(content)
     tokenizer = Tokenizer(tmp_path)
-    with pytest.raises(ValueError, match="no tokenizer can be read from .*; name another with"):
+    with pytest.raises(
+        ValueError, match="no tokenizer can be read from .*; set tokenizer= to another"
+    ):
         tokenizer.load()

@@ -20,7 +20,7 @@ PROBLEMS = {
     "int_type": "must be a whole number",
     "less_than_equal": "must be at most {le}",
     "literal_error": "must be one of {expected}",
-    "string_type": "must be a text",
+    "string_type": "must be a string",
     "string_unicode": "is not valid Unicode",
 }
 

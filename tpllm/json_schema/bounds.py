@@ -1,37 +1,37 @@
-"""Numbers in JSON schemas, put so that llguidance gets them right with its doubles and int64.
+"""Rewrite numbers in JSON schemas so that llguidance, with doubles and int64, compiles them right.
 
-A bound becomes an inclusive one: a double on the inner side of what the caller wrote, within the
-range in which llguidance writes decimal digits right. No answer lies outside the caller's bounds;
-beyond 2**53 some between them, next to a bound that is no double, cannot be given.
+Each bound becomes inclusive: the nearest double inside the caller's bound, within the range in
+which llguidance generates correct decimal digits. No answer lies outside the caller's bounds.
+Beyond 2**53, a few numbers next to a bound that is not a double cannot be generated.
 """
 
 import math
 from decimal import ROUND_CEILING, ROUND_FLOOR, Decimal
 from typing import Any
 
-_MAX_COUNT = 2**31 - 1  # of letters or items, more than any answer has
+_MAX_COUNT = 2**31 - 1  # characters or items, more than any answer has
 MAX_EXPONENT = 400  # of ten; doubles end at 308
 _SAFE = 2**53  # up to here every whole number is a double
 # The largest double below 2**63: llguidance reads the digits of a bound into an int64.
 _LIMIT = 2**63 - 1024
-# A whole number's bound is cast to an int64, which makes 2**63 - 1 of this double.
+# llguidance casts an integer's bound to an int64; the cast turns this double into 2**63 - 1.
 _INT_LIMIT = 2**63
-# Below it a one-sided bound works; from here on llguidance fails to find the next power of ten.
+# From here on llguidance fails on a one-sided bound: it cannot compute the next power of ten.
 _ONE_SIDED = 10**18
-# Digits nest as parentheses in a regular expression, whose depth is limited.
+# Digits are nested groups of a regular expression, whose depth is limited.
 _TINY = Decimal("1e-20")
-# Exclusive bounds become inclusive ones this many doubles further in: the compiler's JSON parser
-# may be one off. From 2**49 on that would pass whole numbers over.
+# Exclusive bounds become inclusive ones this many doubles further in, because llguidance's JSON
+# parser may round by one double. From 2**49 on, that would skip whole numbers.
 _STEPS = 4
 _COARSE = 2**49
 
 
 def rewrite_bounds(schema: dict[str, Any], at: str) -> None:
-    """Make inclusive doubles of the bounds of numbers in `schema`, in place.
+    """Replace the numeric bounds of `schema` by inclusive doubles, in place.
 
     Raises:
-        ValueError: a bound is no number, or leaves no number that could be written; begins with
-            `at`.
+        ValueError: a bound is not a number, or no number lies between the bounds; the message
+            begins with `at`.
     """
     kinds = schema.get("type")
     kinds = kinds if isinstance(kinds, list) else [kinds]
@@ -56,22 +56,22 @@ def rewrite_bounds(schema: dict[str, Any], at: str) -> None:
     if high is not None:
         reaches_limit = highest == _INT_LIMIT and high >= _INT_LIMIT - 1
         schema["maximum"] = _INT_LIMIT if reaches_limit else _plain(min(_rounded(high, -1), _LIMIT))
-    leaves_some = low is None or high is None or low > high  # which the compiler refuses
-    if not leaves_some and schema["minimum"] > schema["maximum"]:
-        raise ValueError(f"{at}no number that could be written lies between its bounds")
+    unchecked = low is None or high is None or low > high  # llguidance refuses the last
+    if not unchecked and schema["minimum"] > schema["maximum"]:
+        raise ValueError(f"{at}no number that can be generated lies between its bounds; widen them")
     if (step := schema.get("multipleOf")) is not None:
         _check_step(step, at)
 
 
-_AS_TEXT = "larger numbers cannot be followed: describe a text of digits by type string and pattern"
+_AS_TEXT = "larger numbers are not supported; use type string and a pattern of digits"
 
 
 def _bound(
     schema: dict[str, Any], inclusive: str, exclusive: str, inward: int, at: str
 ) -> Decimal | None:
-    """Both keywords, which are taken out, as one inclusive bound; `inward` is 1 or -1."""
+    """Remove both keywords, and return them as one inclusive bound; `inward` is 1 or -1."""
     number, strict = schema.pop(inclusive, None), schema.pop(exclusive, None)
-    if isinstance(strict, bool):  # as draft 4 has it
+    if isinstance(strict, bool):  # draft 4
         number, strict = (None, number) if strict else (number, None)
     bounds = []
     if number is not None:
@@ -87,7 +87,7 @@ def _bound(
 
 
 def _beyond(number: Decimal, inward: int) -> Decimal:
-    """What lies inward of `number`, and outward of every whole number that does."""
+    """Return a number just inward of `number`, before the next whole number in that direction."""
     if number == 0:
         return inward * _TINY
     if abs(number) >= _COARSE:
@@ -99,10 +99,10 @@ def _beyond(number: Decimal, inward: int) -> Decimal:
 
 
 def _rounded(number: Decimal, inward: int) -> float:
-    """The nearest double that lies inward of `number`, or is equal, also as it is written.
+    """Return the nearest double that is equal to `number` or inward of it, also when printed.
 
-    llguidance writes whole numbers either exactly or, like other numbers, in as few digits as tell
-    the double from others.
+    llguidance prints whole numbers either exactly or, like other numbers, in the fewest digits
+    that identify the double.
     """
     double = float(number)
     while (Decimal(repr(double)) - number) * inward < 0 or (
@@ -113,7 +113,7 @@ def _rounded(number: Decimal, inward: int) -> float:
 
 
 def _plain(number: float) -> int | float:
-    """Whole numbers as int: the compiler's JSON parser reads those without rounding."""
+    """Return whole numbers as int, which llguidance's JSON parser reads without rounding."""
     return int(number) if number == math.floor(number) else number
 
 
@@ -123,14 +123,18 @@ def _decimal(value: Any, name: str) -> Decimal:
     number = Decimal(value)
     if number.is_nan():
         raise ValueError(f"{name}={value} must be a number")
-    # beyond doubles, as infinity is; Decimal's own arithmetic would overflow
+    # infinity, or beyond doubles, where Decimal's arithmetic would overflow
     if not number.is_finite() or number.adjusted() > MAX_EXPONENT:
         return Decimal((number.is_signed(), (1,), MAX_EXPONENT))
     return number if number.adjusted() > -MAX_EXPONENT else number * 0
 
 
 def _check_step(step: Any, at: str) -> None:
-    """Whether llguidance can make a whole number of it, as it does: tenfold, in doubles."""
+    """Check that llguidance can scale a multipleOf to a whole number, by factors of 10 in doubles.
+
+    Raises:
+        ValueError: it cannot.
+    """
     if step == 0:
         raise ValueError(f"{at}multipleOf=0 must be more than 0")
     number = abs(float(_decimal(step, f"{at}multipleOf")))
@@ -138,16 +142,16 @@ def _check_step(step: Any, at: str) -> None:
         number *= 10
     if number >= 2**32 or number == 0:
         raise ValueError(
-            f"{at}multipleOf={step} cannot be followed; use a power of ten, such as 0.01, or whole "
+            f"{at}multipleOf={step} is not supported; use a power of ten, such as 0.01, or whole "
             "numbers of a smaller unit"
         )
 
 
 def count(keyword: str, value: Any, place: str) -> int:
-    """The value of a keyword that bounds how many letters, items or properties there are.
+    """Return the value of a keyword that limits the number of characters, items or properties.
 
     Raises:
-        ValueError: it is no whole number from 0 on, or no answer has so many.
+        ValueError: the value is not a whole number from 0 on, or no answer can be so long.
     """
     number = _decimal(value, place)
     if number < 0 or number != number.to_integral_value():
@@ -158,10 +162,10 @@ def count(keyword: str, value: Any, place: str) -> int:
 
 
 def constant(value: Any, place: str) -> Any:
-    """A value of const or enum, with numbers that llguidance takes for what they are.
+    """Return a value of const or enum whose numbers llguidance reads exactly.
 
     Raises:
-        ValueError: a number in it is no double, or is beyond 64 bits.
+        ValueError: a number in it is not a double, or needs more than 64 bits.
     """
     if isinstance(value, list):
         return [constant(each, place) for each in value]
@@ -174,7 +178,7 @@ def constant(value: Any, place: str) -> Any:
     is_whole = abs(double) >= _SAFE
     if abs(double) >= 2**63 or (is_whole and Decimal(double) != number):
         raise ValueError(
-            f"{place}: {value} cannot be given exactly, as whole numbers beyond {_SAFE} may not; "
-            "use the digits as a text"
+            f"{place}: {value} cannot be represented exactly, like many whole numbers beyond "
+            f"{_SAFE}; use a string of digits"
         )
     return _plain(double)

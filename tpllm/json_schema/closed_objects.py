@@ -1,8 +1,8 @@
-"""Objects in an answer have the properties that their schema names, and no others.
+"""Restrict objects in an answer to the properties that their schema names.
 
-By JSON Schema an object may have any others unless `additionalProperties` says no. A weak model
-makes them up until `max_tokens`, and what reads the answer seldom wants them: OpenAI's strict mode
-asks for `"additionalProperties": false`, and xgrammar, under vLLM, supposes it.
+JSON Schema allows further properties unless `additionalProperties` forbids them. A weak model
+invents such properties until `max_tokens`, and programs seldom want them. OpenAI's strict mode
+requires `"additionalProperties": false`, and xgrammar, which vLLM uses, assumes it.
 """
 
 from collections.abc import Iterator
@@ -10,7 +10,7 @@ from typing import Any
 
 _MAPS_OF_SCHEMAS = ("properties", "patternProperties", "$defs", "definitions")
 _SCHEMAS = ("anyOf", "oneOf", "allOf", "prefixItems", "items", "additionalProperties")
-_STANDS_FOR_ANOTHER = {"$ref", "anyOf", "oneOf", "allOf"}
+_COMBINING = {"$ref", "anyOf", "oneOf", "allOf"}
 _ABOUT_OBJECTS = {
     "properties",
     "required",
@@ -23,48 +23,49 @@ _ABOUT_OTHER_SCHEMAS = {"not", "if", "dependentSchemas", "unevaluatedProperties"
 
 
 def close_objects(schema: dict[str, Any]) -> None:
-    """Add `"additionalProperties": false`, in place, where a schema leaves it open.
+    """Add `"additionalProperties": false`, in place, where a schema does not set it.
 
-    A schema whose parts have a say about the same object, as the branches of `allOf`, stays as it
-    is: what one of them names, another would forbid.
+    If several subschemas describe the same object, as the branches of `allOf` do, the whole schema
+    stays as it is: one branch would forbid the properties that another names.
     """
-    parts = list(_parts(schema))
-    if not any(_joins_others(part) for part in parts):
-        for part in parts:
-            if _names_all(part):
-                part["additionalProperties"] = False
+    subschemas = list(_subschemas(schema))
+    if not any(_shares_its_object(each) for each in subschemas):
+        for each in subschemas:
+            if _names_all(each):
+                each["additionalProperties"] = False
 
 
-def _parts(schema: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """The schema, and those within it."""
-    left: list[Any] = [schema]
-    while left:
-        part = left.pop()
-        if isinstance(part, dict):
-            yield part
+def _subschemas(schema: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Yield the schema and every schema within it."""
+    pending: list[Any] = [schema]
+    while pending:
+        node = pending.pop()
+        if isinstance(node, dict):
+            yield node
             for name in _MAPS_OF_SCHEMAS:
-                if isinstance(schemas := part.get(name), dict):
-                    left += schemas.values()
-            left += (part.get(name) for name in _SCHEMAS)
-        elif isinstance(part, list):
-            left += part
+                if isinstance(schemas := node.get(name), dict):
+                    pending += schemas.values()
+            pending += (node.get(name) for name in _SCHEMAS)
+        elif isinstance(node, list):
+            pending += node
 
 
-def _joins_others(part: dict[str, Any]) -> bool:
-    elsewhere = part.keys() & _STANDS_FOR_ANOTHER
+def _shares_its_object(schema: dict[str, Any]) -> bool:
+    """Whether the schema and another one may describe the same object."""
+    combining = schema.keys() & _COMBINING
     return bool(
-        part.keys() & _ABOUT_OTHER_SCHEMAS
-        or len(elsewhere) > 1
-        or (elsewhere and part.keys() & _ABOUT_OBJECTS)
-        or ("allOf" in part and part["allOf"][1:])
+        schema.keys() & _ABOUT_OTHER_SCHEMAS
+        or len(combining) > 1
+        or (combining and schema.keys() & _ABOUT_OBJECTS)
+        or ("allOf" in schema and schema["allOf"][1:])
     )
 
 
-def _names_all(part: dict[str, Any]) -> bool:
-    """Whether an object could be made of the properties that are named."""
-    properties, required = part.get("properties"), part.get("required", [])
+def _names_all(schema: dict[str, Any]) -> bool:
+    """Whether the named properties, including all required ones, suffice for an object."""
+    properties, required = schema.get("properties"), schema.get("required", [])
     if not isinstance(properties, dict) or not properties or not isinstance(required, list):
         return False
-    return part.keys() & _ABOUT_OBJECTS <= {"properties", "required"} and all(
+    return schema.keys() & _ABOUT_OBJECTS <= {"properties", "required"} and all(
         isinstance(name, str) and name in properties for name in required
     )

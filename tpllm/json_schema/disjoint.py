@@ -1,4 +1,4 @@
-"""Whether the branches of a oneOf exclude each other, so that it means the same as anyOf."""
+"""Check that the branches of a oneOf exclude each other, so that anyOf means the same."""
 
 import json
 from collections.abc import Iterator, Sequence
@@ -8,28 +8,28 @@ from typing import Any
 from urllib.parse import unquote
 
 _TYPES = frozenset({"null", "boolean", "number", "string", "array", "object"})
-_MAX_DEPTH = 16  # of references and nested schemas that are followed
+_MAX_DEPTH = 16  # levels of references and nested schemas that are followed
 _MAX_COMPARISONS = 20_000  # some 0.1 s
 
 
 def refuse_overlapping(branches: Sequence[Any], root: dict[str, Any], at: str) -> None:
-    """Check that no two branches of a oneOf can fit the same value, as far as one can tell.
+    """Check that no two branches of a oneOf can match the same value.
 
     Raises:
-        ValueError: begins with `at`.
+        ValueError: two branches may match the same value; the message begins with `at`.
     """
     comparison = _Comparison(root)
     for (i, one), (k, other) in combinations(enumerate(branches), 2):
         if not comparison.exclude(one, other, _MAX_DEPTH):
             raise ValueError(
-                f"{at}oneOf: its schemas {i} and {k} may fit the same value, or are too many to "
-                "tell; use anyOf, or tell them apart by type, or by a required property with its "
-                "own const or enum in each"
+                f"{at}oneOf: its schemas {i} and {k} may match the same value, or there are too "
+                "many schemas to compare; use anyOf, or give each its own type, or a required "
+                "property with its own const or enum"
             )
 
 
 def target(root: dict[str, Any], reference: Any) -> Any:
-    """The place within `root` that a $ref leads to; None where there is none."""
+    """Return the part of `root` that a $ref points to; None if there is none."""
     if not isinstance(reference, str) or not reference.startswith("#/"):
         return None
     found: Any = root
@@ -43,14 +43,14 @@ def target(root: dict[str, Any], reference: Any) -> Any:
 
 
 class _Comparison:
-    """Compares schemas of one document, a limited number of times."""
+    """Compares schemas of one document, with a limit on the number of comparisons."""
 
     def __init__(self, root: dict[str, Any]) -> None:
         self._root = root
         self._num_left = _MAX_COMPARISONS
 
     def exclude(self, one: Any, other: Any, depth: int) -> bool:
-        """Whether surely no value fits both schemas."""
+        """Whether it is certain that no value matches both schemas."""
         self._num_left -= 1
         if one is False or other is False:
             return True
@@ -63,7 +63,7 @@ class _Comparison:
         return any(self._choice_excludes(part, them, depth) for us, them in sides for part in us)
 
     def _choice_excludes(self, schema: dict[str, Any], other: Any, depth: int) -> bool:
-        """Whether it has an anyOf or oneOf of which each branch excludes `other`."""
+        """Whether `schema` has an anyOf or oneOf whose branches all exclude `other`."""
         choices = [schema.get("anyOf"), schema.get("oneOf")]
         return any(
             all(self.exclude(each, other, depth - 1) for each in branches)
@@ -72,7 +72,7 @@ class _Comparison:
         )
 
     def _parts(self, schema: Any, depth: int) -> Iterator[dict[str, Any]]:
-        """The schemas that a value fits all of: this one, its reference, its allOf."""
+        """Yield the schemas that a value must all match: this one, its reference and its allOf."""
         self._num_left -= 1
         if not isinstance(schema, dict) or depth == 0 or self._num_left < 0:
             return
@@ -82,7 +82,7 @@ class _Comparison:
             yield from self._parts(each, depth - 1)
 
     def _differ(self, one: dict[str, Any], other: dict[str, Any], depth: int) -> bool:
-        """Whether the keywords of both exclude each other."""
+        """Whether the keywords of the two schemas exclude each other."""
         types = _types(one) & _types(other)
         values, other_values = _values(one), _values(other)
         if not types or (values and other_values and values.isdisjoint(other_values)):
@@ -113,12 +113,12 @@ def _type_of(value: Any) -> str:
 
 
 def _listed(schema: dict[str, Any]) -> list[Any] | None:
-    """The values that const or enum allows; None for any."""
+    """Return the values that const or enum allows; None if neither is set."""
     return [schema["const"]] if "const" in schema else schema.get("enum")
 
 
 def _values(schema: dict[str, Any]) -> set[str] | None:
-    """The same as texts, which are equal for equal values."""
+    """Return these values as strings, which are equal for equal values."""
     values = _listed(schema)
     if values is None:
         return None
@@ -131,7 +131,7 @@ def _number(value: Decimal) -> int | float:
 
 
 def _property(schema: dict[str, Any], name: str) -> Any:
-    """The schema of a property; True where nothing is known of it."""
+    """Return the schema of a property; True if it may be anything."""
     properties = schema.get("properties") or {}
     if name in properties or schema.get("patternProperties"):
         return properties.get(name, True)

@@ -1,7 +1,7 @@
-"""Formats and patterns of texts in JSON schemas, in words that llguidance follows to an end.
+"""Rewrite `format` and `pattern` of strings in JSON schemas so that llguidance compiles them right.
 
-Its own dates have a year 0 and a 29th of February in any year, its times a 60th second and
-fractions without end. A weak model writes all that it may, and what reads the answer refuses it.
+llguidance's dates allow the year 0 and February 29 in any year; its times allow second 60 and
+endless fractions. A weak model generates such strings, and programs refuse them.
 """
 
 from difflib import get_close_matches
@@ -34,12 +34,12 @@ PATTERNS = {
 }
 _MAX_LENGTHS = {"date-time": 35, "time": 24, "duration": 32, "email": 254, "hostname": 253}
 FORMATS = ("duration", "email", "hostname", "ipv4", "ipv6", "uuid", "uri", *PATTERNS)
-# These say how a text is shown or stored, not which texts there are.
-_OF_ANY_TEXT = ("password", "binary", "path", "file-path", "directory-path", "unknown")
+# These formats allow any string; they only describe how it is displayed or stored.
+_OF_ANY_STRING = ("password", "binary", "path", "file-path", "directory-path", "unknown")
 
-# Patterns with look-ahead that schema generators write, and others that match the same texts.
+# Patterns with look-ahead from schema generators, and patterns without it for the same strings.
 _WITHOUT_LOOK_AHEAD = {
-    # pydantic's Decimal; of its endless digits 24 on each side
+    # pydantic's Decimal, with at most 24 digits on each side
     r"^(?!^[-+.]*$)[+-]?0*\d*\.?\d*$": r"^[+-]?([0-9]{1,24}(\.[0-9]{0,24})?|\.[0-9]{1,24})$",
     # zod's email
     r"^(?!\.)(?!.*\.\.)([A-Za-z0-9_'+\-\.]*)[A-Za-z0-9_+-]@([A-Za-z0-9][A-Za-z0-9\-]*\.)+"
@@ -49,13 +49,13 @@ _WITHOUT_LOOK_AHEAD = {
 
 
 def rewrite_texts(schema: dict[str, Any], at: str) -> None:
-    """Bring `format` and `pattern` into a form that can be followed, in place.
+    """Rewrite `format` and `pattern` of a schema in place.
 
-    A format that is none of texts, or that any text has, is left out, and so is an unknown one
-    beside a pattern.
+    A format is removed if it does not apply to strings, if any string matches it, or if it is
+    unknown and there is a pattern.
 
     Raises:
-        ValueError: the format is not supported; begins with `at`.
+        ValueError: the format is not supported; the message begins with `at`.
     """
     pattern = schema.get("pattern")
     if isinstance(pattern, str):
@@ -63,15 +63,14 @@ def rewrite_texts(schema: dict[str, Any], at: str) -> None:
     if (name := schema.get("format")) is None:
         return
     kinds = schema.get("type", "string")
-    of_text = kinds == "string" or (isinstance(kinds, list) and "string" in kinds)
-    if not of_text or name in _OF_ANY_TEXT or (pattern is not None and name not in FORMATS):
+    of_string = kinds == "string" or (isinstance(kinds, list) and "string" in kinds)
+    if not of_string or name in _OF_ANY_STRING or (pattern is not None and name not in FORMATS):
         del schema["format"]
     elif name not in FORMATS:
         near = get_close_matches(str(name), FORMATS, n=1)
         mend = f"did you mean {near[0]!r}? Else" if near else f"use one of {', '.join(FORMATS)},"
         raise ValueError(
-            f"{at}format={short(name)} is not supported; {mend} give a pattern instead, or leave "
-            "it out"
+            f"{at}format={short(name)} is not supported; {mend} use a pattern, or leave it out"
         )
     elif name in PATTERNS and pattern is None:
         schema["pattern"] = PATTERNS[schema.pop("format")]
@@ -82,6 +81,6 @@ def rewrite_texts(schema: dict[str, Any], at: str) -> None:
 def _limit_length(schema: dict[str, Any], name: str) -> None:
     longest = _MAX_LENGTHS.get(name)
     if name in PATTERNS and name not in _MAX_LENGTHS:
-        del schema["format"]  # the compiler does not know it; the pattern tells
+        del schema["format"]  # llguidance does not know it; the pattern replaces it
     elif longest is not None and schema.get("minLength", 0) <= longest:
         schema["maxLength"] = min(schema.get("maxLength", longest), longest)

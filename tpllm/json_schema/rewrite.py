@@ -1,9 +1,9 @@
-"""JSON schemas as the grammar compiler takes them: exact, or refused by the name of the keyword.
+"""Rewrite JSON schemas so that llguidance compiles them correctly, or refuse them by keyword.
 
-llguidance reads bounds as doubles and casts them to 64-bit integers, without looking whether they
-fit: some end the process, others give wrong numbers. It refuses what it does not know in some
-places and ignores it in others. So each schema is rewritten here first. What the result lets pass,
-the caller's schema lets pass too; `docs/structured-outputs.md` says where it lets pass less.
+llguidance reads bounds as doubles and casts them to 64-bit integers without a range check: some
+end the process, others give wrong numbers. It refuses unknown keywords in some places and ignores
+them in others. So each schema is rewritten here first. The caller's schema accepts every answer
+that the rewritten one accepts; `docs/structured-outputs.md` lists where the latter accepts less.
 """
 
 import json
@@ -27,9 +27,9 @@ _NUMBERS = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multi
 _PLAIN = ("type", "const", "enum", "required", "pattern", "format", "$ref", "$id", "id", "$anchor")
 SUPPORTED = (*_PLAIN, *_NUMBERS, *_COUNTS, *_MAPS, *_LISTS, *_SINGLE)
 
-# Each with what to write instead.
+# Unsupported keywords, each with what to write instead.
 UNSUPPORTED = {
-    "not": "say what the value is instead, as by enum, type or pattern",
+    "not": "describe the allowed values instead, with enum, type or pattern",
     "if": "write the cases as an anyOf of whole schemas",
     "contains": "describe every item with items or prefixItems",
     "uniqueItems": "leave it out and check the answer, or list the possible arrays as an enum",
@@ -42,7 +42,7 @@ UNSUPPORTED = {
     "$dynamicRef": "use $ref",
     "$recursiveRef": "use $ref",
 }
-# Unsupported keywords with a value that asks for nothing.
+# Values of unsupported keywords that have no effect.
 _NO_EFFECT: dict[str, tuple[Any, ...]] = {
     "uniqueItems": (False,),
     "dependentRequired": ({},),
@@ -53,17 +53,18 @@ _NO_EFFECT: dict[str, tuple[Any, ...]] = {
     "unevaluatedItems": (True, {}),
 }
 _DRAFTS = ("http://json-schema.org/", "https://json-schema.org/")
-# how forced tool calls ask for their whitespace
+# options by which forced tool calls choose their whitespace
 _WHITESPACE_OPTIONS = ("whitespace_pattern", "whitespace_flexible")
 
 
 def normalized(schema: Schema) -> Schema:
-    """The schema in other words, which llguidance compiles right.
+    """Return an equivalent schema that llguidance compiles correctly.
 
-    Numbers that are no integers are Decimal in `schema`, so that none is rounded before.
+    Numbers that are not integers are Decimal in `schema`, so that they are not rounded before.
 
     Raises:
-        ValueError: a keyword is not supported, or its value is none; names place and mend.
+        ValueError: a keyword is not supported, or its value is wrong; the message has the path of
+            the keyword and the mend.
     """
     refuse_wrapper(schema)
     rewritten: Schema = _Normalizer(schema).schema(schema, "")
@@ -76,7 +77,7 @@ def normalized(schema: Schema) -> Schema:
 
 
 def to_text(schema: object) -> str:
-    """The schema as JSON; Decimals become the nearest doubles.
+    """Return the schema as a JSON string; Decimals become the nearest doubles.
 
     Raises:
         ValueError: a number is out of the range of doubles.
@@ -86,26 +87,26 @@ def to_text(schema: object) -> str:
 
 def _double(value: object) -> float:
     if not isinstance(value, Decimal):
-        raise TypeError(f"{value!r} is no part of a JSON schema")
+        raise TypeError(f"{value!r} is not a JSON value")
     number = float(value)
     if isinf(number):
-        raise ValueError(f"{value} is out of the range of numbers")
+        raise ValueError(f"{value} is out of the range of double-precision numbers")
     return number
 
 
 class _Normalizer:
-    """Rewrites one schema; `root` is what its references point into."""
+    """Rewrites one schema. `root` is the document that its references point into."""
 
     def __init__(self, root: Schema) -> None:
         self._root = root
         self._has_id = "$id" in root or "id" in root
 
     def schema(self, schema: Any, place: str) -> Any:
-        """A schema or a boolean, somewhere in the root; `place` is its path, in words."""
+        """Return a rewritten schema or a boolean; `place` is its path, such as "a.b"."""
         if not isinstance(schema, dict):
             if isinstance(schema, bool):
                 return schema
-            raise ValueError(f"{_at(place)}{short(schema)} must be a schema, an object")
+            raise ValueError(f"{_at(place)}{short(schema)} must be a schema, which is an object")
         schema = self._with_named_properties(schema)
         result: Schema = {}
         for keyword, value in schema.items():
@@ -129,7 +130,7 @@ class _Normalizer:
         return self._one_of_as_any_of(result, place)
 
     def _with_named_properties(self, schema: Schema) -> Schema:
-        """Names that are listed become properties, and a pattern of names one of properties."""
+        """Replace propertyNames: a list by properties, a pattern by patternProperties."""
         names = schema.get("propertyNames")
         if isinstance(names, dict) and "$ref" in names:
             names = target(self._root, names["$ref"])
@@ -150,7 +151,7 @@ class _Normalizer:
         return {**rest, **found, "additionalProperties": False}
 
     def _one_of_as_any_of(self, schema: Schema, place: str) -> Schema:
-        """Replace a oneOf whose branches exclude each other; the order of keywords stays."""
+        """Replace a oneOf whose branches exclude each other by an anyOf; keep the keyword order."""
         branches = schema.get("oneOf")
         if not isinstance(branches, list):
             return schema
@@ -169,11 +170,11 @@ class _Normalizer:
         for known in (*SUPPORTED, *UNSUPPORTED):
             if plain == known.lower():
                 raise ValueError(
-                    f"{_at(place)}{keyword} is no keyword of JSON Schema; did you mean {known!r}?"
+                    f"{_at(place)}{keyword} is not a JSON Schema keyword; did you mean {known!r}?"
                 )
 
     def _value(self, keyword: str, value: Any, place: str) -> Any:
-        """That of a keyword that holds no schema."""
+        """Return the value of a keyword that holds no schema."""
         if keyword == "const":
             return constant(value, place)
         if keyword == "enum" and isinstance(value, list):
@@ -182,14 +183,14 @@ class _Normalizer:
             return count(keyword, value, place)
         if keyword == "$ref" and isinstance(value, str) and value[:1] != "#" and not self._has_id:
             raise ValueError(
-                f"{place}={value!r} leads out of the schema; put what it names under $defs"
+                f"{place}={value!r} points out of the schema; move the schema to $defs"
             )
         if keyword == "$ref" and isinstance(value, str) and value.startswith("#/"):
             first = value.split("/")[1]
             if first not in (*_MAPS, *_LISTS, *_SINGLE):
                 raise ValueError(
-                    f"{place}={value!r} leads to {first!r}, which holds no schemas; put what "
-                    "it names under $defs"
+                    f"{place}={value!r} points into {first!r}, which holds no schemas; move the "
+                    "schema to $defs"
                 )
         return value
 

@@ -34,7 +34,7 @@ class Call:
         outputs = []
         while self.changed:
             request = self.changed.popleft()
-            if request.has_news:
+            if request.has_new_output:
                 outputs.append(request.take())
         return outputs
 

@@ -1,6 +1,6 @@
-"""The OpenAI-compatible server: HTTP in front of an `AsyncLLM`.
+"""The OpenAI-compatible HTTP server in front of an `AsyncLLM`.
 
-`ServerSettings` loads nothing; the other names need the packages of the extra `server`.
+`ServerSettings` needs no further packages; the other names need those of the extra `server`.
 """
 
 from importlib import import_module
@@ -22,7 +22,7 @@ _HOME = {
 
 
 def __getattr__(name: str) -> object:
-    """Import a name from its home at first use (PEP 562).
+    """Import a name from its module at first use (PEP 562).
 
     Raises:
         ImportError: the packages of the extra are not installed.

@@ -1,4 +1,4 @@
-"""Who may come in: a bounded queue in front of the engine, and the way to a quiet end."""
+"""Admission: a bounded queue in front of the engine, and the drain at shutdown."""
 
 import asyncio
 import math
@@ -15,25 +15,25 @@ MAX_RETRY_AFTER_S = 60
 
 
 class Admission:
-    """Counts the sequences in the server, and refuses what is beyond the queue.
+    """Counts the sequences in the server, and refuses requests beyond the queue's limit.
 
     Args:
         num_running: sequences that the engine can run at the same time (`max_num_seqs`)
-        max_queue: sequences that may wait besides
+        max_queue: further sequences that may wait
     """
 
     def __init__(self, num_running: int, max_queue: int) -> None:
         self._num_running = num_running
         self._max_queue = max_queue
         self._num_seqs = 0
-        self.num_answers = 0  # that are being made or sent
+        self.num_answers = 0  # being generated or sent
         self._tasks: set[asyncio.Task[Any]] = set()
-        self._ended: deque[tuple[float, int]] = deque()  # when, and how many sequences
+        self._ended: deque[tuple[float, int]] = deque()  # (time, number of sequences)
         self.draining = False
 
     @property
     def num_seqs(self) -> int:
-        """Sequences that are here: running, waiting, or in an answer that has not left."""
+        """Sequences that run, wait, or belong to an answer that is still being sent."""
         return self._num_seqs
 
     @property
@@ -41,11 +41,11 @@ class Admission:
         return self._num_running + self._max_queue
 
     def check(self, num_seqs: int = 1) -> None:
-        """Whether `num_seqs` more may come in now.
+        """Check that the server accepts `num_seqs` more sequences now.
 
         Raises:
-            APIError: 503 while the server drains; 429 when the queue is full; 400 when it would
-                not take so many if it were empty.
+            APIError: 503 while the server drains; 429 if the queue is full; 400 if even an empty
+                queue is too short.
         """
         if self.draining:
             raise APIError(
@@ -57,24 +57,24 @@ class Admission:
         if num_seqs > self.capacity:
             raise APIError(
                 400,
-                f"the request comes to {num_seqs} sequences, prompts times n, and this server "
-                f"holds at most {self.capacity} at a time; send fewer prompts, or lower n",
+                f"the request has {num_seqs} sequences (prompts times n), more than the "
+                f"{self.capacity} that this server holds at a time; send fewer prompts, or lower n",
             )
         if self._num_seqs + num_seqs > self.capacity:
             raise APIError(
                 429,
-                f"the queue is full: {self._num_seqs} sequences run or wait, and "
-                f"{self.capacity} may; try again later",
+                f"the queue is full: {self._num_seqs} of at most {self.capacity} sequences run or "
+                "wait; try again later",
                 code="queue_full",
                 headers={"Retry-After": str(self._retry_after_s())},
             )
 
     @contextmanager
     def enter(self, num_seqs: int) -> Iterator[None]:
-        """Be counted while inside: from a request's first check to its answer's last byte.
+        """Count a request's sequences within the block, which ends with its answer's last byte.
 
         Raises:
-            APIError: as `check`.
+            APIError: as in `check`.
         """
         self.check(num_seqs)
         self._num_seqs += num_seqs
@@ -89,7 +89,7 @@ class Admission:
 
     @contextmanager
     def ending(self, task: asyncio.Task[Any]) -> Iterator[None]:
-        """Have `end_all` cancel `task` while inside."""
+        """Let `end_all` cancel `task` within the block."""
         self._tasks.add(task)
         try:
             yield
@@ -97,23 +97,23 @@ class Admission:
             self._tasks.discard(task)
 
     async def wait_for_answers(self, timeout_s: float) -> None:
-        """Return once all answers have been sent, or after `timeout_s`."""
+        """Wait until all answers have been sent, for at most `timeout_s`."""
         deadline = time.monotonic() + timeout_s
         while self.num_answers and time.monotonic() < deadline:
             await asyncio.sleep(0.02)
 
     def end_all(self) -> None:
-        """End every request that is inside of `ending`, by cancelling its task."""
+        """Cancel the task of every request within `ending`."""
         for task in self._tasks:
             task.cancel()
 
     def _retry_after_s(self) -> int:
-        """Seconds until a place should be free, from how many became free lately."""
+        """Estimate the seconds until the queue has room, from how many sequences ended lately."""
         self._forget_old()
         ended = sum(num_seqs for _, num_seqs in self._ended)
         if not ended:
             return 5
-        seconds = max(self._max_queue, 1) / (ended / RATE_WINDOW_S) / 2  # half the queue gone
+        seconds = max(self._max_queue, 1) / (ended / RATE_WINDOW_S) / 2  # until half is empty
         return min(MAX_RETRY_AFTER_S, max(1, math.ceil(seconds)))
 
     def _forget_old(self) -> None:

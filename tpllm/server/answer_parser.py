@@ -1,9 +1,9 @@
-"""An assistant's text taken apart while it comes: reasoning, content and tool calls.
+"""Parse an assistant's text into reasoning, content and tool calls while it arrives.
 
 Qwen3 writes `<think>...</think>` before its answer, and calls a tool by
 `<tool_call>{"name": ..., "arguments": {...}}</tool_call>`. Whitespace next to these tags belongs to
-them. A tag that begins no reasoning and no call is content, and so is the whitespace next to it. A
-text is taken apart in the same way however it is cut into pieces.
+them. A tag that begins no reasoning and no call is content, and so is the whitespace next to it.
+The result does not depend on how the text is divided into pieces.
 """
 
 import json
@@ -22,14 +22,14 @@ from tpllm.server.answer_pieces import (
     Reasoning,
     Thinking,
 )
-from tpllm.server.json_letters import SPACE, JsonLetters
+from tpllm.server.json_scanner import SPACE, JsonScanner
 
 CALL, END_CALL = "<tool_call>", "</tool_call>"
 
-# A long text is read in slices: what is cut off its front again and again must not be long.
+# A long text is parsed in slices, since removing its front repeatedly copies the rest.
 SLICE_LENGTH = 4096
-# A call in the order that Qwen3 is trained on, up to the brace that opens its arguments: they can
-# be passed on as they come.
+# A call with its keys in Qwen3's order, up to the brace that opens the arguments. In this order the
+# arguments can be streamed.
 _NAME = re.compile(r'\s*\{\s*"name"\s*:\s*("(?:[^"\\]|\\.)*")', re.DOTALL)
 _BEFORE_ARGUMENTS = re.compile(r'\s*,\s*"arguments"\s*:\s*')
 
@@ -38,20 +38,20 @@ class _State(Enum):
     START = 0
     REASONING = 1
     CONTENT = 2
-    CALL = 3  # after a tag that may begin one
+    CALL = 3  # after a tag that may begin a call
     ARGUMENTS = 4
-    TAIL = 5  # from the arguments to the end of the object
-    AFTER_CALL = 6  # from there to the closing tag
+    TAIL = 5  # between the arguments and the end of the call's object
+    AFTER_CALL = 6  # between the object and the closing tag
 
 
 class AnswerParser:
-    """Takes an answer's text in pieces of any size, and gives its parts back as they are sure.
+    """Takes an answer's text in pieces of any size, and returns each part once it is certain.
 
     Args:
-        thinking: whether reasoning is looked for
-        tools: whether tool calls are looked for
-        max_calls: calls beyond this many are left out; None keeps all
-        only_calls: the answer is tool calls, and what is left of one that is cut off is no content
+        thinking: whether the text may have reasoning
+        tools: whether the text may have tool calls
+        max_calls: further calls are left out; None keeps all
+        only_calls: the answer consists of tool calls, so a truncated call is not content
     """
 
     def __init__(
@@ -64,38 +64,38 @@ class AnswerParser:
         self._tools = tools
         self._max_calls = max_calls
         self._only_calls = only_calls
-        self._coming: deque[str] = deque()  # slices of the text that are not looked at yet
-        self._held = ""  # what is being looked at: it may be the beginning of a tag
-        self._unsure: list[str] = []  # passed on, unless a tag comes that it belongs to
+        self._unread: deque[str] = deque()  # slices of text that are not parsed yet
+        self._held = ""  # text that is being parsed; it may be the beginning of a tag
+        self._unsure: list[str] = []  # whitespace that may belong to the next tag
         self._skip_space = thinking is Thinking.OPEN
         self._state = {
             Thinking.OPEN: _State.REASONING,
             Thinking.POSSIBLE: _State.START,
             Thinking.NONE: _State.CONTENT,
         }[thinking]
-        self._call: list[str] = []  # what has come of one, after its tag
-        self._json = JsonLetters()
+        self._call: list[str] = []  # text of a call after its tag
+        self._json = JsonScanner()
         self._may_open = False  # whether the arguments may begin at the next inner brace
         self._num_calls = 0
         self._pieces: list[Piece] = []
 
     @property
     def num_calls(self) -> int:
-        """Tool calls passed on so far."""
+        """The number of tool calls so far."""
         limit = self._num_calls if self._max_calls is None else self._max_calls
         return min(self._num_calls, limit)
 
     def feed(self, text: str) -> list[Piece]:
-        """The parts that are sure after `text` has come."""
-        self._coming.extend(_slices(text))
+        """Add `text`, and return the parts that are certain now."""
+        self._unread.extend(_slices(text))
         self._read()
         return self._take()
 
     def finish(self, is_cut: bool = False) -> list[Piece]:
-        """What was held back, the answer having ended.
+        """Return the parts that were held back, at the end of the answer.
 
         Args:
-            is_cut: the model would have gone on; a call that has begun is not content then
+            is_cut: the answer is truncated, so a call that has begun is not content
         """
         while self._state is _State.CALL:
             if is_cut or self._only_calls:
@@ -115,7 +115,7 @@ class AnswerParser:
         return pieces
 
     def _sure(self, text: str) -> str:
-        """`text`, and before it what was unsure until now."""
+        """Return the whitespace that was unsure, followed by `text`."""
         self._unsure.append(text)
         text = "".join(self._unsure)
         self._unsure.clear()
@@ -130,25 +130,25 @@ class AnswerParser:
         self._pieces.append(piece)
 
     def _read(self) -> None:
-        while self._coming:
-            self._held += self._coming.popleft()
+        while self._unread:
+            self._held += self._unread.popleft()
             while self._advance():
                 pass
 
     def _advance(self) -> bool:
-        """One move of the machine; False when it needs more text."""
+        """Make one transition of the state machine; return False if it needs more text."""
         if self._skip_space:
             self._held = self._held.lstrip()
             if not self._held:
                 return False
             self._skip_space = False
-        return _MOVES[self._state](self)
+        return _TRANSITIONS[self._state](self)
 
     def _enter(self, state: _State, rest: str, skip_space: bool = False) -> None:
         self._state, self._held, self._skip_space = state, rest, skip_space
 
     def _pass_on(self, text: str, kind: type[Reasoning] | type[Content]) -> None:
-        """Emit a text, but for the whitespace at its end, which may be before a tag."""
+        """Emit a text without its trailing whitespace, which may belong to a tag."""
         body = text.rstrip()
         if body:
             self._emit(kind(self._sure(body)))
@@ -190,27 +190,27 @@ class AnswerParser:
         if not found:
             self._held = text[sure:]
             return False
-        self._call, self._json, self._may_open = [], JsonLetters(), True
+        self._call, self._json, self._may_open = [], JsonScanner(), True
         self._enter(_State.CALL, rest)
         return True
 
     def _begin_call(self) -> bool:
-        """Follow a call's object up to its arguments, or to its end."""
-        for i, letter in enumerate(self._held):
-            if letter == "{" and self._json.depth == 1 and not self._json.in_string:
+        """Scan a call's object up to its arguments, or to its end."""
+        for i, char in enumerate(self._held):
+            if char == "{" and self._json.depth == 1 and not self._json.in_string:
                 if self._may_open and self._begin_arguments(i):
                     return True
                 self._may_open = False
-            if not self._json.follow(letter):
+            if not self._json.follow(char):
                 return self._no_call()
-            if self._json.depth == 0 and letter == "}":
+            if self._json.depth == 0 and char == "}":
                 return self._whole_call(i + 1)
         self._call.append(self._held)
         self._held = ""
         return False
 
     def _begin_arguments(self, brace: int) -> bool:
-        """Whether they begin at that index; then the call begins, too."""
+        """Begin the call, and return True, if its arguments begin at this index."""
         text = "".join([*self._call, self._held[:brace]])
         named = _NAME.match(text)
         if not named or not _BEFORE_ARGUMENTS.fullmatch(text, named.end()):
@@ -221,7 +221,7 @@ class AnswerParser:
         return True
 
     def _whole_call(self, end: int) -> bool:
-        """A call in another order, which ends at that index; or no call."""
+        """Emit a call with another key order, which ends at this index, if it is a call."""
         call = _load("".join([*self._call, self._held[:end]]))
         if not isinstance(call, dict) or not isinstance(call.get("name"), str):
             return self._no_call()
@@ -234,18 +234,18 @@ class AnswerParser:
         return True
 
     def _no_call(self) -> bool:
-        """The tag was content, and what follows it is read once more.
+        """Emit the tag as content, and parse the text after it again.
 
-        That takes no long time however many tags there are: a tag may stand in a string alone, its
-        object opens another, and so no more than two objects go on at any letter.
+        This is fast for any number of tags. Within an object a tag can only occur in a string, so
+        no character is scanned for more than two objects.
         """
-        self._coming.extendleft(reversed([*self._call, self._held]))
+        self._unread.extendleft(reversed([*self._call, self._held]))
         self._emit(Content(self._sure(CALL)))
         self._enter(_State.CONTENT, "")
         return False
 
     def _cut_call(self) -> None:
-        """The answer has ended before the call's arguments."""
+        """End a call that is truncated before its arguments."""
         named = _NAME.match("".join(self._call))
         if named:
             self._start_named(named)
@@ -265,13 +265,13 @@ class AnswerParser:
 
     def _arguments(self) -> bool:
         text, passed = self._held, []
-        for i, letter in enumerate(text):
+        for i, char in enumerate(text):
             in_string = self._json.in_string
-            if letter == "<" and not in_string and END_CALL.startswith(text[i : i + len(END_CALL)]):
-                break  # a bracket may have been forgotten
-            self._json.follow(letter)
-            # models write line breaks inside of strings, where JSON has them escaped
-            passed.append(json.dumps(letter)[1:-1] if in_string and letter < " " else letter)
+            if char == "<" and not in_string and END_CALL.startswith(text[i : i + len(END_CALL)]):
+                break  # the model may have forgotten a bracket
+            self._json.follow(char)
+            # models write line breaks in strings, which JSON must escape
+            passed.append(json.dumps(char)[1:-1] if in_string and char < " " else char)
             if self._json.depth == 1:
                 self._state = _State.TAIL
                 break
@@ -283,8 +283,8 @@ class AnswerParser:
         return self._state is not _State.ARGUMENTS
 
     def _tail(self) -> bool:
-        for i, letter in enumerate(self._held):
-            fits = self._json.follow(letter)
+        for i, char in enumerate(self._held):
+            fits = self._json.follow(char)
             if not fits or self._json.depth == 0:
                 end = i + 1 if fits else i
                 self._enter(_State.AFTER_CALL, self._held[end:])
@@ -293,7 +293,7 @@ class AnswerParser:
         return False
 
     def _after_call(self) -> bool:
-        rest = self._held.lstrip(SPACE + "]}")  # some models close more than they have opened
+        rest = self._held.lstrip(SPACE + "]}")  # some models write too many closing brackets
         self._unsure.append(self._held[: len(self._held) - len(rest)])
         self._held = rest
         if rest.startswith(END_CALL):
@@ -306,7 +306,7 @@ class AnswerParser:
         return True
 
 
-_MOVES = {
+_TRANSITIONS = {
     _State.START: AnswerParser._start,
     _State.REASONING: AnswerParser._reasoning,
     _State.CONTENT: AnswerParser._content,
@@ -322,7 +322,7 @@ def _slices(text: str) -> Iterator[str]:
 
 
 def _sure_length(text: str, tag: str) -> int:
-    """How much of `text` cannot be part of `tag`."""
+    """Return the number of characters before a possible beginning of `tag` at the end of `text`."""
     for length in range(min(len(tag) - 1, len(text)), 0, -1):
         if text.endswith(tag[:length]):
             return len(text) - length
@@ -330,7 +330,7 @@ def _sure_length(text: str, tag: str) -> int:
 
 
 def _load(text: str) -> object:
-    """JSON's value, or None where it is no JSON."""
+    """Return the value of a JSON text, or None if it is not valid JSON."""
     try:
         return json.loads(text, strict=False)  # models write line breaks inside strings
     except (ValueError, RecursionError):

@@ -1,4 +1,4 @@
-"""The parts of an assistant's answer, and whether its prompt lets it begin with reasoning."""
+"""The parts of an assistant's answer, and whether the answer may begin with reasoning."""
 
 from dataclasses import dataclass
 from enum import Enum
@@ -18,7 +18,7 @@ class Content:
 
 @dataclass(frozen=True)
 class CallStart:
-    """A tool call begins. Calls count from 0."""
+    """The beginning of a tool call. Calls count from 0."""
 
     index: int
     name: str
@@ -26,7 +26,7 @@ class CallStart:
 
 @dataclass(frozen=True)
 class CallArguments:
-    """More of the JSON text of a call's arguments."""
+    """A piece of the JSON text of a call's arguments."""
 
     index: int
     text: str
@@ -36,15 +36,15 @@ Piece = Reasoning | Content | CallStart | CallArguments
 
 
 class Thinking(Enum):
-    """What a prompt's end says of reasoning in the answer."""
+    """Whether an answer has reasoning, as far as the end of its prompt decides."""
 
-    OPEN = "the prompt ends with <think>: the answer begins inside"
+    OPEN = "the prompt ends with <think>, so the answer begins with reasoning"
     POSSIBLE = "an answer that begins with <think> has reasoning"
-    NONE = "it is no place for reasoning: all is content"
+    NONE = "the whole answer is content"
 
     @classmethod
     def after(cls, prompt: str) -> "Thinking":
-        """How the answer to a rendered prompt begins."""
+        """Return how the answer to a rendered prompt begins."""
         end = prompt[-64:].rstrip()
         if end.endswith(THINK):
             return cls.OPEN

@@ -1,4 +1,4 @@
-"""build_app: the endpoints, as a FastAPI application over an engine that runs."""
+"""build_app: a FastAPI application with all endpoints, for a running engine."""
 
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
@@ -38,28 +38,29 @@ BODIES: dict[str, type[BaseModel]] = {
 }
 
 
-# What any endpoint may answer, for the document: see docs/server.md.
+# The errors of all endpoints, for the OpenAPI document: see docs/server.md.
 ERRORS: dict[int | str, dict[str, Any]] = {
     status: {"model": ErrorBody, "description": words}
     for status, words in {
         400: "the request is wrong",
         401: "the API key is missing or wrong",
-        403: "a page of another origin asks, or one that calls the server by another name",
+        403: "a page of another origin, or another host name, is not allowed",
         404: "there is no such model or path",
         405: "the path does not take this method",
         413: "the body is too large",
-        429: "too much waits already",
-        500: "a mistake of the server",
-        503: "the engine has failed, or the server shuts down",
+        429: "the queue is full",
+        500: "a bug of the server",
+        503: "the engine has failed, or the server is shutting down",
         504: "the request took too long",
     }.items()
 }
 
 
 def build_app(engine: Engine, settings: ServerSettings | None = None) -> FastAPI:
-    """The application. Its `state.service` holds what the endpoints work with.
+    """Return the application. Its `state.service` is the Service that the endpoints use.
 
-    It neither starts nor closes the engine. Limits on single connections are `serve`'s.
+    The application neither starts nor closes the engine, and does not limit connections; `serve`
+    limits them.
 
     Raises:
         ValueError: the engine has no tokenizer.
@@ -72,7 +73,7 @@ def build_app(engine: Engine, settings: ServerSettings | None = None) -> FastAPI
         yield
         service.prompts.close()
 
-    # the pages that FastAPI has for its documentation load scripts from elsewhere
+    # without FastAPI's documentation pages, which load scripts from other sites
     app = FastAPI(
         title="tpllm",
         version=tpllm.__version__,
@@ -93,7 +94,7 @@ def build_app(engine: Engine, settings: ServerSettings | None = None) -> FastAPI
 
 
 def _document_our_errors(app: FastAPI) -> None:
-    """Leave out FastAPI's own status for a wrong body, which is 400 here, as OpenAI has it."""
+    """Remove FastAPI's status 422 from the OpenAPI document; a wrong body is 400, as at OpenAI."""
     make = app.openapi
 
     def openapi() -> dict[str, Any]:
@@ -151,7 +152,7 @@ def _add_endpoints(app: FastAPI, service: Service) -> None:
 
 
 def _add_errors(app: FastAPI) -> None:
-    """Whatever goes wrong is told in OpenAI's shape."""
+    """Return all errors in OpenAI's format."""
 
     @app.exception_handler(RequestValidationError)
     async def validation(request: Request, error: RequestValidationError) -> Response:
@@ -163,8 +164,8 @@ def _add_errors(app: FastAPI) -> None:
         if not isinstance(error, APIError):
             messages = {
                 400: "the body cannot be read as JSON",
-                404: f"there is no {request.url.path[:200]!r} here",
-                405: f"{request.method} is not allowed here",
+                404: f"the path {request.url.path[:200]!r} does not exist",
+                405: f"{request.method} is not allowed for this path",
             }
             message = messages.get(error.status_code, str(error.detail))
             error = APIError(error.status_code, message, headers=_with_head(error.headers))
@@ -172,7 +173,7 @@ def _add_errors(app: FastAPI) -> None:
 
 
 def _with_head(headers: Mapping[str, str] | None) -> dict[str, str]:
-    """The headers of a refused method: HEAD is taken where GET is."""
+    """Return the headers of a refused method, with HEAD wherever GET is allowed."""
     return {
         name: f"{value}, HEAD" if name.lower() == "allow" and value == "GET" else value
         for name, value in (headers or {}).items()

@@ -1,4 +1,4 @@
-"""POST /v1/chat/completions: conversations answered."""
+"""POST /v1/chat/completions: answers to conversations."""
 
 import time
 from collections.abc import AsyncGenerator
@@ -29,7 +29,7 @@ from tpllm.server.usage import StreamedUsage
 
 
 def answer_chat(service: Service, body: ChatCompletionRequest) -> Response:
-    """The answer to a checked request; its work begins when the answer is sent.
+    """Return the response to a request. The engine starts when the response is sent.
 
     Raises:
         APIError: the request is refused.
@@ -54,7 +54,7 @@ class _Chat:
         self._thinking = Thinking.NONE
 
     async def whole(self) -> dict[str, Any]:
-        """The answer, once all of it is there."""
+        """Return the whole answer, once it is complete."""
         with naming_the_field(self._body):
             generation = await self._begin()
             await generation.run()
@@ -68,7 +68,7 @@ class _Chat:
         return content
 
     async def stream(self) -> AsyncGenerator[dict[str, Any], None]:
-        """The answer in chunks: each answer's role, what is new of it, and how it ended."""
+        """Yield chunks: each answer's role, its new parts, and its finish reason."""
         usage = StreamedUsage(self._body.stream_options)
         head = self._head("chat.completion.chunk")
         with naming_the_field(self._body):
@@ -85,16 +85,16 @@ class _Chat:
         service.check_engine()
         text, ids = await service.prompts.render(self._conversation())
         if not ids:
-            raise APIError(400, "messages give an empty prompt; say something", param="messages")
+            raise APIError(400, "messages make an empty prompt; add content", param="messages")
         service.sampling.check_length(self._body, [ids], self._params)
         if service.settings.parse_reasoning and self._params.structured_outputs is None:
             self._thinking = Thinking.after(text)
         return service.generation([ids], self._params, self._id)
 
     def _conversation(self) -> ChatCompletionRequest:
-        """The request as the template shall see it."""
+        """Return the request with the tools and options for the chat template."""
         changes: dict[str, Any] = {}
-        if not self._tool_choice.is_named:  # a grammar holds the answer to that one
+        if not self._tool_choice.is_named:  # a grammar already forces the named function
             changes["tools"] = self._tool_choice.tools or None
         if self._body.reasoning_effort == "none" and self._body.enable_thinking is None:
             changes["enable_thinking"] = False
@@ -118,7 +118,7 @@ class _Chat:
         }
 
     def _choice(self, answer: Answer) -> dict[str, Any]:
-        """A whole answer, as OpenAI has it."""
+        """Return a whole answer as OpenAI's choice."""
         parser = self._parser()
         is_cut = answer.finish_reason == "length"
         pieces = [*parser.feed(answer.text), *parser.finish(is_cut)]
@@ -135,10 +135,10 @@ class _Chat:
     def _chunks(
         self, answer: Answer, part: CompletionOutput, deltas: "_Deltas"
     ) -> list[dict[str, Any]]:
-        """Choices of the chunks that a part of an answer makes; none while a tag may be coming."""
+        """Return the chunks' choices for a part of an answer; none while it may be half a tag."""
         new = deltas.of(part)
         if not new and part.logprobs:
-            new = [{"content": ""}]  # its tokens are told, even if its text is not yet
+            new = [{"content": ""}]  # log-probabilities are sent even if the text is held back
         choices: list[dict[str, Any]] = [
             {"index": answer.index, "delta": delta, "logprobs": None, "finish_reason": None}
             for delta in new
@@ -152,9 +152,9 @@ class _Chat:
         return choices
 
     def _finish_reason(self, reason: str | None, parser: AnswerParser) -> str | None:
-        """A model that calls tools has not ended its turn: it waits for what they give.
+        """Return OpenAI's finish reason: "tool_calls" after calls, which the client answers.
 
-        Where the function was named, it had no choice, and OpenAI's reason is "stop".
+        If the request names the function, OpenAI's reason is "stop".
         """
         calls = parser.num_calls and not self._tool_choice.is_named
         return "tool_calls" if reason == "stop" and calls else reason
@@ -167,7 +167,7 @@ class _Chat:
 
 
 class _Deltas:
-    """The pieces of one streamed answer, as the `delta` of OpenAI's chunks."""
+    """Converts one streamed answer to the `delta` objects of OpenAI's chunks."""
 
     def __init__(self, parser: AnswerParser, shows_reasoning: bool) -> None:
         self.parser = parser
@@ -175,7 +175,7 @@ class _Deltas:
         self._has_begun = False
 
     def of(self, part: CompletionOutput) -> list[dict[str, Any]]:
-        """What a part adds; its role comes before the first."""
+        """Return the deltas of a part. The first delta of an answer has its role."""
         pieces = self.parser.feed(part.text)
         if part.finish_reason is not None:
             pieces += self.parser.finish(part.finish_reason == "length")
@@ -202,7 +202,7 @@ def _delta(piece: Piece) -> dict[str, Any]:
 
 
 def _reasoning(text: str | None) -> dict[str, Any]:
-    """Under vLLM's name and under the older one, which DeepSeek's clients and most others read."""
+    """Return reasoning under vLLM's name and the older one, which most clients read."""
     return {"reasoning": text, "reasoning_content": text}
 
 

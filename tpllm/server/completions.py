@@ -1,4 +1,4 @@
-"""POST /v1/completions: texts continued."""
+"""POST /v1/completions: continuations of texts."""
 
 import time
 from collections import deque
@@ -21,7 +21,7 @@ from tpllm.server.usage import StreamedUsage
 
 
 def complete(service: Service, body: CompletionRequest) -> Response:
-    """The answer to a checked request; its work begins when the answer is sent.
+    """Return the response to a request. The engine starts when the response is sent.
 
     Raises:
         APIError: the request is refused.
@@ -43,13 +43,13 @@ class _Completion:
             "created": int(time.time()),
             "model": service.model_name,
         }
-        self._prompt_texts: list[str] = []  # when they are echoed
-        self._prompt_offsets: list[list[int]] = []  # of their tokens, when these are told
-        self._told: dict[int, _ToldTokens] = {}  # by answer, where log-probabilities are told
+        self._prompt_texts: list[str] = []  # only with echo
+        self._prompt_offsets: list[list[int]] = []  # text offsets, with echo and logprobs
+        self._reports: dict[int, _TokenReport] = {}  # by answer, only with logprobs
         self._only_echo = bool(body.echo) and body.max_tokens == 0
 
     async def whole(self) -> dict[str, Any]:
-        """The answer, once all of it is there."""
+        """Return the whole answer, once it is complete."""
         with naming_the_field(self._body):
             generation = await self._begin()
             await generation.run()
@@ -65,7 +65,7 @@ class _Completion:
         return {**self._head, "choices": choices, "usage": generation.usage()}
 
     async def stream(self) -> AsyncGenerator[dict[str, Any], None]:
-        """The answer in chunks."""
+        """Yield the answer in chunks."""
         usage = StreamedUsage(self._body.stream_options)
         with naming_the_field(self._body):
             generation = await self._begin()
@@ -105,12 +105,12 @@ class _Completion:
         part: Answer | CompletionOutput,
         is_first: bool,
     ) -> dict[str, Any]:
-        """`part` of an answer, or all of it, as OpenAI has it."""
+        """Return a part of an answer, or a whole one, as OpenAI's choice."""
         echoes = bool(self._body.echo) and is_first
         text = self._prompt_texts[prompt_index] if echoes else ""
         logprobs = None
         if self._body.logprobs is not None:
-            entries: Iterable[Entry] = self._told_tokens(prompt_index, answer).after(part)
+            entries: Iterable[Entry] = self._report(prompt_index, answer).after(part)
             if echoes:
                 entries = chain(await self._prompt_entries(prompt_index, prompt), entries)
             logprobs = await completion_logprobs(entries, self._body.logprobs)
@@ -123,54 +123,54 @@ class _Completion:
         }
 
     async def _prompt_entries(self, prompt_index: int, prompt: PromptState) -> Iterator[Entry]:
-        """Those of an echoed prompt. Its positions are made as they are read."""
+        """Return the entries of an echoed prompt, whose positions are built when they are read."""
         ids, positions = prompt.token_ids, prompt.logprobs or ()
         first = await self._service.prompts.token_texts(ids[:1])
         texts = chain(first, repeat("", len(ids) - 1))
         offsets = self._prompt_offsets[prompt_index]
         return starmap(Entry, zip(ids, positions, offsets, texts, strict=True))
 
-    def _told_tokens(self, prompt_index: int, answer: Answer) -> "_ToldTokens":
-        if answer.index not in self._told:
+    def _report(self, prompt_index: int, answer: Answer) -> "_TokenReport":
+        if answer.index not in self._reports:
             begin = len(self._prompt_texts[prompt_index]) if self._body.echo else 0
             params = self._params
             offsets = self._service.prompts.text_offsets(
                 params.skip_special_tokens, params.spaces_between_special_tokens
             )
-            self._told[answer.index] = _ToldTokens(offsets, begin)
-        return self._told[answer.index]
+            self._reports[answer.index] = _TokenReport(offsets, begin)
+        return self._reports[answer.index]
 
 
-class _ToldTokens:
-    """The tokens of an answer, told when their text is: stop strings hold it back.
+class _TokenReport:
+    """Reports an answer's tokens together with their text, which stop strings may delay.
 
     Args:
-        offsets: of the answer's text
-        begin: characters before it
+        offsets: computes offsets in the answer's text
+        begin: number of characters before the answer's text
     """
 
     def __init__(self, offsets: TextOffsets, begin: int) -> None:
         self._offsets = offsets
         self._begin = begin
-        self._num_chars = 0  # of text told
-        self._held: deque[tuple[Entry, int]] = deque()  # and where the text of each ends
+        self._num_chars = 0  # of the text so far
+        self._held: deque[tuple[Entry, int]] = deque()  # (entry, end of its text)
 
     def after(self, part: Answer | CompletionOutput) -> list[Entry]:
-        """The tokens to tell beside the text of a part."""
+        """Return the tokens to report with the text of a part."""
         self._num_chars += len(part.text)
         for token_id, position in zip(part.token_ids, part.logprobs or (), strict=True):
             offset = self._offsets.feed(token_id)
             self._held.append((Entry(token_id, position, offset), self._offsets.num_chars))
-        told = []
+        reported = []
         while self._held and (part.finish_reason or self._held[0][1] <= self._num_chars):
             entry, _ = self._held.popleft()
-            # what a stop string took away has its place at the end
+            # a token whose text a stop string removed has its offset at the end
             offset = self._begin + min(entry.offset, self._num_chars)
-            told.append(entry._replace(offset=offset))
-        return told
+            reported.append(entry._replace(offset=offset))
+        return reported
 
 
 def _drop(answer: Answer, generation: Generation) -> None:
-    """Forget the one token that was drawn for the sake of the prompt's log-probabilities."""
+    """Drop the token that was only sampled to get the prompt's log-probabilities."""
     generation.num_new_tokens -= len(answer.token_ids)
     answer.text, answer.token_ids, answer.logprobs = "", [], []

@@ -1,4 +1,4 @@
-"""Connections with limits that uvicorn has not: for what a client sends, and how slowly."""
+"""Connections with limits that uvicorn lacks: on the size and the speed of a client's data."""
 
 import fcntl
 import sys
@@ -18,42 +18,42 @@ from tpllm.server.responses import AnswerNotTaken
 from tpllm.server.service import new_id
 
 MAX_HEAD_BYTES = 64 * 1024
-MAX_FIELDS = 256  # of a head: each takes memory beyond its bytes
-MAX_DROPPED_BYTES = 64 * 2**20  # of a body that comes after its answer, so that this is read
-KEEP_ALIVE_S = 30  # more than the 5 s after which the usual clients give an idle connection up
+MAX_FIELDS = 256  # of a head; each field takes memory beyond its bytes
+MAX_DROPPED_BYTES = 64 * 2**20  # of a body after its answer, so that the client reads the answer
+KEEP_ALIVE_S = 30  # usual clients close an idle connection after 5 s
 
 
 class Part(Enum):
-    """What comes next of a request."""
+    """The part of a request that is read next."""
 
     HEAD = "head"
     BODY = "body"
-    NOTHING = "nothing"  # it is whole, and its answer is not
+    NOTHING = "nothing"  # the request is complete, and its answer is not
 
 
 class TooLarge(Exception):
-    """A head, or what comes of a body besides its bytes, is larger than a head may be."""
+    """A head, or the trailers and chunk extensions of a body, exceed the limit of a head."""
 
 
 class Connection(HttpToolsProtocol):
-    """uvicorn's HTTP/1.1 with limits that it has not: see `limit`.
+    """uvicorn's HTTP/1.1 protocol with further limits: see `limit`.
 
-    One request at a time is parsed; what a client sends after it waits as it is. Fields after a
-    body in chunks are checked and dropped: they are no headers (RFC 9110, section 6.5.1).
+    One request at a time is parsed; data after it waits unparsed. Trailers of a chunked body are
+    checked and dropped, since they do not count as headers (RFC 9110, section 6.5.1).
     """
 
     client_timeout_s: float
 
     @classmethod
     def limit(cls, client_timeout_s: float) -> type["Connection"]:
-        """A class whose connections end when
+        """Return a class whose connections end in these cases.
 
-        - the head of a request is larger than 64 KiB or has more than 256 fields,
-        - the fields after a body, or the extensions of a chunk, are larger than 64 KiB,
-        - 64 MiB of a body have come after the request was answered,
-        - a request has not come completely `client_timeout_s` after the connection was ready for
-          it, or after it began,
-        - the client has not taken in what it was sent for `client_timeout_s`.
+        - The head of a request is larger than 64 KiB or has more than 256 fields.
+        - The trailers of a body, or the extensions of a chunk, are larger than 64 KiB.
+        - 64 MiB of a body have arrived after the request was answered.
+        - A request is incomplete `client_timeout_s` after the connection was ready for it, or after
+          it began.
+        - The client has not read the data sent to it for `client_timeout_s`.
         """
         return type("LimitedConnection", (cls,), {"client_timeout_s": client_timeout_s})
 
@@ -61,13 +61,13 @@ class Connection(HttpToolsProtocol):
         super().__init__(*args, **kwargs)
         self._request_timer: TimerHandle | None = None
         self._write_timer: TimerHandle | None = None
-        self._waiting = 0, 0.0  # bytes to be sent, and since when so many
+        self._waiting = 0, 0.0  # (bytes to be sent, time since this number is unchanged)
         self._incoming = Incoming()
         self._next = Part.HEAD
-        self._body_left: int | None = None  # by Content-Length; None in chunks
+        self._body_left: int | None = None  # by Content-Length; None for a chunked body
         self._num_head_bytes = 0
         self._num_trailer_bytes = 0
-        self._num_silent_bytes = 0  # of a body in chunks, since the parser gave some of it
+        self._num_silent_bytes = 0  # of a chunked body, since the parser last returned data of it
         self._num_dropped_bytes = 0
         self._is_too_large = False
         self._keeps_http10 = False
@@ -77,7 +77,7 @@ class Connection(HttpToolsProtocol):
 
     def connection_made(self, transport: BaseTransport) -> None:
         super().connection_made(transport)  # type: ignore[arg-type]
-        # what is sent next waits until the kernel has all that was sent before
+        # a send waits until the kernel has all earlier data
         self.transport.set_write_buffer_limits(high=0)
         self._start_request_timer()
 
@@ -88,7 +88,7 @@ class Connection(HttpToolsProtocol):
         self._parse()
 
     def _parse(self) -> None:
-        """Parse what has come, up to the end of a request that has no whole answer."""
+        """Parse received data, up to the end of a request whose answer is incomplete."""
         while self._incoming and not self.transport.is_closing():
             if self._next is Part.NOTHING:
                 self.flow.pause_reading()
@@ -105,10 +105,10 @@ class Connection(HttpToolsProtocol):
                 self._refuse_size()
 
     def _take(self) -> bytes:
-        """The next piece for the parser, or b"" if more has to come first.
+        """Return the next piece for the parser, or b"" if it needs more data.
 
         Raises:
-            TooLarge
+            TooLarge: the head is too large.
         """
         if self._next is Part.HEAD:
             piece, size = self._incoming.take_head()
@@ -141,7 +141,7 @@ class Connection(HttpToolsProtocol):
             self._num_trailer_bytes += len(name) + len(value) + len(b": \r\n")
             self._is_too_large = self._num_trailer_bytes > MAX_HEAD_BYTES
         if self._is_too_large:
-            raise TooLarge  # the parser stops, and has send_400_response called
+            raise TooLarge  # the parser stops, and uvicorn calls send_400_response
         if self._next is Part.HEAD:
             super().on_header(name, value.rstrip(b" \t"))  # the parser strips its beginning alone
 
@@ -149,11 +149,11 @@ class Connection(HttpToolsProtocol):
         self._next = Part.BODY
         self._num_head_bytes = self._num_trailer_bytes = self._num_silent_bytes = 0
         self._num_dropped_bytes = 0
-        # the parser has checked that there is one, and a number
+        # the parser has checked that it is a number
         length = next((value for name, value in self.headers if name == b"content-length"), None)
         self._body_left = None if length is None else int(length)
         if self.parser.get_http_version() < "1.1":
-            self.expect_100_continue = False  # which such a client does not know
+            self.expect_100_continue = False  # HTTP/1.0 has no 100 Continue
             self._keeps_http10 = self.parser.should_keep_alive()
         super().on_headers_complete()
 
@@ -165,7 +165,7 @@ class Connection(HttpToolsProtocol):
         self._next = Part.HEAD if self._is_idle() else Part.NOTHING
         self._stop_request_timer()
         super().on_message_complete()
-        # this one reads no further after a Connection: close, even in a trailer
+        # the old parser stops after a Connection: close, even in a trailer
         self.parser = HttpRequestParser(self)
 
     def on_response_complete(self) -> None:
@@ -188,7 +188,7 @@ class Connection(HttpToolsProtocol):
     def _request_is_late(self) -> None:
         self._request_timer = None
         if self._is_idle() and self._next is Part.HEAD:
-            self._refuse(408, f"the request has not come within {self.client_timeout_s:g} s")
+            self._refuse(408, f"the request did not arrive within {self.client_timeout_s:g} s")
         else:
             self.transport.abort()
 
@@ -211,12 +211,12 @@ class Connection(HttpToolsProtocol):
     def _refuse_size(self) -> None:
         self._refuse(
             431,
-            f"the head of the request, or what comes after its body, is larger than "
+            "the head of the request, its trailers or its chunk extensions are larger than "
             f"{MAX_HEAD_BYTES} bytes or {MAX_FIELDS} fields",
         )
 
     def _refuse(self, status: int, message: str) -> None:
-        """Answer by ourselves, there being no request that an endpoint could answer."""
+        """Send an error here, since no endpoint has a request to answer."""
         if self.transport.is_closing():
             return
         if self._is_idle():
@@ -232,7 +232,7 @@ class Connection(HttpToolsProtocol):
     # ---- writing -----------------------------------------------------------------------------
 
     def pause_writing(self) -> None:
-        """More waits to be sent than the client takes in."""
+        """Start the write timer: the client reads more slowly than the server sends."""
         super().pause_writing()
         if self._write_timer is None:
             self._write_timer = self.loop.call_later(self.client_timeout_s, self.transport.abort)
@@ -242,7 +242,7 @@ class Connection(HttpToolsProtocol):
         super().resume_writing()
 
     def abort_if_stalled(self, seconds: float) -> None:
-        """End a connection whose client has taken nothing in for so long; call it repeatedly."""
+        """End a connection whose client has read nothing for `seconds`; call it repeatedly."""
         waiting, now = self.num_waiting_bytes(), self.loop.time()
         if waiting == 0 or waiting != self._waiting[0]:
             self._waiting = waiting, now
@@ -250,7 +250,7 @@ class Connection(HttpToolsProtocol):
             self.transport.abort()
 
     def num_waiting_bytes(self) -> int:
-        """Bytes that the client has not taken in, the kernel's included, while there are ours."""
+        """Return the bytes that wait here and, if there are any, also those in the kernel."""
         ours = self.transport.get_write_buffer_size()
         sock = self.transport.get_extra_info("socket")
         if not ours or sock.fileno() < 0:
@@ -264,7 +264,7 @@ class Connection(HttpToolsProtocol):
             self._write_timer = None
 
     def timeout_keep_alive_handler(self) -> None:
-        """An idle connection ends; one that still has an answer to deliver has had its time."""
+        """End an idle connection; abort it if its client has not read the answer."""
         if self.transport.get_write_buffer_size():
             self.transport.abort()
         else:

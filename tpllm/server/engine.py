@@ -1,4 +1,4 @@
-"""What the server needs of an engine: a part of AsyncLLM, which tests stand in for."""
+"""The part of AsyncLLM that the server needs, as protocols, so that tests can replace it."""
 
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from typing import Any, Protocol
@@ -14,7 +14,7 @@ class ModelFacts(Protocol):
 
 
 class Config(Protocol):
-    """Of EngineConfig."""
+    """The part of EngineConfig that the server needs."""
 
     @property
     def model(self) -> str | None: ...
@@ -29,7 +29,7 @@ class Config(Protocol):
 
 
 class Tokenizer(Protocol):
-    """Of Tokenizer. Several threads may be in it at the same time."""
+    """The part of `text.Tokenizer` that the server needs. Several threads use it at a time."""
 
     @property
     def has_chat_template(self) -> bool: ...

@@ -1,4 +1,4 @@
-"""Errors in OpenAI's shape: {"error": {"message", "type", "param", "code"}}."""
+"""Errors in OpenAI's format: {"error": {"message", "type", "param", "code"}}."""
 
 import json
 import re
@@ -22,9 +22,9 @@ from tpllm.server.protocol import (
     TokenizeRequest,
 )
 
-# What pydantic puts into the place of a problem besides names of fields: see protocol.py.
+# Tags of alternatives, which pydantic adds to the path of an error: see protocol.py.
 ALTERNATIVES = (TEXT_OR_LIST, LIST, TEXT_OR_OBJECT, OBJECT)
-# Pydantic's problems with a JSON value, by kind, in our words.
+# Our messages for pydantic's errors about JSON values.
 WORDS = PROBLEMS | {
     "bool_type": "must be true or false",
     "dict_type": "must be an object",
@@ -32,11 +32,11 @@ WORDS = PROBLEMS | {
     "literal_error": "must be {expected}",
     "model_attributes_type": "must be an object",
     "model_type": "must be an object",
-    "string_too_long": "is too long; at most {max_length} letters are taken",
-    "too_long": "has too many entries; at most {max_length} are taken",
+    "string_too_long": "is too long; at most {max_length} characters are allowed",
+    "too_long": "has too many entries; at most {max_length} are allowed",
     "too_short": "has too few entries; give at least {min_length}",
 }
-# What a refusal may begin with to be about that field.
+# An error message that begins with one of these names is about that field.
 FIELDS = frozenset(
     name
     for body in (ChatCompletionRequest, CompletionRequest, TokenizeRequest, DetokenizeRequest)
@@ -46,12 +46,12 @@ TYPES = {429: "rate_limit_error"}  # OpenAI has "invalid_request_error" for 401 
 
 
 class APIError(HTTPException):
-    """What a client is told, and under which status.
+    """An error response: an HTTP status and OpenAI's error object.
 
     Attributes:
         message: whole sentences, for people
-        param: the field of the request that is to blame; None for the request as a whole
-        code: for programs, such as "context_length_exceeded"
+        param: the path of the wrong field; None for the request as a whole
+        code: a name for programs, such as "context_length_exceeded"
     """
 
     def __init__(
@@ -92,18 +92,18 @@ _ENCODER = json.JSONEncoder(separators=(",", ":"), allow_nan=False)
 
 
 def to_json(content: object) -> str:
-    """Compact JSON. Only ASCII: no text of a request can make it fail to encode."""
+    """Return compact JSON in ASCII, so that encoding never fails on a text of a request."""
     return _ENCODER.encode(content)
 
 
 def context_exceeded(limit: int, what: str, param: str) -> APIError:
-    """A request beyond the model's context, in the words and with the code that clients look for.
+    """Return the error for a request beyond the model's context, with OpenAI's message and code.
 
-    LiteLLM and pydantic-ai look for the beginning, LangChain for the code or for "prompt is too
-    long". They shorten the history then, or take another model.
+    LiteLLM and pydantic-ai look for the beginning of the message, LangChain for the code or for
+    "prompt is too long". They then shorten the history, or use another model.
 
     Args:
-        limit: tokens of a prompt and its answer
+        limit: most tokens of a prompt and its answer
         what: what is too long, and the mend
     """
     return APIError(
@@ -115,10 +115,10 @@ def context_exceeded(limit: int, what: str, param: str) -> APIError:
 
 
 def from_value_error(error: ValueError, renamed: Mapping[str, str] | None = None) -> APIError:
-    """A refusal by the engine, SamplingParams or the tokenizer, which begins with what to blame.
+    """Return the error for a ValueError of the engine, SamplingParams or the tokenizer.
 
     Args:
-        renamed: what the client calls a setting, where that is another name
+        renamed: the client's names of settings, where they differ
     """
     message = str(error)
     for ours, theirs in (renamed or {}).items():
@@ -127,13 +127,13 @@ def from_value_error(error: ValueError, renamed: Mapping[str, str] | None = None
 
 
 def _blamed(message: str) -> str | None:
-    """The field that a message begins with: "the prompt", "stop[0]=5", "messages[3].content"."""
+    """Return the field with which a message begins: "stop" of "stop[0]=5", for example."""
     found = re.match(r"(?:the )?(([a-z_]+)(?:\[\w+\]|\.[a-z_]+)*)(=)?", message)
     return found[1] if found and (found[3] or found[2] in FIELDS) else None
 
 
 def from_validation(problems: Sequence[Mapping[str, Any]], known: Sequence[str]) -> APIError:
-    """The first of pydantic's problems with a request body, as one sentence of our own.
+    """Return the first of pydantic's errors in a request body, with our own message.
 
     Args:
         known: names of the request's fields, to suggest the nearest one
@@ -145,7 +145,7 @@ def from_validation(problems: Sequence[Mapping[str, Any]], known: Sequence[str])
         return APIError(400, f"the body is not valid JSON: {why} (character {problem['loc'][-1]})")
     place = [part for part in problem["loc"] if part != "body" and part not in ALTERNATIVES]
     if kind == "string_unicode" and not place:
-        return APIError(400, "the name of a field is not valid Unicode; mend it")
+        return APIError(400, "the name of a field is not valid Unicode; correct it")
     if kind == "value_error":
         message = str(context["error"])
         return APIError(400, message, param=_blamed(message) or _path(place) or None)
@@ -155,20 +155,20 @@ def from_validation(problems: Sequence[Mapping[str, Any]], known: Sequence[str])
         )
     param = _path(place)
     if kind == "missing":
-        what = "every such request needs it" if len(place) == 1 else "it is needed there"
+        what = "every request needs it" if len(place) == 1 else "it is required there"
         return APIError(400, f"{param} is missing; {what}", param=param)
     if kind == "extra_forbidden":
         near = get_close_matches(param, known, n=1)
         mend = f"did you mean {near[0]!r}?" if near else "leave it out"
         return APIError(400, f"there is no field {short(param)} here; {mend}", param=param)
-    words = WORDS.get(kind, "is not valid here; leave it out").format(**context)
+    words = WORDS.get(kind, "is not valid; leave it out").format(**context)
     if kind == "string_type" and problem["loc"][-1] in ALTERNATIVES:
         words = f"must be {problem['loc'][-1].strip('()')}"
     return APIError(400, f"{param}={short(problem.get('input'))} {words}", param=param)
 
 
 def _path(place: Sequence[object]) -> str:
-    """messages[0].content, from ("messages", 0, "content")."""
+    """Return "messages[0].content" for ("messages", 0, "content")."""
     text = ""
     for part in place:
         if isinstance(part, int) or not str(part).isidentifier():

@@ -1,7 +1,7 @@
-"""Fields of other servers and clients that tpllm does not have.
+"""Fields of other servers and clients that tpllm lacks.
 
-Many programs send every field they know, at its default. A value that asks for nothing passes; any
-other is refused by name, with the way out. Null asks for nothing, whatever the name.
+Many programs send all their fields at the defaults. A value without effect is accepted; any other
+is refused, and the error says what to use instead. Null is accepted under any name.
 """
 
 from collections.abc import Collection, Mapping
@@ -9,7 +9,7 @@ from typing import Any
 
 from tpllm.checks import short
 
-# Whatever their value, the answer is the same.
+# Fields that have no effect at any value.
 WITHOUT_EFFECT = frozenset(
     {
         "cache_prompt",
@@ -47,7 +47,7 @@ _USE_MAX_TOKENS = "use max_tokens"
 _EMPTY_LIST: tuple[Any, ...] = ([],)
 _EMPTY_OBJECT: tuple[Any, ...] = ({},)
 
-# By name: the values that ask for nothing, and what to do about any other.
+# By name: the values that are accepted, and what to use instead of others.
 FOREIGN: dict[str, tuple[tuple[Any, ...], str]] = {
     # vLLM
     "add_special_tokens": ((False,), "the chat template writes every special token"),
@@ -114,7 +114,7 @@ FOREIGN: dict[str, tuple[tuple[Any, ...], str]] = {
     "function_call": (("auto", "none"), "use tool_choice"),
     "functions": (_EMPTY_LIST, "use tools"),
     "web_search_options": ((), "give a tool that searches"),
-    # what some clients mean for themselves, and other makers' switches of reasoning
+    # arguments that clients send by mistake, and other vendors' switches of reasoning
     "extra_body": (_EMPTY_OBJECT, "put its fields into the body itself"),
     "extra_headers": (_EMPTY_OBJECT, "send them as headers"),
     "extra_query": (_EMPTY_OBJECT, _LEAVE_OUT),
@@ -124,13 +124,13 @@ FOREIGN: dict[str, tuple[tuple[Any, ...], str]] = {
 
 
 def without_foreign_fields(body: Mapping[str, Any], known: Collection[str]) -> dict[str, Any]:
-    """A request's own fields, and those that nobody knows.
+    """Return a request's known and unknown fields, without foreign ones that have no effect.
 
     Args:
         known: names of the fields that the request has here
 
     Raises:
-        ValueError: a field asks for something that tpllm does not have.
+        ValueError: a foreign field has a value that tpllm does not support.
     """
     kept = {}
     for name, value in body.items():

@@ -1,4 +1,4 @@
-"""One HTTP request's way through the engine: several prompts, each with n answers, in parts."""
+"""Run the prompts of one HTTP request, each with n answers, and yield their parts."""
 
 import asyncio
 import time
@@ -14,10 +14,10 @@ from tpllm.server.metrics import Metrics
 
 
 class Answer:
-    """One of n answers to one prompt, put together from what has come of it."""
+    """One of n answers to one prompt, with its parts joined so far."""
 
     def __init__(self, index: int) -> None:
-        self.index = index  # among all answers of the HTTP request
+        self.index = index  # number among all answers of the HTTP request
         self.text = ""
         self.token_ids: list[int] = []
         self.logprobs: list[Position] = []
@@ -33,7 +33,7 @@ class Answer:
 
 
 class PromptState:
-    """One prompt of the request: its answers so far."""
+    """One prompt of the request, with its answers so far."""
 
     def __init__(self, token_ids: list[int], answers: list[Answer]) -> None:
         self.token_ids = token_ids
@@ -43,12 +43,12 @@ class PromptState:
 
 
 class Generation:
-    """Runs the prompts and hands on what is new, as it comes.
+    """Runs the prompts, and yields new parts of answers as they arrive.
 
     Args:
         prompts: token ids
-        params: of every prompt; `output_kind` is DELTA
-        request_id: the answer's id; the engine's requests are named after it
+        params: the parameters of every prompt; `output_kind` is DELTA
+        request_id: the answer's id, from which the ids of engine requests are made
     """
 
     def __init__(
@@ -76,7 +76,7 @@ class Generation:
         return [answer for prompt in self.prompts for answer in prompt.answers]
 
     def usage(self) -> dict[str, Any]:
-        """Tokens so far, in OpenAI's shape."""
+        """Return the numbers of tokens so far, in OpenAI's format."""
         return {
             "prompt_tokens": self._num_prompt_tokens,
             "completion_tokens": self.num_new_tokens,
@@ -85,7 +85,7 @@ class Generation:
         }
 
     async def run(self) -> None:
-        """Run to the end."""
+        """Run until all answers are complete."""
         async with aclosing(self.parts()) as parts:
             async for _ in parts:
                 pass
@@ -93,7 +93,7 @@ class Generation:
     async def parts(
         self,
     ) -> AsyncGenerator[tuple[PromptState, Answer, CompletionOutput], None]:
-        """Every part of every answer, when it has come and been added to its answer."""
+        """Yield every part of every answer, after adding it to its answer."""
         begin = time.perf_counter()
         streams = [
             self._engine.generate(
@@ -112,7 +112,7 @@ class Generation:
                 for part in output.outputs:
                     answer = prompt.answers[part.index]
                     if answer.finish_reason is not None:
-                        continue  # it has ended, and stands here beside its siblings
+                        continue  # it has ended, and the output repeats it
                     now = time.perf_counter()
                     is_first = not answer.token_ids
                     answer.add(part)
@@ -127,8 +127,8 @@ class Generation:
 async def _merged(
     streams: list[AsyncGenerator[RequestOutput, None]],
 ) -> AsyncGenerator[tuple[int, RequestOutput], None]:
-    """What comes of each stream, with the stream's index. All are closed at the end."""
-    if len(streams) == 1:  # the usual case, without a task and a queue
+    """Yield the outputs of all streams, with the stream's index, and close all at the end."""
+    if len(streams) == 1:  # the usual case needs no task and no queue
         async with aclosing(streams[0]) as stream:
             async for output in stream:
                 yield 0, output

@@ -1,4 +1,4 @@
-"""The door: who has no key, or brings too much, gets no further."""
+"""Guard: refuse requests by host, origin, API key and size before an endpoint gets them."""
 
 import asyncio
 import hashlib
@@ -15,18 +15,18 @@ from tpllm.server.service import Service
 
 logger = logging.getLogger("tpllm.server")
 
-OPEN_PATHS = frozenset({"/", "/health"})  # the page asks for the key itself; probes have none
+OPEN_PATHS = frozenset({"/", "/health"})  # the page has a field for the key; probes have no key
 GENERATING_PATHS = frozenset({"/v1/completions", "/v1/chat/completions"})
-MAX_VALUES = 2**18  # of a body: 0.1 to 0.3 s to read, for which everybody waits
-LARGE_BODY = 2**16  # bytes; such are read one by one, with turns for others in between
-VALUE_BYTES = 64  # that a value takes in memory, at least
-MAX_HELD_BYTES = 512 * 2**20  # for the bodies of all requests that are here
+MAX_VALUES = 2**18  # in a body: parsing takes 0.1 to 0.3 s, in which all clients wait
+LARGE_BODY = 2**16  # bytes; larger bodies are parsed one at a time, between other tasks
+VALUE_BYTES = 64  # memory of a JSON value, at least
+MAX_HELD_BYTES = 512 * 2**20  # for the bodies of all open requests
 
 
 class Guard:
-    """ASGI middleware around all endpoints: hosts, origins, key, body limit, early refusal.
+    """ASGI middleware around all endpoints: it checks host, origin, key, body size and the queue.
 
-    HEAD goes to the endpoint for GET; the HTTP server leaves the body of its answer out.
+    The endpoint for GET handles HEAD; the HTTP server leaves out the body of its answer.
     """
 
     def __init__(self, app: ASGIApp, service: Service) -> None:
@@ -35,7 +35,7 @@ class Guard:
         key = service.settings.api_key
         self._key_digest = None if key is None else _digest(key.encode())
         self._turn_to_read = asyncio.Lock()
-        self._held_bytes = 0  # for bodies, whole or not, of requests without a whole answer
+        self._held_bytes = 0  # memory of the bodies of open requests
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -48,8 +48,8 @@ class Guard:
             nonlocal num_bytes, num_values
             message = await receive()
             body: bytes = message.get("body", b"")
-            # each value of JSON comes after one of these; in texts they count in vain, but so
-            # many are no prompt either
+            # each JSON value follows one of these; those in strings count, too, but no prompt has
+            # so many
             num_new = body.count(b",") + body.count(b"[") + body.count(b"{")
             num_bytes += len(body)
             num_values += num_new
@@ -57,7 +57,7 @@ class Guard:
             if num_bytes > self._service.settings.max_body_bytes:
                 raise self._too_large()
             if num_values > MAX_VALUES:
-                words = f"the body holds more than {MAX_VALUES} values; send fewer at a time"
+                words = f"the body has more than {MAX_VALUES} values; send fewer at a time"
                 raise APIError(413, words, code="body_too_large")
             if body:
                 self._check_held_bytes()
@@ -76,7 +76,7 @@ class Guard:
             inner = {**scope, "method": "GET"} if scope["method"] == "HEAD" else scope
             await self._app(inner, receive_limited, send_noted)
         except Exception as error:
-            # not left to Starlette, whose answer would go out without the headers of CORS
+            # Starlette's own response would lack the CORS headers
             if has_begun:
                 raise
             if not isinstance(error, APIError):
@@ -87,10 +87,10 @@ class Guard:
             self._held_bytes -= num_bytes + VALUE_BYTES * num_values
 
     def _check(self, scope: Scope) -> None:
-        """What can be refused by the head of a request.
+        """Check the head of a request.
 
         Raises:
-            APIError
+            APIError: the request is refused.
         """
         headers = Headers(scope=scope)
         path = scope["path"]
@@ -110,28 +110,28 @@ class Guard:
             raise self._too_large()
         self._check_held_bytes()
         if path in GENERATING_PATHS and scope["method"] == "POST":
-            self._service.check_engine()  # and all before the body is read
+            self._service.check_engine()  # before the body is read
             self._service.admission.check()
 
     def _knows_key(self, headers: Headers) -> bool:
         if self._key_digest is None:
             return True
         scheme, _, key = headers.get("authorization", "").partition(" ")
-        # digests have one length: the time to compare tells nothing, not even how long the key is
+        # digests have equal lengths, so the time to compare does not reveal the key's length
         same = hmac.compare_digest(_digest(key.strip().encode("latin-1")), self._key_digest)
         return same and scheme.lower() == "bearer"
 
     def _check_held_bytes(self) -> None:
-        """However many clients send however slowly, and never to the end: memory has its limit.
+        """Check the memory of all bodies together, which many slow clients could fill.
 
         Raises:
-            APIError: 429.
+            APIError: 429, the limit is exceeded.
         """
         limit = max(MAX_HELD_BYTES, 2 * self._service.settings.max_body_bytes)
         if self._held_bytes > limit:
             raise APIError(
                 429,
-                f"the requests that are here hold more than {limit} bytes; try again later",
+                f"the open requests hold more than {limit} bytes; try again later",
                 code="queue_full",
                 headers={"Retry-After": "1"},
             )

@@ -1,15 +1,15 @@
-"""Answers to clients of HTTP/1.0, which knows no chunks: RFC 9112, section 6.1."""
+"""Responses for HTTP/1.0 clients, which do not support chunks: RFC 9112, section 6.1."""
 
 from starlette.types import Message, Send
 from uvicorn.protocols.http.httptools_impl import RequestResponseCycle
 
 
 def for_http10(cycle: RequestResponseCycle, send: Send, keep_alive: bool) -> Send:
-    """`send`, for such a client. An answer without a length ends with the connection.
+    """Return a `send` without chunks. The end of the connection ends an answer without a length.
 
     Args:
-        cycle: uvicorn's, of which `send` is
-        keep_alive: whether the client asks for a connection that stays
+        cycle: uvicorn's cycle of the request, which owns `send`
+        keep_alive: whether the client requests a persistent connection
     """
     has_length = False
 

@@ -1,20 +1,20 @@
-"""Incoming: the bytes of a connection, cut where a head or a body ends."""
+"""Incoming: the received bytes of a connection, divided where a head or a body ends."""
 
 import re
 
-# Both end so, and nothing before their end may look so: a body in chunks may, which does no harm.
+# It ends a head and a chunked body. It may also occur within a chunked body, which does no harm.
 BLANK_LINE = b"\r\n\r\n"
 UPGRADE = re.compile(rb"\r\nupgrade:", re.IGNORECASE)
-# The beginning of either, at the end of what has come.
+# The beginning of either pattern, at the end of the received bytes.
 UNDECIDED = re.compile(rb"\r(\n(\r|u(p(g(r(a(de?)?)?)?)?)?)?)?\Z", re.IGNORECASE)
 MAX_UNDECIDED = 9
 
 
 class Incoming:
-    """What has come over a connection and has not been parsed.
+    """The bytes that a connection has received and not parsed.
 
-    The parser of HTTP does not tell how many bytes belong to what. It is fed with pieces of which
-    none goes beyond the end of a head or of a body, and so the sizes of both are known.
+    The HTTP parser does not report the sizes of heads and bodies. So no piece that it gets extends
+    beyond the end of a head or a body, and the sizes can be counted.
     """
 
     def __init__(self) -> None:
@@ -27,16 +27,16 @@ class Incoming:
         self._data += data
 
     def take_head(self) -> tuple[bytes, int]:
-        """A piece of a head, and its size as it came; b"" while the next bytes decide.
+        """Return a piece of a head and its original size; b"" if it needs more bytes.
 
-        Upgrade is renamed. The server may ignore it (RFC 9110, section 7.8), but the parser would
-        take the body for another protocol: Java's client asks for h2c in each of its requests.
+        The field Upgrade is renamed. The server may ignore it (RFC 9110, section 7.8), but the
+        parser would treat the body as another protocol: Java's client offers h2c in each request.
         """
         piece = self.take_chunks()
         return UPGRADE.sub(b"\r\nx-upgrade:", piece), len(piece)
 
     def take_chunks(self) -> bytes:
-        """A piece of a body in chunks; b"" while the next bytes decide."""
+        """Return a piece of a chunked body; b"" if it needs more bytes."""
         end = self._data.find(BLANK_LINE)
         if end >= 0:
             return self.take(end + len(BLANK_LINE))
@@ -44,7 +44,7 @@ class Incoming:
         return self.take(len(self._data) - (len(undecided[0]) if undecided else 0))
 
     def take(self, size: int) -> bytes:
-        """At most `size` bytes."""
+        """Remove and return at most `size` bytes."""
         piece = bytes(self._data[:size])
         del self._data[:size]
         return piece

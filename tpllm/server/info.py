@@ -1,4 +1,4 @@
-"""Endpoints that tell of the model and the engine, and the tokenizer's two."""
+"""Endpoints for the model's card, health, metrics and version, and the tokenizer's endpoints."""
 
 import asyncio
 from collections.abc import Iterable
@@ -22,7 +22,7 @@ from tpllm.server.responses import engine_failed
 from tpllm.server.service import Service
 
 STATS_TIMEOUT_S = 5.0
-HEALTH_TIMEOUT_S = 0.5  # probes do not wait for longer than a second
+HEALTH_TIMEOUT_S = 0.5  # probes wait at most a second
 WORKING = ("ok", "busy")
 
 
@@ -31,7 +31,7 @@ def json_response(content: object, status: int = 200) -> Response:
 
 
 def models(service: Service) -> Response:
-    """GET /v1/models: every name of the one model."""
+    """GET /v1/models: the model under each of its names."""
     return json_response(
         {"object": "list", "data": [_card(service, n) for n in service.model_names]}
     )
@@ -61,10 +61,10 @@ def version() -> Response:
 
 
 async def tokenize(service: Service, body: TokenizeRequest) -> Response:
-    """POST /tokenize: vLLM's shape. Raises: APIError 400."""
+    """POST /tokenize, in vLLM's format. Raises: APIError 400."""
     service.check_model(body.model)
     if (body.prompt is None) == (body.messages is None):
-        raise APIError(400, "give either prompt, a text, or messages, a conversation")
+        raise APIError(400, "give either prompt, a string, or messages, a conversation")
     if body.prompt is not None:
         special = body.add_special_tokens is not False
         ids = (await service.prompts.encode([body.prompt], special))[0]
@@ -79,7 +79,7 @@ async def tokenize(service: Service, body: TokenizeRequest) -> Response:
 
 
 async def detokenize(service: Service, body: DetokenizeRequest) -> Response:
-    """POST /detokenize: vLLM's shape. Raises: APIError 400."""
+    """POST /detokenize, in vLLM's format. Raises: APIError 400."""
     service.check_model(body.model)
     ids = body.tokens
     if ids and not 0 <= min(ids) <= max(ids) <= MAX_INT32:
@@ -91,11 +91,11 @@ async def detokenize(service: Service, body: DetokenizeRequest) -> Response:
 
 
 async def health(service: Service, knows_key: bool) -> Response:
-    """GET /health: 200 while the engine can take requests, otherwise 503.
+    """GET /health: 200 while the engine accepts requests, otherwise 503.
 
-    One that does not answer soon is in a long step: should that not end, it has failed, by its own
-    deadline or by that of its caller. Who has no key gets no more than the status; others are told
-    the state and every rank.
+    If the engine does not reply in time, it is in a long step, and the status is "busy". A step
+    that never ends makes the engine fail at its own deadline. Clients without the key only get
+    "ok" or "unavailable"; others also get every rank's state.
     """
     error, stats = await _ask(service, HEALTH_TIMEOUT_S)
     status, ranks = "ok", []
@@ -116,22 +116,22 @@ async def health(service: Service, knows_key: bool) -> Response:
 
 
 async def metrics(service: Service) -> Response:
-    """GET /metrics. Without the engine's own figures once it has failed."""
+    """GET /metrics. Once the engine has failed, its own metrics are missing."""
     error, stats = await _ask(service, STATS_TIMEOUT_S)
     families = list(_families(service, error is None, stats))
     return Response(service.metrics.text(families), media_type=CONTENT_TYPE_LATEST)
 
 
 async def _ask(service: Service, timeout_s: float) -> tuple[BaseException | None, Any | None]:
-    """Why the engine is down, or None; and its figures, unless it does not answer in time."""
+    """Return the engine's error, or None, and its statistics, or None if they are not available."""
     error = service.engine.dead_error
     if error is None:
         try:
             async with asyncio.timeout(timeout_s):
                 return None, await service.engine.stats()
-        except TimeoutError:  # a long step
+        except TimeoutError:  # the engine is in a long step
             pass
-        except RuntimeError as raised:  # it is closed, or has failed at this moment
+        except RuntimeError as raised:  # the engine is closed, or has just failed
             error = raised
     return error, None
 
@@ -146,7 +146,7 @@ def _families(service: Service, is_up: bool, stats: Any | None) -> Iterable[Metr
     yield gauge("engine_up", "1 while the engine runs, 0 once it has failed", is_up)
     yield gauge(
         "server_sequences",
-        "Sequences in the server, running, waiting, or in answers that have not left",
+        "Sequences in the server: running, waiting, or in answers that are being sent",
         service.admission.num_seqs,
     )
     yield gauge("server_draining", "1 while the server shuts down", service.admission.draining)
@@ -166,7 +166,7 @@ def _families(service: Service, is_up: bool, stats: Any | None) -> Iterable[Metr
         cached / prompt if prompt else 0.0,
     )
     yield counter("generated_tokens", "Tokens generated", stats.num_generated_tokens)
-    yield counter("preemptions", "Sequences that gave their place back", stats.num_preemptions)
+    yield counter("preemptions", "Preempted sequences", stats.num_preemptions)
     yield counter("steps", "Steps of the engine", stats.num_steps)
     yield HistogramMetricFamily(
         "tpllm_step_seconds",
@@ -175,7 +175,7 @@ def _families(service: Service, is_up: bool, stats: Any | None) -> Iterable[Metr
         stats.step_s,
     )
     seconds = CounterMetricFamily(
-        "tpllm_coordinator_seconds", "What the coordinator's time went into", labels=["part"]
+        "tpllm_coordinator_seconds", "Time of the coordinator, by part of a step", labels=["part"]
     )
     for part in ("schedule", "broadcast", "wait", "collect"):
         seconds.add_metric([part], getattr(stats, f"{part}_s"))

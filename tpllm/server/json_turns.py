@@ -1,6 +1,6 @@
-"""JSON of answers that may be long: made a piece at a time, so that others get their turn between.
+"""Encode long answers as JSON piece by piece, so that other tasks run in between.
 
-The log-probabilities of a prompt of 32k tokens are 48 MB of JSON, seconds of work.
+The log-probabilities of a prompt of 32k tokens are 48 MB of JSON, and take seconds to encode.
 """
 
 import asyncio
@@ -12,28 +12,28 @@ from typing import Any
 
 from tpllm.server.errors import to_json
 
-ENTRIES_PER_TURN = 32  # of 21 tokens each, some milliseconds
+ENTRIES_PER_TURN = 32  # of 21 tokens each: a few milliseconds
 
-_MARK = secrets.token_hex(16)  # stands for a long list; nobody else can know it
+_MARK = secrets.token_hex(16)  # placeholder of a long list, which no text can contain by guessing
 
 
 @dataclass(frozen=True)
 class LongList:
-    """A list of an answer. `make` gives the entries of a slice."""
+    """A long list in an answer. `make` returns the entries of a slice."""
 
     num_entries: int
     make: Callable[[slice], list[Any]]
 
     @staticmethod
     def of(entries: list[Any]) -> "list[Any] | LongList":
-        """The entries to be encoded in turns, or at once where they are few."""
+        """Return a LongList of the entries, or the list itself if it is short."""
         if len(entries) <= ENTRIES_PER_TURN:
             return entries
         return LongList(len(entries), entries.__getitem__)
 
 
 async def to_json_in_turns(content: object) -> list[bytes]:
-    """As `to_json`, for what may hold any number of `LongList`: the pieces, in order."""
+    """Encode content that may hold `LongList` objects; return the pieces of JSON in order."""
     long_lists: list[LongList] = []
 
     def put_aside(value: object) -> str:

@@ -1,6 +1,6 @@
-"""Log-probabilities in OpenAI's two shapes: of completions, and of chat completions.
+"""Log-probabilities in OpenAI's formats for completions and chat completions.
 
-There may be any number of them. What takes long is made in turns: see `json_turns`.
+There may be many of them, so they are built and encoded piece by piece: see `json_turns`.
 """
 
 import asyncio
@@ -10,19 +10,19 @@ from typing import Any, NamedTuple
 from tpllm.outputs import Logprob
 from tpllm.server.json_turns import ENTRIES_PER_TURN, LongList
 
-# What JSON has for a token that cannot be drawn: it knows no infinity. vLLM's value.
+# Stands for minus infinity, which JSON lacks: a token that cannot be sampled. vLLM's value.
 LOWEST = -9999.0
 
-Position = dict[int, Logprob]  # by token id: the token itself, and the likeliest
+Position = dict[int, Logprob]  # by token id: the token itself, and the likeliest tokens
 
 
 class Entry(NamedTuple):
     """A token of a completion.
 
     Attributes:
-        position: None for a prompt's first token, which nothing precedes
-        offset: characters of the text before it
-        text: its own, where no position tells it
+        position: None for a prompt's first token
+        offset: number of characters before the token
+        text: the token's text, if `position` is None
     """
 
     token_id: int
@@ -32,10 +32,10 @@ class Entry(NamedTuple):
 
 
 async def completion_logprobs(entries: Iterable[Entry], num_top: int) -> dict[str, Any]:
-    """`logprobs` of a completion's choice.
+    """Return `logprobs` of a completion's choice.
 
     Args:
-        num_top: how many alternatives were asked for; the token itself comes on top of them
+        num_top: number of alternatives; the token itself is added to them
     """
     tokens: list[str] = []
     values: list[float | None] = []
@@ -55,7 +55,7 @@ async def completion_logprobs(entries: Iterable[Entry], num_top: int) -> dict[st
         values.append(_value(own))
         top: dict[str, float] = {}
         for _, each in _likeliest(entry.position, num_top):
-            top.setdefault(_text(each), _value(each))  # parts of characters share a text
+            top.setdefault(_text(each), _value(each))  # parts of characters have equal texts
         top.setdefault(_text(own), _value(own))
         tops.append(top)
     return {
@@ -72,10 +72,10 @@ def chat_logprobs(
     num_top: int,
     bytes_of: Callable[[int], bytes],
 ) -> dict[str, Any]:
-    """`logprobs` of a chat completion's choice.
+    """Return `logprobs` of a chat completion's choice.
 
     Args:
-        bytes_of: what a token adds to the UTF-8 of a text
+        bytes_of: returns the UTF-8 bytes that a token adds to a text
     """
     assert len(token_ids) == len(positions)
 
@@ -94,7 +94,7 @@ def chat_logprobs(
 
 
 def prompt_logprobs(positions: Sequence[Position | None]) -> LongList:
-    """`prompt_logprobs` of an answer: vLLM's field, by token id."""
+    """Return `prompt_logprobs` of an answer, vLLM's field: a dict by token id per position."""
     return LongList(len(positions), lambda part: list(map(_by_id, positions[part])))
 
 

@@ -1,4 +1,4 @@
-"""GET /metrics: what the engine and the server do, for Prometheus."""
+"""Metrics of the engine and the server in Prometheus' format."""
 
 from collections.abc import Iterable
 
@@ -11,7 +11,7 @@ REQUEST_S = (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 30, 60, 120, 300, 600, 1800)
 
 
 class Metrics:
-    """Counts what passes through the server; the engine's own figures are handed in when asked."""
+    """Counts requests and times of the server. The engine's metrics are passed to `text`."""
 
     def __init__(self) -> None:
         self._registry = CollectorRegistry()
@@ -23,15 +23,15 @@ class Metrics:
         )
         self._first_token_s = self._histogram(
             "tpllm_time_to_first_token_seconds",
-            "From the engine's getting a request to each answer's first token",
+            "Time from the engine's receiving a request to each answer's first token",
             FIRST_TOKEN_S,
         )
         self._between_tokens_s = self._histogram(
-            "tpllm_inter_token_seconds", "Between two news of an answer", BETWEEN_TOKENS_S
+            "tpllm_inter_token_seconds", "Time between two parts of an answer", BETWEEN_TOKENS_S
         )
         self._request_s = self._histogram(
             "tpllm_request_seconds",
-            "From the engine's getting a request to its last token",
+            "Time from the engine's receiving a request to its last token",
             REQUEST_S,
         )
 
@@ -39,19 +39,19 @@ class Metrics:
         return Histogram(name, words, buckets=tuple(buckets), registry=self._registry)
 
     def answered(self, path: str, outcome: str) -> None:
-        """A request has been answered, or given up."""
+        """Count a request that was answered or aborted."""
         self._requests.labels(path, outcome).inc()
 
     def tokens(self, seconds: float, is_first: bool) -> None:
-        """Tokens of an answer came, `seconds` after those before or the beginning."""
+        """Record tokens of an answer, `seconds` after the previous ones or the beginning."""
         (self._first_token_s if is_first else self._between_tokens_s).observe(seconds)
 
     def finished(self, seconds: float) -> None:
-        """A request has all its tokens, `seconds` after its beginning."""
+        """Record a finished request, `seconds` after its beginning."""
         self._request_s.observe(seconds)
 
     def text(self, engine: Iterable[Metric]) -> bytes:
-        """Everything in Prometheus' text format."""
+        """Return all metrics in Prometheus' text format."""
         registry = CollectorRegistry()
         registry.register(_Families(engine))
         return generate_latest(registry) + generate_latest(self._registry)

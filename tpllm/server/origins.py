@@ -1,4 +1,4 @@
-"""Which web pages may use the server: by the name they call it, by their origin, and by CORS."""
+"""Which web pages may use the server: checks of the host name and the origin, and CORS."""
 
 import re
 from ipaddress import ip_address
@@ -21,14 +21,14 @@ HOST = re.compile(r"(?:\[([0-9a-fA-F:.]+)\]|([^\s\[\]:@/]+))(?::\d*)?")
 
 
 class Cors(CORSMiddleware):
-    """CORS for pages of `origins`, which may send any header: OpenAI's client sends its own."""
+    """CORS for pages of `origins`. They may send any header, as OpenAI's client does."""
 
     def __init__(self, app: ASGIApp, origins: tuple[str, ...]) -> None:
         super().__init__(
             app,
             allow_origins=origins,
             allow_methods=METHODS,
-            allow_headers=["*"],  # gives back those that the browser asks for
+            allow_headers=["*"],  # Starlette allows every header that the browser requests
             allow_private_network=True,
             expose_headers=READABLE,
         )
@@ -40,7 +40,7 @@ class Cors(CORSMiddleware):
         origin = request_headers["origin"]
         if self.is_allowed_origin(origin):
             method = short(request_headers["access-control-request-method"])
-            error = APIError(403, f"pages may not use the method {method} here")
+            error = APIError(403, f"pages may not use the method {method}")
         else:
             error = origin_refused(origin)
         refusal = error.response()
@@ -50,19 +50,19 @@ class Cors(CORSMiddleware):
 
 
 def check_host(headers: Headers, http_version: str, settings: ServerSettings) -> None:
-    """Keep out a page whose host name has been turned to this machine's address (DNS rebinding).
+    """Refuse a page whose host name was pointed to this machine's address (DNS rebinding).
 
-    In its browser's eyes such a page is of one origin with the server, and may read everything:
-    only the name that it calls tells it from the built-in page. An address cannot be turned, and a
-    key that the page does not know keeps it out as well.
+    For the browser, such a page has the same origin as the server, and may read everything. Only
+    the host name in its requests differs from the built-in page's. An IP address cannot be
+    rebound. A key, which the page does not have, protects as well.
 
     Raises:
-        APIError: 400, or 403.
+        APIError: 400, there is not exactly one Host field; 403, the name is not allowed.
     """
     hosts = headers.getlist("host")
-    is_old = http_version < "1.1"  # no browser speaks HTTP/1.0; proxies and probes do
+    is_old = http_version < "1.1"  # proxies and probes use HTTP/1.0, but no browser does
     if len(hosts) > 1 or not (hosts or is_old):
-        raise APIError(400, f"a request has one Host field, and this one has {len(hosts)}")
+        raise APIError(400, f"the request has {len(hosts)} Host fields; send exactly one")
     allowed = settings.allowed_hosts
     is_open = settings.is_local and settings.api_key is None
     if is_old or "*" in allowed or not (allowed or is_open):
@@ -71,17 +71,17 @@ def check_host(headers: Headers, http_version: str, settings: ServerSettings) ->
     if name is None or not (is_local_host(name) or _is_address(name) or name in allowed):
         raise APIError(
             403,
-            f"this server does not go by the name {short(hosts[0])}; add the name to "
-            "allowed_hosts, or use localhost or an IP address",
+            f"the host name {short(hosts[0])} is not allowed; add it to allowed_hosts, or use "
+            "localhost or an IP address",
             code="host_not_allowed",
         )
 
 
 def check_origin(headers: Headers, settings: ServerSettings) -> None:
-    """Keep pages of other origins out where neither a key nor the network does.
+    """Refuse pages of other origins if the server is local and has no key.
 
     Raises:
-        APIError: 403.
+        APIError: 403, the origin is not allowed.
     """
     origin = headers.get("origin")
     if origin is None or settings.api_key is not None or not settings.is_local:
@@ -97,14 +97,13 @@ def check_origin(headers: Headers, settings: ServerSettings) -> None:
 def origin_refused(origin: str) -> APIError:
     return APIError(
         403,
-        f"pages of {short(origin)} may not use this server; name it in cors_origins, or set "
-        "an api_key",
+        f"pages of {short(origin)} may not use this server; add it to cors_origins, or set api_key",
         code="origin_not_allowed",
     )
 
 
 def host_name(host: str) -> str | None:
-    """The name or address in a Host field, in lower case; None where there is none."""
+    """Return the name or address of a Host field in lower case; None if the field is invalid."""
     found = HOST.fullmatch(host)
     return (found[1] or found[2]).lower().removesuffix(".") if found else None
 
@@ -112,7 +111,7 @@ def host_name(host: str) -> str | None:
 def _origin_name(origin: str) -> str | None:
     try:
         return urlsplit(origin).hostname
-    except ValueError:  # such as a broken IPv6 address
+    except ValueError:  # for example an invalid IPv6 address
         return None
 
 

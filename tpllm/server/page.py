@@ -1,4 +1,4 @@
-"""The built-in page: one file, which loads nothing and may talk to this server alone."""
+"""The built-in page: one file that loads nothing else and may only connect to this server."""
 
 import base64
 import hashlib
@@ -11,7 +11,7 @@ from starlette.responses import HTMLResponse
 
 @cache
 def _page() -> tuple[str, str]:
-    """The page, and the Content-Security-Policy that names its own script and style by hash."""
+    """Return the page, and its Content-Security-Policy with the hashes of its script and style."""
     html = (files("tpllm.server") / "page" / "index.html").read_text()
     script, style = (_source(html, tag) for tag in ("script", "style"))
     policy = (
@@ -29,7 +29,7 @@ def _source(html: str, tag: str) -> str:
 
 
 def page() -> HTMLResponse:
-    """GET /."""
+    """GET /: the built-in page."""
     html, policy = _page()
     headers = {
         "Content-Security-Policy": policy,

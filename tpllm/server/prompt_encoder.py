@@ -1,4 +1,4 @@
-"""Requests' texts and conversations as token ids, without holding up the event loop."""
+"""Encode texts and conversations of requests without blocking the event loop."""
 
 import asyncio
 from collections.abc import Callable, Sequence
@@ -14,19 +14,19 @@ from tpllm.server.text_offsets import TextOffsets
 
 T = TypeVar("T")
 
-# Below this many letters or ids, encoding takes less than a millisecond: a thread costs as much.
+# Encoding fewer characters or ids takes less than a millisecond, about as long as using a thread.
 SHORT = 4096
 NUM_THREADS = 4
-PIECE_CHARS = 2**18  # encoding takes half a kilobyte for each, until it is done
-SPLIT_TOKENS = 64  # of a piece, more than where it is not cut out: far more than there can be
-LETTERS_PER_TOKEN = 32  # of a whole text, more than any has that says something
+PIECE_CHARS = 2**18  # encoding takes half a kilobyte of memory for each
+SPLIT_TOKENS = 64  # more tokens than splitting a text can add to a piece
+CHARS_PER_TOKEN = 32  # more than any meaningful text has on average
 
 
 class Prompts:
-    """The tokenizer behind a few threads, which long texts go through.
+    """The tokenizer with a few threads for long texts.
 
     Args:
-        max_model_len: most tokens of a prompt; texts of clearly more are not encoded to their end
+        max_model_len: most tokens of a prompt; longer texts are refused before they are encoded
     """
 
     def __init__(self, tokenizer: Tokenizer, max_model_len: int) -> None:
@@ -40,10 +40,10 @@ class Prompts:
     async def encode(
         self, prompts: Sequence[str | list[int]], add_special_tokens: bool = True
     ) -> list[list[int]]:
-        """Token ids of texts; ids stay as they are.
+        """Return the token ids of texts. Prompts of token ids stay as they are.
 
         Raises:
-            APIError: 400: a text is no valid Unicode, or far too long.
+            APIError: 400, a text is not valid Unicode, or far too long.
         """
         texts = [prompt for prompt in prompts if isinstance(prompt, str)]
         if not texts:
@@ -53,7 +53,7 @@ class Prompts:
         return [next(encoded) if isinstance(prompt, str) else prompt for prompt in prompts]
 
     def _encode(self, texts: list[str], add_special_tokens: bool) -> list[list[int]]:
-        """As the tokenizer would, but for the memory: some pieces' at a time."""
+        """Encode texts in batches of limited size, which limits memory."""
         ids: list[list[int]] = []
         batch: list[str] = []
         num_chars = 0
@@ -68,14 +68,13 @@ class Prompts:
         return ids + self.tokenizer.encode_batch(batch, add_special_tokens)
 
     def _refuse_too_long(self, text: str) -> None:
-        """Refuse a long text without encoding all of it at once.
+        """Refuse a text with too many tokens without encoding all of it at once.
 
-        Its tokens are counted piece by piece. Where a piece ends in the middle of a word, that
-        makes a few more.
+        The tokens are counted piece by piece. A piece that ends within a word has a few more.
         """
         limit = self._max_model_len
         num_tokens = 0
-        too_long = len(text) > LETTERS_PER_TOKEN * limit
+        too_long = len(text) > CHARS_PER_TOKEN * limit
         for number, begin in enumerate(range(0, len(text), PIECE_CHARS), 1):
             if too_long:
                 break
@@ -85,15 +84,15 @@ class Prompts:
         if too_long:
             raise context_exceeded(
                 limit,
-                f"your prompt is too long: a text has {len(text)} letters. Please reduce it",
+                f"your prompt is too long: a text has {len(text)} characters. Please reduce it",
                 "prompt",
             )
 
     async def render(self, body: Conversation) -> tuple[str, list[int]]:
-        """A conversation as the chat template writes it, and its token ids.
+        """Return a conversation as rendered by the chat template, and its token ids.
 
         Raises:
-            APIError: 400: the template does not take it.
+            APIError: 400, the template cannot render it.
         """
         options = dict(body.chat_template_kwargs or {})
         if body.enable_thinking is not None:
@@ -103,8 +102,7 @@ class Prompts:
         if goes_on and begins:
             raise APIError(
                 400,
-                "continue_final_message=true needs add_generation_prompt=false: an answer is "
-                "either continued or begun",
+                "continue_final_message=true needs add_generation_prompt=false",
                 param="continue_final_message",
             )
 
@@ -116,44 +114,44 @@ class Prompts:
                 continue_final_message=goes_on,
                 chat_template_kwargs=options,
             )
-            # the template spells out every special token
+            # the template's text includes every special token
             return text, self._encode([text], False)[0]
 
         try:
             return await self._run(_size(body), render)
         except APIError as error:
             if error.param in (None, "prompt"):
-                error.param = "messages"  # there is no prompt here but that of the messages
+                error.param = "messages"  # the prompt is made of the messages
             raise
 
     async def decode(self, ids: list[int]) -> str:
-        """The text of `ids`, special tokens included."""
+        """Return the text of `ids`, including special tokens."""
         return await self._run(len(ids), self.tokenizer.decode, ids, False)
 
     async def token_texts(self, ids: list[int]) -> list[str]:
-        """Each token's own text."""
+        """Return the text of each token."""
         return await self._run(len(ids), lambda: list(map(self.tokenizer.decode_one, ids)))
 
     async def offsets(
         self, prompt: str | list[int], ids: list[int], add_special_tokens: bool
     ) -> list[int]:
-        """Where the tokens of a prompt begin in its text: itself, or that of its ids."""
+        """Return the character offsets of a prompt's tokens in the prompt's text."""
         return await self._run(len(ids), self._offsets, prompt, ids, add_special_tokens)
 
     def _offsets(
         self, prompt: str | list[int], ids: list[int], add_special_tokens: bool
     ) -> list[int]:
         if isinstance(prompt, str):
-            told = self.tokenizer.token_offsets(prompt, add_special_tokens)
-            if told is not None:
-                return told
+            known = self.tokenizer.token_offsets(prompt, add_special_tokens)
+            if known is not None:
+                return known
         offsets = self.text_offsets(skip_special_tokens=False)
         return [offsets.feed(token_id) for token_id in ids]
 
     def text_offsets(
         self, skip_special_tokens: bool = True, spaces_between_special_tokens: bool = True
     ) -> TextOffsets:
-        """Follows a text as the detokenizer of these settings makes it."""
+        """Return a TextOffsets for the detokenizer with these settings."""
         detokenizer = self.tokenizer.detokenizer(skip_special_tokens, spaces_between_special_tokens)
         return TextOffsets(detokenizer, self.tokenizer.decode_one)
 
@@ -168,7 +166,7 @@ class Prompts:
 
 
 def _size(body: Conversation) -> int:
-    """Letters of a conversation, roughly, or where they end to be few."""
+    """Estimate the number of characters in a conversation, counting up to SHORT."""
     size = 0
     rest: list[object] = [body.messages, body.tools, body.chat_template_kwargs]
     while rest and size < SHORT:

@@ -1,10 +1,9 @@
-"""The bodies of requests, as OpenAI and vLLM name their fields. Other fields of a body are refused.
+"""The bodies of requests, with OpenAI's and vLLM's names. Unknown fields of a body are refused.
 
-Inside a body's objects (messages, tools, options of the stream) other fields are ignored: clients
-keep notes of their own there. A field that is null counts as left out. Values are checked for their
-type alone; ranges are SamplingParams' affair, so that they are the same in every surface. Lists and
-texts have a longest length here, as other clients wait while they are read, and the first mistake
-in a list is enough.
+Inside a body's objects (messages, tools, stream_options) unknown fields are ignored, because
+clients store their own data there. A field that is null counts as left out. Only types are checked
+here; SamplingParams checks ranges, so they are the same in every interface. Lists and strings have
+a maximum length, since other clients wait while they are parsed.
 """
 
 from typing import Annotated, Any, Literal, TypeVar
@@ -26,11 +25,11 @@ from tpllm.text.conversation import ROLES
 
 T = TypeVar("T")
 
-MAX_FIELDS = 100  # of one object, known or not
+MAX_FIELDS = 100  # of one object, including unknown ones
 MAX_PROMPTS = 16384
 MAX_MESSAGES = 4096
-MAX_PARTS = 8192  # of all messages: themselves, their parts and calls
-MAX_ENTRIES = 1024  # of other lists of objects or texts
+MAX_PARTS = 8192  # messages, their parts and calls together
+MAX_ENTRIES = 1024  # of other lists of objects or strings
 MAX_STOPS = 64
 MAX_TEXT_CHARS = 1024  # of a stop string or a bad word
 
@@ -42,15 +41,15 @@ def _length(value: object) -> object:
     return None if value == -1 and isinstance(value, int) else value
 
 
-# llama.cpp's and LM Studio's clients send -1 where they leave it open.
+# llama.cpp's and LM Studio's clients send -1 for no limit.
 Length = Annotated[int | None, BeforeValidator(_length)]
 ShortText = Annotated[str, Field(max_length=MAX_TEXT_CHARS)]
 
 
-# Told apart by their kind, so that a mistake is reported for the one that was meant. A value of no
-# such kind goes to the first one, whose tag says what there may be.
-TEXT_OR_LIST, LIST = "(a text or a list of texts)", "(list)"
-TEXT_OR_OBJECT, OBJECT = "(a text or an object)", "(object)"
+# Tags select an alternative by type, so that an error is about the intended one. A value of another
+# type gets the first one, whose tag is used in the message.
+TEXT_OR_LIST, LIST = "(a string or a list of strings)", "(list)"
+TEXT_OR_OBJECT, OBJECT = "(a string or an object)", "(object)"
 
 
 def _text_or_list(value: object) -> str:
@@ -73,9 +72,9 @@ TextOrObject = Annotated[
 
 
 class Body(BaseModel):
-    """Strict: "0.7" is no number and true no 1; an unknown field is an error.
+    """A strict body: "0.7" is not a number, true is not 1, and an unknown field is an error.
 
-    Other servers' fields pass where they ask for nothing: see `foreign_fields`.
+    Other servers' fields are accepted at values without effect: see `foreign_fields`.
     """
 
     model_config = ConfigDict(extra="forbid", strict=True)
@@ -84,12 +83,14 @@ class Body(BaseModel):
     @classmethod
     def _check_size(cls, value: object) -> object:
         if isinstance(value, dict) and len(value) > MAX_FIELDS:
-            raise ValueError(f"an object of {len(value)} fields is refused; leave them out")
+            raise ValueError(
+                f"the body has {len(value)} fields, more than {MAX_FIELDS}; leave some out"
+            )
         return without_foreign_fields(value, cls.model_fields) if isinstance(value, dict) else value
 
 
 class Inner(BaseModel):
-    """An object inside a body. As strict with the fields it has; others are ignored."""
+    """An object inside a body: its known fields are strict, and others are ignored."""
 
     model_config = ConfigDict(extra="ignore", strict=True)
 
@@ -97,11 +98,11 @@ class Inner(BaseModel):
 class StreamOptions(Inner):
     include_usage: bool | None = None
     continuous_usage_stats: bool | None = None  # vLLM: usage so far in every chunk
-    include_obfuscation: bool | None = None  # OpenAI; nothing is ever padded here
+    include_obfuscation: bool | None = None  # OpenAI; without effect
 
 
 class Structured(Body):
-    """Fields that bind the answer to a form."""
+    """Fields for structured outputs."""
 
     response_format: dict[str, Any] | None = None
     structured_outputs: dict[str, Any] | None = None
@@ -112,9 +113,9 @@ class Structured(Body):
 
 
 class WithoutEffect(Body):
-    """What OpenAI documents for accounts, storage and routing, which a server of one's own has not.
+    """OpenAI's fields for accounts, storage and routing, which have no effect here.
 
-    Accepted, since programs written for OpenAI send it.
+    They are accepted because programs for OpenAI send them.
     """
 
     user: str | None = None
@@ -127,7 +128,7 @@ class WithoutEffect(Body):
 
 
 class Generation(Structured, WithoutEffect):
-    """What completions and chat completions share."""
+    """The common fields of completions and chat completions."""
 
     model: str | None = None
     stream: bool | None = None
@@ -157,30 +158,30 @@ class Generation(Structured, WithoutEffect):
 
 
 def _check_prompt(value: Any) -> list[str | list[int]]:
-    """A text, token ids, or a list of either, as a list of prompts."""
+    """Return a string, token ids, or a list of either as a list of prompts."""
     items = value if isinstance(value, list) else [value]
     if not items:
-        raise ValueError("prompt=[] is empty; give a text or token ids")
+        raise ValueError("prompt=[] is empty; give a string or token ids")
     if isinstance(value, list) and are_ints(items):
         return _checked_ids([items])
     if len(items) > MAX_PROMPTS:
-        raise ValueError(f"prompt has {len(items)} entries, and may have {MAX_PROMPTS}")
+        raise ValueError(f"prompt has {len(items)} entries, more than {MAX_PROMPTS}; send fewer")
     for i, item in enumerate(items):
         if not isinstance(item, str) and not (isinstance(item, list) and are_ints(item)):
             raise ValueError(
-                f"prompt[{i}]={short(item)} must be a text or a list of token ids"
+                f"prompt[{i}]={short(item)} must be a string or a list of token ids"
                 if isinstance(value, list)
-                else f"prompt={short(item)} must be a text, a list of token ids, or a list of these"
+                else f"prompt={short(item)} must be a string, token ids, or a list of these"
             )
     return _checked_ids(items)
 
 
 def _checked_ids(prompts: list[str | list[int]]) -> list[str | list[int]]:
-    """Whether numbers can be token ids. Whether the model has them is the engine's affair."""
+    """Check that numbers can be token ids; the engine checks them against the vocabulary."""
     for prompt in prompts:
         for token_id in (min(prompt), max(prompt)) if isinstance(prompt, list) and prompt else ():
             if not 0 <= token_id <= MAX_INT32:
-                raise ValueError(f"prompt holds {short(token_id)}, which is no token id")
+                raise ValueError(f"prompt holds {short(token_id)}, which is not a token id")
     return prompts
 
 
@@ -202,7 +203,7 @@ class CompletionRequest(Generation):
 
 
 def _check_messages(value: Any) -> Any:
-    """Sizes and roles. The rest is checked where messages are rendered: see conversation.py."""
+    """Check sizes and roles. `text/conversation.py` checks the rest when it renders messages."""
     if not isinstance(value, list) or len(value) > MAX_MESSAGES:
         return value
     num_splits = len(value)
@@ -217,7 +218,7 @@ def _check_messages(value: Any) -> Any:
             num_entries = len(message[name]) if isinstance(message.get(name), list) else 0
             if num_entries > MAX_ENTRIES:
                 raise ValueError(
-                    f"messages[{i}].{name} has {num_entries} entries, and may have {MAX_ENTRIES}"
+                    f"messages[{i}].{name} has {num_entries} entries, more than {MAX_ENTRIES}"
                 )
             num_splits += num_entries
     if num_splits > MAX_PARTS:
@@ -258,7 +259,7 @@ class Tool(Inner):
 
 
 class TemplateOptions(Body):
-    """What the chat template is given besides messages."""
+    """Inputs of the chat template besides messages."""
 
     tools: Entries[Tool] | None = None
     add_generation_prompt: bool | None = None
@@ -268,7 +269,7 @@ class TemplateOptions(Body):
 
 
 class Conversation(TemplateOptions):
-    """What is rendered through the chat template."""
+    """All inputs of the chat template."""
 
     messages: Messages
 
@@ -287,11 +288,11 @@ class ChatCompletionRequest(Generation, Conversation):
         None
     )
     verbosity: Literal["low", "medium", "high"] | None = None  # without effect
-    prediction: dict[str, Any] | None = None  # without effect: it would only save time
+    prediction: dict[str, Any] | None = None  # without effect: it only speeds up OpenAI's server
 
 
 class TokenizeRequest(TemplateOptions):
-    """POST /tokenize: a text, or a conversation."""
+    """POST /tokenize: a string or a conversation."""
 
     model: str | None = None
     prompt: str | None = None
@@ -308,7 +309,7 @@ class DetokenizeRequest(Body):
 
 
 class ErrorDetail(BaseModel):
-    """OpenAI's shape of an error."""
+    """OpenAI's error object."""
 
     message: str
     type: str
@@ -317,6 +318,6 @@ class ErrorDetail(BaseModel):
 
 
 class ErrorBody(BaseModel):
-    """What every answer with a status of 400 or more holds."""
+    """The body of every response with a status of 400 or more."""
 
     error: ErrorDetail

@@ -1,4 +1,4 @@
-"""RequestLog: every request has an id, is counted, and is logged if that is wanted."""
+"""RequestLog: gives every request an id, counts it, and logs it if `log_requests` is set."""
 
 import logging
 import re
@@ -13,15 +13,14 @@ from tpllm.server.service import Service, new_id
 logger = logging.getLogger("tpllm.server")
 
 COUNTED_PATHS = GENERATING_PATHS | {"/v1/models", "/tokenize", "/detokenize"}
-REQUEST_ID = re.compile("[!-~]{1,128}")  # no blank, which would part a line of the log
-MAX_SHOWN = 200  # letters of a path
+REQUEST_ID = re.compile("[!-~]{1,128}")  # without spaces, which separate the fields of a log line
+MAX_SHOWN = 200  # characters of a path
 
 
 class RequestLog:
-    """ASGI middleware around everything else.
+    """The outermost ASGI middleware.
 
-    An answer has the client's `x-request-id`, or one that is made here where it sent none or one
-    that is too long for a log.
+    A response has the client's `x-request-id`, or a new one if the client's is missing or invalid.
     """
 
     def __init__(self, app: ASGIApp, service: Service) -> None:
@@ -55,9 +54,9 @@ class RequestLog:
             state["outcome"] = state["outcome"] or "error"
             raise
         finally:
-            self._tell(scope, status, request_id, 1000 * (time.perf_counter() - begin))
+            self._record(scope, status, request_id, 1000 * (time.perf_counter() - begin))
 
-    def _tell(self, scope: Scope, status: int, request_id: str, ms: float) -> None:
+    def _record(self, scope: Scope, status: int, request_id: str, ms: float) -> None:
         path = scope["path"]
         outcome = scope["state"]["outcome"] or _outcome(status)
         if path in COUNTED_PATHS:

@@ -1,4 +1,4 @@
-"""Answers that take their time: ended when the client hangs up, in time, or with the server."""
+"""Long-running responses, which end if the client disconnects, at a timeout, or at shutdown."""
 
 import asyncio
 import logging
@@ -19,26 +19,29 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("tpllm.server")
 
-# A streamed answer's status goes out with its first event, so that what is refused until then has a
-# status of its own; or after this time, so that proxies see that somebody is at work.
+# A stream's status is sent with its first event, so that an earlier error has its own status. After
+# this time it is sent without an event, so that proxies do not close the connection.
 HEADERS_AFTER_S = 10.0
-LAST_EVENT_S = 2.0  # for a client to take in what went wrong, in the middle of a stream
-COMMENT_AFTER_S = 15.0  # without an event, a comment tells proxies that the connection lives
+LAST_EVENT_S = 2.0  # for a client to read an error within a stream
+COMMENT_AFTER_S = 15.0  # without an event; a comment keeps proxies from closing the connection
 
 DONE = b"data: [DONE]\n\n"
 T = TypeVar("T")
 
 
 class ClientGone(Exception):
-    """The client has hung up: there is nobody to answer."""
+    """The client has disconnected."""
 
 
 class AnswerNotTaken(Exception):
-    """The client takes an answer in so slowly that the request's time is over: hang up."""
+    """The client reads an answer so slowly that the request has timed out: disconnect."""
 
 
 class LongResponse(Response):
-    """Base of answers whose work begins when they are sent, watched until the client has them."""
+    """Base class of responses whose work begins when they are sent.
+
+    They are watched until the client has read them.
+    """
 
     def __init__(self, service: "Service", answerer: "Answerer") -> None:
         super().__init__()
@@ -50,7 +53,7 @@ class LongResponse(Response):
         loop = asyncio.get_running_loop()
         self._deadline_s = loop.time() + self._service.settings.request_timeout_s
         try:
-            # until the last byte has left, for its memory is needed as long
+            # until the last byte is sent, since the answer takes memory until then
             with self._service.admission.enter(self._answerer.num_seqs):
                 await self._answer(scope, receive, send)
         except APIError as error:
@@ -60,11 +63,11 @@ class LongResponse(Response):
     async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None: ...
 
     async def _watched(self, receive: Receive, work: Coroutine[Any, Any, T]) -> T:
-        """The result of `work`, which is cancelled and awaited when it cannot be delivered.
+        """Return the result of `work`, which is cancelled and awaited if it cannot be delivered.
 
         Raises:
-            ClientGone: the client hung up.
-            APIError: the time is over, the server ends, or whatever `work` raises, put into words.
+            ClientGone: the client disconnected.
+            APIError: the request timed out, the server is shutting down, or `work` failed.
         """
         timeout_s = self._deadline_s - asyncio.get_running_loop().time()
         task = asyncio.ensure_future(work)
@@ -83,7 +86,7 @@ class LongResponse(Response):
                 f"the request took longer than {self._service.settings.request_timeout_s:g} s, "
                 "this server's limit; ask for fewer tokens",
                 code="timeout",
-                headers={"x-should-retry": "false"},  # OpenAI's client would, twice
+                headers={"x-should-retry": "false"},  # OpenAI's client would retry twice
             )
         finally:
             task.cancel()
@@ -92,7 +95,7 @@ class LongResponse(Response):
 
 
 class JSONAnswer(LongResponse):
-    """One JSON object, once it is whole."""
+    """A response of one JSON object, sent once it is complete."""
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
@@ -112,7 +115,7 @@ class JSONAnswer(LongResponse):
                 await send({"type": "http.response.start", "status": 200, "headers": headers})
                 for piece in pieces:
                     await send({"type": "http.response.body", "body": piece, "more_body": True})
-                # waits until the last piece has left
+                # this waits until the last piece is sent
                 await send({"type": "http.response.body", "body": b"", "more_body": False})
         except TimeoutError:
             scope["state"]["outcome"] = "timeout"
@@ -123,7 +126,7 @@ class JSONAnswer(LongResponse):
 
 
 class EventStream(LongResponse):
-    """Server-sent events, as OpenAI streams them: JSON objects, then [DONE]."""
+    """A response of server-sent events in OpenAI's format: JSON objects, then [DONE]."""
 
     def __init__(self, service: "Service", answerer: "Answerer") -> None:
         super().__init__(service, answerer)
@@ -159,11 +162,11 @@ class EventStream(LongResponse):
 
     async def _end(self, send: Send, last: bytes = b"") -> None:
         await self._send(send, last + DONE)
-        # waits until the last event has left
+        # this waits until the last event is sent
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
     async def _comment(self, send: Send) -> None:
-        """Tell the client now and then that the server is still there."""
+        """Send comments between events, so that proxies do not close the connection."""
         await asyncio.sleep(HEADERS_AFTER_S)
         loop = asyncio.get_running_loop()
         while True:
@@ -177,7 +180,7 @@ class EventStream(LongResponse):
             headers = [
                 (b"content-type", b"text/event-stream; charset=utf-8"),
                 (b"cache-control", b"no-store"),
-                (b"x-accel-buffering", b"no"),  # nginx would collect the events
+                (b"x-accel-buffering", b"no"),  # nginx would buffer the events
             ]
             await send({"type": "http.response.start", "status": 200, "headers": headers})
         self._last_sent_s = asyncio.get_running_loop().time()
@@ -185,11 +188,11 @@ class EventStream(LongResponse):
 
 
 class Answerer(Protocol):
-    """A checked request, which can be answered in either form."""
+    """A checked request, which can be answered as a whole or as a stream."""
 
     @property
     def num_seqs(self) -> int:
-        """Sequences that it comes to: prompts times n."""
+        """The number of its sequences: prompts times n."""
         ...
 
     async def whole(self) -> dict[str, Any]: ...
@@ -198,14 +201,14 @@ class Answerer(Protocol):
 
 
 def respond(service: "Service", answerer: Answerer, streams: bool) -> LongResponse:
-    """The form that the request asks for."""
+    """Return a stream of events or one JSON object, as the request asks."""
     if streams:
         return EventStream(service, answerer)
     return JSONAnswer(service, answerer)
 
 
-def in_words(error: BaseException) -> APIError:
-    """What a client is told of whatever was raised. What only we can mend is logged."""
+def as_api_error(error: BaseException) -> APIError:
+    """Return the error response for any exception, and log unexpected ones."""
     match error:
         case APIError():
             return error
@@ -220,29 +223,29 @@ def in_words(error: BaseException) -> APIError:
 
 
 def unexpected_error() -> APIError:
-    """What a client is told of a mistake of ours."""
-    return APIError(500, "the server failed in an unexpected way; its log says more")
+    """Return the error response for a bug of the server."""
+    return APIError(500, "the server failed in an unexpected way; see its log")
 
 
 def engine_failed(error: BaseException) -> APIError:
-    """A failed engine's first line: tracebacks are for the log, and not for clients."""
+    """Return the error response for a failed engine, without the traceback, which is logged."""
     first = next(iter(str(error).splitlines()), type(error).__name__)
     return APIError(503, f"the engine has failed: {first}", code="engine_failed")
 
 
 async def _event(content: dict[str, Any]) -> bytes:
-    # in one piece: a comment must not come in between
+    # one piece, so that no comment is sent within it
     return b"".join([b"data: ", *await to_json_in_turns(content), b"\n\n"])
 
 
 def _result(task: "asyncio.Future[T]") -> T:
     try:
         return task.result()
-    except BaseException as error:  # a panic in Rust code is no Exception
-        raise in_words(error) from error
+    except BaseException as error:  # a panic in Rust code is not an Exception
+        raise as_api_error(error) from error
 
 
 async def _hang_up(receive: Receive) -> None:
-    """Wait for the client to hang up. What it still sends is dropped."""
+    """Wait until the client disconnects, and drop data that it still sends."""
     while (await receive())["type"] != "http.disconnect":
         pass

@@ -1,4 +1,4 @@
-"""A request's fields as SamplingParams: the one place where the two meet."""
+"""Convert the fields of a request to SamplingParams."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -38,16 +38,16 @@ SAME_NAME = (
 )
 
 
-# Token ids in lists that the engine reads for each sequence, over those of a request: some 0.1 s
-# between two steps. Of a bad word there are as many as its spellings take.
+# Most token ids in the lists of a request, over all its sequences: the engine reads them in about
+# 0.1 s between two steps. For a bad word, the ids of all its spellings count.
 MAX_LISTED_IDS = 2**17
 
 
 class Sampling:
-    """Makes SamplingParams from requests, within the server's limits.
+    """Creates SamplingParams from requests, within the server's limits.
 
     Args:
-        defaults: what requests get that leave it open: the checkpoint's advice, if it is followed
+        defaults: values for fields that a request leaves out, from generation_config.json
         max_model_len: most tokens of prompt and answer together
     """
 
@@ -73,7 +73,7 @@ class Sampling:
             fields["prompt_logprobs"] = body.logprobs
         max_tokens = body.max_tokens
         if body.echo and max_tokens == 0:
-            max_tokens = 1  # the prompt alone is wanted: the token is thrown away
+            max_tokens = 1  # only the prompt is wanted, and the token is dropped
         return self._make(body, fields, max_tokens, 16, len(body.prompt))
 
     def of_chat(self, body: ChatCompletionRequest) -> SamplingParams:
@@ -90,10 +90,10 @@ class Sampling:
     def check_length(
         self, body: Generation, prompt_ids: Sequence[list[int]], params: SamplingParams
     ) -> None:
-        """Whether prompts, and their answers where their length was asked for, fit the model.
+        """Check that prompts, and answers whose length is given, fit the model's context.
 
         Raises:
-            APIError: 400 with OpenAI's code for it.
+            APIError: 400 with OpenAI's code "context_length_exceeded".
         """
         limit, field = self._max_model_len, prompt_field(body)
         asked = _max_tokens_field(body)
@@ -132,7 +132,7 @@ class Sampling:
             longest = max(num_ids, key=num_ids.__getitem__)
             raise APIError(
                 400,
-                f"{longest} is too long for a request of {num_seqs} sequences, prompts times n; "
+                f"{longest} is too long for a request of {num_seqs} sequences (prompts times n); "
                 "shorten it, or send fewer at a time",
                 param=longest,
             )
@@ -150,8 +150,8 @@ class Sampling:
         if body.stream and body.prompt_logprobs is not None:
             raise APIError(
                 400,
-                f"prompt_logprobs={body.prompt_logprobs} come with a whole answer alone; leave "
-                "stream out",
+                f"prompt_logprobs={body.prompt_logprobs} is not available in streams; leave stream "
+                "out",
                 param="prompt_logprobs",
             )
         if body.n is not None and body.n > settings.max_n:
@@ -179,7 +179,7 @@ class Sampling:
         }
         defaults = dict(self._defaults)
         if (body.n or 1) > 1 and defaults.get("temperature") == 0:
-            del defaults["temperature"]  # several greedy answers would all be the same
+            del defaults["temperature"]  # several greedy answers would be equal
         try:
             return SamplingParams(**{**defaults, **given, **fields, **ours})
         except ValueError as error:
@@ -187,14 +187,14 @@ class Sampling:
 
 
 def prompt_field(body: Generation) -> str:
-    """What a request calls its prompts."""
+    """Return the name of a request's prompt field."""
     return "messages" if isinstance(body, ChatCompletionRequest) else "prompt"
 
 
 def _max_tokens_field(body: Generation) -> str | None:
-    """The field by which a request asks for the length of an answer; None where it does not."""
+    """Return the field with the maximum length of an answer; None if the request has none."""
     if isinstance(body, ChatCompletionRequest) and body.max_completion_tokens is not None:
         return "max_completion_tokens"
     if isinstance(body, CompletionRequest) and body.echo and body.max_tokens == 0:
-        return None  # the prompt alone is wanted
+        return None  # only the prompt is wanted
     return None if body.max_tokens is None else "max_tokens"

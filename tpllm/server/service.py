@@ -1,4 +1,4 @@
-"""What every endpoint works with: the engine, and what stands between it and the requests."""
+"""Service: the engine and the server's objects, which all endpoints share."""
 
 import secrets
 import time
@@ -15,11 +15,11 @@ from tpllm.server.responses import engine_failed
 from tpllm.server.sampling import Sampling
 from tpllm.server.settings import ServerSettings
 
-MAX_LOGPROB_ENTRIES = 2**21  # of one answer: some 300 bytes each, its JSON included
+MAX_LOGPROB_ENTRIES = 2**21  # of one answer: about 300 bytes each, including JSON
 
 
 class Service:
-    """One engine, served."""
+    """The engine, its tokenizer, the queue, the metrics and the settings of one server."""
 
     def __init__(self, engine: Engine, settings: ServerSettings) -> None:
         config = engine.config
@@ -35,14 +35,14 @@ class Service:
 
     @property
     def model_name(self) -> str:
-        """What answers call the model."""
+        """The model's name in answers."""
         return self.model_names[0]
 
     def check_model(self, name: str | None) -> None:
-        """Whether a request's model is the one that is served; none at all is.
+        """Check that a request names the served model, or none.
 
         Raises:
-            APIError: 404.
+            APIError: 404, it names another model.
         """
         if name is not None and name not in self.model_names:
             known = ", ".join(map(repr, self.model_names))
@@ -54,10 +54,10 @@ class Service:
             )
 
     def check_engine(self) -> None:
-        """Whether the engine still runs.
+        """Check that the engine runs.
 
         Raises:
-            APIError: 503.
+            APIError: 503, the engine has failed.
         """
         if self.engine.dead_error is not None:
             raise engine_failed(self.engine.dead_error)
@@ -65,10 +65,10 @@ class Service:
     def generation(
         self, prompts: list[list[int]], params: SamplingParams, request_id: str
     ) -> Generation:
-        """A request's way through the engine, which has not begun.
+        """Return a Generation for a request; it has not started.
 
         Raises:
-            APIError: 400: the log-probabilities that it asks for would not fit into memory.
+            APIError: 400, the request's log-probabilities would take too much memory.
         """
         params = self._within_logprob_limit(prompts, params)
         return Generation(self.engine, self.metrics, prompts, params, request_id)
@@ -76,7 +76,10 @@ class Service:
     def _within_logprob_limit(
         self, prompts: list[list[int]], params: SamplingParams
     ) -> SamplingParams:
-        """The parameters; an answer whose length was left open is as long as its entries allow."""
+        """Return the parameters, with max_tokens set so that the log-probabilities fit the limit.
+
+        A max_tokens of the request is not changed, but checked.
+        """
         num_entries = sum(map(len, prompts)) * _entries_per_token(params.prompt_logprobs)
         per_token = params.n * _entries_per_token(params.logprobs)
         rooms = [self.engine.config.max_model_len - len(ids) for ids in prompts]
@@ -89,9 +92,9 @@ class Service:
         if num_entries > MAX_LOGPROB_ENTRIES:
             raise APIError(
                 400,
-                f"logprobs of this request may come to {num_entries} entries (prompts x n x "
-                "max_tokens x (top_logprobs + 1), and those of the prompts), and this server makes "
-                f"at most {MAX_LOGPROB_ENTRIES}; lower max_tokens, n or top_logprobs",
+                f"logprobs of this request may have {num_entries} entries (prompts x n x "
+                "max_tokens x (top_logprobs + 1), plus those of the prompts), more than this "
+                f"server's limit of {MAX_LOGPROB_ENTRIES}; lower max_tokens, n or top_logprobs",
                 param="logprobs",
             )
         return params
@@ -102,5 +105,5 @@ def _entries_per_token(num_top: int | None) -> int:
 
 
 def new_id(prefix: str) -> str:
-    """An id that nobody can guess: knowing one must not help to find another's."""
+    """Return an id that cannot be guessed, even from other ids."""
     return f"{prefix}{secrets.token_hex(12)}"

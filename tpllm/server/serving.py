@@ -1,4 +1,4 @@
-"""serve and run: the application behind a socket, until a signal or the engine's end."""
+"""serve and run: serve the application on a socket until a signal, or until the engine fails."""
 
 import asyncio
 import gc
@@ -23,8 +23,8 @@ logger = logging.getLogger("tpllm.server")
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 ENGINE_CHECK_S = 0.2
-LAST_WORDS_S = 2  # for answers on their way when everything has ended
-STALLED_S = 5.0  # after which a drain does not wait for a client that takes nothing in
+LAST_ANSWERS_S = 2  # for answers that are being sent when the server ends
+STALLED_S = 5.0  # after which a drain does not wait for a client that reads nothing
 BACKLOG = 4096
 MAX_OPEN_FILES = 65536
 
@@ -32,14 +32,14 @@ MAX_OPEN_FILES = 65536
 def run(
     model: str | None, engine_settings: Mapping[str, Any], server_settings: ServerSettings
 ) -> int:
-    """Start an engine and serve it until a signal: the whole of `tpllm serve`.
+    """Start an engine and serve it until a signal, as `tpllm serve` does.
 
-    The first SIGTERM or SIGINT refuses new requests with 503 and lets the running ones end, for
-    `drain_timeout_s` at most; a second one ends everything at once.
+    After the first SIGTERM or SIGINT, new requests are refused with 503, and running ones may
+    continue for `drain_timeout_s`. A second signal ends everything at once.
 
     Args:
-        model: as LLM's
-        engine_settings: LLM's keywords
+        model: as in `LLM`
+        engine_settings: keywords of `LLM`
 
     Returns:
         The process's exit code: 0 after a drain, 1 if the engine failed, 128 + the signal's number
@@ -55,14 +55,14 @@ def run(
     _allow_many_connections()
     with listening_socket(server_settings) as sock:
         engine = AsyncLLM(model, **engine_settings)
-        # what is loaded stays: a full collection, which holds up every stream, would look through
-        # its 380,000 objects each time, for a tenth of a second and more
+        # a full garbage collection would scan 380,000 loaded objects for more than 0.1 s, in
+        # which no stream is served
         gc.freeze()
         return asyncio.run(_serve_and_close(engine, server_settings, sock))
 
 
 async def _serve_and_close(engine: Engine, settings: ServerSettings, sock: socket.socket) -> int:
-    with _signals(lambda number: None):  # that come when the server has ended change nothing
+    with _signals(lambda number: None):  # signals after the server has ended have no effect
         try:
             return await serve(engine, settings, sock)
         finally:
@@ -75,16 +75,16 @@ async def serve(
     sock: socket.socket | None = None,
     stop: asyncio.Event | None = None,
 ) -> int:
-    """Serve a running engine, which stays open, until a signal or `stop`.
+    """Serve a running engine until a signal or `stop`, and leave the engine open.
 
-    In the main thread the first SIGTERM or SIGINT drains, and a second one ends at once.
+    In the main thread, the first SIGTERM or SIGINT drains the server, and a second one ends it.
 
     Args:
-        sock: bound by the caller, who closes it; None to bind `host` and `port`
-        stop: set to drain and return, as by a signal
+        sock: a bound socket, which the caller closes; None to bind `host` and `port`
+        stop: set it to drain and return, as after a signal
 
     Returns:
-        As `run`.
+        The exit code, as in `run`.
 
     Raises:
         ValueError: a setting is wrong, or the port is taken.
@@ -98,7 +98,7 @@ async def serve(
         app,
         http=Connection.limit(settings.client_timeout_s),
         ws="none",
-        lifespan="off",  # what the application holds is closed below, however it ends
+        lifespan="off",  # the application's resources are closed below in any case
         log_config=None,
         log_level="error",
         access_log=False,
@@ -106,7 +106,7 @@ async def serve(
         proxy_headers=False,
         backlog=BACKLOG,
         timeout_keep_alive=KEEP_ALIVE_S,
-        timeout_graceful_shutdown=LAST_WORDS_S,
+        timeout_graceful_shutdown=LAST_ANSWERS_S,
     )
     service: Service = app.state.service
     try:
@@ -117,16 +117,16 @@ async def serve(
 
 @contextmanager
 def listening_socket(settings: ServerSettings) -> Iterator[socket.socket]:
-    """A socket bound to `host` and `port`, so that a taken port shows before a model is loaded.
+    """Return a socket bound to `host` and `port`. A used port fails before a model is loaded.
 
     Raises:
-        ValueError: the address is unknown, taken or not ours.
+        ValueError: the address is unknown, used, or not of this machine.
     """
     host, port = settings.host, settings.port
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     except (OSError, UnicodeError) as error:
-        raise ValueError(f"host={host!r} is no address ({error}); use '127.0.0.1'") from None
+        raise ValueError(f"host={host!r} is not an address ({error}); use '127.0.0.1'") from None
     family, kind, protocol, _, address = found[0]
     with socket.socket(family, kind, protocol) as sock:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -134,8 +134,8 @@ def listening_socket(settings: ServerSettings) -> Iterator[socket.socket]:
             sock.bind(address)
         except OSError as error:
             raise ValueError(
-                f"port={port} of host={host!r} cannot be had ({error.strerror}); stop the program "
-                "that has it, or use another"
+                f"port={port} of host={host!r} cannot be bound ({error.strerror}); stop the "
+                "program that uses it, or use another port"
             ) from None
         yield sock
 
@@ -143,7 +143,7 @@ def listening_socket(settings: ServerSettings) -> Iterator[socket.socket]:
 class _Uvicorn(uvicorn.Server):
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
-        """Signals are our affair: uvicorn would close the door at the first one."""
+        """Leave signals to this module: uvicorn would stop listening at the first one."""
         yield
 
 
@@ -158,7 +158,7 @@ class _Serving:
         self._num_signals = 0
 
     async def run(self, sock: socket.socket) -> int:
-        # bound by us, and closed by us: uvicorn closes the one it gets
+        # a duplicate, because uvicorn closes the socket that it gets
         server = asyncio.ensure_future(self._server.serve(sockets=[sock.dup()]))
         try:
             with _signals(self._on_signal):
@@ -169,7 +169,7 @@ class _Serving:
                     await self._drain()
                 self._service.admission.draining = True
                 self._service.admission.end_all()
-                await self._service.admission.wait_for_answers(LAST_WORDS_S)
+                await self._service.admission.wait_for_answers(LAST_ANSWERS_S)
         finally:
             if self._is_at_work():
                 await self._abort_connections()
@@ -177,7 +177,7 @@ class _Serving:
             if self._killed_by is not None:
                 self._server.force_exit = True
             await server
-            await self._abort_connections()  # that others have opened meanwhile
+            await self._abort_connections()  # those opened in the meantime
         if self._killed_by is not None:
             return 128 + self._killed_by
         return 0 if self._service.engine.dead_error is None else 1
@@ -185,7 +185,7 @@ class _Serving:
     async def _abort_connections(self) -> None:
         for connection in self._connections():
             connection.transport.abort()
-        await asyncio.sleep(0)  # for the sockets to be closed
+        await asyncio.sleep(0)  # lets the loop close the sockets
 
     def _connections(self) -> list[Connection]:
         return [c for c in self._server.server_state.connections if isinstance(c, Connection)]
@@ -204,8 +204,8 @@ class _Serving:
         logger.info("http://%s:%d serves %s", shown, port, self._service.model_name)
         if settings.api_key is None and not settings.is_local:
             logger.warning(
-                "host=%r lets other machines in and there is no api_key: whoever reaches the port "
-                "may use the model",
+                "host=%r accepts other machines and api_key is not set: anyone who reaches the "
+                "port may use the model",
                 settings.host,
             )
 
@@ -214,8 +214,8 @@ class _Serving:
             error = self._service.engine.dead_error
             if error is not None:
                 logger.error("the engine has failed: %s", error)
-                # each running request hears of it from the engine
-                await self._service.admission.wait_for_answers(LAST_WORDS_S)
+                # the engine has raised the error in every running request
+                await self._service.admission.wait_for_answers(LAST_ANSWERS_S)
                 return
             try:
                 await asyncio.wait_for(self._stop.wait(), ENGINE_CHECK_S)
@@ -223,7 +223,7 @@ class _Serving:
                 continue
 
     async def _drain(self) -> None:
-        """Take nothing new and let what runs end, unless a second signal comes."""
+        """Refuse new requests and wait for running ones, until the timeout or a second signal."""
         admission, settings = self._service.admission, self._service.settings
         logger.info(
             "draining: %d requests have %g s to end; a second signal ends them now",
@@ -242,7 +242,7 @@ class _Serving:
                 connection.abort_if_stalled(STALLED_S)
 
     def _is_at_work(self) -> bool:
-        """Whether answers are made, or wait for their clients to take them in."""
+        """Whether answers are being generated, or wait for their clients to read them."""
         waiting = any(each.num_waiting_bytes() for each in self._connections())
         return waiting or self._service.admission.num_answers > 0
 
@@ -256,7 +256,7 @@ class _Serving:
 
 @contextmanager
 def _signals(handler: Callable[[int], None]) -> Iterator[None]:
-    """Call `handler` for each signal; only the main thread can hear them."""
+    """Call `handler` for each signal; only the main thread can receive them."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -273,7 +273,7 @@ def _signals(handler: Callable[[int], None]) -> Iterator[None]:
 
 
 def _log_to_stderr() -> None:
-    """One line for each event, where the program has not said otherwise."""
+    """Log one line per event, unless the program has configured logging."""
     if logger.hasHandlers():
         return
     handler = logging.StreamHandler()
@@ -284,7 +284,7 @@ def _log_to_stderr() -> None:
 
 
 def _allow_many_connections() -> None:
-    """Each connection is a descriptor, and the usual soft limit is 1,024 of them."""
+    """Raise the soft limit of file descriptors, usually 1,024: each connection needs one."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = MAX_OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, MAX_OPEN_FILES)
     if soft != resource.RLIM_INFINITY and soft < wanted:

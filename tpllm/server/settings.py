@@ -1,4 +1,4 @@
-"""ServerSettings: everything about the server that is not the engine's."""
+"""ServerSettings: the settings of the server, besides the engine's."""
 
 import re
 from dataclasses import dataclass, field
@@ -20,7 +20,7 @@ SECONDS = Interval(gt=0, le=7 * 24 * 3600)
 @checks_keywords("ServerSettings", {})
 @dataclass(frozen=True, kw_only=True)
 class ServerSettings:
-    """Every setting of the server, once.
+    """The settings of the server.
 
     Raises:
         ValueError: a value is out of range, or not of its type.
@@ -28,23 +28,23 @@ class ServerSettings:
     """
 
     host: str = "127.0.0.1"
-    """address to listen on; the default is reached from this machine alone"""
+    """address to listen on; only this machine can reach the default"""
     port: Annotated[int, Interval(ge=0, le=65535)] = 8000
-    """TCP port; 0 takes a free one, which the first line of the log names"""
+    """TCP port; 0 takes a free one, which the first line of the log shows"""
     api_key: str | None = field(default=None, repr=False)
-    """what clients must send as `Authorization: Bearer ...`; None allows everyone"""
+    """key that clients must send as `Authorization: Bearer ...`; None requires no key"""
     served_model_name: str | tuple[str, ...] | list[str] | None = None  # kept as None or a tuple
-    """the model's name in requests and answers, or several names, separated by commas,
-    of which answers give the first; None for the model's own
+    """the model's name in requests and answers, or several names, separated by commas. Answers have
+    the first name. None for the model's own
     """
     cors_origins: tuple[str, ...] | list[str] = ()  # kept as a tuple
     """web origins whose pages may call the server, such as "https://example.org"; "*" is all of
     them
     """
     allowed_hosts: tuple[str, ...] | list[str] = ()  # kept as a tuple, in lower case
-    """host names by which the server may be called, besides localhost and IP addresses, such as
-    "llm.example.org"; "*" is all of them. Other names are refused where allowed_hosts is given, and
-    on a loopback host without api_key
+    """allowed host names of the server, besides localhost and IP addresses, such as
+    "llm.example.org"; "*" is all of them. Other names are refused if allowed_hosts is given, and on
+    a loopback host without api_key
     """
     max_body_bytes: Annotated[int, Interval(ge=1024, le=2**31 - 1)] = 8 * 2**20
     """largest request body"""
@@ -55,19 +55,19 @@ class ServerSettings:
     max_n: Annotated[int, Interval(ge=1, le=MAX_N)] = 128
     """most answers to one prompt"""
     max_logprobs: Annotated[int, Interval(ge=0, le=MAX_LOGPROBS)] = MAX_LOGPROBS
-    """most alternatives that log-probabilities may be asked for"""
+    """most alternatives in log-probabilities"""
     max_output_tokens: Annotated[int | None, Interval(ge=1, le=2**28)] = None
-    """most tokens an answer may be given; None for what `max_model_len` leaves"""
+    """most tokens of an answer; None for as many as `max_model_len` leaves room for"""
     request_timeout_s: Annotated[float, SECONDS] = 3600.0
-    """longest time for a request, waiting included, in seconds"""
+    """longest time for a request, including waiting, in seconds"""
     client_timeout_s: Annotated[float, SECONDS] = 60.0
-    """longest time a client may take to send its request, or to take in what has been sent to it,
-    in seconds
+    """longest time a client may take to send its request, or to read the data sent to it, in
+    seconds
     """
     drain_timeout_s: Annotated[float, SECONDS] = 30.0
-    """how long running requests may go on after SIGTERM, in seconds"""
+    """how long running requests may continue after SIGTERM, in seconds"""
     parse_reasoning: bool = True
-    """whether chat answers give <think>...</think> apart, as reasoning"""
+    """whether chat answers return <think>...</think> separately, as reasoning"""
     page: bool = True
     """whether `/` is the built-in page"""
     log_requests: bool = False
@@ -80,7 +80,7 @@ class ServerSettings:
         if self.served_model_name is not None:
             names = _check_texts("served_model_name", self.served_model_name)
             if not names:
-                raise ValueError("served_model_name=() names nothing; leave it out, or give a name")
+                raise ValueError("served_model_name=() is empty; leave it out, or give a name")
             self._keep("served_model_name", names)
         self._keep("cors_origins", _check_origins(self.cors_origins))
         self._keep("allowed_hosts", _check_hosts(self.allowed_hosts))
@@ -92,39 +92,39 @@ class ServerSettings:
         return is_local_host(self.host)
 
     def _keep(self, name: str, value: object) -> None:
-        object.__setattr__(self, name, value)  # the dataclass is frozen for everyone else
+        object.__setattr__(self, name, value)  # the dataclass is frozen
 
 
 def is_local_host(host: str) -> bool:
-    """Whether a host's name or address, in lower case, always means the machine itself."""
+    """Whether a host name or address, in lower case, always is this machine."""
     if host == "localhost" or host.endswith(".localhost"):  # RFC 6761, section 6.3
         return True
     try:
         return ip_address(host).is_loopback
-    except ValueError:  # another name: even 127.0.0.1.example.org is one
+    except ValueError:  # another name, such as 127.0.0.1.example.org
         return False
 
 
 def _check_api_key(value: object) -> None:
-    """The value itself never gets into a message: messages get into logs."""
+    """Check the key. Messages leave out its value, because they are logged."""
     if value is None:
         return
     if not isinstance(value, str) or not value:
-        raise ValueError("api_key must be a text that is not empty")
-    if not all("!" <= letter <= "~" for letter in value):
-        raise ValueError("api_key must be of visible ASCII letters, without spaces")
+        raise ValueError("api_key must be a string that is not empty")
+    if not all("!" <= char <= "~" for char in value):
+        raise ValueError("api_key must be visible ASCII characters, without spaces")
 
 
 def _check_texts(name: str, value: object) -> tuple[str, ...]:
-    """Texts from any surface: each may hold several, between commas, as on a command line."""
+    """Return a tuple of strings; each string of `value` may hold several with commas between."""
     given = (value,) if isinstance(value, str) else value
     if not isinstance(given, tuple | list):
-        raise ValueError(f"{name}={value!r} must be a text, or a list of texts")
+        raise ValueError(f"{name}={value!r} must be a string, or a list of strings")
     texts: list[str] = []
     for text in given:
         parts = [part.strip() for part in text.split(",")] if isinstance(text, str) else []
         if not all(parts) or not parts:
-            raise ValueError(f"{name} holds {text!r}; give texts that are not empty")
+            raise ValueError(f"{name} holds {text!r}; give strings that are not empty")
         texts += parts
     return tuple(texts)
 
@@ -135,8 +135,8 @@ def _check_origins(value: object) -> tuple[str, ...]:
         parts = urlsplit(origin)
         if origin != "*" and (not parts.scheme or origin != f"{parts.scheme}://{parts.netloc}"):
             raise ValueError(
-                f"cors_origins holds {origin!r}, which is no origin; give scheme, host and port "
-                "alone, such as 'https://example.org', or '*'"
+                f"cors_origins holds {origin!r}, which is not an origin; give only scheme, host "
+                "and port, such as 'https://example.org', or '*'"
             )
     return origins
 
@@ -146,7 +146,7 @@ def _check_hosts(value: object) -> tuple[str, ...]:
     for host in hosts:
         if host != "*" and not re.fullmatch(r"[\w.-]+", host):
             raise ValueError(
-                f"allowed_hosts holds {host!r}, which is no host's name; give the name alone, "
+                f"allowed_hosts holds {host!r}, which is not a host name; give only the name, "
                 "without scheme and port, such as 'llm.example.org', or '*'"
             )
     return tuple(host.lower().removesuffix(".") for host in hosts)

@@ -1,4 +1,4 @@
-"""Fields that bind an answer to a form, as StructuredOutputsParams."""
+"""Convert a request's fields for structured outputs to StructuredOutputsParams."""
 
 import json
 import re
@@ -21,23 +21,25 @@ _GUIDED = {
     "guided_grammar": "grammar",
 }
 
-# how models are shown calls, and llguidance's way to ask for it
+# llguidance's option for calls on one line, as models are trained on them
 _ONE_LINE = {"whitespace_pattern": " ?"}
-# keys of a schema that says nothing of an object's content, beside empty `properties`
+# keys of a schema with empty `properties` that does not describe an object's content
 _WITHOUT_CONTENT = {"$schema", "title", "description", "type", "properties", "required"}
 _NO_CONTENT = {"type": "object", "properties": {}, "additionalProperties": False}
 _OUR_NAMES = ("StructuredOutputsParams: ", "StructuredOutputsParams ", "structured_outputs ")
 _RULES_BEFORE_TOOLS = 3  # of the grammar of calls; then each tool has two
-# where llguidance finds a mistake in it: line and column before the reason, lines around after it
+# llguidance's errors: line and column before the reason, and the lines around it after it
 _PLACE = re.compile(r"at (\d+)\(\d+\): (.*?)(?= \d+ \| |$)")
 
 
 def structured_outputs(body: Structured) -> StructuredOutputsParams | None:
-    """The form that a request asks for; None for any text.
+    """Return the constraint of a request; None if it has none.
+
+    The engine compiles it later: see `naming_the_field`.
 
     Raises:
-        APIError: 400: several fields ask for one, or one is wrong, or a tool takes no object.
-            Whether it can be compiled is the engine's affair: see `naming_the_field`.
+        APIError: 400, several fields have one, or one is wrong, or a tool's arguments are not an
+            object.
     """
     if isinstance(body, ChatCompletionRequest):
         _check_tools(body.tools or [])
@@ -47,7 +49,7 @@ def structured_outputs(body: Structured) -> StructuredOutputsParams | None:
     field = next(iter(forms))
     if len(forms) > 1:
         raise APIError(
-            400, f"{' and '.join(forms)} all say what the answer must be; keep one", param=field
+            400, f"{' and '.join(forms)} exclude each other; keep one of them", param=field
         )
     try:
         return _params(field, forms[field])
@@ -64,7 +66,7 @@ def _params(field: str, form: dict[str, Any]) -> StructuredOutputsParams:
         return StructuredOutputsParams(**form)
     except ValueError as error:
         words = str(error)
-        # the client has sent a schema in its own field, or the fields of structured_outputs
+        # remove our names: the client sent its own field
         for ours in ("json: ",) if field != "structured_outputs" else _OUR_NAMES:
             words = words.removeprefix(ours)
         raise APIError(400, f"{field}: {words}", param=field) from None
@@ -72,7 +74,7 @@ def _params(field: str, form: dict[str, Any]) -> StructuredOutputsParams:
 
 @contextmanager
 def naming_the_field(body: Structured) -> Iterator[None]:
-    """What the engine finds wrong with the form, as a mistake in the field that the client sent.
+    """Turn the engine's error about a constraint into one about the field that the client sent.
 
     Raises:
         APIError: 400, instead of the engine's ValueError.
@@ -84,8 +86,8 @@ def naming_the_field(body: Structured) -> Iterator[None]:
         forms = _forms(body)
         if not words.startswith("structured_outputs") or not forms:
             raise
-        field, what = next(iter(forms)), "what it asks for"
-        if not refused:  # beside other settings, no token fits
+        field, what = next(iter(forms)), "its value"
+        if not refused:  # it leaves no token beside the request's other settings
             words = field + words.removeprefix("structured_outputs")
             raise APIError(400, words, param=field) from None
         if field == "tool_choice" and isinstance(body, ChatCompletionRequest):
@@ -94,7 +96,7 @@ def naming_the_field(body: Structured) -> Iterator[None]:
 
 
 def _blamed_tool(body: ChatCompletionRequest, reason: str) -> tuple[str, str, str]:
-    """The field, what it holds, and what is wrong with it, of calls that cannot be compiled."""
+    """Return the field, its content and the reason, for calls that cannot be compiled."""
     if found := _PLACE.search(reason):
         number = (int(found[1]) - 1 - _RULES_BEFORE_TOOLS) // 2
         chosen = tool_choice(body).tools
@@ -104,7 +106,7 @@ def _blamed_tool(body: ChatCompletionRequest, reason: str) -> tuple[str, str, st
 
 
 def _forms(body: Structured) -> dict[str, dict[str, Any]]:
-    """Keywords of StructuredOutputsParams, by the field that asks for them."""
+    """Return the keywords of StructuredOutputsParams, by the request's field."""
     forms: dict[str, dict[str, Any]] = {}
     if body.response_format is not None:
         form = _response_format(body.response_format)
@@ -128,7 +130,7 @@ def _parameters(index: int) -> str:
 
 
 def _check_tools(tools: Sequence[Tool]) -> None:
-    """As OpenAI does, whatever the choice: arguments are an object."""
+    """Check that the arguments of all tools are objects, as OpenAI does."""
     for i, tool in enumerate(tools):
         kind = (tool.function.parameters or {}).get("type")
         if kind not in (None, "object") and not (isinstance(kind, list) and "object" in kind):
@@ -141,7 +143,7 @@ def _check_tools(tools: Sequence[Tool]) -> None:
 
 
 def _check_schemas(body: ChatCompletionRequest) -> None:
-    """Refuse the first schema that is wrong, of the tools that the answer must choose from."""
+    """Refuse the first wrong schema of the tools that the answer may call."""
     tools = body.tools or []
     for tool in tool_choice(body).tools:
         form = {"json": _arguments(tool.function.parameters or {})}
@@ -175,7 +177,7 @@ def _response_format(value: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def _calls(tools: Sequence[Tool], several: bool) -> str:
-    """A grammar of one call, or of one and more, as Qwen3 writes them."""
+    """Return a grammar of one call, or of one or more, in Qwen3's format."""
     begin, end = _quoted(f'{CALL}\n{{"name": '), _quoted(f"}}\n{END_CALL}")
     rules = [
         "start: call" + (f" ({_quoted(chr(10))} call)*" if several else ""),
@@ -184,7 +186,7 @@ def _calls(tools: Sequence[Tool], several: bool) -> str:
     ]
     for i, tool in enumerate(tools):
         head = _quoted(json.dumps(tool.function.name, ensure_ascii=False) + ', "arguments": ')
-        # each schema stands alone, so that its references find their own definitions
+        # each schema is separate, so that its references find their own definitions
         schema = {**_arguments(tool.function.parameters or {}), "x-guidance": _ONE_LINE}
         rules.append(f"tool_{i}: {head} arguments_{i}")
         rules.append(f"arguments_{i}: %json {json.dumps(schema)}")
@@ -192,10 +194,10 @@ def _calls(tools: Sequence[Tool], several: bool) -> str:
 
 
 def _arguments(parameters: dict[str, Any]) -> dict[str, Any]:
-    """The schema of a call's arguments: an object, also where `parameters` let null pass.
+    """Return the schema of a call's arguments: an object, even if `parameters` allow null.
 
-    Without a schema, or with one whose `properties` are empty, a function takes no arguments, as
-    OpenAI has it. A bare {"type": "object"} takes any.
+    Without a schema, or with empty `properties`, a function takes no arguments, as at OpenAI. A
+    bare {"type": "object"} takes any.
     """
     is_empty = parameters.get("properties") == {} and not parameters.get("required")
     if not parameters or (is_empty and parameters.keys() <= _WITHOUT_CONTENT):
@@ -204,5 +206,5 @@ def _arguments(parameters: dict[str, Any]) -> dict[str, Any]:
 
 
 def _quoted(text: str) -> str:
-    """As a grammar writes it down."""
+    """Return a text as a string of a grammar."""
     return json.dumps(text, ensure_ascii=False)

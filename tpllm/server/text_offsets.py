@@ -1,4 +1,4 @@
-"""Where the tokens of a text begin, in characters of that text."""
+"""Compute the character offsets of tokens in their text."""
 
 from collections.abc import Callable
 
@@ -8,27 +8,27 @@ BROKEN = "\N{REPLACEMENT CHARACTER}"
 
 
 class TextOffsets:
-    """Follows a text token by token.
+    """Computes the offset of each token of a growing text.
 
-    A token that has only a part of a character begins where this character does. One that is not
-    shown begins where the next one does.
+    A token that holds a part of a character has the offset of that character. A token that is not
+    shown has the offset of the next token.
 
     Args:
-        detokenizer: makes the text, from its beginning
-        text_of: a token by itself
+        detokenizer: decodes the text from its beginning
+        text_of: returns the text of one token
     """
 
     def __init__(self, detokenizer: Detokenizer, text_of: Callable[[int], str]) -> None:
         self._detokenizer = detokenizer
         self._text_of = text_of
-        self.num_chars = 0  # of the text so far, as far as its characters are whole
+        self.num_chars = 0  # complete characters of the text so far
 
     def feed(self, token_id: int) -> int:
-        """The offset of the next token."""
+        """Add the next token, and return its offset."""
         begin = self.num_chars
         piece = self._detokenizer.feed([token_id])
         self.num_chars += len(piece)
         own = self._text_of(token_id)
         if own and BROKEN not in own and piece.endswith(own):
-            return self.num_chars - len(own)  # before it, a broken character may have come out
+            return self.num_chars - len(own)  # the piece may begin with a replacement character
         return begin

@@ -1,4 +1,4 @@
-"""What `tool_choice` asks for: the tools that an answer may call, and whether it must call one."""
+"""Parse `tool_choice`: the tools that an answer may call, and whether it must call one."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -9,9 +9,10 @@ from tpllm.server.protocol import ChatCompletionRequest, Tool
 
 
 class ToolChoice(NamedTuple):
-    """
+    """The parsed `tool_choice` of a request.
+
     Attributes:
-        tools: those that the answer may call; empty where it may call none
+        tools: the tools that the answer may call; empty if it may call none
         must_call: whether it must call one
         is_named: whether the request names the one function to call
     """
@@ -22,10 +23,10 @@ class ToolChoice(NamedTuple):
 
 
 def tool_choice(body: ChatCompletionRequest) -> ToolChoice:
-    """What a request asks for.
+    """Return the parsed `tool_choice` of a request.
 
     Raises:
-        APIError: 400: it names none of its tools, or has a form of its own.
+        APIError: 400, it names none of the request's tools, or has an unknown format.
     """
     choice, tools = body.tool_choice, body.tools or []
     if choice == "none":
@@ -41,7 +42,7 @@ def tool_choice(body: ChatCompletionRequest) -> ToolChoice:
 
 
 def _allowed(allowed: dict[str, Any], body: ChatCompletionRequest) -> ToolChoice:
-    """OpenAI's way to let an answer call some of the tools alone."""
+    """Parse OpenAI's `allowed_tools`, which allows only some of the tools."""
     mode, names = allowed.get("mode"), allowed.get("tools")
     if mode not in ("auto", "required") or not isinstance(names, list):
         raise APIError(
@@ -54,7 +55,7 @@ def _allowed(allowed: dict[str, Any], body: ChatCompletionRequest) -> ToolChoice
 
 
 def _named(choices: Sequence[Any], tools: Sequence[Tool]) -> list[Tool]:
-    """The tools that {"function": {"name": ...}} names."""
+    """Return the tools that {"function": {"name": ...}} names."""
     functions = [each.get("function") for each in choices if isinstance(each, dict)]
     names = [each.get("name") for each in functions if isinstance(each, dict)]
     return [tool for tool in tools if tool.function.name in names]

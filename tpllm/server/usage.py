@@ -1,4 +1,4 @@
-"""What a streamed answer tells of its tokens, as `stream_options` ask for it."""
+"""The token counts of a streamed answer, as `stream_options` select them."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -8,7 +8,7 @@ from tpllm.server.protocol import StreamOptions
 
 
 class StreamedUsage:
-    """Nothing; the sum in a last chunk of its own; or, vLLM's addition, the sum in every chunk."""
+    """Adds token counts to no chunk, to an extra last chunk, or (from vLLM) to every chunk."""
 
     def __init__(self, options: StreamOptions | None) -> None:
         self._at_end = bool(options and options.include_usage)
@@ -17,7 +17,7 @@ class StreamedUsage:
     def chunk(
         self, head: dict[str, Any], choice: dict[str, Any], generation: Generation
     ) -> dict[str, Any]:
-        """A chunk with one choice."""
+        """Return a chunk with one choice."""
         chunk = {**head, "choices": [choice]}
         if self._always:
             chunk["usage"] = generation.usage()
@@ -26,6 +26,6 @@ class StreamedUsage:
         return chunk
 
     def last(self, head: dict[str, Any], generation: Generation) -> Iterator[dict[str, Any]]:
-        """The chunk after all choices, if one is wanted."""
+        """Yield the extra chunk after all choices, if the request asks for it."""
         if self._at_end:
             yield {**head, "choices": [], "usage": generation.usage()}

@@ -1,8 +1,8 @@
-"""Conversations as chat templates read them, from the forms in which OpenAI's clients keep them.
+"""Convert conversations from the formats of OpenAI's clients to what chat templates accept.
 
-`LLM.chat` and the server both come through here, so that a conversation has one prompt. Templates
-differ in what they bear: they get text contents, the older names of roles, and objects as the
-arguments of tool calls. Keys that are not named here are left out.
+`LLM.chat` and the server both use this module, so a conversation has the same prompt in both.
+Templates differ in what they accept. They receive string contents, the older names of roles, and
+objects as the arguments of tool calls. Keys that are not named here are left out.
 """
 
 import json
@@ -14,7 +14,7 @@ from typing import Any
 from tpllm.checks import is_unicode, short
 
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
-# What templates call the roles that OpenAI has renamed.
+# The older names of roles, which templates use.
 _NAMES_OF_ROLES = {"developer": "system", "function": "tool"}
 _MAY_HAVE_NO_CONTENT = ("assistant", "tool", "function")
 # Kinds of content parts, and the key of their text.
@@ -24,19 +24,19 @@ _TEXT_OF_PART = {
     "output_text": "text",
     "refusal": "refusal",
 }
-# Of arguments, beyond which they stay a text: `tojson` gives up at some hundreds.
+# Arguments that are nested more deeply stay a string: `tojson` fails at a few hundred levels.
 _MAX_DEPTH = 64
 
 
 def plain_messages(messages: object) -> list[dict[str, Any]]:
-    """Messages with `role`, `content` (a text) and, where they have some, `name`,
-    `reasoning_content`, `tool_calls` and `tool_call_id`.
+    """Return messages with `role`, `content` (a string) and the optional keys that are set.
 
-    The arguments of a tool call are an object. Where a client has some other text there, such as
-    the beginning of an object that the limit of tokens has cut, they are this text.
+    These are `name`, `reasoning_content`, `tool_calls` and `tool_call_id`. The arguments of a tool
+    call become an object. If they are not JSON, such as an object that max_tokens has truncated,
+    they stay a string.
 
     Raises:
-        ValueError: names the message or the part that is wrong.
+        ValueError: a message is wrong; the error has its path.
     """
     if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
         raise ValueError(f"messages={short(messages)} must be a list of at least one message")
@@ -44,7 +44,7 @@ def plain_messages(messages: object) -> list[dict[str, Any]]:
 
 
 def with_object_arguments(messages: list[dict[str, Any]]) -> list[dict[str, Any]] | None:
-    """Plain messages for a template that takes no text as arguments; None if they have no such."""
+    """Return messages for a template that needs objects as arguments; None if all are objects."""
     calls = [call for message in messages for call in message.get("tool_calls", ())]
     if not any(isinstance(call["function"]["arguments"], str) for call in calls):
         return None
@@ -64,7 +64,7 @@ def with_object_arguments(messages: list[dict[str, Any]]) -> list[dict[str, Any]
 
 
 def plain_tools(tools: Sequence[Any] | None) -> list[Any] | None:
-    """Tools as OpenAI describes functions, without further keys. Other forms stay as they are."""
+    """Return tools in OpenAI's format, without further keys. Other formats stay as they are."""
     return [_plain_tool(tool) for tool in tools] if tools else None
 
 
@@ -86,7 +86,7 @@ def _plain_message(place: str, message: object) -> dict[str, Any]:
     plain = {"role": _NAMES_OF_ROLES.get(role, role), "content": _content(message, role, place)}
     optional = {
         "name": _text(message, "name", place),
-        # templates know the older of its two names alone
+        # templates only know the older of the two names
         "reasoning_content": _text(message, "reasoning", place)
         or _text(message, "reasoning_content", place),
         "tool_calls": _calls(message, place),
@@ -96,14 +96,14 @@ def _plain_message(place: str, message: object) -> dict[str, Any]:
 
 
 def _text(owner: Mapping[str, Any], name: str, place: str) -> str | None:
-    """A text that may be left out."""
+    """Return the string under a key; None if it is missing or null."""
     value = owner.get(name)
     return None if value is None else _checked(value, f"{place}.{name}")
 
 
 def _checked(value: object, place: str) -> str:
     if not isinstance(value, str):
-        raise ValueError(f"{place}={short(value)} must be a text")
+        raise ValueError(f"{place}={short(value)} must be a string")
     if not is_unicode(value):
         raise ValueError(f"{place} holds a lone surrogate, which is not valid Unicode")
     return value
@@ -116,14 +116,16 @@ def _content(message: Mapping[str, Any], role: str, place: str) -> str:
         return "\n".join(parts)
     if content is not None:
         if not isinstance(content, str):
-            raise ValueError(f"{place}.content={short(content)} must be a text, or a list of parts")
+            raise ValueError(
+                f"{place}.content={short(content)} must be a string, or a list of parts"
+            )
         return _checked(content, f"{place}.content")
     if role not in _MAY_HAVE_NO_CONTENT:
         raise ValueError(
-            f"{place}.content is missing; only an assistant's or a tool's may be left out"
+            f"{place}.content is missing; only the roles 'assistant' and 'tool' may leave it out"
         )
     if message.get("audio") is not None:
-        raise ValueError(f"{place}.audio cannot be read; send what was said as content")
+        raise ValueError(f"{place}.audio is not supported; send its transcript as content")
     refusal = message.get("refusal")
     return _checked(refusal, f"{place}.refusal") if isinstance(refusal, str) else ""
 
@@ -135,7 +137,7 @@ def _text_of_part(part: object, place: str) -> str:
         raise ValueError(f'{place}={short(part)} must be {{"type": "text", "text": ...}}')
     kind = part.get("type") or "text"
     if not isinstance(kind, str) or kind not in _TEXT_OF_PART:
-        raise ValueError(f"{place}.type={short(kind)} cannot be read by this model; send text")
+        raise ValueError(f"{place}.type={short(kind)} is not supported by this model; send text")
     text = _text(part, _TEXT_OF_PART[kind], place)
     if text is None:
         raise ValueError(f"{place}.{_TEXT_OF_PART[kind]} is missing; a part needs its text")
@@ -175,7 +177,7 @@ def _function(function: object, place: str) -> dict[str, Any]:
 
 
 def _arguments(arguments: object, place: str) -> dict[str, Any] | str:
-    """The object that a JSON text stands for, or any other text as it is."""
+    """Return the object that a JSON string holds, or any other string as it is."""
     if isinstance(arguments, Mapping):
         return dict(arguments)
     text = "" if arguments is None else _checked(arguments, place)
@@ -185,13 +187,13 @@ def _arguments(arguments: object, place: str) -> dict[str, Any] | str:
         return text
     try:
         value = json.loads(text)
-        json.dumps(value, ensure_ascii=False).encode()  # an escape may stand for a lone surrogate
+        json.dumps(value, ensure_ascii=False).encode()  # fails on an escaped lone surrogate
     except ValueError:
         return text
     return value if isinstance(value, dict) else text
 
 
 def _depth(text: str) -> int:
-    """How deep brackets are nested; those inside JSON's strings count, too."""
+    """Return the nesting depth of brackets, including brackets within JSON strings."""
     steps = (1 if bracket in "[{" else -1 for bracket in re.findall(r"[][{}]", text))
     return max(accumulate(steps), default=0)

@@ -1,13 +1,14 @@
-"""Text from token ids as they come: never half a character, in all what decoding at once gives.
+"""Decode token ids into text as they arrive, in whole characters.
 
-A character may be spread over several tokens, so a piece is held until it is whole. Two ways:
+All pieces together equal the text of decoding all tokens at once. A character may span several
+tokens, so its bytes are held until it is complete. There are two implementations:
 
-- `ByteDetokenizer` for byte-level vocabularies (GPT-2's, Qwen's): a token is some bytes, and a text
-  is the bytes of its tokens read as UTF-8. Most tokens are a text by themselves, and one look into
-  a table. `tokenizers`' DecodeStream, which decodes a window again with every token, takes four
-  times as long, and stops with an error at some broken sequences.
-- `WindowDetokenizer` for every other kind: decodes the newest tokens again, behind those that they
-  may depend on.
+- `ByteDetokenizer` for byte-level vocabularies (GPT-2's, Qwen's): a token is a byte sequence, and
+  the text is the tokens' bytes decoded as UTF-8. Most tokens are complete characters, found by one
+  lookup. `DecodeStream` of `tokenizers` decodes a window again with every token: it takes four
+  times as long, and fails at some broken sequences.
+- `WindowDetokenizer` for all other vocabularies: decodes the newest tokens again, after the tokens
+  on which their text may depend.
 """
 
 from codecs import utf_8_decode
@@ -16,23 +17,23 @@ from typing import Protocol
 
 
 class Detokenizer(Protocol):
-    """The text of one sequence of tokens, in pieces."""
+    """Decodes one sequence of tokens, piece by piece."""
 
     def feed(self, token_ids: Sequence[int]) -> str:
-        """What these tokens add to the text; "" while a character is not whole."""
+        """Return the text that these tokens add; "" while a character is incomplete."""
         ...
 
     def finish(self) -> str:
-        """The rest: what was held back, broken as it is, for no more tokens come."""
+        """Return the text of the held bytes, with replacement characters, at the end."""
         ...
 
 
 class ByteDetokenizer:
-    """For byte-level vocabularies.
+    """Detokenizer for byte-level vocabularies.
 
     Args:
-        pieces: of every token that shows, its text, or its bytes where they are no text by
-            themselves; other tokens give nothing
+        pieces: the text of every shown token, or its bytes if they are not valid UTF-8 alone; other
+            tokens have no text
     """
 
     __slots__ = ("_held", "_pieces")
@@ -42,7 +43,7 @@ class ByteDetokenizer:
         self._held = b""
 
     def feed(self, token_ids: Sequence[int]) -> str:
-        if len(token_ids) == 1 and not self._held:  # as almost always while it streams
+        if len(token_ids) == 1 and not self._held:  # the usual case in a stream
             piece = self._pieces.get(token_ids[0], "")
             if type(piece) is str:
                 return piece
@@ -57,17 +58,17 @@ class ByteDetokenizer:
 
 
 class WindowDetokenizer:
-    """For vocabularies whose decoding looks at neighbours, such as SentencePiece's.
+    """Detokenizer for vocabularies in which neighbours change a token's text (SentencePiece's).
 
-    Decodes from `_start`, a few tokens before those whose text has been given. The first of these
-    takes what a decoder does at the beginning of a text (it strips a space, say). Pieces of single
-    bytes (`<0xE2>`) are read in runs, so they wait for the end of their run.
+    It decodes the newest tokens after a few older ones, whose text has been returned already. The
+    older ones absorb what a decoder does at the beginning of a text, such as stripping a space.
+    Tokens of single bytes (`<0xE2>`) are decoded in runs, so they wait for the end of their run.
 
     Args:
-        decode: the text of token ids, special tokens included
+        decode: returns the text of token ids, including special tokens
         is_shown: whether a token is part of the text
-        is_byte: whether a token is a piece of a single byte
-        joined: text of the tokens that stand alone and get no space between two of them
+        is_byte: whether a token is a single byte
+        joined: text of the tokens between which no space is put, by token id
     """
 
     def __init__(
@@ -84,45 +85,46 @@ class WindowDetokenizer:
             joined,
         )
         self._ids: list[int] = []
-        self._given = 0  # of these, how many have given their text
-        self._given_text = ""  # theirs
+        self._num_returned = 0  # leading tokens of `_ids` whose text has been returned
+        self._returned_text = ""  # their text
         self._last_id = -1
 
     def feed(self, token_ids: Sequence[int]) -> str:
         return "".join([self._feed(token_id) for token_id in token_ids if self._is_shown(token_id)])
 
     def _feed(self, token_id: int) -> str:
-        follows_alike = token_id in self._joined and self._last_id in self._joined
+        follows_joined = token_id in self._joined and self._last_id in self._joined
         self._last_id = token_id
         self._ids.append(token_id)
         if self._is_byte(token_id):
             return ""
-        text = self._give()
-        return self._joined[token_id] if follows_alike else text
+        text = self._complete_text()
+        return self._joined[token_id] if follows_joined else text
 
-    def _give(self) -> str:
+    def _complete_text(self) -> str:
         text = self._decode(self._ids)
         if text.endswith("\N{REPLACEMENT CHARACTER}"):
             return ""
-        return self._move_on(text)
+        return self._advance(text)
 
-    def _move_on(self, text: str) -> str:
-        new = text[len(self._given_text) :]
-        if new:  # a token without text stays, with those that the next one may depend on
-            self._ids = self._ids[self._given :]
-            self._given = len(self._ids)
-            self._given_text = self._decode(self._ids)
+    def _advance(self, text: str) -> str:
+        """Return what `text` adds to the returned text, and drop the oldest tokens."""
+        new = text[len(self._returned_text) :]
+        if new:  # a token without text stays: the next one may depend on it
+            self._ids = self._ids[self._num_returned :]
+            self._num_returned = len(self._ids)
+            self._returned_text = self._decode(self._ids)
         return new
 
     def finish(self) -> str:
-        return self._move_on(self._decode(self._ids))
+        return self._advance(self._decode(self._ids))
 
 
 def piece_of_byte_level(token: str) -> str | bytes:
-    """What a token of a byte-level vocabulary stands for: a text, or bytes that are none alone.
+    """Return a byte-level token's text, or its bytes if they are not valid UTF-8 alone.
 
-    Such vocabularies write a byte as a printable character. A token with a character outside this
-    alphabet was added later, and stands for itself.
+    Byte-level vocabularies write each byte as a printable character. A token with another
+    character was added later, and is its own text.
     """
     try:
         data = bytes([_BYTE_OF_CHARACTER[character] for character in token])
@@ -135,7 +137,7 @@ def piece_of_byte_level(token: str) -> str | bytes:
 
 
 def _byte_alphabet() -> dict[str, int]:
-    """GPT-2's characters for bytes: printable Latin-1 is itself, the rest comes from 256 on."""
+    """Map GPT-2's characters to bytes: printable Latin-1 is itself, 256 and up are the rest."""
     printable = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAC + 1), *range(0xAE, 0xFF + 1)]
     others = [byte for byte in range(256) if byte not in printable]
     alphabet = {chr(byte): byte for byte in printable}

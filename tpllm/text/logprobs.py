@@ -1,4 +1,4 @@
-"""Log-probabilities as callers read them: for each position a dict, by token id."""
+"""Log-probabilities as callers read them: one dict by token id for each position."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, overload
@@ -6,11 +6,11 @@ from typing import Any, overload
 from tpllm.engine.request import PackedLogprobs, TokenLogprobs
 from tpllm.outputs import Logprob
 
-Decode = Callable[[int], str]  # a token by itself in words
+Decode = Callable[[int], str]  # returns the text of one token
 
 
 def read_position(position: TokenLogprobs, decode: Decode | None) -> dict[int, Logprob]:
-    """By token id: the token itself first, then the likeliest ones."""
+    """Return a position's log-probabilities by token id: the token first, then the likeliest."""
     result: dict[int, Logprob] = {}
     for token_id, logprob, rank in zip(*position, strict=True):
         if token_id not in result:
@@ -20,11 +20,10 @@ def read_position(position: TokenLogprobs, decode: Decode | None) -> dict[int, L
 
 
 class PromptLogprobs(Sequence[dict[int, Logprob] | None]):
-    """Those of a prompt: None for its first token, then a dict for each other one.
+    """The log-probabilities of a prompt: None for its first token, a dict for each other token.
 
-    To be read like a list. Each dict is made when it is asked for: for a long prompt all of them
-    are a million objects, which would hold up a whole process for a second. A copy, pickled or
-    deep, is a list.
+    It reads like a list, and builds each dict when it is read. A long prompt has a million entries,
+    which would block the process for a second. Its pickled and deep copies are lists.
     """
 
     __slots__ = ("_decode", "_packed")

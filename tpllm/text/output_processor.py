@@ -1,8 +1,8 @@
-"""From the engine's tokens to what callers read: text, stop strings, n continuations, deltas.
+"""Turn the engine's tokens into outputs: text, stop strings, n continuations and deltas.
 
-The engine knows nothing of these. A request with n > 1 is n requests to it, which share the blocks
-of their prompt in its prefix cache; a stop string ends a request here, and there it is aborted. All
-of it is work of the caller's process, which an engine does not wait for.
+The engine only handles tokens. A request with n > 1 becomes n engine requests, which share the
+blocks of their prompt in the prefix cache. A stop string ends a request here, and then its engine
+request is aborted. All this runs in the caller's process, and the engine does not wait for it.
 """
 
 from collections.abc import Iterable, Sequence
@@ -20,21 +20,21 @@ from tpllm.text.tokenizer import Tokenizer
 
 
 class Processed(NamedTuple):
-    """What the updates of a step came to."""
+    """The result of processing the updates of a step."""
 
-    changed: list["Request"]  # with something to take, or an error
-    to_abort: list[str]  # ids that the engine is to drop: their texts have met a stop string
+    changed: list["Request"]  # requests with a new output or an error
+    to_abort: list[str]  # ids of engine requests to abort, such as after a stop string
 
 
 class OutputProcessor:
-    """The requests of one engine, from `add` to their ends. For one thread at a time."""
+    """Tracks the requests of one engine until they end. Only one thread may use it at a time."""
 
     def __init__(self, tokenizer: Tokenizer | None) -> None:
         self._tokenizer = tokenizer
         self._numbers = count()  # of requests
         self._engine_numbers = count()
-        self._completions: dict[str, _Completion] = {}  # by the engine's request id
-        self._requests: dict[str, Request] = {}  # by the caller's
+        self._completions: dict[str, _Completion] = {}  # by id of the engine request
+        self._requests: dict[str, Request] = {}  # by the caller's request id
 
     def add(
         self,
@@ -46,28 +46,28 @@ class OutputProcessor:
         request_id: str | None = None,
         output_kind: RequestOutputKind | None = None,
     ) -> "Request":
-        """Expect updates for a new request; its `engine_requests` are for the engine.
+        """Add a request, and return it. The caller sends its `engine_requests` to the engine.
 
         Args:
-            bad_word_ids: `Tokenizer.bad_word_ids` of those of `params`
-            request_id: None for a number that no other request has
-            output_kind: instead of that of `params`
+            bad_word_ids: the result of `Tokenizer.bad_word_ids` for `params.bad_words`
+            request_id: None for an unused number
+            output_kind: replaces `params.output_kind`
 
         Raises:
-            ValueError: a request of this id is still running; or stop strings or bad words are
-                given, and there is no tokenizer.
+            ValueError: a request with this id is still running, or stop strings or bad words are
+                set without a tokenizer.
         """
         tokenizer = self._tokenizer
         if tokenizer is None and (params.stop or params.bad_words):
             name = "stop" if params.stop else "bad_words"
             raise ValueError(
                 f"{name}={list(getattr(params, name))!r} needs a tokenizer, and this engine has "
-                "none; name one with tokenizer="
+                "none; set tokenizer="
             )
         if request_id is None:
             request_id = next(n for n in map(str, self._numbers) if n not in self._requests)
         elif request_id in self._requests:
-            raise ValueError(f"request_id={request_id!r} is still running; take another one")
+            raise ValueError(f"request_id={request_id!r} is still running; use another one")
         request = Request(request_id, prompt, prompt_token_ids, params, output_kind, tokenizer)
         words = list(bad_word_ids)
         for index in range(params.n):
@@ -82,31 +82,31 @@ class OutputProcessor:
         return request
 
     def process(self, updates: Iterable[RequestUpdate]) -> Processed:
-        """Take in what a step of the engine brought."""
+        """Process the updates of an engine step."""
         changed: dict[Request, None] = {}
         to_abort: list[str] = []
         for update in updates:
             completion = self._completions.get(update.request_id)
             if completion is None:
-                continue  # drawn before the engine heard that it had ended
+                continue  # sampled before the engine received the abort
             request = completion.request
             if update.finish_reason == "error":
                 del self._completions[update.request_id]
                 to_abort += self._fail(completion, str(update.stop_reason))
                 changed[request] = None
                 continue
-            completion.take_in(update)
+            completion.apply(update)
             if completion.finish_reason is not None:
                 if update.finish_reason is None:
                     to_abort.append(update.request_id)
                 del self._completions[update.request_id]
                 self._note_end(request)
-            if request.has_news:
+            if request.has_new_output:
                 changed[request] = None
         return Processed(list(changed), to_abort)
 
     def _fail(self, completion: "_Completion", reason: str) -> list[str]:
-        """End a request whose continuation has no next token; the ids for the engine to drop."""
+        """End a request whose continuation has no next token; return engine ids to abort."""
         completion.end("abort")
         self._note_end(completion.request)
         request = completion.request
@@ -115,14 +115,14 @@ class OutputProcessor:
         return [] if aborted is None else aborted[1]
 
     def abort(self, request_id: str) -> tuple["Request", list[str]] | None:
-        """End a request here and now: the request, and the ids for the engine to drop.
+        """End a request. Return it, and the ids of the engine requests to abort.
 
-        None if there is no such request, as after its end.
+        Return None if there is no such request, or if it has ended.
         """
         request = self._requests.get(request_id)
         if request is None:
             return None
-        dropped = []
+        to_abort = []
         for engine_request, completion in zip(
             request.engine_requests, request.completions, strict=True
         ):
@@ -130,11 +130,11 @@ class OutputProcessor:
                 completion.end("abort")
                 del self._completions[engine_request.request_id]
                 self._note_end(request)
-                dropped.append(engine_request.request_id)
-        return request, dropped
+                to_abort.append(engine_request.request_id)
+        return request, to_abort
 
     def drop(self, engine_ids: Iterable[str]) -> "Request | None":
-        """Forget the request that these continuations belong to: it was never begun."""
+        """Forget the request of these continuations, which the engine refused, and return it."""
         request = None
         for engine_id in engine_ids:
             completion = self._completions.pop(engine_id, None)
@@ -151,7 +151,7 @@ class OutputProcessor:
 
 
 class Request:
-    """One request: its continuations, and what of them the caller has not taken yet."""
+    """One request: its continuations, and the output that the caller has not taken yet."""
 
     def __init__(
         self,
@@ -169,8 +169,8 @@ class Request:
         self.engine_requests: list[AddRequest] = []
         self.completions: list[_Completion] = []
         self.num_unfinished = params.n
-        self.is_changed = False  # since it was taken last
-        self.error: NoNextTokenError | None = None  # why it ended before its time
+        self.is_changed = False  # since `take` was called last
+        self.error: NoNextTokenError | None = None  # why the request ended early
         self.num_cached_tokens = 0
         self.prompt_logprobs: PromptLogprobs | None = None
         self.decode = tokenizer.decode_one if tokenizer and params.detokenize else None
@@ -180,22 +180,22 @@ class Request:
         return self.num_unfinished == 0
 
     @property
-    def has_news(self) -> bool:
-        """Whether there is something to take: at the end alone, if that is what was asked for."""
+    def has_new_output(self) -> bool:
+        """Whether there is an output to take; with FINAL_ONLY, only at the end."""
         return self.is_changed and (
             self.num_unfinished == 0 or self.kind is not RequestOutputKind.FINAL_ONLY
         )
 
     def take(self) -> RequestOutput:
-        """What there is to tell, in the form that the request asks for.
+        """Return the next output, of the request's `output_kind`.
 
-        Where several updates came in since, a delta holds them all.
+        A delta holds all updates since the last call.
         """
         self.is_changed = False
         prompt_logprobs = self.prompt_logprobs
         if self.kind is RequestOutputKind.DELTA:
-            outputs = [each.delta() for each in self.completions if each.has_news]
-            self.prompt_logprobs = None  # has been told
+            outputs = [each.delta() for each in self.completions if each.has_new_output]
+            self.prompt_logprobs = None  # only the first delta has them
         else:
             outputs = [each.whole() for each in self.completions]
         return RequestOutput(
@@ -213,18 +213,18 @@ class _Completion:
     """One continuation: its tokens and text, and how much of them has been taken."""
 
     __slots__ = (
+        "_decodes_at_end",
         "_detokenizer",
-        "_fresh",
         "_includes_stop",
         "_min_tokens",
-        "_num_read",
+        "_new_text",
+        "_num_decoded",
         "_num_taken",
-        "_reads_at_end",
         "_stops",
-        "_taken",
+        "_taken_text",
         "cumulative_logprob",
         "finish_reason",
-        "has_news",
+        "has_new_output",
         "index",
         "logprobs",
         "request",
@@ -240,10 +240,10 @@ class _Completion:
         self.token_ids: list[int] = []
         self.finish_reason: FinishReason | None = None
         self.stop_reason: int | str | None = None
-        self.has_news = False
-        self._num_taken = 0  # tokens
-        self._taken = ""  # text; stays empty for deltas
-        self._fresh = ""  # text after it
+        self.has_new_output = False
+        self._num_taken = 0  # tokens of earlier deltas
+        self._taken_text = ""  # text of earlier outputs; stays empty for deltas
+        self._new_text = ""  # text after it
         self._detokenizer: Detokenizer | None = None
         if tokenizer is not None and params.detokenize:
             self._detokenizer = tokenizer.detokenizer(
@@ -252,18 +252,18 @@ class _Completion:
         self._stops = cast(tuple[str, ...], params.stop)
         self._includes_stop = params.include_stop_str_in_output
         self._min_tokens = params.min_tokens
-        # where nobody sees the text before the end, it is made in one go, at half the cost
-        self._reads_at_end = request.kind is RequestOutputKind.FINAL_ONLY and not self._stops
-        self._num_read = 0  # tokens whose text has been made
+        # text that is only needed at the end is decoded at once, at half the cost
+        self._decodes_at_end = request.kind is RequestOutputKind.FINAL_ONLY and not self._stops
+        self._num_decoded = 0
         wants_logprobs = params.logprobs is not None
         self.logprobs: list[dict[int, Logprob]] | None = [] if wants_logprobs else None
         self.cumulative_logprob = 0.0 if wants_logprobs else None
 
-    # ---- what comes in -----------------------------------------------------------------------
+    # ---- updates from the engine -------------------------------------------------------------
 
-    def take_in(self, update: RequestUpdate) -> None:
-        """Note an update; `finish_reason` is set where it, or a stop string, is the end."""
-        self.has_news = self.request.is_changed = True
+    def apply(self, update: RequestUpdate) -> None:
+        """Apply an update. Set `finish_reason` if the update or a stop string ends the request."""
+        self.has_new_output = self.request.is_changed = True
         self.token_ids += update.new_token_ids
         if update.num_cached_tokens and self.index == 0:
             self.request.num_cached_tokens = update.num_cached_tokens
@@ -275,44 +275,44 @@ class _Completion:
         if update.finish_reason is not None:
             self.stop_reason = update.stop_reason
             self.end(cast(FinishReason, update.finish_reason))
-        elif not self._reads_at_end:
-            self._read_on(len(self.token_ids))
+        elif not self._decodes_at_end:
+            self._decode_up_to(len(self.token_ids))
 
     def end(self, reason: FinishReason) -> None:
-        """No more tokens come. The token that ends a text is not part of it."""
-        self.has_news = self.request.is_changed = True
+        """End the continuation. Its text leaves out the token that ended it."""
+        self.has_new_output = self.request.is_changed = True
         self.finish_reason = reason
         hides_last = reason == "stop" and not self._includes_stop
-        self._read_on(len(self.token_ids) - hides_last)
+        self._decode_up_to(len(self.token_ids) - hides_last)
         if self._detokenizer is not None:
             self._add_text(self._detokenizer.finish())
 
-    def _read_on(self, num_shown: int) -> None:
-        """Make text of the tokens up to `num_shown`: one by one where one may be the last."""
-        while self._detokenizer is not None and self._num_read < num_shown:
-            begin = self._num_read
-            self._num_read = begin + 1 if self._stops else num_shown
-            self._add_text(self._detokenizer.feed(self.token_ids[begin : self._num_read]))
+    def _decode_up_to(self, num_shown: int) -> None:
+        """Decode the first `num_shown` tokens; with stop strings one by one, to find the last."""
+        while self._detokenizer is not None and self._num_decoded < num_shown:
+            begin = self._num_decoded
+            self._num_decoded = begin + 1 if self._stops else num_shown
+            self._add_text(self._detokenizer.feed(self.token_ids[begin : self._num_decoded]))
 
     def _add_text(self, piece: str) -> None:
-        """Add to the text, which ends where it meets a stop string.
+        """Append a piece of text, and end the continuation at a stop string.
 
-        What was taken cannot be the beginning of one: it is not given out before that is certain.
+        A stop string cannot begin in text that was taken: `_take_text` holds such text back.
         """
-        num_old = len(self._fresh)
-        self._fresh += piece
-        if not self._stops or not piece or self._num_read <= self._min_tokens:
+        num_old = len(self._new_text)
+        self._new_text += piece
+        if not self._stops or not piece or self._num_decoded <= self._min_tokens:
             return
-        found = find_stop(self._fresh, num_old, self._stops)
+        found = find_stop(self._new_text, num_old, self._stops)
         if found is not None:
             self.finish_reason = "stop"
             self.stop_reason, begin, end = found
-            self._fresh = self._fresh[: end if self._includes_stop else begin]
+            self._new_text = self._new_text[: end if self._includes_stop else begin]
             self._detokenizer = None
-            self._drop_tokens_after(self._num_read)
+            self._drop_tokens_after(self._num_decoded)
 
     def _drop_tokens_after(self, num_tokens: int) -> None:
-        """Tokens that came in the same update, beyond the one that completed a stop string."""
+        """Drop tokens of the same update after the one that completed a stop string."""
         del self.token_ids[num_tokens:]
         if self.logprobs is not None:
             del self.logprobs[num_tokens:]
@@ -325,32 +325,31 @@ class _Completion:
         self.logprobs += [read_position(position, decode) for position in positions]
         self.cumulative_logprob += sum([position.logprobs[0] for position in positions])
 
-    # ---- what goes out -----------------------------------------------------------------------
+    # ---- outputs to the caller ---------------------------------------------------------------
 
     def delta(self) -> CompletionOutput:
-        """What is new since the last one."""
+        """Return the tokens and text since the last delta."""
         begin, self._num_taken = self._num_taken, len(self.token_ids)
         return self._output(self._take_text(), self.token_ids[begin:], begin)
 
     def whole(self) -> CompletionOutput:
-        """Everything so far."""
-        if (
-            self._reads_at_end and self.finish_reason is None
-        ):  # asked for before the end all the same
-            self._read_on(len(self.token_ids))
-        self._taken += self._take_text()
-        return self._output(self._taken, self.token_ids.copy(), 0)
+        """Return all tokens and text so far."""
+        # a failed call takes outputs before the end, too
+        if self._decodes_at_end and self.finish_reason is None:
+            self._decode_up_to(len(self.token_ids))
+        self._taken_text += self._take_text()
+        return self._output(self._taken_text, self.token_ids.copy(), 0)
 
     def _take_text(self) -> str:
-        """The text that is certain to be in the output."""
-        text = self._fresh
+        """Return the new text, without an end that may be the beginning of a stop string."""
+        text = self._new_text
         if self._stops and self.finish_reason is None:
             text = text[: len(text) - num_undecided(text, self._stops)]
-        self._fresh = self._fresh[len(text) :]
+        self._new_text = self._new_text[len(text) :]
         return text
 
     def _output(self, text: str, token_ids: list[int], first: int) -> CompletionOutput:
-        self.has_news = False
+        self.has_new_output = False
         return CompletionOutput(
             self.index,
             text,

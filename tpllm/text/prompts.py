@@ -1,4 +1,4 @@
-"""What callers may hand to `LLM.generate`, checked and brought into one shape."""
+"""Check the prompts and sampling parameters of `LLM.generate`, and normalize them to lists."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from numbers import Integral
@@ -10,20 +10,20 @@ from tpllm.vllm_keywords import PROMPTS, refuse_absent
 
 Prompt = str | Sequence[int] | Mapping[str, Any]
 
-_FORMS = 'a text, a list of token ids, {"prompt": text} or {"prompt_token_ids": ids}'
+_FORMATS = 'a string, a list of token ids, {"prompt": string} or {"prompt_token_ids": ids}'
 
 
 def as_list(prompts: Prompt | Iterable[Prompt]) -> list[str | list[int]]:
-    """One prompt or many as a list, each a text or token ids. A flat list of ids is one prompt.
+    """Return one or many prompts as a list of strings and token ids. A list of ids is one prompt.
 
     Raises:
-        ValueError: some prompt is none of these; it is named by its index.
+        ValueError: a prompt has another type; the message has its index.
     """
     if isinstance(prompts, str | Mapping):
         return [_text_or_ids(0, prompts)]
     items = plain_list(prompts)
     if items is None:
-        raise ValueError(f"prompts={short(prompts)} must be {_FORMS}, or a list of these")
+        raise ValueError(f"prompts={short(prompts)} must be {_FORMATS}, or a list of these")
     if items and isinstance(items[0], Integral):
         return [_text_or_ids(0, items)]
     return [_text_or_ids(i, item) for i, item in enumerate(items)]
@@ -34,10 +34,10 @@ def one_for_each(
     num_prompts: int,
     make_default: Callable[[], SamplingParams] = SamplingParams,
 ) -> list[SamplingParams]:
-    """Sampling parameters of every prompt, from one for all, one for each, or none.
+    """Return sampling parameters for each prompt, from one for all, one for each, or None.
 
     Raises:
-        ValueError: they are not `num_prompts`, or not SamplingParams.
+        ValueError: their number is not `num_prompts`, or one is not SamplingParams.
     """
     if params is None:
         params = make_default()
@@ -63,21 +63,23 @@ def _text_or_ids(index: int, prompt: Any) -> str | list[int]:
         for key, value in prompt.items():
             known = key in ("prompt", "prompt_token_ids") or key in PROMPTS
             if not known and value is not None:
-                raise ValueError(f"prompt {index} has an unknown {short(key)}; give {_FORMS}")
+                raise ValueError(f"prompt {index} has an unknown {short(key)}; give {_FORMATS}")
         if prompt.get("prompt_token_ids") is not None:
             prompt = prompt["prompt_token_ids"]
             if isinstance(prompt, str):
-                raise ValueError(f"prompt {index}: prompt_token_ids={short(prompt)} is a text")
+                raise ValueError(
+                    f"prompt {index}: prompt_token_ids={short(prompt)} must be a list of token ids"
+                )
         elif isinstance(prompt.get("prompt"), str):
             prompt = prompt["prompt"]
         else:
-            raise ValueError(f"prompt {index} is {short(prompt)}; give {_FORMS}")
+            raise ValueError(f"prompt {index} is {short(prompt)}; give {_FORMATS}")
     if isinstance(prompt, str):
         return prompt
     ids = plain_list(prompt)
     if ids is None:
-        raise ValueError(f"prompt {index} is {short(prompt)}; give {_FORMS}")
-    if are_ints(ids):  # as most are
+        raise ValueError(f"prompt {index} is {short(prompt)}; give {_FORMATS}")
+    if are_ints(ids):  # the usual case
         return ids
     for token_id in ids:
         if isinstance(token_id, bool) or not isinstance(token_id, Integral):
@@ -86,7 +88,7 @@ def _text_or_ids(index: int, prompt: Any) -> str | list[int]:
 
 
 def plain_list(value: Any) -> list[Any] | None:
-    """The items of whatever has some in an order, a generator or an array; None for the rest."""
+    """Return the items of an ordered iterable, a generator or an array; None for other types."""
     if hasattr(value, "tolist"):  # numpy and torch: Python's own numbers come out
         items = value.tolist()
         return items if isinstance(items, list) else None

@@ -1,18 +1,16 @@
-"""Stop strings in a growing text, wherever the borders of its tokens are."""
+"""Find stop strings in a growing text, regardless of token boundaries."""
 
 from collections.abc import Sequence
 
 
 def find_stop(text: str, num_old: int, stops: Sequence[str]) -> tuple[str, int, int] | None:
-    """The stop string that a text reading on character by character would meet first.
+    """Return the stop string that ends first in `text`, its begin and its end.
+
+    If two end at the same character, the first in `stops` counts.
 
     Args:
-        text: so far
-        num_old: characters of it in which no stop string may end, since they were searched before
-
-    Returns:
-        the stop string, where it begins and where it ends; of two that end together, the one that
-        stands first in `stops`
+        text: the text so far
+        num_old: number of characters that were searched before; no stop string ends in them
     """
     first = None
     for stop in stops:
@@ -23,7 +21,7 @@ def find_stop(text: str, num_old: int, stops: Sequence[str]) -> tuple[str, int, 
 
 
 def num_undecided(text: str, stops: Sequence[str]) -> int:
-    """Characters at the end of `text` that may become the beginning of a stop string."""
+    """Return how many characters at the end of `text` may be the beginning of a stop string."""
     longest = 0
     for stop in stops:
         for length in range(min(len(stop) - 1, len(text)), longest, -1):

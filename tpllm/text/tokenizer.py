@@ -1,4 +1,4 @@
-"""Tokenizer: text to token ids and back, in batches; chats through the model's template."""
+"""Tokenizer: encode and decode text, and render chats with the model's template."""
 
 import heapq
 import re
@@ -20,9 +20,9 @@ from tpllm.text.detokenizer import (
 
 
 class Tokenizer:
-    """A folder's tokenizer, read when first used: importing transformers takes seconds.
+    """A folder's tokenizer, loaded at first use, because importing transformers takes seconds.
 
-    Only local files are read, and no code that a checkpoint brings along is ever run.
+    It reads only local files, and never runs code from a checkpoint.
 
     Raises (at first use):
         ValueError: transformers cannot read the folder's tokenizer.
@@ -32,7 +32,7 @@ class Tokenizer:
         self.folder = folder
 
     def __getstate__(self) -> dict[str, Any]:
-        """For copies in other processes."""
+        """Leave out the cache of bad words, which cannot be pickled."""
         return {name: value for name, value in vars(self).items() if name != "_ids_of_words"}
 
     @cached_property
@@ -44,28 +44,28 @@ class Tokenizer:
                 return AutoTokenizer.from_pretrained(
                     str(self.folder), local_files_only=True, trust_remote_code=False
                 )
-        except Exception as error:  # it raises whatever its parsers raise
+        except Exception as error:  # its parsers raise errors of many types
             raise ValueError(
                 f"no tokenizer can be read from {self.folder} ({first_line(error)}); "
-                "name another with tokenizer=, or pass token ids and skip_tokenizer_init=True"
+                "set tokenizer= to another, or pass token ids and skip_tokenizer_init=True"
             ) from error
 
     def load(self) -> None:
-        """Read the tokenizer now rather than at first use, and make the tables for its texts."""
+        """Load the tokenizer and build its decoding tables now rather than at first use."""
         self.detokenizer()
 
     def encode_batch(self, texts: list[str], add_special_tokens: bool = True) -> list[list[int]]:
-        """Token ids of each text, with the special tokens that the tokenizer adds to any text.
+        """Return the token ids of each text, with the special tokens that the tokenizer adds.
 
         Raises:
-            ValueError: a text is not valid Unicode, or more than the tokenizer can take.
+            ValueError: a text is not valid Unicode, or the tokenizer cannot encode it.
         """
         if not texts:  # transformers fails on an empty batch
             return []
         for i, text in enumerate(texts):
             if not is_unicode(text):
                 raise ValueError(f"prompt {i} holds a lone surrogate, which is not valid Unicode")
-        # verbose=False: a text longer than the tokenizer's limit is judged by max_model_len.
+        # verbose=False: no warning beyond the tokenizer's limit; max_model_len is checked later
         with panics_as_errors(f"the tokenizer of {self.folder.name} cannot encode this text"):
             ids: list[list[int]] = self._inner(
                 texts, add_special_tokens=add_special_tokens, verbose=False
@@ -73,7 +73,7 @@ class Tokenizer:
         return ids
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
-        """The text of `ids`. Ids the tokenizer does not know, such as padding, give nothing."""
+        """Return the text of `ids`. Unknown ids, such as padding of the vocabulary, add nothing."""
         with panics_as_errors(f"the tokenizer of {self.folder.name} cannot decode these tokens"):
             text: str = self._inner.decode(
                 list(ids),
@@ -83,19 +83,19 @@ class Tokenizer:
         return text
 
     def bad_word_ids(self, words: Sequence[str]) -> list[list[int]]:
-        """Token sequences that spell `words`, at the beginning of a text and after a space.
+        """Return token sequences that spell `words`, at the beginning of a text and after a space.
 
-        First the tokenizer's own two of each word; then, of byte-level tokenizers, the others with
-        the same bytes, as far as `bad_words.MAX_SPELLING_IDS` reaches.
+        First come the tokenizer's own two encodings of each word. Byte-level tokenizers add the
+        other sequences with the same bytes, up to `bad_words.MAX_SPELLING_IDS` token ids.
 
         Raises:
-            ValueError: a word spells no token.
+            ValueError: a word has no tokens.
         """
         return self._ids_of_words(tuple(words))
 
     @cached_property
     def _ids_of_words(self) -> Callable[[tuple[str, ...]], list[list[int]]]:
-        return lru_cache(maxsize=8)(self._encode_words)  # all prompts of a request have the same
+        return lru_cache(maxsize=8)(self._encode_words)  # all prompts of a call share their words
 
     def _encode_words(self, words: tuple[str, ...]) -> list[list[int]]:
         sequences: list[list[int]] = []
@@ -106,9 +106,9 @@ class Tokenizer:
         num = len(words)
         for word, bare, spaced in zip(words, encoded[:num], encoded[num:], strict=True):
             if not bare:
-                raise ValueError(f"bad_words holds {word!r}, which spells no token; leave it out")
+                raise ValueError(f"bad_words holds {word!r}, which has no tokens; leave it out")
             sequences.append(bare)
-            if spaced[-len(bare) :] != bare:  # else the space is a token of its own before `bare`
+            if spaced[-len(bare) :] != bare:  # if equal, the space is a separate token before it
                 sequences.append(spaced)
         known = set(map(tuple, sequences))
         for word in bare_words if self._is_byte_level else []:
@@ -118,10 +118,11 @@ class Tokenizer:
         return sequences
 
     def _other_spellings(self, word: str, num_ids: int) -> Iterator[list[int]]:
-        """Spellings of a word, alone and after a space, the shortest first; `num_ids` in all."""
+        """Yield spellings of a word, alone and after a space, shortest first, up to `num_ids`."""
         bare = spellings(word.encode(), self._ids_of_bytes)
         spaced = spellings(f" {word}".encode(), self._ids_of_bytes)
-        spaces = self._ids_of_bytes.get(b" ", [])  # tokens before a spelling that is there already
+        spaces = self._ids_of_bytes.get(b" ", [])
+        # a separate space before a bare spelling adds nothing
         spaced = (each for each in spaced if each[0] not in spaces)
         for each in heapq.merge(bare, spaced, key=len):
             num_ids -= len(each)
@@ -131,7 +132,7 @@ class Tokenizer:
 
     @cached_property
     def _ids_of_bytes(self) -> dict[bytes, list[int]]:
-        """The tokens that show each byte sequence."""
+        """The shown tokens of each byte sequence."""
         ids: dict[bytes, list[int]] = {}
         for id_, piece in self._shown_pieces.items():
             ids.setdefault(piece.encode() if isinstance(piece, str) else piece, []).append(id_)
@@ -140,7 +141,7 @@ class Tokenizer:
     def detokenizer(
         self, skip_special_tokens: bool = True, spaces_between_special_tokens: bool = True
     ) -> Detokenizer:
-        """A new stream from token ids to text; all its pieces together are what `decode` gives.
+        """Return a new Detokenizer, whose pieces together equal the result of `decode`.
 
         Args:
             skip_special_tokens: leave special tokens out
@@ -161,29 +162,29 @@ class Tokenizer:
         )
 
     def decode_one(self, token_id: int) -> str:
-        """A token by itself, as log-probabilities name it; a broken character stays broken."""
+        """Return the text of one token, for log-probabilities, with replacement characters."""
         if self._is_byte_level:
             piece = self._byte_level_pieces.get(token_id, "")
             return piece if isinstance(piece, str) else piece.decode(errors="replace")
         return self.token_bytes(token_id).decode(errors="replace")
 
     def token_bytes(self, token_id: int) -> bytes:
-        """What a token adds to the UTF-8 of a text; b"" for an id that the tokenizer lacks."""
+        """Return the UTF-8 bytes that a token adds to a text; b"" for an unknown id."""
         if self._is_byte_level:
             piece = self._byte_level_pieces.get(token_id, b"")
             return piece.encode() if isinstance(piece, str) else piece
         if _BYTE_PIECE.fullmatch(self._pieces.get(token_id, "")):
             return bytes([int(self._pieces[token_id][3:-1], 16)])
-        # behind another token: many decoders strip the space that begins a text
+        # after another token, because many decoders strip a space at the beginning of a text
         first = self.decode([token_id], skip_special_tokens=False)
         both = self.decode([token_id, token_id], skip_special_tokens=False)
         return (both.removeprefix(first) if both.startswith(first) else first).encode()
 
     def token_offsets(self, text: str, add_special_tokens: bool = True) -> list[int] | None:
-        """For each of `encode_batch`'s ids, how many characters of the text come before it.
+        """Return the character offset of each of `encode_batch`'s tokens in the text.
 
-        A token of a part of a character begins where this character does. None where the tokenizer
-        does not tell.
+        A token that holds a part of a character has the offset of that character. Return None if
+        the tokenizer does not provide offsets.
         """
         if not getattr(self._inner, "is_fast", False):
             return None
@@ -196,7 +197,7 @@ class Tokenizer:
             )
         offsets, end = [], 0
         for begin, its_end in encoded["offset_mapping"]:
-            # added tokens have no characters; some tokenizers leave out the space before a word
+            # added tokens have no characters; some offsets leave out the space before a word
             is_after_space = text[end:begin].isspace()
             offsets.append(end if its_end == begin or is_after_space else begin)
             end = max(end, its_end)
@@ -213,7 +214,7 @@ class Tokenizer:
 
     @cached_property
     def _pieces(self) -> dict[int, str]:
-        """Every token as the vocabulary writes it."""
+        """The vocabulary's string of every token."""
         pieces = {id_: token for token, id_ in self._inner.get_vocab().items()}
         return pieces | {id_: token.content for id_, token in self._added_tokens.items()}
 
@@ -230,7 +231,7 @@ class Tokenizer:
 
     @cached_property
     def _shown_pieces(self) -> dict[int, str | bytes]:
-        """Of all but the special tokens."""
+        """The text or bytes of all tokens except special tokens."""
         special = self._special_ids
         return {id_: each for id_, each in self._byte_level_pieces.items() if id_ not in special}
 
@@ -238,7 +239,7 @@ class Tokenizer:
     def has_chat_template(self) -> bool:
         return self._inner.chat_template is not None
 
-    @panics_as_errors("the chat template does not take these messages")
+    @panics_as_errors("the chat template cannot render these messages")
     def render_chat(
         self,
         messages: Sequence[Mapping[str, Any]],
@@ -249,20 +250,20 @@ class Tokenizer:
         tools: Sequence[Mapping[str, Any]] | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> str:
-        """A conversation as the prompt for its next answer, in the words of the chat template.
+        """Render a conversation with the chat template, and return the prompt of its next answer.
 
         Args:
-            messages: `{"role": "user", "content": "..."}` and so on, oldest first, in any form
-                that OpenAI's clients keep them in: see `tpllm.text.conversation`
-            add_generation_prompt: end with what opens an answer
-            continue_final_message: leave the last message open, for the model to go on with it
+            messages: `{"role": "user", "content": "..."}` and so on, oldest first, in any format
+                of OpenAI's clients: see `tpllm.text.conversation`
+            add_generation_prompt: end the prompt with the header of the assistant's answer
+            continue_final_message: leave the last message open, so that the model continues it
             chat_template: a Jinja template to use instead of the tokenizer's
             tools: JSON schemas of functions that the model may call
-            chat_template_kwargs: what else this template reads, such as `enable_thinking`
+            chat_template_kwargs: further variables of the template, such as `enable_thinking`
 
         Raises:
-            ValueError: there is no chat template, a message is wrong, or the template does not
-                take them.
+            ValueError: there is no chat template, a message is wrong, or the template cannot
+                render the messages.
         """
         if chat_template is None and not self.has_chat_template:
             raise ValueError(
@@ -277,8 +278,8 @@ class Tokenizer:
         for name in chat_template_kwargs or ():
             if name in _OWN_ARGUMENTS:
                 raise ValueError(
-                    f"chat_template_kwargs holds {name!r}, which does not come by this way; give "
-                    "it as an argument or field of its own, if there is one"
+                    f"chat_template_kwargs holds {name!r}, which is not allowed there; use the "
+                    "argument or field of that name, if there is one"
                 )
         plain = plain_messages(messages)
         options = {
@@ -290,7 +291,7 @@ class Tokenizer:
         try:
             return self._render(plain, options, chat_template_kwargs or {})
         except ValueError:
-            # some templates go through the arguments of calls, and take no text for them
+            # some templates iterate over the arguments of calls, and fail on a string
             with_objects = with_object_arguments(plain)
             if with_objects is None:
                 raise
@@ -306,16 +307,20 @@ class Tokenizer:
             text: str = self._inner.apply_chat_template(
                 messages, tokenize=False, **options, **kwargs
             )
-        except Exception as error:  # a template can do whatever an expression can
-            is_given = options["chat_template"] is not None
-            of = "given" if is_given else f"of {self.folder.name}"
+        except Exception as error:  # a template's expressions can raise any error
+            is_callers = options["chat_template"] is not None
+            which = (
+                "the given chat template"
+                if is_callers
+                else f"the chat template of {self.folder.name}"
+            )
             raise ValueError(
-                f"the chat template {of} does not take these messages: {first_line(error)}"
+                f"{which} cannot render these messages: {first_line(error)}"
             ) from error
         return text
 
 
-# Of apply_chat_template, which we give it ourselves.
+# Arguments of apply_chat_template that this module sets itself.
 _OWN_ARGUMENTS = (
     "add_generation_prompt",
     "chat_template",
@@ -330,7 +335,7 @@ _BYTE_PIECE = re.compile("<0x[0-9A-F]{2}>")
 
 
 def require_tokenizer(tokenizer: Tokenizer | None) -> Tokenizer:
-    """An engine's tokenizer, for whoever cannot do without.
+    """Return an engine's tokenizer, for callers that need one.
 
     Raises:
         ValueError: the engine was made without one.
@@ -338,6 +343,6 @@ def require_tokenizer(tokenizer: Tokenizer | None) -> Tokenizer:
     if tokenizer is None:
         raise ValueError(
             "this engine has no tokenizer (skip_tokenizer_init=True, or dummy weights without "
-            "one); pass token ids, or name a tokenizer with tokenizer="
+            "one); pass token ids, or set tokenizer="
         )
     return tokenizer
