@@ -101,7 +101,7 @@ class AsyncLLM(AbstractAsyncContextManager["AsyncLLM"]):
         that iterates it, aborts the request.
 
         Args:
-            prompt: a text, a list of token ids, `{"prompt_token_ids": [...]}` or
+            prompt: a string, a list of token ids, `{"prompt_token_ids": [...]}` or
                 `{"prompt": "..."}`
             sampling_params: None for `get_default_sampling_params()`
             request_id: the name by which `abort` finds the request; None for a new unique one

@@ -86,7 +86,7 @@ class LLM(AbstractContextManager["LLM"]):
         from any other signal handler ends the engine, because it may interrupt a step.
 
         Args:
-            prompts: a text, a list of token ids, `{"prompt_token_ids": [...]}` or
+            prompts: a string, a list of token ids, `{"prompt_token_ids": [...]}` or
                 `{"prompt": "..."}`, or a list (or generator) of any of these
             sampling_params: one for all prompts, or one for each; None for
                 `get_default_sampling_params()`

@@ -42,7 +42,7 @@ WITHOUT_EFFECT = frozenset(
 )
 
 _LEAVE_OUT = "leave it out"
-_USE_FORMS = "use structured_outputs"
+_USE_STRUCTURED = "use structured_outputs"
 _USE_MAX_TOKENS = "use max_tokens"
 _EMPTY_LIST: tuple[Any, ...] = ([],)
 _EMPTY_OBJECT: tuple[Any, ...] = ({},)
@@ -76,11 +76,11 @@ FOREIGN: dict[str, tuple[tuple[Any, ...], str]] = {
     # SGLang
     "custom_logit_processor": ((), _LEAVE_OUT),
     "custom_params": (_EMPTY_OBJECT, _LEAVE_OUT),
-    "ebnf": ((), _USE_FORMS),
-    "json_schema": (_EMPTY_OBJECT, _USE_FORMS),
+    "ebnf": ((), _USE_STRUCTURED),
+    "json_schema": (_EMPTY_OBJECT, _USE_STRUCTURED),
     "lora_path": ((), _LEAVE_OUT),
     "no_stop_trim": ((False,), "use include_stop_str_in_output"),
-    "regex": ((), _USE_FORMS),
+    "regex": ((), _USE_STRUCTURED),
     "return_hidden_states": ((False,), _LEAVE_OUT),
     "separate_reasoning": ((True,), "start the server with --no-parse-reasoning"),
     "session_params": (_EMPTY_OBJECT, _LEAVE_OUT),
@@ -90,7 +90,7 @@ FOREIGN: dict[str, tuple[tuple[Any, ...], str]] = {
     "dry_multiplier": ((0,), "use repetition_penalty"),
     "dynatemp_range": ((0,), "use temperature"),
     "format": ((), "use response_format"),
-    "grammar": (("",), _USE_FORMS),
+    "grammar": (("",), _USE_STRUCTURED),
     "max_new_tokens": ((), _USE_MAX_TOKENS),
     "min_keep": ((0,), _LEAVE_OUT),
     "mirostat": ((0,), "use temperature, top_p and min_p"),

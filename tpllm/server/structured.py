@@ -43,16 +43,16 @@ def structured_outputs(body: Structured) -> StructuredOutputsParams | None:
     """
     if isinstance(body, ChatCompletionRequest):
         _check_tools(body.tools or [])
-    forms = _forms(body)
-    if not forms:
+    constraints = _constraints(body)
+    if not constraints:
         return None
-    field = next(iter(forms))
-    if len(forms) > 1:
+    field = next(iter(constraints))
+    if len(constraints) > 1:
         raise APIError(
-            400, f"{' and '.join(forms)} exclude each other; keep one of them", param=field
+            400, f"{' and '.join(constraints)} exclude each other; keep one of them", param=field
         )
     try:
-        return _params(field, forms[field])
+        return _params(field, constraints[field])
     except APIError as error:
         if isinstance(body, ChatCompletionRequest) and error.message.startswith(
             "tool_choice: %json"
@@ -61,9 +61,9 @@ def structured_outputs(body: Structured) -> StructuredOutputsParams | None:
         raise
 
 
-def _params(field: str, form: dict[str, Any]) -> StructuredOutputsParams:
+def _params(field: str, constraint: dict[str, Any]) -> StructuredOutputsParams:
     try:
-        return StructuredOutputsParams(**form)
+        return StructuredOutputsParams(**constraint)
     except ValueError as error:
         words = str(error)
         # remove our names: the client sent its own field
@@ -83,10 +83,10 @@ def naming_the_field(body: Structured) -> Iterator[None]:
         yield
     except ValueError as error:
         words, refused, reason = str(error).partition(" cannot be used: ")
-        forms = _forms(body)
-        if not words.startswith("structured_outputs") or not forms:
+        constraints = _constraints(body)
+        if not words.startswith("structured_outputs") or not constraints:
             raise
-        field, what = next(iter(forms)), "its value"
+        field, what = next(iter(constraints)), "its value"
         if not refused:  # it leaves no token beside the request's other settings
             words = field + words.removeprefix("structured_outputs")
             raise APIError(400, words, param=field) from None
@@ -105,24 +105,24 @@ def _blamed_tool(body: ChatCompletionRequest, reason: str) -> tuple[str, str, st
     return "tool_choice", "a tool's parameters", reason
 
 
-def _forms(body: Structured) -> dict[str, dict[str, Any]]:
+def _constraints(body: Structured) -> dict[str, dict[str, Any]]:
     """Return the keywords of StructuredOutputsParams, by the request's field."""
-    forms: dict[str, dict[str, Any]] = {}
+    constraints: dict[str, dict[str, Any]] = {}
     if body.response_format is not None:
-        form = _response_format(body.response_format)
-        if form is not None:
-            forms["response_format"] = form
+        constraint = _response_format(body.response_format)
+        if constraint is not None:
+            constraints["response_format"] = constraint
     if body.structured_outputs is not None:
-        forms["structured_outputs"] = body.structured_outputs
+        constraints["structured_outputs"] = body.structured_outputs
     for field, name in _GUIDED.items():
         if (value := getattr(body, field)) is not None:
-            forms[field] = {name: value}
+            constraints[field] = {name: value}
     if isinstance(body, ChatCompletionRequest):
         choice = tool_choice(body)
         if choice.must_call:
             several = body.parallel_tool_calls is not False and not choice.is_named
-            forms["tool_choice"] = {"grammar": _calls(choice.tools, several)}
-    return forms
+            constraints["tool_choice"] = {"grammar": _calls(choice.tools, several)}
+    return constraints
 
 
 def _parameters(index: int) -> str:
@@ -146,8 +146,8 @@ def _check_schemas(body: ChatCompletionRequest) -> None:
     """Refuse the first wrong schema of the tools that the answer may call."""
     tools = body.tools or []
     for tool in tool_choice(body).tools:
-        form = {"json": _arguments(tool.function.parameters or {})}
-        _params(_parameters(tools.index(tool)), form)
+        constraint = {"json": _arguments(tool.function.parameters or {})}
+        _params(_parameters(tools.index(tool)), constraint)
 
 
 def _response_format(value: dict[str, Any]) -> dict[str, Any] | None:

@@ -146,7 +146,7 @@ def _text_of_part(part: object, place: str) -> str:
 
 def _calls(message: Mapping[str, Any], place: str) -> list[dict[str, Any]]:
     calls = message.get("tool_calls")
-    if not calls and message.get("function_call") is not None:  # OpenAI's older form
+    if not calls and message.get("function_call") is not None:  # OpenAI's older format
         place = f"{place}.function_call"
         return [{"type": "function", "function": _function(message["function_call"], place)}]
     if calls is None:
