@@ -10,7 +10,7 @@ from functools import lru_cache
 from math import lcm
 from typing import Any
 
-from tpllm.checks import check_bool
+from tpllm.checks import check_bool, is_unicode
 from tpllm.json_schema.bounds import MAX_EXPONENT
 from tpllm.json_schema.rewrite import normalized, to_text
 from tpllm.vllm_keywords import STRUCTURED, checks_keywords
@@ -110,10 +110,8 @@ def _check_text(name: str, text: object) -> None:
     if not isinstance(text, str) or not text:
         raise ValueError(f"{name}={text!r} must be a string that is not empty")
     _check_size(name, len(text))
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise ValueError(f"{name} holds a lone surrogate, which is not valid Unicode") from None
+    if not is_unicode(text):
+        raise ValueError(f"{name} holds a lone surrogate, which is not valid Unicode")
 
 
 def _check_size(name: str, num_chars: int) -> None:

@@ -17,6 +17,7 @@ from weakref import WeakValueDictionary
 
 import numpy as np
 
+from tpllm.checks import short
 from tpllm.config.engine_config import EngineConfig
 from tpllm.engine.bounded_json import WHITESPACE, bounded_grammar, bounded_schema
 from tpllm.engine.long_numbers import NumberLimit, NumberTokens
@@ -379,8 +380,7 @@ def _setting_of(params: StructuredOutputsParams) -> str:
     """Return the field of `params` that is set, with its value, for an error message."""
     for name in ("regex", "choice", "grammar"):
         if (value := getattr(params, name)) is not None:
-            shown = repr(value)
-            return f"{name}={shown if len(shown) <= 80 else shown[:77] + '...'}"
+            return f"{name}={short(value)}"
     return "json" if params.json is not None else "json_object"
 
 
