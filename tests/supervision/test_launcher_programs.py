@@ -186,17 +186,23 @@ open({str(result)!r}, "wb").write(payload)
     assert result.read_bytes() == b"plan"
 
 
-# Ways in which a program reaps child processes that it did not start itself.
+# Ways in which a program reaps child processes that it did not start itself; each defines `end`.
 REAPERS = {
-    "ignores them": "signal.signal(signal.SIGCHLD, signal.SIG_IGN)",
-    "reaps all": """
-def reap(*_):
-    try:
-        while os.waitpid(-1, os.WNOHANG)[0]:
-            pass
-    except ChildProcessError:
-        pass
-signal.signal(signal.SIGCHLD, reap)
+    "ignores them": """
+signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+def end(pid):
+    os.kill(pid, signal.SIGKILL)
+""",
+    # Between kill and waitpid no other thread runs: both calls keep the interpreter lock (PyDLL),
+    # and no switch is due. Otherwise the watch thread could read the exit status first.
+    "reaps them": """
+libc = ctypes.PyDLL(None)
+def end(pid):
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(600)
+    libc.kill(pid, signal.SIGKILL)
+    libc.waitpid(pid, None, 0)
+    sys.setswitchinterval(interval)
 """,
 }
 
@@ -206,14 +212,14 @@ signal.signal(signal.SIGCHLD, reap)
 def test_workers_in_a_program_that_reaps_its_children(reaper, acts):
     """The exit codes are lost then, and the error says that they are unknown."""
     code = f"""
-import os, signal
+import ctypes, os, signal, sys
 {REAPERS[reaper]}
 from stub_worker import start, until_ready
 from tpllm.errors import WorkerError
 group = start({acts})
 if {acts is None}:
     until_ready(group)
-os.kill(group.pids[1], signal.SIGKILL)
+end(group.pids[1])
 try:
     group.receive(1, 2)
 except WorkerError as error:
