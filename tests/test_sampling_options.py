@@ -1,9 +1,16 @@
-"""Every sampling option through the whole engine: the same tokens however the work is split, and
-log-probabilities that are transformers' own.
+"""Every sampling option through the whole engine: the tokens of `data/sampling_options.json`
+however the work is split, and log-probabilities that are transformers' own.
+
+    python -m tests.test_sampling_options
+
+writes that file. It holds what float32 on a CPU sampled when the file was written, so a change of
+it is a change of behaviour.
 """
 
+import json
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,7 +18,7 @@ import torch
 
 from tests.marks import FOUR_GPUS
 from tests.reference import shipped_greedy
-from tpllm import SamplingParams
+from tpllm import SamplingParams, StructuredOutputsParams
 from tpllm.config.checkpoint import resolve_model
 from tpllm.config.engine_config import EngineConfig
 from tpllm.engine.coordinator import Coordinator
@@ -37,7 +44,11 @@ REQUESTS: dict[str, tuple[list[int], SamplingParams, list[list[int]]]] = {
     "top_k": (PROMPTS[2], params(seed=3, top_k=7), []),
     "top_p": (PROMPTS[3], params(seed=4, top_p=0.7, logprobs=0), []),
     "min_p": (PROMPTS[4], params(seed=5, min_p=0.05), []),
-    "penalties": (LONG, params(seed=6, repetition_penalty=1.4, frequency_penalty=0.5), []),
+    "penalties": (
+        LONG,
+        params(seed=6, temperature=3, repetition_penalty=1.4, frequency_penalty=0.5),
+        [],
+    ),
     "presence": (LONG, params(temperature=0, presence_penalty=2.0), []),
     "repetition": (LONG, params(temperature=0, repetition_penalty=100), []),
     "bias": (PROMPTS[7], params(seed=7, logit_bias={17: 8.0, 4000: 7.5, 9: -100}), []),
@@ -52,11 +63,32 @@ REQUESTS: dict[str, tuple[list[int], SamplingParams, list[list[int]]]] = {
         params(seed=10, min_tokens=12, stop_token_ids=list(range(0, 4096, 2))),
         [],
     ),
+    "frequency": (PROMPTS[14], params(seed=15, frequency_penalty=1.5, logprobs=1), []),
+    "few stop ids": (
+        PROMPTS[11],
+        params(seed=16, min_tokens=9, stop_token_ids=[*range(3), 265], temperature=0.9),
+        [],
+    ),
+    "structured": (
+        PROMPTS[12],
+        params(
+            structured_outputs=StructuredOutputsParams(regex="[a-f ]{200}"), seed=17, logprobs=3
+        ),
+        [],
+    ),
+    "structured, truncated": (
+        PROMPTS[13],
+        params(
+            structured_outputs=StructuredOutputsParams(regex="[A-Z]{99,400}"), seed=18, top_p=0.6
+        ),
+        [],
+    ),
     "prompt_logprobs": (LONG, params(seed=11, prompt_logprobs=2, logprobs=1, top_k=50), []),
     "everything": (
         LONG,
         params(
             seed=12,
+            temperature=2.5,
             top_k=200,
             top_p=0.95,
             min_p=0.001,
@@ -73,6 +105,9 @@ REQUESTS: dict[str, tuple[list[int], SamplingParams, list[list[int]]]] = {
 }
 
 
+EXPECTED = Path(__file__).parent / "data" / "sampling_options.json"
+
+
 @dataclass
 class Heard:
     """All that came back for one request."""
@@ -81,6 +116,31 @@ class Heard:
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     prompt_logprobs: list[TokenLogprobs | None] | None = None
     finish_reason: str | None = None
+
+
+def read_expected() -> dict[str, Heard]:
+    def logprobs(entries: list[Any]) -> list[Any]:
+        return [each and TokenLogprobs(*each) for each in entries]
+
+    return {
+        name: Heard(
+            each["token_ids"],
+            logprobs(each["logprobs"]),
+            each["prompt_logprobs"] and logprobs(each["prompt_logprobs"]),
+            each["finish_reason"],
+        )
+        for name, each in json.loads(EXPECTED.read_text()).items()
+    }
+
+
+def write_expected() -> None:
+    coordinator = start()
+    try:
+        heard = serve(coordinator, list(REQUESTS))
+    finally:
+        coordinator.close()
+    entries = [f"{json.dumps(name)}: {json.dumps(asdict(each))}" for name, each in heard.items()]
+    EXPECTED.write_text("{\n" + ",\n".join(entries) + "\n}\n")
 
 
 def serve(coordinator: Coordinator, names: list[str]) -> dict[str, Heard]:
@@ -116,6 +176,12 @@ def engine() -> Iterator[Coordinator]:
 def together(engine: Coordinator) -> dict[str, Heard]:
     """Every request, all in one batch on one rank."""
     return serve(engine, list(REQUESTS))
+
+
+def test_tokens_are_those_of_before(together: dict[str, Heard]) -> None:
+    expected = read_expected()
+    assert list(together) == list(expected)
+    assert_same(together, expected)
 
 
 def assert_same(ours: dict[str, Heard], expected: dict[str, Heard]) -> None:
@@ -160,9 +226,10 @@ def test_requests_alone_draw_what_they_draw_together(
     "settings",
     [
         {"tensor_parallel_size": 2},
-        {"max_num_batched_tokens": 16, "max_num_seqs": 14, "num_kv_blocks": 30},
+        {"tensor_parallel_size": 4},
+        {"max_num_batched_tokens": 18, "max_num_seqs": 18, "num_kv_blocks": 30},
     ],
-    ids=["two ranks", "small chunks and preemptions"],
+    ids=["two ranks", "four ranks", "small chunks and preemptions"],
 )
 def test_splitting_the_work_changes_nothing(
     settings: dict[str, Any], together: dict[str, Heard]
@@ -247,3 +314,7 @@ def test_lists_that_no_step_could_carry_are_refused(engine: Coordinator) -> None
     for message, (settings, bad_word_ids) in wrong.items():
         with pytest.raises(ValueError, match=message):
             engine.check(AddRequest("wrong", prompt, settings, bad_word_ids))
+
+
+if __name__ == "__main__":
+    write_expected()
