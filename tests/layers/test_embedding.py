@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tests.ranks import run_ranks
+from tpllm.layers.context import LayerContext
 from tpllm.layers.embedding import ParallelLMHead, VocabParallelEmbedding
 from tpllm.parallel.collectives import all_gather
 from tpllm.parallel.group import TPGroup
@@ -29,8 +30,8 @@ class OneTable:
 def sharded_vocabulary_equals_whole_table(tp: TPGroup) -> None:
     for vocab_size in [SMALL, EVEN, PRIME]:
         weights = OneTable(vocab_size)
-        embedding = VocabParallelEmbedding(vocab_size, E, tp=tp, dtype=torch.float32)
-        lm_head = ParallelLMHead(vocab_size, E, tp=tp, dtype=torch.float32)
+        embedding = VocabParallelEmbedding(vocab_size, E, LayerContext(tp, torch.float32))
+        lm_head = ParallelLMHead(vocab_size, E, LayerContext(tp, torch.float32))
         for layer in [embedding, lm_head]:
             layer.weight.fill_(torch.nan)  # so that a row that is not loaded shows
             layer.load(weights, "table")
@@ -55,8 +56,8 @@ def test_sharded_vocabulary_equals_whole_table(world_size: int) -> None:
 
 def test_tied_lm_head_shares_the_embedding_weight() -> None:
     tp = TPGroup.single(torch.device("cpu"))
-    embedding = VocabParallelEmbedding(SMALL, E, tp=tp, dtype=torch.float32)
-    lm_head = ParallelLMHead(SMALL, E, tp=tp, dtype=torch.float32)
+    embedding = VocabParallelEmbedding(SMALL, E, LayerContext(tp, torch.float32))
+    lm_head = ParallelLMHead(SMALL, E, LayerContext(tp, torch.float32))
     lm_head.tie_to(embedding)
     embedding.load(OneTable(SMALL), "table")
     assert lm_head.weight.data_ptr() == embedding.weight.data_ptr()

@@ -4,7 +4,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from tpllm.layers.context import LayerContext
 from tpllm.layers.norm import RMSNorm, rms_norm_reference, rms_norm_triton
+from tpllm.parallel.group import TPGroup
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
@@ -90,7 +92,7 @@ class OneTensor:
 
 def test_layer_starts_and_continues_the_residual_stream(device: torch.device) -> None:
     x, update, weight = random_inputs(3, 40, (device, torch.float32))
-    norm = RMSNorm(40, EPS, dtype=torch.float32, device=device)
+    norm = RMSNorm(40, EPS, LayerContext(TPGroup.single(device), torch.float32))
     norm.load(OneTensor("model.norm.weight", weight.cpu()), "model.norm")
 
     normed, stream = norm(x)

@@ -17,9 +17,9 @@ from tests.copy_streams import GlooCopyStream, with_gloo_copy_streams
 from tests.peer_buffers import with_shared_peer_buffers
 from tests.ranks import run_ranks
 from tpllm.config.model_config import ModelConfig
-from tpllm.layers.attention.attention import AttentionBatch, KVCache, PrefillBatch, make_backend
+from tpllm.layers.attention.attention import AttentionBatch, KVCache, PrefillBatch
 from tpllm.layers.attention.split_schedule import SPLIT_WORDS
-from tpllm.layers.linear.matmul import plain_matmul
+from tpllm.layers.context import LayerContext
 from tpllm.models.checkpoint_weights import DummyWeights, SafetensorsWeights
 from tpllm.models.micro_batch import MicroBatch
 from tpllm.models.qwen3 import Qwen3ForCausalLM
@@ -126,8 +126,7 @@ def int32(values: list[int] | list[list[int]]) -> Tensor:
 
 
 def make_model(config: ModelConfig, tp: TPGroup) -> Qwen3ForCausalLM:
-    backend = make_backend("torch")
-    model = model_class(config)(config, tp, torch.float32, MAX_POSITIONS, backend, plain_matmul)
+    model = model_class(config)(config, LayerContext(tp, torch.float32), MAX_POSITIONS)
     assert isinstance(model, Qwen3ForCausalLM)
     for parameter in model.parameters():
         parameter.fill_(torch.nan)  # so that a weight that is not loaded shows

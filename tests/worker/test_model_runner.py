@@ -25,7 +25,8 @@ from tpllm.engine.request import AddRequest, Sequence
 from tpllm.engine.scheduler import Scheduler
 from tpllm.layers.attention.attention import AttentionBatch, KVCache, PrefillBatch, make_backend
 from tpllm.layers.attention.split_schedule import BEGIN, END, SPLIT_WORDS, ContextSplit
-from tpllm.layers.linear.matmul import fast_matmul, plain_matmul
+from tpllm.layers.context import LayerContext
+from tpllm.layers.linear.matmul import fast_matmul
 from tpllm.models.checkpoint_weights import SafetensorsWeights
 from tpllm.models.micro_batch import MicroBatch
 from tpllm.models.qwen3 import Qwen3ForCausalLM
@@ -68,7 +69,7 @@ def shipped_model(
     tp = tp or TPGroup.single(torch.device(device))
     backend = make_backend(backend_of(device, dtype))
     matmul = fast_matmul(dtype, tp.device)
-    model = Qwen3ForCausalLM(config, tp, dtype, 1024, backend, matmul)
+    model = Qwen3ForCausalLM(config, LayerContext(tp, dtype, matmul, backend), 1024)
     model.load(SafetensorsWeights(folder))
     return model, tp, config
 
@@ -249,7 +250,7 @@ def test_the_rotary_table_covers_the_largest_step() -> None:
     worker = object.__new__(Worker)
     worker._config, worker._device, worker._dtype = config, torch.device("cpu"), torch.float32
     worker._tp, worker._progress = TPGroup.single(worker._device), Mock()
-    model = worker._load_model(make_backend("torch"), plain_matmul)
+    model = worker._load_model(LayerContext(worker._tp, worker._dtype))
     longest = int(largest_step(limits, 0).num_tokens.max())
     assert longest == limits.max_tokens_per_seq > 300
     assert isinstance(model, Qwen3ForCausalLM)

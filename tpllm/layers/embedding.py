@@ -8,30 +8,25 @@ ids do not exist: their rows are zero. No prompt contains them, and the sampler 
 Source: Megatron-LM (2019), section 3, https://arxiv.org/abs/1909.08053
 """
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tpllm.layers.linear.matmul import Matmul, plain_matmul
+from tpllm.layers.context import LayerContext
 from tpllm.layers.weights import WeightSource, empty_parameter, fill
 from tpllm.parallel.collectives import all_reduce
-from tpllm.parallel.group import TPGroup
 
 
 class _VocabParallel(nn.Module):
     """A band of vocabulary rows: weight [Vl, E]."""
 
-    def __init__(
-        self, vocab_size: int, hidden_size: int, *, tp: TPGroup, dtype: torch.dtype
-    ) -> None:
+    def __init__(self, vocab_size: int, hidden_size: int, context: LayerContext) -> None:
         super().__init__()
-        self.tp = tp
+        tp = self.tp = context.tp
+        self.matmul = context.matmul
         self.vocab_size = vocab_size
         self.local_vocab_size = -(-vocab_size // tp.size)
         self.vocab_start = tp.rank * self.local_vocab_size
-        self.weight = empty_parameter(
-            self.local_vocab_size, hidden_size, dtype=dtype, device=tp.device
-        )
+        self.weight = empty_parameter(self.local_vocab_size, hidden_size, context=context)
 
     def load(self, weights: WeightSource, name: str) -> None:
         """Read this rank's rows. With a small vocabulary, the last ranks may hold only padding."""
@@ -75,18 +70,6 @@ class ParallelLMHead(_VocabParallel):
         output [S, Vl], this rank's slice; `out` if it is given
         weight [Vl, E], this rank's shard
     """
-
-    def __init__(
-        self,
-        vocab_size: int,
-        hidden_size: int,
-        *,
-        tp: TPGroup,
-        dtype: torch.dtype,
-        matmul: Matmul = plain_matmul,
-    ) -> None:
-        super().__init__(vocab_size, hidden_size, tp=tp, dtype=dtype)
-        self.matmul = matmul
 
     def forward(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:
         return self.matmul(hidden, self.weight, out)

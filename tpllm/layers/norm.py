@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor, nn
 
+from tpllm.layers.context import LayerContext
 from tpllm.layers.weights import WeightSource, empty_parameter, fill
 
 
@@ -118,12 +119,10 @@ class RMSNorm(nn.Module):
     Source: Zhang and Sennrich (2019), https://arxiv.org/abs/1910.07467
     """
 
-    def __init__(
-        self, hidden_size: int, eps: float, *, dtype: torch.dtype, device: torch.device
-    ) -> None:
+    def __init__(self, hidden_size: int, eps: float, context: LayerContext) -> None:
         super().__init__()
         self.eps = eps
-        self.weight = empty_parameter(hidden_size, dtype=dtype, device=device)
+        self.weight = empty_parameter(hidden_size, context=context)
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Return (normed, residual); the residual now holds the sum that was normed."""

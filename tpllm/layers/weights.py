@@ -10,6 +10,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from tpllm.layers.context import LayerContext
 from tpllm.parallel.group import TPGroup
 
 
@@ -28,9 +29,10 @@ class WeightSource(Protocol):
         ...
 
 
-def empty_parameter(*shape: int, dtype: torch.dtype, device: torch.device) -> nn.Parameter:
+def empty_parameter(*shape: int, context: LayerContext) -> nn.Parameter:
     """Return an uninitialised weight for `load` to fill. It has no gradient: nothing is trained."""
-    return nn.Parameter(torch.empty(shape, dtype=dtype, device=device), requires_grad=False)
+    values = torch.empty(shape, dtype=context.dtype, device=context.tp.device)
+    return nn.Parameter(values, requires_grad=False)
 
 
 def fill(target: Tensor, source: Tensor, name: str) -> None:

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from tpllm.config.model_config import ModelConfig
 from tpllm.layers.all_reduce.all_reduce_norm import AllReduceRMSNorm
-from tpllm.layers.attention.attention import Attention, AttentionBackend, KVCache
+from tpllm.layers.attention.attention import Attention, KVCache
+from tpllm.layers.context import LayerContext
 from tpllm.layers.embedding import ParallelLMHead, VocabParallelEmbedding
 from tpllm.layers.linear.linear import (
     MergedColumnParallelLinear,
@@ -27,12 +28,10 @@ from tpllm.layers.linear.linear import (
     RowParallelLinear,
     kv_head_shard,
 )
-from tpllm.layers.linear.matmul import Matmul
 from tpllm.layers.linear.norm_linear import norm_linear
 from tpllm.layers.rotary import QKNormRope, rotary_cos_sin
 from tpllm.layers.weights import WeightSource, empty_parameter, fill
 from tpllm.models.micro_batch import MicroBatch
-from tpllm.parallel.group import TPGroup
 
 # per micro-batch: the last block's output, partial sums [N, E], and the residual stream [N, E]
 States = list[tuple[Tensor, Tensor | None]]
@@ -44,39 +43,34 @@ class Qwen3Attention(nn.Module):
     def __init__(
         self,
         config: ModelConfig,
-        tp: TPGroup,
-        dtype: torch.dtype,
-        backend: AttentionBackend,
-        matmul: Matmul,
+        context: LayerContext,
     ) -> None:
         super().__init__()
         heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
         self.head_dim = config.head_dim
         self.eps = config.rms_norm_eps
-        self.norm = _norm(config, tp, dtype)
+        self.norm = _norm(config, context)
         self.qkv_proj = QKVParallelLinear(
             config.hidden_size,
             heads,
             kv_heads,
             config.head_dim,
-            tp=tp,
-            dtype=dtype,
+            context,
             bias=config.attention_bias,
-            matmul=matmul,
         )
         self.o_proj = RowParallelLinear(
             heads * config.head_dim,
             config.hidden_size,
-            tp=tp,
-            dtype=dtype,
+            context,
             bias=config.attention_bias,
-            matmul=matmul,
         )
-        self.q_norm = empty_parameter(config.head_dim, dtype=dtype, device=tp.device)
-        self.k_norm = empty_parameter(config.head_dim, dtype=dtype, device=tp.device)
+        self.q_norm = empty_parameter(config.head_dim, context=context)
+        self.k_norm = empty_parameter(config.head_dim, context=context)
         self.num_heads = self.qkv_proj.local_num_heads
         self.num_kv_heads = self.qkv_proj.local_num_kv_heads
-        self.attention = Attention(self.num_heads, self.num_kv_heads, config.head_dim, backend)
+        self.attention = Attention(
+            self.num_heads, self.num_kv_heads, config.head_dim, context.attention_backend
+        )
 
     def forward(
         self,
@@ -102,17 +96,13 @@ class Qwen3Attention(nn.Module):
 class Qwen3MLP(nn.Module):
     """Norm, then SwiGLU: `down(silu(gate(x)) * up(x))`."""
 
-    def __init__(
-        self, config: ModelConfig, tp: TPGroup, dtype: torch.dtype, matmul: Matmul
-    ) -> None:
+    def __init__(self, config: ModelConfig, context: LayerContext) -> None:
         super().__init__()
-        self.norm = _norm(config, tp, dtype)
+        self.norm = _norm(config, context)
         self.gate_up_proj = MergedColumnParallelLinear(
-            config.hidden_size, [config.intermediate_size] * 2, tp=tp, dtype=dtype, matmul=matmul
+            config.hidden_size, [config.intermediate_size] * 2, context
         )
-        self.down_proj = RowParallelLinear(
-            config.intermediate_size, config.hidden_size, tp=tp, dtype=dtype, matmul=matmul
-        )
+        self.down_proj = RowParallelLinear(config.intermediate_size, config.hidden_size, context)
 
     def forward(self, x: Tensor, residual: Tensor, batch: MicroBatch) -> tuple[Tensor, Tensor]:
         x, residual = norm_linear(
@@ -131,14 +121,11 @@ class Qwen3DecoderLayer(nn.Module):
     def __init__(
         self,
         config: ModelConfig,
-        tp: TPGroup,
-        dtype: torch.dtype,
-        backend: AttentionBackend,
-        matmul: Matmul,
+        context: LayerContext,
     ) -> None:
         super().__init__()
-        self.self_attn = Qwen3Attention(config, tp, dtype, backend, matmul)
-        self.mlp = Qwen3MLP(config, tp, dtype, matmul)
+        self.self_attn = Qwen3Attention(config, context)
+        self.mlp = Qwen3MLP(config, context)
 
     def forward(
         self,
@@ -170,22 +157,18 @@ class Qwen3Model(nn.Module):
     def __init__(
         self,
         config: ModelConfig,
-        tp: TPGroup,
-        dtype: torch.dtype,
+        context: LayerContext,
         max_positions: int,
-        backend: AttentionBackend,
-        matmul: Matmul,
     ) -> None:
         super().__init__()
-        self.embed_tokens = VocabParallelEmbedding(
-            config.vocab_size, config.hidden_size, tp=tp, dtype=dtype
-        )
+        self.embed_tokens = VocabParallelEmbedding(config.vocab_size, config.hidden_size, context)
         self.layers = nn.ModuleList(
-            Qwen3DecoderLayer(config, tp, dtype, backend, matmul)
-            for _ in range(config.num_hidden_layers)
+            Qwen3DecoderLayer(config, context) for _ in range(config.num_hidden_layers)
         )
-        self.norm = _norm(config, tp, dtype)
-        self.cos_sin = rotary_cos_sin(config.head_dim, max_positions, config.rope_theta, tp.device)
+        self.norm = _norm(config, context)
+        self.cos_sin = rotary_cos_sin(
+            config.head_dim, max_positions, config.rope_theta, context.tp.device
+        )
 
     def forward(
         self, micro_batches: Sequence[MicroBatch], kv_caches: list[KVCache]
@@ -228,22 +211,17 @@ class Qwen3ForCausalLM(nn.Module):
     def __init__(
         self,
         config: ModelConfig,
-        tp: TPGroup,
-        dtype: torch.dtype,
+        context: LayerContext,
         max_positions: int,
-        backend: AttentionBackend,
-        matmul: Matmul,
     ) -> None:
         super().__init__()
-        self.model = Qwen3Model(config, tp, dtype, max_positions, backend, matmul)
-        self.lm_head = ParallelLMHead(
-            config.vocab_size, config.hidden_size, tp=tp, dtype=dtype, matmul=matmul
-        )
+        self.model = Qwen3Model(config, context, max_positions)
+        self.lm_head = ParallelLMHead(config.vocab_size, config.hidden_size, context)
         self.tied = config.tie_word_embeddings
         if self.tied:
             self.lm_head.tie_to(self.model.embed_tokens)
         self.num_layers = config.num_hidden_layers
-        kv_heads = kv_head_shard(config.num_key_value_heads, tp)
+        kv_heads = kv_head_shard(config.num_key_value_heads, context.tp)
         self.local_num_kv_heads = kv_heads.stop - kv_heads.start
         self.head_dim = config.head_dim
 
@@ -274,5 +252,5 @@ class Qwen3ForCausalLM(nn.Module):
             self.lm_head.load(weights, "lm_head")
 
 
-def _norm(config: ModelConfig, tp: TPGroup, dtype: torch.dtype) -> AllReduceRMSNorm:
-    return AllReduceRMSNorm(config.hidden_size, config.rms_norm_eps, tp=tp, dtype=dtype)
+def _norm(config: ModelConfig, context: LayerContext) -> AllReduceRMSNorm:
+    return AllReduceRMSNorm(config.hidden_size, config.rms_norm_eps, context)

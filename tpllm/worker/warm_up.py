@@ -27,6 +27,7 @@ from tpllm.layers.all_reduce.all_reduce_norm import all_reduce_norm
 from tpllm.layers.all_reduce.overlapped import reduce_and_norm
 from tpllm.layers.attention.attention import BACKENDS, Attention, AttentionBatch, make_backend
 from tpllm.layers.attention.split_schedule import SPLIT_WORDS, ContextSplit
+from tpllm.layers.context import LayerContext
 from tpllm.layers.linear.gemv import FusedOps, gemv
 from tpllm.layers.linear.linear import kv_head_shard
 from tpllm.layers.norm import RMSNorm
@@ -179,7 +180,7 @@ class Kernels:
 
     def norm(self, has_residual: bool) -> None:
         E = self.model.hidden_size
-        norm = RMSNorm(E, 1e-6, dtype=self.dtype, device=self.device)
+        norm = RMSNorm(E, 1e-6, LayerContext(self.tp, self.dtype))
         norm(self.new(1, E), self.new(1, E) if has_residual else None)
 
     def all_reduce_norm(self, N: int, one_shot_rows: int) -> None:

@@ -13,8 +13,9 @@ from tpllm.channel.ring import RingReader
 from tpllm.channel.step_plan import CONTROL, MASKS, StepMasks, StepPlan
 from tpllm.config.engine_config import EngineConfig
 from tpllm.layers.all_reduce.trial import copy_streams_work, peer_memory_works
-from tpllm.layers.attention.attention import AttentionBackend, make_backend
-from tpllm.layers.linear.matmul import Matmul, fast_matmul, plain_matmul
+from tpllm.layers.attention.attention import make_backend
+from tpllm.layers.context import LayerContext
+from tpllm.layers.linear.matmul import fast_matmul, plain_matmul
 from tpllm.layers.weights import WeightSource
 from tpllm.models.checkpoint_weights import DummyWeights, SafetensorsWeights
 from tpllm.models.registry import CausalLM, model_class
@@ -77,7 +78,7 @@ class Worker:
         if not config.disable_custom_matmul:
             matmul = fast_matmul(self._dtype, device)
         with explained_out_of_memory(device, "while it loaded the weights"):
-            model = self._load_model(backend, matmul)
+            model = self._load_model(LayerContext(self._tp, self._dtype, matmul, backend))
         info: dict[str, Any] = {
             "attention": backend.name,
             "matmul": matmul.name,
@@ -114,16 +115,13 @@ class Worker:
 
     # ---- starting ----------------------------------------------------------------------------
 
-    def _load_model(self, backend: AttentionBackend, matmul: Matmul) -> CausalLM:
+    def _load_model(self, context: LayerContext) -> CausalLM:
         config, model_config = self._config, self._config.model_config
         model: CausalLM = model_class(model_config)(
             model_config,
-            self._tp,
-            self._dtype,
+            context,
             # rounded up to whole blocks: the trial step is as long as a row's cache
             config.plan_limits.max_tokens_per_seq,
-            backend,
-            matmul,
         )
         if config.load_format == "dummy":
             model.load(DummyWeights(model_config, self._device, self._dtype))

@@ -15,6 +15,7 @@ from tpllm.layers.all_reduce.all_reduce_norm import (
     sendable,
 )
 from tpllm.layers.all_reduce.trial import peer_memory_works
+from tpllm.layers.context import LayerContext
 from tpllm.layers.norm import add_and_norm, rms_norm_reference
 from tpllm.parallel.collectives import all_reduce, with_peer_memory
 from tpllm.parallel.group import TPGroup
@@ -110,7 +111,7 @@ def all_reduces_survive_many_calls(tp: TPGroup, E: int, num_calls: int) -> None:
     tp = with_peer_memory(tp, E, torch.bfloat16)
     assert tp.peers is not None
     assert peer_memory_works(tp)
-    norm = AllReduceRMSNorm(E, 1e-6, tp=tp, dtype=torch.bfloat16)
+    norm = AllReduceRMSNorm(E, 1e-6, LayerContext(tp, torch.bfloat16))
     norm.weight.fill_(1.5)
     sizes = torch.Generator().manual_seed(0)
     values = torch.Generator(tp.device).manual_seed(tp.rank)

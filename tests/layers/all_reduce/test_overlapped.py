@@ -12,6 +12,7 @@ from tests.ranks import run_ranks
 from tpllm.layers.all_reduce.all_reduce_norm import AllReduceRMSNorm
 from tpllm.layers.all_reduce.overlapped import overlapped_all_reduce_norm
 from tpllm.layers.all_reduce.trial import copy_streams_work
+from tpllm.layers.context import LayerContext
 from tpllm.layers.norm import rms_norm_reference
 from tpllm.parallel.collectives import all_reduce, with_copy_streams, with_peer_memory
 from tpllm.parallel.copy_streams import CopyStream
@@ -67,7 +68,7 @@ def all_reduces_survive_many_calls(tp: TPGroup, E: int, num_calls: int) -> None:
     tp = with_copy_streams(tp, max_rows)
     assert tp.copy_streams
     assert copy_streams_work(tp)
-    norm = AllReduceRMSNorm(E, 1e-6, tp=tp, dtype=torch.bfloat16)
+    norm = AllReduceRMSNorm(E, 1e-6, LayerContext(tp, torch.bfloat16))
     norm.weight.fill_(1.5)
     sizes = torch.Generator().manual_seed(0)
     values = torch.Generator(tp.device).manual_seed(tp.rank)

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tests.ranks import run_ranks
+from tpllm.layers.context import LayerContext
 from tpllm.layers.linear.linear import (
     MergedColumnParallelLinear,
     QKVParallelLinear,
@@ -54,8 +55,8 @@ def column_then_row_equals_dense(tp: TPGroup) -> None:
     for bias in [False, True]:
         biases = {"down__bias": (5,)} if bias else {}
         weights = TensorWeights(up__weight=(12, 7), down__weight=(5, 12), **biases)
-        up = MergedColumnParallelLinear(7, [12], tp=tp, dtype=DTYPE)
-        down = RowParallelLinear(12, 5, tp=tp, dtype=DTYPE, bias=bias)
+        up = MergedColumnParallelLinear(7, [12], LayerContext(tp, DTYPE))
+        down = RowParallelLinear(12, 5, LayerContext(tp, DTYPE), bias=bias)
         up.load(weights, ["up"])
         down.load(weights, "down")
         whole = 12 * 7 + 5 * 12
@@ -80,7 +81,7 @@ def test_merged_layer_puts_the_shards_of_its_parts_side_by_side(size: int) -> No
     weights = TensorWeights(gate__weight=(8, 6), up__weight=(4, 6))
     x = inputs(3, 6)
     for rank in range(size):
-        layer = MergedColumnParallelLinear(6, [8, 4], tp=single(rank, size), dtype=DTYPE)
+        layer = MergedColumnParallelLinear(6, [8, 4], LayerContext(single(rank, size), DTYPE))
         layer.load(weights, ["gate", "up"])
         expected = [dense(weights, name, x).chunk(size, dim=-1)[rank] for name in ["gate", "up"]]
         torch.testing.assert_close(layer(x), torch.cat(expected, dim=-1))
@@ -105,7 +106,12 @@ def test_qkv_layer_holds_whole_heads_and_the_kv_heads_they_use(
     q, k, v = (dense(weights, name, x).view(num_tokens, -1, head_dim) for name in "qkv")
     for rank in range(size):
         layer = QKVParallelLinear(
-            hidden_size, heads, kv_heads, head_dim, tp=single(rank, size), dtype=DTYPE, bias=bias
+            hidden_size,
+            heads,
+            kv_heads,
+            head_dim,
+            LayerContext(single(rank, size), DTYPE),
+            bias=bias,
         )
         layer.load(weights, ["q", "k", "v"])
         my_heads = range(rank * heads // size, (rank + 1) * heads // size)
@@ -118,11 +124,11 @@ def test_qkv_layer_holds_whole_heads_and_the_kv_heads_they_use(
 
 def test_sizes_that_do_not_divide_are_refused() -> None:
     with pytest.raises(ValueError, match="3 ranks does not divide out_features=8"):
-        MergedColumnParallelLinear(4, [8], tp=single(0, 3), dtype=DTYPE)
+        MergedColumnParallelLinear(4, [8], LayerContext(single(0, 3), DTYPE))
     with pytest.raises(ValueError, match="3 ranks does not divide in_features=8"):
-        RowParallelLinear(8, 4, tp=single(0, 3), dtype=DTYPE)
+        RowParallelLinear(8, 4, LayerContext(single(0, 3), DTYPE))
     with pytest.raises(ValueError, match="3 ranks does not divide num_attention_heads=4"):
-        QKVParallelLinear(4, 4, 2, 8, tp=single(0, 3), dtype=DTYPE)
+        QKVParallelLinear(4, 4, 2, 8, LayerContext(single(0, 3), DTYPE))
     with pytest.raises(ValueError, match="3 ranks is no multiple of num_key_value_heads=2"):
         kv_head_shard(2, single(0, 3))
     with pytest.raises(ValueError, match="2 ranks does not divide num_key_value_heads=3"):
@@ -130,7 +136,7 @@ def test_sizes_that_do_not_divide_are_refused() -> None:
 
 
 def test_a_tensor_of_another_shape_is_refused_by_name() -> None:
-    layer = MergedColumnParallelLinear(4, [8], tp=single(0, 1), dtype=DTYPE)
+    layer = MergedColumnParallelLinear(4, [8], LayerContext(single(0, 1), DTYPE))
     weights = TensorWeights(up__weight=(8, 1))  # copying alone would broadcast it
     with pytest.raises(
         ValueError, match=r"up.weight has shape \[8, 1\], but the model needs \[8, 4\]"
@@ -140,6 +146,6 @@ def test_a_tensor_of_another_shape_is_refused_by_name() -> None:
 
 def test_loading_converts_to_the_dtype_of_the_layer() -> None:
     weights = TensorWeights(up__weight=(8, 4))
-    layer = MergedColumnParallelLinear(4, [8], tp=single(0, 1), dtype=torch.bfloat16)
+    layer = MergedColumnParallelLinear(4, [8], LayerContext(single(0, 1), torch.bfloat16))
     layer.load(weights, ["up"])
     assert torch.equal(layer.weight, weights.tensors["up.weight"].bfloat16())

@@ -5,6 +5,7 @@ import torch
 
 from tests.ranks import run_ranks
 from tpllm.layers.all_reduce.all_reduce_norm import AllReduceRMSNorm
+from tpllm.layers.context import LayerContext
 from tpllm.layers.linear.linear import MergedColumnParallelLinear
 from tpllm.layers.linear.norm_linear import norm_linear
 from tpllm.parallel.group import TPGroup
@@ -12,8 +13,8 @@ from tpllm.parallel.group import TPGroup
 
 def one_row_is_that_row_of_many(tp: TPGroup) -> None:
     generator = torch.Generator().manual_seed(0)
-    norm = AllReduceRMSNorm(32, 1e-6, tp=tp, dtype=torch.float32)
-    linear = MergedColumnParallelLinear(32, [16, 16], tp=tp, dtype=torch.float32)
+    norm = AllReduceRMSNorm(32, 1e-6, LayerContext(tp, torch.float32))
+    linear = MergedColumnParallelLinear(32, [16, 16], LayerContext(tp, torch.float32))
     norm.weight.copy_(torch.rand(32, generator=generator))
     linear.weight.copy_(torch.randn(linear.weight.shape, generator=generator))
     x = torch.randn(3, 32, generator=generator)

@@ -21,6 +21,7 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from tpllm.layers.all_reduce.overlapped import overlapped_all_reduce_norm
+from tpllm.layers.context import LayerContext
 from tpllm.layers.dependent_launch import dependent_launch
 from tpllm.layers.norm import RMSNorm, add_and_norm, row_warps
 from tpllm.parallel.collectives import all_reduce
@@ -401,9 +402,9 @@ class AllReduceRMSNorm(RMSNorm):
             `kept_rows` and, for a micro-batch with a copy stream, `overlapped_all_reduce_norm`
     """
 
-    def __init__(self, hidden_size: int, eps: float, *, tp: TPGroup, dtype: torch.dtype) -> None:
-        super().__init__(hidden_size, eps, dtype=dtype, device=tp.device)
-        self.tp = tp
+    def __init__(self, hidden_size: int, eps: float, context: LayerContext) -> None:
+        super().__init__(hidden_size, eps, context)
+        self.tp = context.tp
 
     def forward(
         self, x: Tensor, residual: Tensor | None = None, copy_stream: CopyStream | None = None

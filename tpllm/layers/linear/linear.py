@@ -9,12 +9,11 @@ Source: Megatron-LM (2019), section 3, https://arxiv.org/abs/1909.08053
 
 from collections.abc import Sequence
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tpllm.layers.context import LayerContext
 from tpllm.layers.linear.gemv import gemv
-from tpllm.layers.linear.matmul import Matmul, plain_matmul
 from tpllm.layers.weights import WeightSource, divide, empty_parameter, fill, shard
 from tpllm.parallel.collectives import all_reduce
 from tpllm.parallel.group import TPGroup
@@ -27,19 +26,17 @@ class _ColumnParallel(nn.Module):
         self,
         in_features: int,
         bands: list[slice],
+        context: LayerContext,
         *,
-        tp: TPGroup,
-        dtype: torch.dtype,
         bias: bool,
-        matmul: Matmul,
     ) -> None:
         super().__init__()
-        self.matmul = matmul
+        self.matmul = context.matmul
         self.bands = bands
         self.band_sizes = [rows.stop - rows.start for rows in bands]
         local_out = sum(self.band_sizes)
-        self.weight = empty_parameter(local_out, in_features, dtype=dtype, device=tp.device)
-        self.bias = empty_parameter(local_out, dtype=dtype, device=tp.device) if bias else None
+        self.weight = empty_parameter(local_out, in_features, context=context)
+        self.bias = empty_parameter(local_out, context=context) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
         if self.bias is None:
@@ -78,13 +75,10 @@ class MergedColumnParallelLinear(_ColumnParallel):
         self,
         in_features: int,
         out_features: list[int],
-        *,
-        tp: TPGroup,
-        dtype: torch.dtype,
-        matmul: Matmul = plain_matmul,
+        context: LayerContext,
     ) -> None:
-        bands = [shard(size, tp, "out_features") for size in out_features]
-        super().__init__(in_features, bands, tp=tp, dtype=dtype, bias=False, matmul=matmul)
+        bands = [shard(size, context.tp, "out_features") for size in out_features]
+        super().__init__(in_features, bands, context, bias=False)
 
     def load(self, weights: WeightSource, names: Sequence[str]) -> None:
         """Read the layers' weights; `names` is in the order of `out_features`."""
@@ -114,17 +108,15 @@ class QKVParallelLinear(_ColumnParallel):
         num_heads: int,
         num_kv_heads: int,
         head_dim: int,
+        context: LayerContext,
         *,
-        tp: TPGroup,
-        dtype: torch.dtype,
         bias: bool = False,
-        matmul: Matmul = plain_matmul,
     ) -> None:
-        heads = shard(num_heads, tp, "num_attention_heads")
-        kv_heads = kv_head_shard(num_kv_heads, tp)
+        heads = shard(num_heads, context.tp, "num_attention_heads")
+        kv_heads = kv_head_shard(num_kv_heads, context.tp)
         query_rows, kv_rows = _rows(heads, head_dim), _rows(kv_heads, head_dim)
         bands = [query_rows, kv_rows, kv_rows]
-        super().__init__(hidden_size, bands, tp=tp, dtype=dtype, bias=bias, matmul=matmul)
+        super().__init__(hidden_size, bands, context, bias=bias)
         self.local_num_heads = heads.stop - heads.start
         self.local_num_kv_heads = kv_heads.stop - kv_heads.start
 
@@ -175,23 +167,19 @@ class RowParallelLinear(nn.Module):
         self,
         in_features: int,
         out_features: int,
+        context: LayerContext,
         *,
-        tp: TPGroup,
-        dtype: torch.dtype,
         bias: bool = False,
-        matmul: Matmul = plain_matmul,
     ) -> None:
         super().__init__()
-        self.tp = tp
-        self.matmul = matmul
+        tp = self.tp = context.tp
+        self.matmul = context.matmul
         self.cols = shard(in_features, tp, "in_features")
         local_in = divide(in_features, tp, "in_features")
-        self.weight = empty_parameter(out_features, local_in, dtype=dtype, device=tp.device)
+        self.weight = empty_parameter(out_features, local_in, context=context)
         # Only rank 0 adds the bias. If every rank did, the all-reduce would add it tp.size times.
         has_bias = bias and tp.rank == 0
-        self.bias = (
-            empty_parameter(out_features, dtype=dtype, device=tp.device) if has_bias else None
-        )
+        self.bias = empty_parameter(out_features, context=context) if has_bias else None
 
     def forward(self, x: Tensor) -> Tensor:
         return all_reduce(self.partial(x), self.tp)
