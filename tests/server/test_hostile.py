@@ -96,7 +96,7 @@ def test_a_text_of_too_many_tokens_is_not_encoded_to_its_end(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(prompts, "PIECE_CHARS", 1000)
-    tokenizer = Counting()
+    tokenizer: Any = Counting()
     encoder = prompts.Prompts(tokenizer, 1500)
     assert encoder._encode(["x" * 1500], True) == [[ord("x")] * 1500]
     tokenizer.sizes.clear()
@@ -107,7 +107,7 @@ def test_a_text_of_too_many_tokens_is_not_encoded_to_its_end(
 
 def test_many_texts_are_encoded_some_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(prompts, "PIECE_CHARS", 10)
-    tokenizer = Counting()
+    tokenizer: Any = Counting()
     texts = ["abcdef", "ghi", "jkl", "mnopqrstu", "v", "", "w"]
     encoded = prompts.Prompts(tokenizer, 100)._encode(texts, True)
     assert encoded == [[ord(letter) for letter in text] for text in texts]

@@ -85,7 +85,8 @@ def statuses(hosts: list[str], **settings: Any) -> list[int]:
     """What an application with these settings answers to a GET by each name."""
 
     async def ask() -> list[int]:
-        transport = httpx.ASGITransport(build_app(FakeEngine(), ServerSettings(**settings)))
+        engine: Any = FakeEngine()
+        transport = httpx.ASGITransport(build_app(engine, ServerSettings(**settings)))
         async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as http:
             key = {"authorization": "Bearer k"}
             return [

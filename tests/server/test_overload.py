@@ -94,7 +94,7 @@ def test_a_dead_engine_shows_in_health_and_refuses() -> None:
     async def answers() -> list[httpx.Response]:
         from tpllm.server import build_app
 
-        engine = FakeEngine()
+        engine: Any = FakeEngine()
         engine.die()
         transport = httpx.ASGITransport(build_app(engine))
         async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as http:
@@ -309,7 +309,7 @@ def test_one_signal_drains_and_two_end_at_once(number: int, twice: bool) -> None
             codes.append(running.result().status_code)
 
     async def main(sock: Any) -> int:
-        engine = FakeEngine()
+        engine: Any = FakeEngine()
         engine.hold.clear()
         loop = asyncio.get_running_loop()
 

@@ -14,11 +14,7 @@ if TYPE_CHECKING:
 
 __all__ = ["ServerSettings", "build_app", "run", "serve"]
 
-_HOME = {
-    "build_app": "tpllm.server.app",
-    "run": "tpllm.server.serving",
-    "serve": "tpllm.server.serving",
-}
+_HOME = {"build_app": "app", "run": "serving", "serve": "serving"}
 
 
 def __getattr__(name: str) -> object:
@@ -30,7 +26,7 @@ def __getattr__(name: str) -> object:
     if name not in _HOME:
         raise AttributeError(f"module 'tpllm.server' has no attribute {name!r}")
     try:
-        value: object = getattr(import_module(_HOME[name]), name)
+        value: object = getattr(import_module(f"tpllm.server.{_HOME[name]}"), name)
     except ModuleNotFoundError as error:
         if (error.name or "").startswith("tpllm"):
             raise

@@ -11,10 +11,10 @@ from starlette.exceptions import HTTPException
 from starlette.responses import PlainTextResponse, Response
 
 import tpllm
+from tpllm.async_llm import AsyncLLM
 from tpllm.server import info
-from tpllm.server.chat import answer_chat
-from tpllm.server.completions import complete
-from tpllm.server.engine import Engine
+from tpllm.server.chat import Chat
+from tpllm.server.completions import Completion
 from tpllm.server.errors import APIError, from_validation
 from tpllm.server.guard import Guard
 from tpllm.server.origins import Cors
@@ -27,6 +27,7 @@ from tpllm.server.protocol import (
     TokenizeRequest,
 )
 from tpllm.server.request_log import RequestLog
+from tpllm.server.responses import respond
 from tpllm.server.service import Service
 from tpllm.server.settings import ServerSettings
 
@@ -56,7 +57,7 @@ ERRORS: dict[int | str, dict[str, Any]] = {
 }
 
 
-def build_app(engine: Engine, settings: ServerSettings | None = None) -> FastAPI:
+def build_app(engine: AsyncLLM, settings: ServerSettings | None = None) -> FastAPI:
     """Return the application. Its `state.service` is the Service that the endpoints use.
 
     The application neither starts nor closes the engine, and does not limit connections; `serve`
@@ -110,11 +111,11 @@ def _document_our_errors(app: FastAPI) -> None:
 def _add_endpoints(app: FastAPI, service: Service) -> None:
     @app.post("/v1/completions")
     async def completions(body: CompletionRequest) -> Response:
-        return complete(service, body)
+        return respond(service, Completion(service, body))
 
     @app.post("/v1/chat/completions")
     async def chat_completions(body: ChatCompletionRequest) -> Response:
-        return answer_chat(service, body)
+        return respond(service, Chat(service, body))
 
     @app.get("/v1/models")
     async def models() -> Response:

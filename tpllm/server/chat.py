@@ -1,13 +1,8 @@
 """POST /v1/chat/completions: answers to conversations."""
 
-import time
-from collections.abc import AsyncGenerator
 from typing import Any
 
-from starlette.responses import Response
-
 from tpllm.outputs import CompletionOutput
-from tpllm.sampling_params import SamplingParams
 from tpllm.server.answer_parser import AnswerParser
 from tpllm.server.answer_pieces import (
     CallArguments,
@@ -17,79 +12,43 @@ from tpllm.server.answer_pieces import (
     Reasoning,
     Thinking,
 )
+from tpllm.server.answerer import Answerer
 from tpllm.server.errors import APIError
-from tpllm.server.generation import Answer, Generation
+from tpllm.server.generation import Answer, PromptState
 from tpllm.server.logprob_bodies import chat_logprobs, prompt_logprobs
 from tpllm.server.protocol import ChatCompletionRequest
-from tpllm.server.responses import respond
 from tpllm.server.service import Service, new_id
-from tpllm.server.structured import naming_the_field
 from tpllm.server.tool_choice import tool_choice
-from tpllm.server.usage import StreamedUsage
 
 
-def answer_chat(service: Service, body: ChatCompletionRequest) -> Response:
-    """Return the response to a request. The engine starts when the response is sent.
+class Chat(Answerer[ChatCompletionRequest]):
+    """The answers to one conversation."""
 
-    Raises:
-        APIError: the request is refused.
-    """
-    service.check_model(body.model)
-    params = service.sampling.of_chat(body)
-    return respond(service, _Chat(service, body, params), bool(body.stream))
+    id_prefix, kind, chunk_kind = "chatcmpl-", "chat.completion", "chat.completion.chunk"
 
-
-class _Chat:
-    def __init__(
-        self, service: Service, body: ChatCompletionRequest, params: SamplingParams
-    ) -> None:
-        self._service = service
-        self._body = body
-        self._params = params
-        self.num_seqs = params.n
-        self._id = new_id("chatcmpl-")
-        self._created = int(time.time())
+    def __init__(self, service: Service, body: ChatCompletionRequest) -> None:
+        super().__init__(service, body, service.sampling.of_chat)
         self._num_top = body.top_logprobs or 0
         self._tool_choice = tool_choice(body)
         self._thinking = Thinking.NONE
+        self._deltas: dict[int, _Deltas] = {}  # of a stream, by answer
 
     async def whole(self) -> dict[str, Any]:
-        """Return the whole answer, once it is complete."""
-        with naming_the_field(self._body):
-            generation = await self._begin()
-            await generation.run()
-        content = {
-            **self._head("chat.completion"),
-            "choices": [self._choice(answer) for answer in generation.answers],
-            "usage": generation.usage(),
-        }
+        content = await super().whole()
         if self._body.prompt_logprobs is not None:
-            content["prompt_logprobs"] = prompt_logprobs(generation.prompts[0].logprobs or [])
+            positions = self._generation.prompts[0].logprobs
+            content["prompt_logprobs"] = prompt_logprobs(positions or [])
         return content
 
-    async def stream(self) -> AsyncGenerator[dict[str, Any], None]:
-        """Yield chunks: each answer's role, its new parts, and its finish reason."""
-        usage = StreamedUsage(self._body.stream_options)
-        head = self._head("chat.completion.chunk")
-        with naming_the_field(self._body):
-            generation = await self._begin()
-            deltas = [_Deltas(self._parser(), self._shows_reasoning) for _ in generation.answers]
-            async for _, answer, part in generation.parts():
-                for choice in self._chunks(answer, part, deltas[answer.index]):
-                    yield usage.chunk(head, choice, generation)
-        for chunk in usage.last(head, generation):
-            yield chunk
-
-    async def _begin(self) -> Generation:
+    async def _encode(self) -> list[list[int]]:
         service = self._service
-        service.check_engine()
         text, ids = await service.prompts.render(self._conversation())
         if not ids:
             raise APIError(400, "messages make an empty prompt; add content", param="messages")
         service.sampling.check_length(self._body, [ids], self._params)
         if service.settings.parse_reasoning and self._params.structured_outputs is None:
             self._thinking = Thinking.after(text)
-        return service.generation([ids], self._params, self._id)
+        return [ids]
 
     def _conversation(self) -> ChatCompletionRequest:
         """Return the request with the tools and options for the chat template."""
@@ -109,16 +68,7 @@ class _Chat:
     def _shows_reasoning(self) -> bool:
         return self._body.include_reasoning is not False
 
-    def _head(self, kind: str) -> dict[str, Any]:
-        return {
-            "id": self._id,
-            "object": kind,
-            "created": self._created,
-            "model": self._service.model_name,
-        }
-
-    def _choice(self, answer: Answer) -> dict[str, Any]:
-        """Return a whole answer as OpenAI's choice."""
+    async def _choice(self, prompt: PromptState, answer: Answer) -> dict[str, Any]:
         parser = self._parser()
         is_cut = answer.finish_reason == "length"
         pieces = [*parser.feed(answer.text), *parser.finish(is_cut)]
@@ -132,10 +82,13 @@ class _Chat:
             "stop_reason": answer.stop_reason,
         }
 
-    def _chunks(
-        self, answer: Answer, part: CompletionOutput, deltas: "_Deltas"
+    async def _chunks(
+        self, prompt: PromptState, answer: Answer, part: CompletionOutput
     ) -> list[dict[str, Any]]:
-        """Return the chunks' choices for a part of an answer; none while it may be half a tag."""
+        """Return choices for a part of an answer; none while it may be half a tag."""
+        if answer.index not in self._deltas:
+            self._deltas[answer.index] = _Deltas(self._parser(), self._shows_reasoning)
+        deltas = self._deltas[answer.index]
         new = deltas.of(part)
         if not new and part.logprobs:
             new = [{"content": ""}]  # log-probabilities are sent even if the text is held back

@@ -1,90 +1,34 @@
 """POST /v1/completions: continuations of texts."""
 
-import time
 from collections import deque
-from collections.abc import AsyncGenerator, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from itertools import chain, repeat, starmap
 from typing import Any
 
-from starlette.responses import Response
-
 from tpllm.outputs import CompletionOutput
-from tpllm.sampling_params import SamplingParams
-from tpllm.server.generation import Answer, Generation, PromptState
+from tpllm.server.answerer import Answerer
+from tpllm.server.generation import Answer, PromptState
 from tpllm.server.logprob_bodies import Entry, completion_logprobs, prompt_logprobs
 from tpllm.server.protocol import CompletionRequest
-from tpllm.server.responses import respond
-from tpllm.server.service import Service, new_id
-from tpllm.server.structured import naming_the_field
+from tpllm.server.service import Service
 from tpllm.server.text_offsets import TextOffsets
-from tpllm.server.usage import StreamedUsage
 
 
-def complete(service: Service, body: CompletionRequest) -> Response:
-    """Return the response to a request. The engine starts when the response is sent.
+class Completion(Answerer[CompletionRequest]):
+    """The continuations of one or many prompts."""
 
-    Raises:
-        APIError: the request is refused.
-    """
-    service.check_model(body.model)
-    params = service.sampling.of_completion(body)
-    return respond(service, _Completion(service, body, params), bool(body.stream))
+    id_prefix, kind, chunk_kind = "cmpl-", "text_completion", "text_completion"
 
-
-class _Completion:
-    def __init__(self, service: Service, body: CompletionRequest, params: SamplingParams) -> None:
-        self._service = service
-        self._body = body
-        self._params = params
-        self.num_seqs = len(body.prompt) * params.n
-        self._head = {
-            "id": new_id("cmpl-"),
-            "object": "text_completion",
-            "created": int(time.time()),
-            "model": service.model_name,
-        }
+    def __init__(self, service: Service, body: CompletionRequest) -> None:
+        super().__init__(service, body, service.sampling.of_completion, len(body.prompt))
         self._prompt_texts: list[str] = []  # only with echo
         self._prompt_offsets: list[list[int]] = []  # text offsets, with echo and logprobs
         self._reports: dict[int, _TokenReport] = {}  # by answer, only with logprobs
+        self._begun: set[int] = set()  # answers that have had a part
         self._only_echo = bool(body.echo) and body.max_tokens == 0
 
-    async def whole(self) -> dict[str, Any]:
-        """Return the whole answer, once it is complete."""
-        with naming_the_field(self._body):
-            generation = await self._begin()
-            await generation.run()
-        choices = []
-        for i, prompt in enumerate(generation.prompts):
-            for answer in prompt.answers:
-                if self._only_echo:
-                    _drop(answer, generation)
-                choice = await self._choice(i, prompt, answer, answer, is_first=True)
-                if self._body.prompt_logprobs is not None:
-                    choice["prompt_logprobs"] = prompt_logprobs(prompt.logprobs or [])
-                choices.append(choice)
-        return {**self._head, "choices": choices, "usage": generation.usage()}
-
-    async def stream(self) -> AsyncGenerator[dict[str, Any], None]:
-        """Yield the answer in chunks."""
-        usage = StreamedUsage(self._body.stream_options)
-        with naming_the_field(self._body):
-            generation = await self._begin()
-            indices = {id(prompt): i for i, prompt in enumerate(generation.prompts)}
-            begun: set[int] = set()
-            async for prompt, answer, part in generation.parts():
-                is_first = answer.index not in begun
-                begun.add(answer.index)
-                if self._only_echo:
-                    _drop(answer, generation)
-                shown = answer if self._only_echo else part
-                choice = await self._choice(indices[id(prompt)], prompt, answer, shown, is_first)
-                yield usage.chunk(self._head, choice, generation)
-        for chunk in usage.last(self._head, generation):
-            yield chunk
-
-    async def _begin(self) -> Generation:
+    async def _encode(self) -> list[list[int]]:
         service, body = self._service, self._body
-        service.check_engine()
         special = body.add_special_tokens is not False
         ids = await service.prompts.encode(body.prompt, special)
         service.sampling.check_length(body, ids, self._params)
@@ -95,24 +39,36 @@ class _Completion:
                 if body.logprobs is not None:
                     offsets = await service.prompts.offsets(prompt, each, special)
                     self._prompt_offsets.append(offsets)
-        return service.generation(ids, self._params, str(self._head["id"]))
+        return ids
 
-    async def _choice(
-        self,
-        prompt_index: int,
-        prompt: PromptState,
-        answer: Answer,
-        part: Answer | CompletionOutput,
-        is_first: bool,
+    async def _choice(self, prompt: PromptState, answer: Answer) -> dict[str, Any]:
+        choice = await self._next(prompt, answer, answer)
+        if self._body.prompt_logprobs is not None:
+            choice["prompt_logprobs"] = prompt_logprobs(prompt.logprobs or [])
+        return choice
+
+    async def _chunks(
+        self, prompt: PromptState, answer: Answer, part: CompletionOutput
+    ) -> list[dict[str, Any]]:
+        return [await self._next(prompt, answer, part)]
+
+    async def _next(
+        self, prompt: PromptState, answer: Answer, part: Answer | CompletionOutput
     ) -> dict[str, Any]:
-        """Return a part of an answer, or a whole one, as OpenAI's choice."""
-        echoes = bool(self._body.echo) and is_first
-        text = self._prompt_texts[prompt_index] if echoes else ""
+        """Return the next part of an answer, or a whole one, as OpenAI's choice."""
+        if self._only_echo:
+            # the token was only sampled to get the prompt's log-probabilities
+            self._generation.num_new_tokens -= len(answer.token_ids)
+            answer.text, answer.token_ids, answer.logprobs = "", [], []
+            part = answer
+        echoes = bool(self._body.echo) and answer.index not in self._begun
+        self._begun.add(answer.index)
+        text = self._prompt_texts[prompt.index] if echoes else ""
         logprobs = None
         if self._body.logprobs is not None:
-            entries: Iterable[Entry] = self._report(prompt_index, answer).after(part)
+            entries: Iterable[Entry] = self._report(prompt, answer).after(part)
             if echoes:
-                entries = chain(await self._prompt_entries(prompt_index, prompt), entries)
+                entries = chain(await self._prompt_entries(prompt), entries)
             logprobs = await completion_logprobs(entries, self._body.logprobs)
         return {
             "index": answer.index,
@@ -122,17 +78,17 @@ class _Completion:
             "stop_reason": part.stop_reason,
         }
 
-    async def _prompt_entries(self, prompt_index: int, prompt: PromptState) -> Iterator[Entry]:
+    async def _prompt_entries(self, prompt: PromptState) -> Iterator[Entry]:
         """Return the entries of an echoed prompt, whose positions are built when they are read."""
         ids, positions = prompt.token_ids, prompt.logprobs or ()
         first = await self._service.prompts.token_texts(ids[:1])
         texts = chain(first, repeat("", len(ids) - 1))
-        offsets = self._prompt_offsets[prompt_index]
+        offsets = self._prompt_offsets[prompt.index]
         return starmap(Entry, zip(ids, positions, offsets, texts, strict=True))
 
-    def _report(self, prompt_index: int, answer: Answer) -> "_TokenReport":
+    def _report(self, prompt: PromptState, answer: Answer) -> "_TokenReport":
         if answer.index not in self._reports:
-            begin = len(self._prompt_texts[prompt_index]) if self._body.echo else 0
+            begin = len(self._prompt_texts[prompt.index]) if self._body.echo else 0
             params = self._params
             offsets = self._service.prompts.text_offsets(
                 params.skip_special_tokens, params.spaces_between_special_tokens
@@ -168,9 +124,3 @@ class _TokenReport:
             offset = self._begin + min(entry.offset, self._num_chars)
             reported.append(entry._replace(offset=offset))
         return reported
-
-
-def _drop(answer: Answer, generation: Generation) -> None:
-    """Drop the token that was only sampled to get the prompt's log-probabilities."""
-    generation.num_new_tokens -= len(answer.token_ids)
-    answer.text, answer.token_ids, answer.logprobs = "", [], []

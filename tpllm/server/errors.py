@@ -1,6 +1,8 @@
 """Errors in OpenAI's format: {"error": {"message", "type", "param", "code"}}."""
 
+import asyncio
 import json
+import logging
 import re
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
@@ -10,6 +12,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
 from tpllm.checks import short
+from tpllm.errors import WorkerError, first_line
 from tpllm.fields.validation import PROBLEMS
 from tpllm.server.protocol import (
     LIST,
@@ -21,6 +24,8 @@ from tpllm.server.protocol import (
     DetokenizeRequest,
     TokenizeRequest,
 )
+
+logger = logging.getLogger("tpllm.server")
 
 # Tags of alternatives, which pydantic adds to the path of an error: see protocol.py.
 ALTERNATIVES = (TEXT_OR_LIST, LIST, TEXT_OR_OBJECT, OBJECT)
@@ -176,3 +181,28 @@ def _path(place: Sequence[object]) -> str:
         else:
             text += f".{part}" if text else str(part)
     return text
+
+
+def as_api_error(error: BaseException) -> APIError:
+    """Return the error response for any exception, and log unexpected ones."""
+    match error:
+        case APIError():
+            return error
+        case asyncio.CancelledError():
+            return APIError(503, "the server is shutting down", code="shutting_down")
+        case ValueError():
+            return from_value_error(error)
+        case WorkerError():
+            return engine_failed(error)
+    logger.error("a request failed", exc_info=error)
+    return unexpected_error()
+
+
+def unexpected_error() -> APIError:
+    """Return the error response for a bug of the server."""
+    return APIError(500, "the server failed in an unexpected way; see its log")
+
+
+def engine_failed(error: BaseException) -> APIError:
+    """Return the error response for a failed engine, without the traceback, which is logged."""
+    return APIError(503, f"the engine has failed: {first_line(error)}", code="engine_failed")

@@ -6,9 +6,9 @@ from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from typing import Any
 
+from tpllm.async_llm import AsyncLLM
 from tpllm.outputs import CompletionOutput, RequestOutput
 from tpllm.sampling_params import SamplingParams
-from tpllm.server.engine import Engine
 from tpllm.server.logprob_bodies import Position
 from tpllm.server.metrics import Metrics
 
@@ -35,7 +35,8 @@ class Answer:
 class PromptState:
     """One prompt of the request, with its answers so far."""
 
-    def __init__(self, token_ids: list[int], answers: list[Answer]) -> None:
+    def __init__(self, index: int, token_ids: list[int], answers: list[Answer]) -> None:
+        self.index = index
         self.token_ids = token_ids
         self.answers = answers
         self.logprobs: Sequence[Position | None] | None = None
@@ -53,7 +54,7 @@ class Generation:
 
     def __init__(
         self,
-        engine: Engine,
+        engine: AsyncLLM,
         metrics: Metrics,
         prompts: list[list[int]],
         params: SamplingParams,
@@ -68,7 +69,8 @@ class Generation:
         self.num_new_tokens = 0
         n = params.n
         self.prompts = [
-            PromptState(ids, [Answer(i * n + k) for k in range(n)]) for i, ids in enumerate(prompts)
+            PromptState(i, ids, [Answer(i * n + k) for k in range(n)])
+            for i, ids in enumerate(prompts)
         ]
 
     @property

@@ -8,9 +8,8 @@ import logging
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from tpllm.server.errors import APIError
+from tpllm.server.errors import APIError, unexpected_error
 from tpllm.server.origins import check_host, check_origin
-from tpllm.server.responses import unexpected_error
 from tpllm.server.service import Service
 
 logger = logging.getLogger("tpllm.server")

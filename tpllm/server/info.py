@@ -16,9 +16,8 @@ from starlette.responses import Response
 
 import tpllm
 from tpllm.checks import MAX_INT32
-from tpllm.server.errors import APIError, to_json
+from tpllm.server.errors import APIError, engine_failed, to_json
 from tpllm.server.protocol import Conversation, DetokenizeRequest, TokenizeRequest
-from tpllm.server.responses import engine_failed
 from tpllm.server.service import Service
 
 STATS_TIMEOUT_S = 5.0

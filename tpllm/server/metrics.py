@@ -1,6 +1,8 @@
 """Metrics of the engine and the server in Prometheus' format."""
 
 from collections.abc import Iterable
+from types import SimpleNamespace
+from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import Metric
@@ -52,14 +54,5 @@ class Metrics:
 
     def text(self, engine: Iterable[Metric]) -> bytes:
         """Return all metrics in Prometheus' text format."""
-        registry = CollectorRegistry()
-        registry.register(_Families(engine))
-        return generate_latest(registry) + generate_latest(self._registry)
-
-
-class _Families:
-    def __init__(self, families: Iterable[Metric]) -> None:
-        self._families = families
-
-    def collect(self) -> Iterable[Metric]:
-        return self._families
+        collector: Any = SimpleNamespace(collect=lambda: engine)
+        return generate_latest(collector) + generate_latest(self._registry)

@@ -7,10 +7,10 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel
 
-from tpllm.server.engine import Tokenizer
 from tpllm.server.errors import APIError, context_exceeded, from_value_error
 from tpllm.server.protocol import Conversation
 from tpllm.server.text_offsets import TextOffsets
+from tpllm.text.tokenizer import Tokenizer
 
 T = TypeVar("T")
 

@@ -127,7 +127,7 @@ class WithoutEffect(Body):
     prompt_cache_retention: str | None = None
 
 
-class Generation(Structured, WithoutEffect):
+class GenerationRequest(Structured, WithoutEffect):
     """The common fields of completions and chat completions."""
 
     model: str | None = None
@@ -191,7 +191,7 @@ _PROMPT = {"anyOf": [_TEXT, _IDS, *({"type": "array", "items": each} for each in
 Prompts = Annotated[Any, BeforeValidator(_check_prompt), WithJsonSchema(_PROMPT)]
 
 
-class CompletionRequest(Generation):
+class CompletionRequest(GenerationRequest):
     """POST /v1/completions."""
 
     prompt: Prompts  # list[str | list[int]]
@@ -274,7 +274,7 @@ class Conversation(TemplateOptions):
     messages: Messages
 
 
-class ChatCompletionRequest(Generation, Conversation):
+class ChatCompletionRequest(GenerationRequest, Conversation):
     """POST /v1/chat/completions."""
 
     max_completion_tokens: Length = None

@@ -69,12 +69,5 @@ class RequestLog:
 
 
 def _outcome(status: int) -> str:
-    if status == 429:
-        return "overloaded"
-    if status == 503:
-        return "unavailable"
-    if status == 504:
-        return "timeout"
-    if status >= 500:
-        return "error"
-    return "invalid" if status >= 400 else "ok"
+    usual = "ok" if status < 400 else "invalid" if status < 500 else "error"
+    return {429: "overloaded", 503: "unavailable", 504: "timeout"}.get(status, usual)

@@ -1,23 +1,18 @@
 """Long-running responses, which end if the client disconnects, at a timeout, or at shutdown."""
 
 import asyncio
-import logging
 from abc import abstractmethod
-from collections.abc import AsyncGenerator, Coroutine
+from collections.abc import Coroutine
 from contextlib import aclosing
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from tpllm.errors import WorkerError
-from tpllm.server.errors import APIError, from_value_error
+from tpllm.server.answerer import Answerer
+from tpllm.server.errors import APIError, as_api_error
 from tpllm.server.json_turns import to_json_in_turns
-
-if TYPE_CHECKING:
-    from tpllm.server.service import Service
-
-logger = logging.getLogger("tpllm.server")
+from tpllm.server.service import Service
 
 # A stream's status is sent with its first event, so that an earlier error has its own status. After
 # this time it is sent without an event, so that proxies do not close the connection.
@@ -43,7 +38,7 @@ class LongResponse(Response):
     They are watched until the client has read them.
     """
 
-    def __init__(self, service: "Service", answerer: "Answerer") -> None:
+    def __init__(self, service: Service, answerer: Answerer[Any]) -> None:
         super().__init__()
         self._service = service
         self._answerer = answerer
@@ -128,7 +123,7 @@ class JSONAnswer(LongResponse):
 class EventStream(LongResponse):
     """A response of server-sent events in OpenAI's format: JSON objects, then [DONE]."""
 
-    def __init__(self, service: "Service", answerer: "Answerer") -> None:
+    def __init__(self, service: Service, answerer: Answerer[Any]) -> None:
         super().__init__(service, answerer)
         self._has_begun = False
         self._last_sent_s = 0.0
@@ -187,50 +182,9 @@ class EventStream(LongResponse):
         await send({"type": "http.response.body", "body": body, "more_body": True})
 
 
-class Answerer(Protocol):
-    """A checked request, which can be answered as a whole or as a stream."""
-
-    @property
-    def num_seqs(self) -> int:
-        """The number of its sequences: prompts times n."""
-        ...
-
-    async def whole(self) -> dict[str, Any]: ...
-
-    def stream(self) -> AsyncGenerator[dict[str, Any], None]: ...
-
-
-def respond(service: "Service", answerer: Answerer, streams: bool) -> LongResponse:
+def respond(service: Service, answerer: Answerer[Any]) -> LongResponse:
     """Return a stream of events or one JSON object, as the request asks."""
-    if streams:
-        return EventStream(service, answerer)
-    return JSONAnswer(service, answerer)
-
-
-def as_api_error(error: BaseException) -> APIError:
-    """Return the error response for any exception, and log unexpected ones."""
-    match error:
-        case APIError():
-            return error
-        case asyncio.CancelledError():
-            return APIError(503, "the server is shutting down", code="shutting_down")
-        case ValueError():
-            return from_value_error(error)
-        case WorkerError():
-            return engine_failed(error)
-    logger.error("a request failed", exc_info=error)
-    return unexpected_error()
-
-
-def unexpected_error() -> APIError:
-    """Return the error response for a bug of the server."""
-    return APIError(500, "the server failed in an unexpected way; see its log")
-
-
-def engine_failed(error: BaseException) -> APIError:
-    """Return the error response for a failed engine, without the traceback, which is logged."""
-    first = next(iter(str(error).splitlines()), type(error).__name__)
-    return APIError(503, f"the engine has failed: {first}", code="engine_failed")
+    return (EventStream if answerer.streams else JSONAnswer)(service, answerer)
 
 
 async def _event(content: dict[str, Any]) -> bytes:

@@ -1,43 +1,18 @@
 """Convert the fields of a request to SamplingParams."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from typing import Any
 
 from tpllm.sampling_params import RequestOutputKind, SamplingParams
 from tpllm.server.errors import APIError, context_exceeded, from_value_error
-from tpllm.server.protocol import (
-    ChatCompletionRequest,
-    CompletionRequest,
-    Generation,
-)
+from tpllm.server.protocol import ChatCompletionRequest, CompletionRequest, GenerationRequest
 from tpllm.server.settings import ServerSettings
 from tpllm.server.structured import structured_outputs
 from tpllm.text.bad_words import most_ids
 
-SAME_NAME = (
-    "n",
-    "temperature",
-    "top_p",
-    "top_k",
-    "min_p",
-    "presence_penalty",
-    "frequency_penalty",
-    "repetition_penalty",
-    "seed",
-    "logit_bias",
-    "stop",
-    "stop_token_ids",
-    "bad_words",
-    "allowed_token_ids",
-    "min_tokens",
-    "ignore_eos",
-    "skip_special_tokens",
-    "spaces_between_special_tokens",
-    "include_stop_str_in_output",
-    "prompt_logprobs",
-)
-
-
+# Fields that a request and SamplingParams both have; `_make` sets two of them itself.
+SAME_NAME = GenerationRequest.model_fields.keys() & {each.name for each in fields(SamplingParams)}
 # Most token ids in the lists of a request, over all its sequences: the engine reads them in about
 # 0.1 s between two steps. For a bad word, the ids of all its spellings count.
 MAX_LISTED_IDS = 2**17
@@ -68,13 +43,13 @@ class Sampling:
             )
         if body.suffix:
             raise APIError(400, "suffix is not supported; leave it out", param="suffix")
-        fields = {"logprobs": self._num_logprobs("logprobs", body.logprobs)}
+        extra = {"logprobs": self._num_logprobs("logprobs", body.logprobs)}
         if body.echo and body.logprobs is not None and body.prompt_logprobs is None:
-            fields["prompt_logprobs"] = body.logprobs
+            extra["prompt_logprobs"] = body.logprobs
         max_tokens = body.max_tokens
         if body.echo and max_tokens == 0:
             max_tokens = 1  # only the prompt is wanted, and the token is dropped
-        return self._make(body, fields, max_tokens, 16, len(body.prompt))
+        return self._make(body, extra, max_tokens, 16, len(body.prompt))
 
     def of_chat(self, body: ChatCompletionRequest) -> SamplingParams:
         """Raises: APIError 400: a value is out of range, or not supported."""
@@ -84,11 +59,11 @@ class Sampling:
         num_top = self._num_logprobs("top_logprobs", body.top_logprobs)
         if num_top and not body.logprobs:
             raise APIError(400, f"top_logprobs={num_top} needs logprobs=true", param="top_logprobs")
-        fields = {"logprobs": (num_top or 0) if body.logprobs else None}
-        return self._make(body, fields, max_tokens, self._defaults.get("max_tokens"))
+        extra = {"logprobs": (num_top or 0) if body.logprobs else None}
+        return self._make(body, extra, max_tokens, self._defaults.get("max_tokens"))
 
     def check_length(
-        self, body: Generation, prompt_ids: Sequence[list[int]], params: SamplingParams
+        self, body: GenerationRequest, prompt_ids: Sequence[list[int]], params: SamplingParams
     ) -> None:
         """Check that prompts, and answers whose length is given, fit the model's context.
 
@@ -121,7 +96,7 @@ class Sampling:
             raise APIError(400, f"{name}={value} must be between 0 and {limit}", param=name)
         return value
 
-    def _check_lists(self, body: Generation, num_prompts: int) -> None:
+    def _check_lists(self, body: GenerationRequest, num_prompts: int) -> None:
         num_seqs = num_prompts * (body.n or 1)
         num_ids = {
             name: len(getattr(body, name) or ())
@@ -139,8 +114,8 @@ class Sampling:
 
     def _make(
         self,
-        body: Generation,
-        fields: dict[str, Any],
+        body: GenerationRequest,
+        extra: dict[str, Any],
         max_tokens: int | None,
         default_max_tokens: int | None,
         num_prompts: int = 1,
@@ -170,8 +145,7 @@ class Sampling:
         if max_tokens is None:
             max_tokens = min(filter(None, (default_max_tokens, limit)), default=None)
         given = {name: getattr(body, name) for name in SAME_NAME}
-        given = {name: value for name, value in given.items() if value is not None}
-        fields = {name: value for name, value in fields.items() if value is not None}
+        given = {name: value for name, value in (given | extra).items() if value is not None}
         ours = {
             "output_kind": RequestOutputKind.DELTA,
             "max_tokens": max_tokens,
@@ -181,17 +155,17 @@ class Sampling:
         if (body.n or 1) > 1 and defaults.get("temperature") == 0:
             del defaults["temperature"]  # several greedy answers would be equal
         try:
-            return SamplingParams(**{**defaults, **given, **fields, **ours})
+            return SamplingParams(**{**defaults, **given, **ours})
         except ValueError as error:
             raise from_value_error(error, renamed={"max_tokens": asked}) from None
 
 
-def prompt_field(body: Generation) -> str:
+def prompt_field(body: GenerationRequest) -> str:
     """Return the name of a request's prompt field."""
     return "messages" if isinstance(body, ChatCompletionRequest) else "prompt"
 
 
-def _max_tokens_field(body: Generation) -> str | None:
+def _max_tokens_field(body: GenerationRequest) -> str | None:
     """Return the field with the maximum length of an answer; None if the request has none."""
     if isinstance(body, ChatCompletionRequest) and body.max_completion_tokens is not None:
         return "max_completion_tokens"

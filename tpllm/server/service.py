@@ -4,14 +4,13 @@ import secrets
 import time
 from dataclasses import replace
 
+from tpllm.async_llm import AsyncLLM
 from tpllm.sampling_params import SamplingParams
 from tpllm.server.admission import Admission
-from tpllm.server.engine import Engine
-from tpllm.server.errors import APIError
+from tpllm.server.errors import APIError, engine_failed
 from tpllm.server.generation import Generation
 from tpllm.server.metrics import Metrics
 from tpllm.server.prompt_encoder import Prompts
-from tpllm.server.responses import engine_failed
 from tpllm.server.sampling import Sampling
 from tpllm.server.settings import ServerSettings
 
@@ -21,7 +20,7 @@ MAX_LOGPROB_ENTRIES = 2**21  # of one answer: about 300 bytes each, including JS
 class Service:
     """The engine, its tokenizer, the queue, the metrics and the settings of one server."""
 
-    def __init__(self, engine: Engine, settings: ServerSettings) -> None:
+    def __init__(self, engine: AsyncLLM, settings: ServerSettings) -> None:
         config = engine.config
         self.engine = engine
         self.settings = settings

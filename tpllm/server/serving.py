@@ -13,9 +13,9 @@ from typing import Any
 
 import uvicorn
 
+from tpllm.async_llm import AsyncLLM
 from tpllm.server.app import build_app
 from tpllm.server.connections import KEEP_ALIVE_S, Connection
-from tpllm.server.engine import Engine
 from tpllm.server.service import Service
 from tpllm.server.settings import ServerSettings
 
@@ -49,8 +49,6 @@ def run(
         ValueError, FileNotFoundError: a setting or file is wrong, or the port is taken.
         WorkerError: the engine failed to start.
     """
-    from tpllm.async_llm import AsyncLLM
-
     _log_to_stderr()
     _allow_many_connections()
     with listening_socket(server_settings) as sock:
@@ -61,7 +59,7 @@ def run(
         return asyncio.run(_serve_and_close(engine, server_settings, sock))
 
 
-async def _serve_and_close(engine: Engine, settings: ServerSettings, sock: socket.socket) -> int:
+async def _serve_and_close(engine: AsyncLLM, settings: ServerSettings, sock: socket.socket) -> int:
     with _signals(lambda number: None):  # signals after the server has ended have no effect
         try:
             return await serve(engine, settings, sock)
@@ -70,7 +68,7 @@ async def _serve_and_close(engine: Engine, settings: ServerSettings, sock: socke
 
 
 async def serve(
-    engine: Engine,
+    engine: AsyncLLM,
     settings: ServerSettings | None = None,
     sock: socket.socket | None = None,
     stop: asyncio.Event | None = None,
