@@ -47,7 +47,7 @@ def write_random_checkpoint(source: Path, folder: Path) -> None:
     }
     shards: list[dict[str, tuple[int, ...]]] = [{}]
     held = 0
-    for name, shape in ModelConfig.from_folder(source).tensor_shapes().items():
+    for name, shape in ModelConfig.from_folder(source).spec.shapes().items():
         if held >= SHARD_BYTES:
             shards.append({})
             held = 0

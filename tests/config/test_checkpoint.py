@@ -9,8 +9,9 @@ import pytest
 from safetensors.numpy import save_file
 
 from tests.checkpoints import write_config, write_weights
+from tpllm.architectures.decoder import EMBEDDING, HEAD
 from tpllm.config.checkpoint import check_checkpoint, resolve_model
-from tpllm.config.checkpoint_files import EMBEDDING, HEAD, INDEX_NAME, WEIGHTS_NAME, read_tensors
+from tpllm.config.checkpoint_files import INDEX_NAME, WEIGHTS_NAME, read_tensors
 from tpllm.config.model_config import ModelConfig
 
 
@@ -77,7 +78,7 @@ def test_a_hub_id_downloads_weights_only_where_they_are_wanted(monkeypatch, tmp_
 
 
 def test_sharded_files_are_found_through_the_index(tmp_path, config):
-    shapes = config.tensor_shapes()
+    shapes = config.spec.shapes()
     write_weights(tmp_path / "a.safetensors", {EMBEDDING: shapes.pop(EMBEDDING)})
     write_weights(tmp_path / "b.safetensors", shapes)
     write_weights(tmp_path / "c.safetensors", {EMBEDDING: (1,)})  # in no index
@@ -89,7 +90,7 @@ def test_sharded_files_are_found_through_the_index(tmp_path, config):
 
 
 def test_a_single_file_goes_before_an_index_whatever_that_is(tmp_path, config):
-    write_weights(tmp_path / WEIGHTS_NAME, config.tensor_shapes())
+    write_weights(tmp_path / WEIGHTS_NAME, config.spec.shapes())
     write_index(tmp_path, {EMBEDDING: "gone.safetensors"})
     assert check_checkpoint(tmp_path, config) == config
     (tmp_path / INDEX_NAME).write_text("{")
@@ -98,7 +99,7 @@ def test_a_single_file_goes_before_an_index_whatever_that_is(tmp_path, config):
 
 def test_a_file_that_an_index_names_is_read_whole(tmp_path, config):
     """As transformers reads it: also what the index puts elsewhere, or nowhere."""
-    write_weights(tmp_path / "a.safetensors", config.tensor_shapes())
+    write_weights(tmp_path / "a.safetensors", config.spec.shapes())
     write_weights(tmp_path / "b.safetensors", {EMBEDDING: (1,), "model.norm.weight": (8,)})
     write_index(tmp_path, {EMBEDDING: "a.safetensors"})
     assert check_checkpoint(tmp_path, config) == config
@@ -109,7 +110,7 @@ def test_a_file_that_an_index_names_is_read_whole(tmp_path, config):
 
 def write_arrays(path: Path, config: ModelConfig, **changed: np.ndarray | None) -> None:
     """Write a file of ones, and some arrays of other values; None leaves one out."""
-    arrays = {name: np.ones(s, np.float16) for name, s in config.tensor_shapes().items()}
+    arrays = {name: np.ones(s, np.float16) for name, s in config.spec.shapes().items()}
     arrays |= {NAMES[name]: array for name, array in changed.items() if array is not None}
     for name, array in changed.items():
         if array is None:
@@ -132,13 +133,13 @@ def test_a_tied_model_takes_a_head_that_differs(tmp_path, config):
         write_arrays(path, config, head=head)
         checked = check_checkpoint(tmp_path, config)
         assert not checked.tie_word_embeddings
-        assert HEAD in checked.tensor_shapes()
+        assert HEAD in checked.spec.shapes()
     write_arrays(path, config, head=same, embedding=None)
     assert check_checkpoint(tmp_path, config).tie_word_embeddings
 
 
 def test_head_and_embedding_in_two_files_are_compared(tmp_path, config):
-    shapes = config.tensor_shapes() | {HEAD: (16, 8)}
+    shapes = config.spec.shapes() | {HEAD: (16, 8)}
     write_weights(tmp_path / "b.safetensors", {HEAD: shapes.pop(HEAD), "model.norm.weight": (8,)})
     write_weights(tmp_path / "a.safetensors", shapes)
     write_index(tmp_path, {EMBEDDING: "a.safetensors", HEAD: "b.safetensors"})
@@ -148,7 +149,7 @@ def test_head_and_embedding_in_two_files_are_compared(tmp_path, config):
 
 
 def test_a_model_whose_head_is_missing_is_refused_with_what_may_be_wrong(tmp_path, config):
-    write_weights(tmp_path / WEIGHTS_NAME, config.tensor_shapes())
+    write_weights(tmp_path / WEIGHTS_NAME, config.spec.shapes())
     untied = replace(config, tie_word_embeddings=False)
     message = r"lacks tensors .*: lm_head.weight. If its head is its embedding, config.json must"
     with pytest.raises(ValueError, match=message):
@@ -168,7 +169,7 @@ def test_a_model_whose_head_is_missing_is_refused_with_what_may_be_wrong(tmp_pat
     ],
 )
 def test_what_a_model_computes_by_itself_may_be_left_over(tmp_path, config, name):
-    shapes = config.tensor_shapes() | {name: (3,)}
+    shapes = config.spec.shapes() | {name: (3,)}
     arrays = {n: np.zeros(s, np.int64 if n == name else np.float16) for n, s in shapes.items()}
     save_file(arrays, tmp_path / WEIGHTS_NAME)
     assert check_checkpoint(tmp_path, config) == config
@@ -187,13 +188,13 @@ def test_what_a_model_computes_by_itself_may_be_left_over(tmp_path, config, name
     ],
 )
 def test_what_we_do_not_implement_is_refused_by_name(tmp_path, config, name):
-    write_weights(tmp_path / WEIGHTS_NAME, config.tensor_shapes() | {name: (3,)})
+    write_weights(tmp_path / WEIGHTS_NAME, config.spec.shapes() | {name: (3,)})
     with pytest.raises(ValueError, match=rf"has unknown tensors .* \(1\): {name}"):
         check_checkpoint(tmp_path, config)
 
 
 def test_an_adapter_is_refused_by_name(tmp_path, config):
-    write_weights(tmp_path / WEIGHTS_NAME, config.tensor_shapes())
+    write_weights(tmp_path / WEIGHTS_NAME, config.spec.shapes())
     (tmp_path / "adapter_config.json").write_text("{}")
     with pytest.raises(ValueError, match="adapter_config.json: LoRA is not implemented; merge"):
         check_checkpoint(tmp_path, config)
@@ -202,21 +203,21 @@ def test_an_adapter_is_refused_by_name(tmp_path, config):
 @pytest.mark.parametrize("rename", [lambda n: n.removeprefix("model."), lambda n: f"model.{n}"])
 def test_the_prefix_may_be_missing_or_there_twice(tmp_path, config, rename):
     untied = replace(config, tie_word_embeddings=False)
-    shapes = {rename(name): shape for name, shape in untied.tensor_shapes().items()}
+    shapes = {rename(name): shape for name, shape in untied.spec.shapes().items()}
     write_weights(tmp_path / WEIGHTS_NAME, shapes)
     assert check_checkpoint(tmp_path, untied) == untied
 
 
 @pytest.mark.parametrize("dtype", [np.float16, np.float32])
 def test_a_config_without_dtype_has_that_of_the_weights(tmp_path, config, dtype):
-    arrays = {name: np.zeros(s, dtype) for name, s in config.tensor_shapes().items()}
+    arrays = {name: np.zeros(s, dtype) for name, s in config.spec.shapes().items()}
     save_file(arrays, tmp_path / WEIGHTS_NAME)
     checked = check_checkpoint(tmp_path, replace(config, dtype=None))
     assert checked.dtype == np.dtype(dtype).name
 
 
 def test_missing_tensors_are_named(tmp_path, config):
-    shapes = config.tensor_shapes()
+    shapes = config.spec.shapes()
     del shapes["model.norm.weight"], shapes[EMBEDDING]
     write_weights(tmp_path / WEIGHTS_NAME, shapes)
     message = r"lacks tensors .* \(2\): model.embed_tokens.weight; model.norm.weight"
@@ -231,19 +232,19 @@ def test_a_long_list_of_tensors_is_cut_short(tmp_path, config):
 
 
 def test_unknown_tensors_are_named(tmp_path, config):
-    write_weights(tmp_path / WEIGHTS_NAME, config.tensor_shapes() | {"model.extra": (1,)})
+    write_weights(tmp_path / WEIGHTS_NAME, config.spec.shapes() | {"model.extra": (1,)})
     with pytest.raises(ValueError, match=r"has unknown tensors .* \(1\): model.extra"):
         check_checkpoint(tmp_path, config)
 
 
 def test_misshapen_tensors_are_named_with_both_shapes(tmp_path, config):
-    write_weights(tmp_path / WEIGHTS_NAME, config.tensor_shapes() | {EMBEDDING: (15, 8)})
+    write_weights(tmp_path / WEIGHTS_NAME, config.spec.shapes() | {EMBEDDING: (15, 8)})
     with pytest.raises(ValueError, match=r"model.embed_tokens.weight is \[15, 8\], not \[16, 8\]"):
         check_checkpoint(tmp_path, config)
 
 
 def test_weights_that_are_no_floats_are_refused(tmp_path, config):
-    shapes = config.tensor_shapes()
+    shapes = config.spec.shapes()
     save_file({name: np.zeros(s, np.int8) for name, s in shapes.items()}, tmp_path / WEIGHTS_NAME)
     with pytest.raises(ValueError, match="is I8, not one of F16, BF16, F32"):
         check_checkpoint(tmp_path, config)

@@ -298,4 +298,4 @@ def test_tensor_shapes_are_those_of_transformers(tmp_path, tied, bias):
     theirs = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     if tied:
         del theirs["lm_head.weight"]  # there, but the embedding itself
-    assert ModelConfig.from_folder(folder).tensor_shapes() == theirs
+    assert ModelConfig.from_folder(folder).spec.shapes() == theirs

@@ -29,7 +29,7 @@ EMBEDDING = "model.embed_tokens.weight"
 def write_checkpoint(folder: Path) -> Path:
     """Write a small complete checkpoint."""
     config = ModelConfig.from_folder(write_config(folder, **SIZES, eos_token_id=None))
-    tensors = {name: np.ones(shape, np.float16) for name, shape in config.tensor_shapes().items()}
+    tensors = {name: np.ones(shape, np.float16) for name, shape in config.spec.shapes().items()}
     save_file(tensors, folder / WEIGHTS_NAME)
     return folder
 

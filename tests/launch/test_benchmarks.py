@@ -145,7 +145,7 @@ def test_tuned_weights_are_all_of_a_layer(tp: int) -> None:
     shapes = weight_shapes(config, tp)
     assert shapes.pop("lm_head") == (151_936 // tp, 4096)
     layer = "model.layers.0."
-    tensors = config.tensor_shapes().items()
+    tensors = config.spec.shapes().items()
     sizes = [math.prod(shape) for name, shape in tensors if name.startswith(layer)]
     matmul_sizes = [size for size in sizes if size > 1e6]  # all but the norms
     assert tp * sum(N * K for N, K in shapes.values()) == sum(matmul_sizes)

@@ -95,9 +95,9 @@ def config(tmp_path: Path) -> ModelConfig:
 
 def test_dummy_weights_are_slices_of_the_same_tensor(config: ModelConfig) -> None:
     def read(name: str, *slices: slice) -> Tensor:
-        return DummyWeights(config, torch.device("cpu"), torch.float32).read(name, *slices)
+        return DummyWeights(config.spec, torch.device("cpu"), torch.float32).read(name, *slices)
 
-    for name, shape in config.tensor_shapes().items():
+    for name, shape in config.spec.shapes().items():
         full = read(name)
         assert full.shape == shape
         assert torch.equal(read(name, slice(3, 7)), full[3:7])
@@ -106,7 +106,7 @@ def test_dummy_weights_are_slices_of_the_same_tensor(config: ModelConfig) -> Non
 
 
 def test_dummy_weights_are_normal_and_norms_are_one(config: ModelConfig) -> None:
-    weights = DummyWeights(config, torch.device("cpu"), torch.bfloat16)
+    weights = DummyWeights(config.spec, torch.device("cpu"), torch.bfloat16)
     up, down = (weights.read(f"model.layers.0.mlp.{part}_proj.weight") for part in ["up", "down"])
     assert up.dtype == torch.bfloat16
     assert up.float().std().item() == pytest.approx(config.initializer_range, rel=0.1)

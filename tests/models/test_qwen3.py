@@ -126,7 +126,7 @@ def int32(values: list[int] | list[list[int]]) -> Tensor:
 
 
 def make_model(config: ModelConfig, tp: TPGroup) -> Qwen3ForCausalLM:
-    model = model_class(config)(config, LayerContext(tp, torch.float32), MAX_POSITIONS)
+    model = model_class(config.architecture)(config, LayerContext(tp, torch.float32), MAX_POSITIONS)
     assert isinstance(model, Qwen3ForCausalLM)
     for parameter in model.parameters():
         parameter.fill_(torch.nan)  # so that a weight that is not loaded shows
@@ -263,5 +263,5 @@ def test_dummy_weights_fill_every_parameter(checkpoints: dict[str, Path]) -> Non
         config = ModelConfig.from_folder(folder)
         tp = TPGroup.single(torch.device("cpu"))
         model = make_model(config, tp)
-        model.load(DummyWeights(config, tp.device, torch.float32))
+        model.load(DummyWeights(config.spec, tp.device, torch.float32))
         assert all(parameter.isfinite().all() for parameter in model.parameters())

@@ -15,8 +15,9 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from tests.models.test_qwen3 import LENGTHS, TOLERANCE, make_model, run_steps, save_checkpoint
+from tpllm.architectures.decoder import EMBEDDING, HEAD
 from tpllm.config.checkpoint import check_checkpoint
-from tpllm.config.checkpoint_files import EMBEDDING, HEAD, INDEX_NAME, WEIGHTS_NAME
+from tpllm.config.checkpoint_files import INDEX_NAME, WEIGHTS_NAME
 from tpllm.config.model_config import ModelConfig
 from tpllm.models.checkpoint_weights import SafetensorsWeights
 from tpllm.parallel.group import TPGroup

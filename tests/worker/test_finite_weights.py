@@ -15,7 +15,7 @@ class Weights:
     """A source of tensors of ones, except for one value of one tensor."""
 
     def __init__(self, config: ModelConfig, value: float) -> None:
-        self._shapes = config.tensor_shapes()
+        self._shapes = config.spec.shapes()
         self._value = value
 
     def read(self, name: str, rows: slice | None = None, cols: slice | None = None) -> torch.Tensor:
@@ -30,9 +30,9 @@ def check(folder, value: float, dtype: torch.dtype) -> None:
     weights = Weights(config, value)
     model = nn.ParameterList(
         nn.Parameter(weights.read(name).to(dtype), requires_grad=False)
-        for name in config.tensor_shapes()
+        for name in config.spec.shapes()
     )
-    check_weights_are_finite(model, weights, config, dtype)
+    check_weights_are_finite(model, weights, config.spec, dtype)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])

@@ -12,14 +12,8 @@ from pathlib import Path
 
 import numpy as np
 
-from tpllm.config.checkpoint_files import (
-    EMBEDDING,
-    HEAD,
-    StoredTensor,
-    bytes_of,
-    read_tensors,
-    stored_name,
-)
+from tpllm.architectures.decoder import EMBEDDING, HEAD
+from tpllm.config.checkpoint_files import StoredTensor, bytes_of, read_tensors, stored_name
 from tpllm.config.model_config import ModelConfig
 
 # One of these is in every folder that AutoTokenizer can read.
@@ -103,7 +97,7 @@ def check_checkpoint(folder: Path, config: ModelConfig) -> ModelConfig:
         )
     stored = read_tensors(folder)
     tied = config.tie_word_embeddings
-    expected = replace(config, tie_word_embeddings=False).tensor_shapes()
+    expected = replace(config, tie_word_embeddings=False).spec.shapes()
     used = {name: found for name in expected if (found := stored_name(name, stored)) is not None}
     lacking = expected.keys() - used.keys()
     if tied:  # one of the two is enough

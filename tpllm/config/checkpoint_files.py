@@ -18,7 +18,6 @@ from tpllm.errors import panics_as_errors
 
 WEIGHTS_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"  # which file holds which tensor, if there are many
-EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 PREFIX = "model."
 
 # In the folder itself: an index must not lead elsewhere.

@@ -5,7 +5,6 @@ get the same object as JSON.
 """
 
 import json
-import math
 import os
 from dataclasses import asdict, dataclass, field, fields
 from importlib.util import find_spec
@@ -184,8 +183,7 @@ def _resolve_device(wanted: Settings) -> tuple[str, list[Gpu]]:
 def _check_gpu_memory(gpus: list[Gpu], wanted: Settings, model_config: ModelConfig) -> None:
     """Refuse GPUs that cannot hold the weights, before a worker fails on them slowly."""
     width = 4 if wanted.dtype == "float32" else 2  # the smallest dtype of "auto"
-    num_weights = sum(math.prod(shape) for shape in model_config.tensor_shapes().values())
-    needed = num_weights * width // max(1, len(gpus))
+    needed = model_config.spec.local_size(max(1, len(gpus))) * width
     for rank, gpu in enumerate(gpus):
         if gpu.free_bytes is not None and gpu.free_bytes < needed:
             raise ValueError(

@@ -1,9 +1,12 @@
-"""Read a Hugging Face config.json: check every field, and refuse what is not implemented."""
+"""Read the fields of a Hugging Face config.json that all families share, and check each.
 
-import reprlib
+A family adds the values of absent fields (`tpllm.architectures.family.Family.complete`).
+"""
+
 from pathlib import Path
 from typing import Any
 
+from tpllm.architectures.family import refuse
 from tpllm.checks import check_bool, check_choice, check_int, check_number, read_json
 
 DTYPES = ("float16", "bfloat16", "float32")
@@ -19,24 +22,11 @@ MAX_SIZES = {
     "head_dim": 2**12,
     "max_position_embeddings": 2**28,
 }
-# Values of absent fields: the defaults of transformers' Qwen3Config.
-DEFAULT_SIZES = {
-    "vocab_size": 151936,
-    "hidden_size": 4096,
-    "intermediate_size": 22016,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 32,
-    "head_dim": 128,
-    "max_position_embeddings": 32768,
-}
-DEFAULT_ROPE_THETA = 10000.0
-DEFAULT_SLIDING_WINDOW = 4096
-DEFAULT_MAX_WINDOW_LAYERS = 28
+DEFAULT_ROPE_THETA = 10000.0  # of every family in transformers
 
 
 def read_fields(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
-    """Return the fields of ModelConfig that `config`, the folder's config.json, contains.
+    """Return the fields of ModelConfig in `config`, the folder's config.json, which is complete.
 
     Raises:
         ValueError: a field is of the wrong type or out of range; the file and the field are named.
@@ -46,63 +36,43 @@ def read_fields(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
     _check_heads(where, sizes)
     return {
         **sizes,
-        "rms_norm_eps": _positive(where, "rms_norm_eps", config.get("rms_norm_eps", 1e-6)),
+        "rms_norm_eps": _positive(where, "rms_norm_eps", config["rms_norm_eps"]),
         "rope_theta": _read_rope_theta(where, config),
         "tie_word_embeddings": _flag(where, config, "tie_word_embeddings"),
         "attention_bias": _flag(where, config, "attention_bias"),
-        "initializer_range": _positive(
-            where, "initializer_range", config.get("initializer_range", 0.02)
-        ),
+        "initializer_range": _positive(where, "initializer_range", config["initializer_range"]),
         "dtype": _read_dtype(where, config),
         "eos_token_ids": _read_eos_token_ids(folder, config, sizes["vocab_size"]),
     }
 
 
 def refuse_unimplemented(where: str, config: dict[str, Any]) -> None:
-    """Refuse every config field that changes the model in a way that we do not implement.
+    """Refuse every field that changes a model of any family in a way that we do not implement.
 
     Raises:
         ValueError: the model needs something that tpllm does not implement.
     """
 
-    def refuse(field: str, only: str) -> None:
-        short = reprlib.repr(config[field])  # a quantization_config can be pages long
-        raise ValueError(f"{where}: {field}={short} is not implemented; tpllm runs {only}")
-
     if config.get("quantization_config") is not None:
-        refuse("quantization_config", "float checkpoints")
+        refuse(where, config, "quantization_config", "float checkpoints")
     if config.get("per_layer_config") is not None:
-        refuse("per_layer_config", "models whose layers are all alike")
+        refuse(where, config, "per_layer_config", "models whose layers are all alike")
     if config.get("transformers_weights") is not None:
-        refuse("transformers_weights", "model.safetensors, or what its index names")
+        refuse(where, config, "transformers_weights", "model.safetensors, or what its index names")
     if config.get("hidden_act", "silu") not in ("silu", "swish"):  # two names for one function
-        refuse("hidden_act", "hidden_act='silu'")
+        refuse(where, config, "hidden_act", "hidden_act='silu'")
     if config.get("partial_rotary_factor") not in (None, 1):
-        refuse("partial_rotary_factor", "full rotary embeddings")
-    if config.get("layer_types") is not None:
-        if not _are_full_attention(config["layer_types"]):
-            refuse("layer_types", "layers of full_attention")
-    elif _slides(where, config):
-        config = {"sliding_window": DEFAULT_SLIDING_WINDOW, **config}
-        refuse("sliding_window", "full attention")
+        refuse(where, config, "partial_rotary_factor", "full rotary embeddings")
+    layer_types = config.get("layer_types")
+    if layer_types is not None and not _are_full_attention(layer_types):
+        refuse(where, config, "layer_types", "layers of full_attention")
     for field in ("rope_scaling", "rope_parameters"):
         if config.get(field) and not _is_plain_rope(config[field]):
-            refuse(field, "rotary embeddings without scaling (rope_type='default')")
+            refuse(where, config, field, "rotary embeddings without scaling (rope_type='default')")
 
 
 def _are_full_attention(layer_types: object) -> bool:
     return isinstance(layer_types, list) and not set(map(str, layer_types)) - {"full_attention"}
-
-
-def _slides(where: str, config: dict[str, Any]) -> bool:
-    """Whether some layer has a sliding window, in a config without `layer_types`."""
-    if not config.get("use_sliding_window"):
-        return False
-    if config.get("sliding_window", DEFAULT_SLIDING_WINDOW) is None:
-        return False
-    first = config.get("max_window_layers", DEFAULT_MAX_WINDOW_LAYERS)
-    first = check_int(f"{where}: max_window_layers", first, minimum=0)
-    return first < _read_sizes(where, config)["num_hidden_layers"]
 
 
 def _is_plain_rope(rope: object) -> bool:
@@ -121,11 +91,10 @@ def _is_plain_rope(rope: object) -> bool:
 
 
 def _read_sizes(where: str, config: dict[str, Any]) -> dict[str, int]:
-    given = {**DEFAULT_SIZES, **config}
-    if given["num_key_value_heads"] is None:
-        given["num_key_value_heads"] = given["num_attention_heads"]
+    if config["num_key_value_heads"] is None:
+        config = {**config, "num_key_value_heads": config["num_attention_heads"]}
     return {
-        field: check_int(f"{where}: {field}", given[field], 1, maximum)
+        field: check_int(f"{where}: {field}", config[field], 1, maximum)
         for field, maximum in MAX_SIZES.items()
     }
 

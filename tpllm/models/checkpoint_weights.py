@@ -12,8 +12,9 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from tpllm.config.checkpoint_files import EMBEDDING, HEAD, read_tensors, stored_name
-from tpllm.config.model_config import ModelConfig
+from tpllm.architectures.decoder import EMBEDDING, HEAD
+from tpllm.architectures.spec import ModelSpec
+from tpllm.config.checkpoint_files import read_tensors, stored_name
 
 
 class SafetensorsWeights:
@@ -61,9 +62,9 @@ class DummyWeights:
     generate different numbers.
     """
 
-    def __init__(self, config: ModelConfig, device: torch.device, dtype: torch.dtype) -> None:
-        self.shapes = config.tensor_shapes()
-        self.std = config.initializer_range
+    def __init__(self, spec: ModelSpec, device: torch.device, dtype: torch.dtype) -> None:
+        self.shapes = spec.shapes()
+        self.std = spec.initializer_range
         self.device = device
         self.dtype = dtype
 

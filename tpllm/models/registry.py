@@ -6,7 +6,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from tpllm.config.model_config import ARCHITECTURES, ModelConfig
+from tpllm.architectures.registry import family_named
 from tpllm.layers.attention.attention import KVCache
 from tpllm.layers.embedding import ParallelLMHead
 from tpllm.layers.weights import WeightSource
@@ -28,11 +28,7 @@ class CausalLM(Protocol):
     def load(self, weights: WeightSource) -> None: ...
 
 
-def model_class(config: ModelConfig) -> Any:
-    """Return the class of `config.architecture`; only the module of this architecture is imported.
-
-    The table of names is in `tpllm.config.model_config`, which does not import torch: it rejects an
-    unknown architecture before any worker starts.
-    """
-    module, name = ARCHITECTURES[config.architecture].split(":")
+def model_class(architecture: str) -> Any:
+    """Return the class that runs an architecture; only its module is imported."""
+    module, name = family_named(architecture).model_class.split(":")
     return getattr(import_module(module), name)

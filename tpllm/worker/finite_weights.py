@@ -3,14 +3,14 @@
 import torch
 from torch import nn
 
-from tpllm.config.model_config import ModelConfig
+from tpllm.architectures.spec import ModelSpec
 from tpllm.errors import SettingError
 from tpllm.layers.weights import WeightSource
 
 
 @torch.inference_mode()
 def check_weights_are_finite(
-    model: nn.Module, weights: WeightSource, config: ModelConfig, dtype: torch.dtype
+    model: nn.Module, weights: WeightSource, spec: ModelSpec, dtype: torch.dtype
 ) -> None:
     """Check that all loaded weights of this rank are finite, with one wait for the device.
 
@@ -21,7 +21,7 @@ def check_weights_are_finite(
     sums = [parameter.sum(dtype=torch.float32) for parameter in model.parameters()]
     if bool(torch.isfinite(torch.stack(sums)).all()):
         return
-    for name in config.tensor_shapes():
+    for name in spec.shapes():
         read = weights.read(name)
         wrong = int((~torch.isfinite(read)).sum())
         if wrong:

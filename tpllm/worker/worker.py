@@ -117,19 +117,19 @@ class Worker:
 
     def _load_model(self, context: LayerContext) -> CausalLM:
         config, model_config = self._config, self._config.model_config
-        model: CausalLM = model_class(model_config)(
+        model: CausalLM = model_class(model_config.architecture)(
             model_config,
             context,
             # rounded up to whole blocks: the trial step is as long as a row's cache
             config.plan_limits.max_tokens_per_seq,
         )
         if config.load_format == "dummy":
-            model.load(DummyWeights(model_config, self._device, self._dtype))
+            model.load(DummyWeights(model_config.spec, self._device, self._dtype))
         else:
             weights = _HeartbeatWeights(SafetensorsWeights(config.folder), self._progress)
             model.load(weights)
             assert isinstance(model, torch.nn.Module)
-            check_weights_are_finite(model, weights, model_config, self._dtype)
+            check_weights_are_finite(model, weights, model_config.spec, self._dtype)
         if self._device.type == "cuda":
             torch.cuda.synchronize()
             torch.cuda.empty_cache()
