@@ -1,5 +1,7 @@
 """Collectives over Gloo. Each rank contributes its own numbers, so that a missing rank shows."""
 
+from unittest.mock import Mock
+
 import pytest
 import torch
 
@@ -11,6 +13,7 @@ from tpllm.parallel.collectives import (
     all_to_all,
     barrier,
     min_over_ranks,
+    with_peer_memory,
 )
 from tpllm.parallel.group import TPGroup
 
@@ -62,6 +65,21 @@ def fails_on_last_rank(tp: TPGroup) -> None:
 def test_run_ranks_raises_the_error_of_any_rank() -> None:
     with pytest.raises(AssertionError, match=r"rank 1 raised\n(.*\n)*ZeroDivisionError: only here"):
         run_ranks(fails_on_last_rank, 2)
+
+
+@pytest.mark.parametrize("one_host", [True, False])
+def test_ranks_on_several_hosts_do_not_look_for_peer_memory(one_host, monkeypatch) -> None:
+    def ask_peers(x: torch.Tensor, tp: TPGroup) -> torch.Tensor:
+        raise LookupError
+
+    monkeypatch.setattr("tpllm.parallel.collectives.all_gather", ask_peers)
+    monkeypatch.setattr("torch.tensor", lambda value, device: None)
+    tp = TPGroup(0, 2, torch.device("cuda", 0), Mock(), one_host=one_host)
+    if one_host:
+        with pytest.raises(LookupError):
+            with_peer_memory(tp, 64, torch.float16)
+    else:
+        assert with_peer_memory(tp, 64, torch.float16) is tp
 
 
 def no_rank_has_what_one_rank_cannot_make(tp: TPGroup) -> None:

@@ -1,4 +1,4 @@
-"""Collectives of the tensor-parallel group.
+"""Collectives of a group of ranks.
 
 Every rank of `tp` calls the same function in the same order with the same shapes and dtypes. With
 `tp.size == 1` each collective is the identity. `all_reduce`, `all_gather` and `all_to_all` only
@@ -80,24 +80,25 @@ def with_peer_memory(tp: TPGroup, width: int, dtype: torch.dtype) -> TPGroup:
     """Return the group with `peers` for all-reduces of rows of `width`, if the GPUs allow it.
 
     Every rank calls this at the same time, and all get the same outcome. The group is returned
-    unchanged, so that NCCL does the all-reduces, if a GPU cannot access a peer's memory or `width`
-    is not a multiple of WIDTH_MULTIPLE.
+    unchanged, so that NCCL does the all-reduces, if the ranks are on several hosts, a GPU cannot
+    access a peer's memory, or `width` is not a multiple of WIDTH_MULTIPLE.
     """
-    if tp.process_group is None or tp.device.type != "cuda" or width % WIDTH_MULTIPLE:
+    group, device = tp.process_group, tp.device
+    if group is None or not tp.one_host or device.type != "cuda" or width % WIDTH_MULTIPLE:
         return tp
-    others = (rank for rank in range(tp.size) if rank != tp.rank)
-    reachable = all(torch.cuda.can_device_access_peer(tp.device, other) for other in others)
+    devices = all_gather(torch.tensor(device.index, device=device), tp).tolist()
+    del devices[tp.rank]
+    reachable = all(torch.cuda.can_device_access_peer(device, peer) for peer in devices)
     if not min_over_ranks(int(reachable), tp):
         return tp
     row_bytes = width * dtype.itemsize
     max_rows = max(2, _PEER_BUFFER_BYTES // row_bytes)
     one_shot_rows = max_rows if tp.size == 2 else max(1, _ONE_SHOT_BYTES // row_bytes)
     peer_buffers = _make_on_all_ranks(
-        tp, lambda: clear_peer_buffers(tp.size, max_rows, width, dtype, tp.device), "NCCL serves"
+        tp, lambda: clear_peer_buffers(tp.size, max_rows, width, dtype, device), "NCCL serves"
     )
     if peer_buffers is None:
         return tp
-    group = tp.process_group
     peers = _make_on_all_ranks(
         tp, lambda: PeerMemory(group, peer_buffers, one_shot_rows), "NCCL serves"
     )
@@ -137,5 +138,8 @@ def _make_on_all_ranks(tp: TPGroup, make: Callable[[], T], fallback: str) -> T |
     try:
         result = make()
     except (RuntimeError, OSError) as error:  # some containers forbid sharing descriptors
-        print(f"tpllm: no peer memory on rank {tp.rank}, {fallback}: {error}", file=sys.stderr)
+        print(
+            f"tpllm: no peer memory on {tp.role} rank {tp.rank}, {fallback}: {error}",
+            file=sys.stderr,
+        )
     return result if min_over_ranks(int(result is not None), tp) else None

@@ -1,4 +1,4 @@
-"""The tensor-parallel (TP) group as one rank sees it: its rank, the size, and the connections."""
+"""A group of ranks as one of them sees it: its rank, the size, and the connections."""
 
 import os
 from dataclasses import dataclass
@@ -27,6 +27,8 @@ class TPGroup:
             Gloo does every all-reduce
         copy_streams: one for each micro-batch of a large step; empty if no step is split into
             micro-batches
+        role: what the group divides: "tp" for the tensors of a layer
+        one_host: whether all ranks run on one host, so that they may reach each other's memory
     """
 
     rank: int
@@ -35,6 +37,8 @@ class TPGroup:
     process_group: dist.ProcessGroup | None
     peers: PeerBuffers | None = None
     copy_streams: tuple[CopyStream, ...] = ()
+    role: str = "tp"
+    one_host: bool = True
 
     @staticmethod
     def single(device: torch.device) -> "TPGroup":
@@ -43,7 +47,13 @@ class TPGroup:
 
     @staticmethod
     def connect(
-        rank: int, size: int, device: torch.device, store_path: str, timeout_s: float
+        rank: int,
+        size: int,
+        device: torch.device,
+        store_path: str,
+        timeout_s: float,
+        *,
+        one_host: bool = True,
     ) -> "TPGroup":
         """Connect the ranks through the file `store_path`, over NCCL (CUDA) or Gloo (CPU).
 
@@ -54,6 +64,7 @@ class TPGroup:
         Args:
             store_path: a file that does not exist yet, in a directory that every rank can write
             timeout_s: longest wait for the other ranks, here and in every later collective
+            one_host: whether all ranks run on one host; every rank says the same
 
         Raises:
             torch.distributed.DistError: a rank did not connect within `timeout_s`.
@@ -61,10 +72,11 @@ class TPGroup:
         assert 0 <= rank < size, f"rank {rank} is outside a group of {size}"
         if size == 1:
             return TPGroup.single(device)
-        # All ranks share a host. On the loopback interface no other machine can reach their
-        # sockets, and a host without a network or without a resolvable name works too.
-        os.environ.setdefault("NCCL_SOCKET_IFNAME", "lo")
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+        if one_host:
+            # On the loopback interface no other machine can reach the ranks' sockets, and a host
+            # without a network or without a resolvable name works too.
+            os.environ.setdefault("NCCL_SOCKET_IFNAME", "lo")
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
         # All our collectives run on one stream, captured or not, so NCCL need not order those of a
         # graph against the others. The ordering costs each eager all-reduce 0.4 ms on the host.
         os.environ.setdefault("NCCL_GRAPH_MIXING_SUPPORT", "0")
@@ -83,7 +95,7 @@ class TPGroup:
             # under CUDA graph capture.
             device_id=device if on_cuda else None,
         )
-        return TPGroup(rank=rank, size=size, device=device, process_group=dist.group.WORLD)
+        return TPGroup(rank, size, device, dist.group.WORLD, one_host=one_host)
 
     def close(self) -> None:
         """Leave the group and free its sockets, threads and device buffers.
