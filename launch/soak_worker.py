@@ -86,7 +86,7 @@ class SoakWorker:
 
 def serve(spec: Spec, plans: RingReader, replies: Replies) -> None:
     config = EngineConfig.from_json(spec["settings"]["config"])
-    progress = Progress(spec["board"], spec["rank"])
+    progress = Progress(spec["board"], spec["local_rank"])
     assert config.num_kv_blocks is not None
     worker = SoakWorker(config, config.num_kv_blocks)
     replies.control({"type": "ready", "num_kv_blocks": config.num_kv_blocks, "info": {}})

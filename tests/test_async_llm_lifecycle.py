@@ -245,10 +245,10 @@ def test_a_stop_is_measured_from_its_beginning(monkeypatch):
     """A start may be silent for long: a short stop in the middle is no reason to end it."""
     monkeypatch.setattr(engine_client, "_PING_AFTER_S", 1.0)
     stops = iter(100 * [False] + 3 * [True] + [False] + 4 * [True] + 9 * [False])
-    monkeypatch.setattr(engine_client, "is_stopped", lambda pid: next(stops))
     client = object.__new__(EngineClient)
     client._config = EngineConfig.resolve(device="cpu", step_timeout_s=3, start_timeout_s=5)
-    client._connection, client._processes = Mock(), MagicMock()
+    client._connection, client._process, client._processes = Mock(), Mock(), MagicMock()
+    client._process.is_stopped.side_effect = stops
     client._connection.receive.return_value = []
     client._silent_s = client._stopped_s = 0.0
     client.worker_pids = []

@@ -36,7 +36,7 @@ class FaultStub(Stub):
 
     def between_begin_and_end(self) -> None:
         self._progress.beat()
-        while self._board.beats() < (self._num_steps + 1) * self._spec["world_size"]:
+        while self._board.beats() < (self._num_steps + 1) * self._spec["local_world_size"]:
             time.sleep(0.001)
 
 

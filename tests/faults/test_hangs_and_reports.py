@@ -10,11 +10,14 @@ import pytest
 
 from tests.leaks import process_state, wait_until
 from tests.supervision.stub_worker import HANG, READY, SERVE, Acts, start, until_ready
+from tpllm.channel.progress import Board
 from tpllm.channel.step_plan import RESULT, STEP
 from tpllm.errors import WorkerError
+from tpllm.supervision.child import Child
 from tpllm.supervision.crash_report import NUM_KEPT, write_report
-from tpllm.supervision.diagnosis import RankState, is_ending, main_stack, rank_to_blame
+from tpllm.supervision.diagnosis import RankState, main_stack, rank_to_blame
 from tpllm.supervision.launcher import WorkerGroup
+from tpllm.supervision.local_host import LocalHost
 from tpllm.supervision.watch import NUM_FIRST_STEPS, Timeouts
 
 pytestmark = pytest.mark.usefixtures("fault_workers")
@@ -26,6 +29,12 @@ def begin(acts: Acts, world_size: int = 2) -> WorkerGroup:
     return start(acts, world_size, "fault_worker")
 
 
+def board_of(group: WorkerGroup) -> Board:
+    (host,) = group._hosts
+    assert isinstance(host, LocalHost)
+    return host._board
+
+
 def hang_in_step(acts: list[list[Any]]) -> WorkerGroup:
     """Return two ranks in step 1, where rank 1 performs the act."""
     group = until_ready(begin({1: [READY, ["serve", 1], ["take"], *acts]}))
@@ -33,7 +42,8 @@ def hang_in_step(acts: list[list[Any]]) -> WorkerGroup:
     group.send(STEP, [b"plan"], step=0)
     group.receive(0, RESULT)
     group.send(STEP, [b"plan"], step=1)
-    assert wait_until(lambda: group._board.begun(0) == group._board.begun(1) == 1)
+    board = board_of(group)
+    assert wait_until(lambda: board.begun(0) == board.begun(1) == 1)
     group.watch.timeouts = Timeouts(0.05, 0.05)
     return group
 
@@ -63,7 +73,8 @@ def test_ranks_that_all_wait_in_the_same_step_are_blamed_together():
     group = until_ready(begin({0: [READY, ["take"], HANG], 1: [READY, ["take"], HANG]}))
     group.phases[:] = ["ready"] * 2
     group.send(STEP, [b"plan"], step=0)
-    assert wait_until(lambda: group._board.begun(0) == group._board.begun(1) == 0)
+    board = board_of(group)
+    assert wait_until(lambda: board.begun(0) == board.begun(1) == 0)
     group.watch.timeouts = Timeouts(0.05, 0.05)
     with pytest.raises(WorkerError, match="^the workers hang in step 0") as raised:
         group.receive(0, RESULT)
@@ -85,7 +96,7 @@ def test_the_first_steps_have_the_time_of_the_start():
 def test_a_slow_start_that_makes_progress_is_no_hang(monkeypatch):
     """Loading sends no message for longer than the timeout, but its beats show progress."""
     group = begin({0: [SAY, ["beat"], HANG]}, 1)
-    assert wait_until(lambda: group._board.beats() == 1)
+    assert wait_until(lambda: board_of(group).beats() == 1)
     group._collect()
     group.watch._beats = 0
     group.watch.timeouts = Timeouts(0.01, 0.01)
@@ -158,10 +169,10 @@ def test_blame_falls_on_the_rank_that_is_behind():
 
 def test_a_process_that_nobody_has_reaped_is_ending_and_a_living_one_is_not():
     process = subprocess.Popen(["true"])
-    assert wait_until(lambda: is_ending(process.pid))
+    assert wait_until(lambda: Child(process.pid).is_ending())
     process.wait()
-    assert not is_ending(process.pid)
-    assert not is_ending(os.getpid())
+    assert not Child(process.pid).is_ending()
+    assert not Child(os.getpid()).is_ending()
 
 
 def test_main_stack_returns_the_last_stack_written():

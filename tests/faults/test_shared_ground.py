@@ -41,7 +41,7 @@ def test_ten_concurrent_engines_all_work_and_leave_other_engines_files_alone():
 @pytest.mark.usefixtures("fault_workers")
 def test_a_directory_that_cannot_be_made_is_refused_by_name(tmp_path, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    monkeypatch.setattr("tpllm.supervision.launcher.secrets.token_hex", lambda n: "taken")
+    monkeypatch.setattr("tpllm.supervision.local_host.secrets.token_hex", lambda n: "taken")
     (tmp_path / "tpllm-taken").write_text("a file in its place")
     with pytest.raises(SettingError, match=r"TMPDIR=.* takes no directory \(File exists\)"):
         until_ready(start(None, 1, "fault_worker"))
@@ -50,7 +50,7 @@ def test_a_directory_that_cannot_be_made_is_refused_by_name(tmp_path, monkeypatc
 @pytest.mark.usefixtures("fault_workers")
 def test_a_directory_that_others_can_enter_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    monkeypatch.setattr("tpllm.supervision.launcher.secrets.token_hex", lambda n: "open")
+    monkeypatch.setattr("tpllm.supervision.local_host.secrets.token_hex", lambda n: "open")
     (tmp_path / "tpllm-open").mkdir(mode=0o755)
     with pytest.raises(SettingError, match="is not a private directory of this user"):
         until_ready(start(None, 1, "fault_worker"))

@@ -6,11 +6,11 @@ The workers are forked. An environment variable holds their acts as JSON: see `s
 import json
 import os
 from collections.abc import Callable
-from typing import Any
+from dataclasses import replace
 
 from launch import forked_workers
-from tpllm.channel.step_plan import PlanLimits
 from tpllm.supervision import engine_process, processes, start
+from tpllm.supervision.host import Launch
 from tpllm.supervision.launcher import WorkerGroup
 from tpllm.supervision.watch import Timeouts
 
@@ -18,17 +18,14 @@ ACTS = "TPLLM_TEST_ACTS"
 
 
 def start_stubs(
-    world_size: int,
-    limits: PlanLimits,
-    settings: dict[str, Any],
-    timeouts: Timeouts,
-    module: str,
-    on_phase: Callable[[int, str], None] | None,
+    launch: Launch, timeouts: Timeouts, on_phase: Callable[[int, str], None] | None
 ) -> WorkerGroup:
     acts = json.loads(os.environ.get(ACTS, "{}"))
     # the key of a rank without an act: it works normally
-    each = {str(r): acts.get(str(r), [["ready"], ["compute", 0.0]]) for r in range(world_size)}
-    return WorkerGroup(world_size, limits, {"acts": each}, timeouts, "stub_worker", on_phase)
+    ranks = map(str, range(launch.world_size))
+    each = {rank: acts.get(rank, [["ready"], ["compute", 0.0]]) for rank in ranks}
+    launch = replace(launch, settings={"acts": each}, module="stub_worker")
+    return WorkerGroup(launch, timeouts, on_phase)
 
 
 if __name__ == "__main__":

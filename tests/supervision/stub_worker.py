@@ -21,7 +21,9 @@ from tpllm.channel.progress import Progress
 from tpllm.channel.ring import RingReader
 from tpllm.channel.step_plan import CONTROL, PlanLimits, StepPlan, StepResult
 from tpllm.errors import SettingError
-from tpllm.supervision.launcher import WorkerGroup
+from tpllm.supervision.host import Launch
+from tpllm.supervision.launcher import StartHosts, WorkerGroup
+from tpllm.supervision.local_host import start_local_host
 from tpllm.supervision.watch import Timeouts
 from tpllm.worker.__main__ import Spec, main
 from tpllm.worker.replies import Replies
@@ -41,12 +43,14 @@ def start(
     module: str = "stub_worker",
     timeout_s: float = 60.0,
     on_phase: Callable[[int, str], None] | None = None,
+    start_hosts: StartHosts = start_local_host,
 ) -> WorkerGroup:
     """Start stub workers; the fixture `stub_workers` makes their module importable."""
     settings = {"acts": {str(rank): each for rank, each in (acts or {}).items()}}
     timeouts = Timeouts(start_timeout_s=timeout_s, step_timeout_s=timeout_s)
     limits = PlanLimits(4, 64, 4, 16, 8, max_logprobs=20)
-    return WorkerGroup(world_size, limits, settings, timeouts, module, on_phase)
+    launch = Launch(world_size, limits, settings, module)
+    return WorkerGroup(launch, timeouts, on_phase, start_hosts)
 
 
 def until_ready(group: WorkerGroup) -> WorkerGroup:
@@ -61,7 +65,7 @@ class Stub:
 
     def __init__(self, spec: Spec, plans: RingReader, replies: Replies) -> None:
         self._spec, self._plans, self._replies = spec, plans, replies
-        self._progress = Progress(spec["board"], spec["rank"])
+        self._progress = Progress(spec["board"], spec["local_rank"])
         self._num_steps = 0
 
     def perform(self) -> None:

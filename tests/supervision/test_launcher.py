@@ -24,14 +24,15 @@ from tests.supervision.stub_worker import HANG, READY, SERVE, start, until_ready
 from tpllm.channel import ring
 from tpllm.channel.step_plan import RESULT, STEP
 from tpllm.errors import SettingError, WorkerError
-from tpllm.supervision import child, failure, interrupts, launcher, processes
+from tpllm.supervision import child, failure, interrupts, launcher, local_host, processes
+from tpllm.supervision.child import Child
 from tpllm.supervision.launcher import WorkerGroup
 from tpllm.supervision.watch import Timeouts
 
 pytestmark = pytest.mark.usefixtures("stub_workers", "ctrl_c_raises")
 
 LONG_S = 60.0
-MODULES = (launcher, processes, child, ring, interrupts)
+MODULES = (launcher, local_host, processes, child, ring, interrupts)
 
 
 @pytest.fixture(autouse=True)
@@ -306,11 +307,11 @@ def test_a_rank_that_is_ending_is_waited_for_before_another_is_blamed(monkeypatc
         {0: [["complain", "peer lost"], HANG], 1: [["await", str(end)], ["signal_self", "SIGKILL"]]}
     )
 
-    def is_ending(pid: int) -> bool:
+    def is_ending(child: Child) -> bool:
         end.touch()
-        return pid == group.pids[1]
+        return child.pid == group.pids[1]
 
-    monkeypatch.setattr(failure, "is_ending", is_ending)
+    monkeypatch.setattr(Child, "is_ending", is_ending)
     monkeypatch.setattr(failure, "GRACE_S", -1.0)  # wait for no other rank
     monkeypatch.setattr(failure, "ENDING_S", LONG_S)
     with pytest.raises(WorkerError, match=r"(?s)^worker rank 1 was killed by SIGKILL.*peer lost"):
@@ -345,7 +346,7 @@ def test_sending_to_workers_that_hang_times_out():
 
 @pytest.mark.usefixtures("started")
 def test_running_out_of_descriptors_at_any_point_of_the_start(nothing_left, monkeypatch):
-    monkeypatch.setattr(launcher, "refuse_too_few_descriptors", lambda world_size: None)
+    monkeypatch.setattr(local_host, "refuse_too_few_descriptors", lambda world_size: None)
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     messages = []
     for limit in range(3, 200):  # no descriptor may have this number, or a larger one

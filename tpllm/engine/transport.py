@@ -1,7 +1,7 @@
 """Transport: the interface through which a coordinator reaches its workers.
 
-`tpllm.supervision.launcher.WorkerGroup` implements it over shared memory. The coordinator takes one
-as an argument, so that scheduling does not depend on processes.
+`tpllm.supervision.launcher.WorkerGroup` implements it, on one host or several. The coordinator
+takes one as an argument, so that scheduling does not depend on processes.
 """
 
 from collections.abc import Sequence

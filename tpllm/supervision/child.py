@@ -5,12 +5,14 @@ import signal
 import threading
 import time
 from contextlib import suppress
+from pathlib import Path
 
 # No process ends with this code. It stands for a lost exit status: a program that reaps all child
 # processes (a SIGCHLD handler with waitpid(-1), or SIGCHLD ignored) also reaps those of an engine.
 # subprocess would report 0.
 UNKNOWN_EXIT_CODE = 256
 _POLL_S = 0.005
+_PF_EXITING = 4  # a flag of a process, see proc_pid_stat(5)
 
 
 class Child:
@@ -53,8 +55,27 @@ class Child:
             time.sleep(_POLL_S)
         return self.exit_code
 
+    def is_ending(self) -> bool:
+        """Whether the kernel is ending the process, whose exit code is known only afterwards."""
+        letter, flags = kernel_state(self.pid)
+        return letter == "Z" or bool(flags & _PF_EXITING)
+
+    def is_stopped(self) -> bool:
+        """Whether a signal has stopped the process. One that a debugger stops does not count."""
+        return kernel_state(self.pid)[0] == "T"
+
     def kill(self) -> None:
         """Send SIGKILL, unless the child has ended."""
         if self.poll() is None:
             with suppress(ProcessLookupError):  # it has just ended, and other code reaped it
                 os.kill(self.pid, signal.SIGKILL)
+
+
+def kernel_state(pid: int) -> tuple[str, int]:
+    """Return the kernel's letter for a process's state, "X" if it has ended, and its flags."""
+    try:
+        text = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return "X", 0
+    fields = text.rpartition(") ")[2].split()
+    return fields[0], int(fields[6])

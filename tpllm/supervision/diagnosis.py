@@ -9,9 +9,9 @@ import time
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 
 from tpllm.channel.progress import STACK_SIGNAL, Board
+from tpllm.supervision.child import kernel_state
 
 ANSWER_S = 1.0  # the handler in C writes the stacks within milliseconds, if it runs at all
 _POLL_S = 0.01
@@ -23,7 +23,6 @@ _STATES = {
     "t": "stopped by a debugger",
 }
 _ENDED = "ended"
-_PF_EXITING = 4  # a flag of a process, see proc_pid_stat(5)
 
 
 @dataclass(frozen=True)
@@ -69,12 +68,19 @@ class RankState:
 
 
 def examine(
-    pids: Sequence[int], phases: Sequence[str], board: Board, stack_fds: Sequence[int]
+    ranks: range,
+    pids: Sequence[int],
+    phases: Sequence[str],
+    board: Board,
+    stack_fds: Sequence[int],
 ) -> list[RankState]:
-    """Return the state of every rank with its stacks. Stopped ranks are continued to write them.
+    """Return the state of this host's ranks. Stopped ones are continued to write their stacks.
 
     Call it only for workers that are killed afterwards: the signal ends a worker that has not
     installed its handler yet.
+
+    Args:
+        phases: the phase that each rank of the engine reported last; all else is of `ranks` only
     """
     states = [_state(pid) for pid in pids]
     for pid, state in zip(pids, states, strict=True):
@@ -86,14 +92,14 @@ def examine(
     return [
         RankState(
             rank,
-            pids[rank],
+            pids[i],
             phases[rank],
-            board.begun(rank),
-            board.launched(rank),
-            states[rank],
-            read_stacks(stack_fds[rank]),
+            board.begun(i),
+            board.launched(i),
+            states[i],
+            read_stacks(stack_fds[i]),
         )
-        for rank in range(len(pids))
+        for i, rank in enumerate(ranks)
     ]
 
 
@@ -123,12 +129,6 @@ def read_stacks(fd: int) -> str:
     return os.pread(fd, os.fstat(fd).st_size, 0).decode(errors="replace").strip()
 
 
-def is_ending(pid: int) -> bool:
-    """Whether the kernel is ending the process, whose exit code is known only afterwards."""
-    letter, flags = _stat(pid)
-    return letter == "Z" or bool(flags & _PF_EXITING)
-
-
 def _wait_for_stacks(pids: Sequence[int], fds: Sequence[int]) -> None:
     """Return when every rank has written its stacks or has ended, at the latest after ANSWER_S."""
     deadline = time.monotonic() + ANSWER_S
@@ -142,21 +142,6 @@ def _wait_for_stacks(pids: Sequence[int], fds: Sequence[int]) -> None:
         time.sleep(_POLL_S)
 
 
-def is_stopped(pid: int) -> bool:
-    """Whether a signal has stopped a process. A process that a debugger stops does not count."""
-    return _stat(pid)[0] == "T"
-
-
 def _state(pid: int) -> str:
-    letter, _ = _stat(pid)
+    letter, _ = kernel_state(pid)
     return _ENDED if letter in "ZX" else _STATES.get(letter, f"in state {letter}")
-
-
-def _stat(pid: int) -> tuple[str, int]:
-    """Return the kernel's letter for a process's state, "X" if it has ended, and its flags."""
-    try:
-        text = Path(f"/proc/{pid}/stat").read_text()
-    except OSError:
-        return "X", 0
-    fields = text.rpartition(") ")[2].split()
-    return fields[0], int(fields[6])

@@ -2,25 +2,19 @@
 
 import os
 import socket
-import sys
-import weakref
 from collections.abc import Callable
 
-from tpllm.channel.child_process import write_spec
 from tpllm.config.engine_config import EngineConfig
 from tpllm.errors import WorkerError
 from tpllm.supervision import messages
-from tpllm.supervision.child import Child
 from tpllm.supervision.connection import Connection, Message
-from tpllm.supervision.diagnosis import is_stopped
 from tpllm.supervision.interrupts import Interrupts
 from tpllm.supervision.launcher import CLOSE_TIMEOUT_S
 from tpllm.supervision.processes import (
     ChildProcesses,
     child_environment,
-    fill_standard_descriptors,
     how_it_ended,
-    stderr_or_null,
+    open_output,
 )
 
 MODULE = "tpllm.supervision.engine_process"
@@ -47,17 +41,12 @@ class EngineClient:
         self._silent_s = 0.0
         self._stopped_s = 0.0
         self._processes = ChildProcesses(os.getpid())
-        # runs at garbage collection and at the interpreter's exit, whichever comes first
-        self._finalizer = weakref.finalize(self, self._processes.release)
-        try:
+        with self._processes.released_with(self):
             with Interrupts():  # an interrupt between creating and recording a resource leaks it
                 self._start(config)
             ready = self._wait_until_ready(on_phase)
             self.worker_pids = ready["worker_pids"]
             self.max_total_tokens: int = ready["max_total_tokens"]
-        except BaseException:
-            self._processes.release()
-            raise
 
     def _wait_until_ready(self, on_phase: Callable[[int, str], None] | None) -> Message:
         """Return the engine's "ready" message; pass on the phases that come before it."""
@@ -70,29 +59,20 @@ class EngineClient:
 
     def _start(self, config: EngineConfig) -> None:
         processes = self._processes
-        output = stderr_or_null()
-        processes.descriptors += fill_standard_descriptors()
+        output = open_output(processes)
         ours, theirs = socket.socketpair()
         self._connection = Connection(ours)
         processes.channels.append(self._connection)
         with theirs:
-            parent = os.pidfd_open(os.getpid())
-            processes.descriptors.append(parent)
+            parent = processes.keep(os.pidfd_open(os.getpid()))
             spec = {"config": config.to_json(), "parent": parent, "socket": theirs.fileno()}
-            spec_fd = write_spec(spec)
-            processes.descriptors.append(spec_fd)
-            command = [sys.executable, "-P", "-m", MODULE, str(spec_fd)]
-            inherited = (spec_fd, parent, theirs.fileno())
-            processes.spawn([(command, inherited)], child_environment(), output)
+            command = processes.command(MODULE, spec, (parent, theirs.fileno()))
+            (self._process,) = processes.spawn([command], child_environment(), output)
 
     @property
     def pid(self) -> int:
         """The process id of the engine, the parent of its workers."""
         return self._process.pid
-
-    @property
-    def _process(self) -> Child:
-        return self._processes.processes[0]
 
     @property
     def closed(self) -> bool:
@@ -142,7 +122,7 @@ class EngineClient:
         if self._silent_s == 0 and self.worker_pids:  # while it starts it reads no messages
             self.send({"type": "alive"})
         self._silent_s += _PING_AFTER_S
-        self._stopped_s = self._stopped_s + _PING_AFTER_S if is_stopped(self.pid) else 0.0
+        self._stopped_s = self._stopped_s + _PING_AFTER_S if self._process.is_stopped() else 0.0
         self._refuse_long_silence()
         return []
 

@@ -7,9 +7,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from tpllm.errors import WorkerError
-from tpllm.supervision.child import UNKNOWN_EXIT_CODE, Child
+from tpllm.supervision.child import UNKNOWN_EXIT_CODE
 from tpllm.supervision.crash_report import write_report
-from tpllm.supervision.diagnosis import RankState, is_ending, main_stack, rank_to_blame
+from tpllm.supervision.diagnosis import RankState, main_stack, rank_to_blame
+from tpllm.supervision.host import Worker
 from tpllm.supervision.inbox import ErrorReport, Inbox
 from tpllm.supervision.processes import how_it_ended, signal_name
 from tpllm.supervision.watch import Watch
@@ -45,7 +46,7 @@ class Failure:
         )
 
 
-def wait_for_exits(processes: Sequence[Child], inbox: Inbox) -> dict[int, int]:
+def wait_for_exits(workers: Sequence[Worker], inbox: Inbox) -> dict[int, int]:
     """Wait for ranks that end without an error report, since their end is the cause of a failure.
 
     Their peers may report errors first, before the end of such a rank is known.
@@ -55,14 +56,12 @@ def wait_for_exits(processes: Sequence[Child], inbox: Inbox) -> dict[int, int]:
     """
     begin = time.monotonic()
     while True:
-        codes = [process.poll() for process in processes]
+        codes = [worker.poll() for worker in workers]
         inbox.collect()  # a worker sends its error report before it ends
         reporting = {report.rank for report in inbox.error_reports}
         others = {rank: code for rank, code in enumerate(codes) if rank not in reporting}
         exit_codes = {rank: code for rank, code in others.items() if code is not None}
-        ending = any(
-            code is None and is_ending(processes[rank].pid) for rank, code in others.items()
-        )
+        ending = any(code is None and workers[rank].is_ending() for rank, code in others.items())
         only_aborts = all(map(_is_abort, exit_codes.values()))
         if exit_codes and (not only_aborts or (reporting and not ending)):
             return exit_codes

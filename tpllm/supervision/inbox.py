@@ -2,11 +2,12 @@
 
 import json
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from tpllm.channel.ring import Record, RingReader
+from tpllm.channel.ring import Record
 from tpllm.channel.step_plan import CONTROL
+from tpllm.supervision.host import Reader
 
 
 class ErrorReport(NamedTuple):
@@ -19,17 +20,19 @@ class ErrorReport(NamedTuple):
 
 
 class Inbox:
-    """Receives what comes through the ring of each rank.
+    """Receives what the ranks send.
 
     Attributes:
-        readers: the readers of these rings, in rank order
+        readers: what each rank sends, in rank order
         phases: the phase that each rank reported last
         error_reports: the failures that ranks have reported
     """
 
-    def __init__(self, world_size: int, on_phase: Callable[[int, str], None] | None) -> None:
-        self.readers: list[RingReader] = []
-        self.phases = ["starting"] * world_size
+    def __init__(
+        self, readers: Sequence[Reader], on_phase: Callable[[int, str], None] | None
+    ) -> None:
+        self.readers = readers
+        self.phases = ["starting"] * len(readers)
         self.error_reports: list[ErrorReport] = []
         self._on_phase = on_phase
         self._records: deque[tuple[int, Record]] = deque()

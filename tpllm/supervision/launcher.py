@@ -1,68 +1,44 @@
-"""Starts the workers, one process per rank, watches them, and ends all of them.
+"""Starts the workers of an engine, exchanges records with them, and ends all of them together.
 
-A worker is `python -m tpllm.worker`. A fresh interpreter needs neither torchrun nor a main guard,
-and works from a notebook or a script on standard input. A worker inherits its ring descriptors and
-a pidfd of this process, and reads everything else from an anonymous file. However this process
-ends, the kernel kills the workers. However a worker ends, this process is woken by the worker's
-pidfd. If no process ends and no message comes, a deadline passes.
+The workers run on one host or several, which all look the same from here (`host.Host`). If a worker
+ends, its host says so; if no process ends and no message comes, a deadline passes.
 """
 
 import json
 import os
-import secrets
 import select
-import sys
-import tempfile
-import weakref
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from pathlib import Path
 from typing import Any, NoReturn
 
-from tpllm.channel.child_process import write_spec
-from tpllm.channel.progress import Board, create_board
-from tpllm.channel.ring import (
-    Buffer,
-    Record,
-    RingReader,
-    RingWriter,
-    create_ring,
-    wait_readable,
-)
-from tpllm.channel.step_plan import CONTROL, RESULT, PlanLimits
-from tpllm.config.resources import refuse_too_few_descriptors, refuse_too_little_room
+from tpllm.channel.ring import Buffer, Record, wait_readable
+from tpllm.channel.step_plan import CONTROL, RESULT
 from tpllm.errors import SettingError
-from tpllm.supervision.diagnosis import RankState, examine
+from tpllm.supervision.diagnosis import RankState
 from tpllm.supervision.failure import Failure, failure_of_exits, failure_of_hang, wait_for_exits
+from tpllm.supervision.host import Host, Launch
 from tpllm.supervision.inbox import Inbox
 from tpllm.supervision.interrupts import Interrupts
-from tpllm.supervision.processes import (
-    ChildProcesses,
-    Command,
-    child_environment,
-    fill_standard_descriptors,
-    stderr_or_null,
-)
+from tpllm.supervision.local_host import start_local_host
+from tpllm.supervision.processes import ChildProcesses
 from tpllm.supervision.watch import Timeouts, Watch
 
-CONTROL_BYTES = 1 << 16  # room for any control record; the worker truncates longer tracebacks
 CLOSE_TIMEOUT_S = 3.0
-_NUM_SLOTS = 8
+
+StartHosts = Callable[[Launch, ChildProcesses], Sequence[Host]]
 
 
 class WorkerGroup:
-    """The worker processes of one engine and the rings between them and the coordinator.
+    """The workers of one engine, on all of its hosts: a `tpllm.engine.transport.Transport`.
 
-    One ring carries plans and control records to all workers. Each worker replies on its own ring,
-    on which rank 0 also sends the results of steps.
+    Plans and control records go to all workers. Each worker replies, and rank 0 also sends the
+    results of steps.
 
     Args:
-        world_size: number of workers.
-        limits: the size of the largest step, which sets the size of the rings.
-        settings: plain data that every worker receives at its start, as JSON.
-        timeouts: how long the workers may be silent before they are killed.
-        module: the module that a worker runs; tests pass another one.
-        on_phase: called with `(rank, phase)` for each phase that a worker reports while it starts.
+        launch: what the workers are started with
+        timeouts: how long the workers may be silent before they are killed
+        on_phase: called with `(rank, phase)` for each phase that a worker reports while it starts
+        start_hosts: starts all ranks and returns their hosts in rank order
 
     Raises:
         WorkerError: any method raises it when a worker has failed; all processes have ended then.
@@ -73,86 +49,24 @@ class WorkerGroup:
 
     def __init__(
         self,
-        world_size: int,
-        limits: PlanLimits,
-        settings: dict[str, Any],
+        launch: Launch,
         timeouts: Timeouts,
-        module: str = "tpllm.worker",
         on_phase: Callable[[int, str], None] | None = None,
+        start_hosts: StartHosts = start_local_host,
     ) -> None:
-        self.world_size = world_size
-        self._settings = settings
-        self._inbox = Inbox(world_size, on_phase)
+        self.world_size = launch.world_size
+        self._settings = launch.settings
         self._processes = ChildProcesses(os.getpid())
-        # runs at garbage collection and at the interpreter's exit, whichever comes first
-        self._finalizer = weakref.finalize(self, self._processes.release)
-        try:
-            with Interrupts():  # an interrupt between creating and recording a resource leaks it
-                self._start(limits, timeouts, module)
-        except BaseException:
-            self._processes.release()
-            raise
-
-    def _start(self, limits: PlanLimits, timeouts: Timeouts, module: str) -> None:
-        plan_bytes = max(limits.plan_bytes, limits.masks_bytes, CONTROL_BYTES)
-        reply_bytes = max(limits.result_bytes, CONTROL_BYTES)
-        output = stderr_or_null()
-        refuse_too_few_descriptors(self.world_size)
-        self._processes.descriptors += fill_standard_descriptors()
-        plans = create_ring(self.world_size, _NUM_SLOTS, plan_bytes)
-        self._processes.descriptors += plans.all()
-        self._writer = RingWriter(plans)
-        self._processes.channels.append(self._writer)
-        refuse_too_little_room(tempfile.gettempdir())
-        # only an unpredictable name: the workers create the directory, after the start of the guard
-        # that removes it even if this process is killed
-        directory = Path(tempfile.gettempdir()) / f"tpllm-{secrets.token_hex(8)}"
-        self._processes.directory = directory
-        self._stack_fds: list[int] = []
-        coordinator = self._keep(os.pidfd_open(os.getpid()))
-        board = self._keep(create_board(self.world_size))
-        self._board = Board(board)
-        self._processes.channels.append(self._board)
-        lifeline = os.pipe()
-        self._processes.descriptors += lifeline
-        commands: list[Command] = []
-        for rank in range(self.world_size):
-            replies = create_ring(1, _NUM_SLOTS, reply_bytes)
-            self._processes.descriptors += replies.all()
-            self._inbox.readers.append(RingReader(replies, 0))
-            self._processes.channels.append(self._inbox.readers[rank])
-            stacks = self._keep(os.memfd_create("tpllm-stacks", os.MFD_CLOEXEC))
-            self._stack_fds.append(stacks)
-            spec = {
-                "rank": rank,
-                "world_size": self.world_size,
-                "coordinator": coordinator,
-                "lifeline": lifeline[1],
-                "board": board,
-                "stacks": stacks,
-                "directory": str(directory),
-                "plans": plans.all(),
-                "replies": replies.all(),
-                "settings": self._settings,
-            }
-            spec_fd = self._keep(write_spec(spec))
-            inherited = (spec_fd, coordinator, lifeline[1], board, stacks, *plans.all())
-            inherited += replies.all()
-            commands.append(([sys.executable, "-P", "-m", module, str(spec_fd)], inherited))
-        self._processes.spawn(commands, child_environment(directory), output, lifeline[0])
-        for fd in lifeline:  # from now on only the workers hold its writing end
-            self._processes.descriptors.remove(fd)
-            os.close(fd)
-        self._poll = select.poll()
-        self._pidfds = {self._keep(os.pidfd_open(pid)) for pid in self.pids}
-        for fd in (*self._pidfds, *(reader.fileno() for reader in self._inbox.readers)):
-            self._poll.register(fd, select.POLLIN)
-        self.watch = Watch(timeouts, self._board)
-
-    def _keep(self, fd: int) -> int:
-        """Record a descriptor that has to be closed, and return it."""
-        self._processes.descriptors.append(fd)
-        return fd
+        # an interrupt between creating and recording a resource leaks it
+        with self._processes.released_with(self), Interrupts():
+            hosts = self._hosts = start_hosts(launch, self._processes)
+            self._workers = [worker for host in hosts for worker in host.workers]
+            self._inbox = Inbox([reader for host in hosts for reader in host.replies], on_phase)
+            self._ends = {fd for host in hosts for fd in host.ends}
+            self._poll = select.poll()
+            for fd in (*self._ends, *(reader.fileno() for reader in self._inbox.readers)):
+                self._poll.register(fd, select.POLLIN)
+            self.watch = Watch(timeouts, lambda: sum(host.beats() for host in hosts))
 
     @property
     def phases(self) -> list[str]:
@@ -162,7 +76,7 @@ class WorkerGroup:
     @property
     def pids(self) -> list[int]:
         """The process id of each rank's worker."""
-        return [process.pid for process in self._processes.processes]
+        return [worker.pid for worker in self._workers]
 
     # ---- messages ----------------------------------------------------------------------------
 
@@ -170,13 +84,14 @@ class WorkerGroup:
         """Broadcast one record to every worker."""
         with self._processes.use():
             self.watch.note_sending(step)
-            while not self._writer.try_send(kind, buffers):
-                self._processes.refuse_if_ending()
-                if self._some_worker_ended(0.0):
-                    self._fail_with_cause()
-                if self.watch.remaining_s() <= 0:
-                    self._fail_hung("took a record")
-                wait_readable(self._writer.fileno(), 0.1)
+            for host in self._hosts:
+                while not host.plans.try_send(kind, buffers):
+                    self._processes.refuse_if_ending()
+                    if self._some_worker_ended(0.0):
+                        self._fail_with_cause()
+                    if self.watch.remaining_s() <= 0:
+                        self._fail_hung("took a record")
+                    wait_readable(host.plans.fileno(), 0.1)
 
     def send_control(self, message: dict[str, Any]) -> None:
         self.send(CONTROL, [json.dumps(message).encode()])
@@ -221,7 +136,7 @@ class WorkerGroup:
             try:
                 while (ready := self._wait_for_events(timeout_s=None)).isdisjoint(fds):
                     self._collect()  # a worker sends its error report before it ends
-                    if self._inbox.error_reports or ready & self._pidfds:
+                    if self._inbox.error_reports or ready & self._ends:
                         self._fail_with_cause()
             finally:
                 for fd in fds:
@@ -234,10 +149,8 @@ class WorkerGroup:
     def health(self) -> list[dict[str, Any]]:
         """Return rank, pid, last phase and whether the process is alive, for each rank."""
         return [
-            {"rank": rank, "pid": process.pid, "phase": phase, "alive": process.poll() is None}
-            for rank, (process, phase) in enumerate(
-                zip(self._processes.processes, self.phases, strict=True)
-            )
+            {"rank": rank, "pid": worker.pid, "phase": phase, "alive": worker.poll() is None}
+            for rank, (worker, phase) in enumerate(zip(self._workers, self.phases, strict=True))
         ]
 
     # ---- ending ------------------------------------------------------------------------------
@@ -251,9 +164,10 @@ class WorkerGroup:
         if self.closed or os.getpid() != self._processes.owner_pid:
             return
         is_sent = False
-        # RuntimeError: another thread uses the ring and waits for a step, so the workers are killed
+        shutdown = json.dumps({"type": "shutdown"}).encode()
+        # RuntimeError: another thread uses the hosts and waits for a step: the workers are killed
         with suppress(RuntimeError), self._processes.use():
-            is_sent = self._writer.try_send(CONTROL, [json.dumps({"type": "shutdown"}).encode()])
+            is_sent = all([host.plans.try_send(CONTROL, [shutdown]) for host in self._hosts])
         self._processes.release(CLOSE_TIMEOUT_S if is_sent else 0.0)
 
     def kill(self) -> None:
@@ -266,7 +180,7 @@ class WorkerGroup:
         Raises:
             RuntimeError: the group is closed.
         """
-        return not self._pidfds.isdisjoint(self._wait_for_events(timeout_s))
+        return not self._ends.isdisjoint(self._wait_for_events(timeout_s))
 
     def _wait_for_events(self, timeout_s: float | None) -> set[int]:
         events = self._poll.poll(None if timeout_s is None else timeout_s * 1e3)
@@ -277,7 +191,7 @@ class WorkerGroup:
 
     def _fail_with_cause(self) -> NoReturn:
         """Wait a moment for the rank that failed first, kill all workers and raise its error."""
-        exit_codes = wait_for_exits(self._processes.processes, self._inbox)
+        exit_codes = wait_for_exits(self._workers, self._inbox)
         self._processes.refuse_if_ending()
         error_reports = self._inbox.error_reports
         if not exit_codes and error_reports and min(error_reports).is_setting:
@@ -292,7 +206,7 @@ class WorkerGroup:
         self._fail(ranks, failure_of_hang(ranks, self.watch, expected))
 
     def _examine(self) -> list[RankState]:
-        return examine(self.pids, self.phases, self._board, self._stack_fds)
+        return [state for host in self._hosts for state in host.examine(self.phases)]
 
     def _fail(self, ranks: list[RankState], failure: Failure) -> NoReturn:
         self.kill()

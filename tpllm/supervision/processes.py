@@ -10,12 +10,14 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
+from tpllm.channel.child_process import write_spec
 from tpllm.supervision import guard
 from tpllm.supervision.child import UNKNOWN_EXIT_CODE, Child
 from tpllm.supervision.interrupts import Interrupts
@@ -51,6 +53,30 @@ class ChildProcesses:
     # held to start a process and to end them all, so that none is started after the end
     lock: threading.RLock = field(default_factory=threading.RLock)
     _in_use: threading.Lock = field(default_factory=threading.Lock)
+
+    @contextmanager
+    def released_with(self, owner: object) -> Iterator[None]:
+        """Start `owner`: release everything if the `with` block fails.
+
+        Later this happens at the collection of `owner` or at the interpreter's exit, whichever
+        comes first.
+        """
+        weakref.finalize(owner, self.release)
+        try:
+            yield
+        except BaseException:
+            self.release()
+            raise
+
+    def keep(self, fd: int) -> int:
+        """Record a descriptor that has to be closed, and return it."""
+        self.descriptors.append(fd)
+        return fd
+
+    def command(self, module: str, spec: dict[str, Any], inherited: Sequence[int]) -> Command:
+        """Return the command `python -m MODULE FD`; FD is a file with `spec` as JSON."""
+        fd = self.keep(write_spec(spec))
+        return [sys.executable, "-P", "-m", module, str(fd)], (fd, *inherited)
 
     def release(self, timeout_s: float = 0.0) -> None:
         """Wait `timeout_s` for the processes to end, kill the others and release everything.
@@ -88,7 +114,7 @@ class ChildProcesses:
         environment: dict[str, str],
         output: int,
         lifeline: int | None = None,
-    ) -> None:
+    ) -> list[Child]:
         """Start processes from a thread that lives as long as they do.
 
         The kernel sends a child its parent-death signal when the thread that started it ends, not
@@ -97,7 +123,11 @@ class ChildProcesses:
         Args:
             lifeline: reading end of a pipe whose writing end the processes hold, for the guard of
                 the directory, which is started first; None for no guard
+
+        Returns:
+            the processes; fewer than `commands` if `release` was called meanwhile
         """
+        children: list[Child] = []
         started = threading.Event()
         failure: list[BaseException] = []
 
@@ -113,6 +143,7 @@ class ChildProcesses:
                         if self.ending:
                             break
                         self.processes.append(_start(command, environment, output))
+                        children.append(self.processes[-1])
             except BaseException as error:
                 failure.append(error)
             started.set()
@@ -122,6 +153,7 @@ class ChildProcesses:
         started.wait()
         if failure:
             raise failure[0]
+        return children
 
     @contextmanager
     def use(self) -> Iterator[None]:
@@ -216,22 +248,18 @@ def signal_name(number: int) -> str:
         return f"signal {number}"
 
 
-def stderr_or_null() -> int:
-    """Return where workers write: to stderr, so that it does not mix with the caller's output."""
+def open_output(processes: ChildProcesses) -> int:
+    """Return where children write: to stderr, so that it does not mix with the caller's output.
+
+    Those descriptors of 0, 1 and 2 that are closed, as in a daemon, are opened first. If a ring got
+    such a number, the workers' standard streams would replace it.
+    """
     try:
         os.fstat(2)
+        output = 2
     except OSError:
-        return subprocess.DEVNULL
-    return 2
-
-
-def fill_standard_descriptors() -> list[int]:
-    """Open those descriptors of 0, 1 and 2 that are closed, as in a daemon, and return them.
-
-    If a ring got such a number, the workers' standard streams would replace it.
-    """
-    opened = []
+        output = subprocess.DEVNULL
     while (fd := os.open(os.devnull, os.O_RDWR)) <= 2:
-        opened.append(fd)
+        processes.descriptors.append(fd)
     os.close(fd)
-    return opened
+    return output

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from tpllm.config.engine_config import EngineConfig
 from tpllm.engine.coordinator import Coordinator
 from tpllm.engine.grammars import Grammars, read_tokenizer
+from tpllm.supervision.host import Launch
 from tpllm.supervision.launcher import WorkerGroup
 from tpllm.supervision.trial import Trials
 from tpllm.supervision.watch import Timeouts
@@ -29,12 +30,10 @@ def start_engine(
         SettingError: the settings leave no room for a KV cache.
         WorkerError: a worker failed to start; all processes of the engine have ended.
     """
+    settings = {"config": config.to_json()}
     workers = WorkerGroup(
-        config.tensor_parallel_size,
-        config.plan_limits,
-        {"config": config.to_json()},
+        Launch(config.tensor_parallel_size, config.plan_limits, settings, module),
         Timeouts(config.start_timeout_s, config.step_timeout_s),
-        module,
         on_phase,
     )
     return Coordinator(config, workers, grammars or engine_grammars(config))

@@ -10,13 +10,10 @@ import json
 import os
 import signal
 import socket
-import sys
 import threading
-import weakref
 from contextlib import suppress
 from typing import Any, NoReturn
 
-from tpllm.channel.child_process import write_spec
 from tpllm.channel.ring import wait_readable
 from tpllm.config.engine_config import EngineConfig
 from tpllm.structured_outputs import StructuredOutputsParams
@@ -112,14 +109,10 @@ class _Child:
 
     def __init__(self, config: EngineConfig, module: str) -> None:
         self._processes = ChildProcesses(os.getpid())
-        self._finalizer = weakref.finalize(self, self._processes.release)
-        try:
+        with self._processes.released_with(self):
             with Interrupts():  # an interrupt between creating and recording a resource leaks it
                 self._start(config, module)
             self._wait_until_ready()
-        except BaseException:
-            self._processes.release()
-            raise
 
     def _wait_until_ready(self) -> None:
         try:
@@ -136,9 +129,9 @@ class _Child:
         self._socket = ours
         processes.channels.append(ours)
         with theirs:
-            parent = os.pidfd_open(os.getpid())
+            parent = processes.keep(os.pidfd_open(os.getpid()))
             # output of native code about a crash must not reach the user's terminal
-            silence = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
+            silence = processes.keep(os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC))
             spec = {
                 "config": config.to_json(),
                 "parent": parent,
@@ -146,11 +139,8 @@ class _Child:
                 "cpu_s": CPU_S,
                 "memory_bytes": MEMORY_BYTES,
             }
-            spec_fd = write_spec(spec)
-            processes.descriptors += [parent, silence, spec_fd]
-            command = [sys.executable, "-P", "-m", module, str(spec_fd)]
-            inherited = (spec_fd, parent, theirs.fileno())
-            processes.spawn([(command, inherited)], child_environment(), silence)
+            command = processes.command(module, spec, (parent, theirs.fileno()))
+            (self._process,) = processes.spawn([command], child_environment(), silence)
 
     def try_grammar(self, params: dict[str, Any]) -> str | None:
         """Return why the grammar cannot be used, or None if it can.
@@ -184,7 +174,7 @@ class _Child:
     def _raise_end(self) -> NoReturn:
         self._processes.refuse_if_ending()
         self._processes.release(_GRACE_S)
-        code = self._processes.processes[0].poll()
+        code = self._process.poll()
         assert code is not None, "it has been released"
         if code == -signal.SIGKILL:
             raise _KilledError("it was killed")

@@ -2,9 +2,8 @@
 
 import time
 from collections import deque
+from collections.abc import Callable
 from typing import NamedTuple
-
-from tpllm.channel.progress import Board
 
 # These steps may take as long as a phase of the start: they compile kernels and load libraries.
 NUM_FIRST_STEPS = 16
@@ -21,14 +20,17 @@ class Timeouts(NamedTuple):
 class Watch:
     """Records what is sent to the workers and what comes back, and computes the deadline.
 
+    Args:
+        beats: returns a counter that grows while a rank makes progress
+
     Attributes:
         step: the last step sent, -1 before the first
     """
 
-    def __init__(self, timeouts: Timeouts, board: Board) -> None:
+    def __init__(self, timeouts: Timeouts, beats: Callable[[], int]) -> None:
         self.timeouts = timeouts
         self.step = -1
-        self._board = board
+        self._count_beats = beats
         self._sent: deque[tuple[int, float]] = deque()  # steps in flight, and their time of sending
         self._ended: deque[str] = deque(maxlen=_NUM_STEPS_REPORTED)  # lines about the last steps
         self._num_results = 0
@@ -38,7 +40,7 @@ class Watch:
         """Restart the deadline: something came from the workers, or was sent to idle workers."""
         self._active_at = time.monotonic()
         if self._is_starting:
-            self._beats = self._board.beats()
+            self._beats = self._count_beats()
 
     def note_sending(self, step: int | None) -> None:
         """Record that a record is about to be sent, and its number if it is a step."""
@@ -80,7 +82,7 @@ class Watch:
     def remaining_s(self) -> float:
         """Return the seconds of silence that are left before the workers count as hung."""
         left_s = self._active_at + self.timeout_s - time.monotonic()
-        if left_s <= 0 and self._is_starting and self._board.beats() != self._beats:
+        if left_s <= 0 and self._is_starting and self._count_beats() != self._beats:
             self.note_activity()  # silent, but making progress with loading
             return self.timeout_s
         return left_s

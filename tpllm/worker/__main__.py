@@ -32,7 +32,7 @@ def serve(spec: Spec, plans: RingReader, replies: Replies) -> None:
     os.environ.setdefault("GOMP_SPINCOUNT", "5000")
     from tpllm.worker.worker import Worker
 
-    progress = Progress(spec["board"], spec["rank"])
+    progress = Progress(spec["board"], spec["local_rank"])
     Worker(spec, plans, replies, progress).run()
 
 
@@ -45,7 +45,7 @@ def main(serve: Serve = serve) -> NoReturn:
     exit_code = 1
     try:
         replies = Replies(RingWriter(RingDescriptors.from_list(spec["replies"])))
-        plans = RingReader(RingDescriptors.from_list(spec["plans"]), spec["rank"])
+        plans = RingReader(RingDescriptors.from_list(spec["plans"]), spec["local_rank"])
         exit_code = _serve_and_report(serve, spec, plans, replies)
     except BaseException:
         traceback.print_exc()  # no channel to report it through

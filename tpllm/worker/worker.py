@@ -57,7 +57,7 @@ class Worker:
         self._replies = replies
         self._progress = progress
         config = self._config = EngineConfig.from_json(spec["settings"]["config"])
-        device = self._device = _take_device(config, rank, world_size)
+        device = self._device = _take_device(config, spec["device"], spec["local_world_size"])
         on_gpu = device.type == "cuda"
         self._dtype: torch.dtype = getattr(torch, config.dtype)
         free_at_start = torch.cuda.mem_get_info()[0] if on_gpu else 0
@@ -67,7 +67,8 @@ class Worker:
         store = str(Path(spec["directory"]) / "rendezvous")
         # longer than the coordinator's timeouts, because its error reports where every rank is
         timeout_s = 2 * max(config.start_timeout_s, config.step_timeout_s)
-        self._tp = TPGroup.connect(rank, world_size, device, store, timeout_s)
+        one_host = spec["local_world_size"] == world_size
+        self._tp = TPGroup.connect(rank, world_size, device, store, timeout_s, one_host=one_host)
         if not config.disable_custom_all_reduce:
             self._tp = _with_peer_memory(self._tp, config, self._dtype)
 
@@ -248,12 +249,15 @@ def _with_peer_memory(tp: TPGroup, config: EngineConfig, dtype: torch.dtype) -> 
     return with_streams if copy_streams_work(with_streams) else with_peers
 
 
-def _take_device(config: EngineConfig, rank: int, world_size: int) -> torch.device:
-    """Return the rank's device after making it the current one."""
+def _take_device(config: EngineConfig, index: int, local_world_size: int) -> torch.device:
+    """Return the rank's device after making it the current one: GPU `index`, or a share of the CPU.
+
+    The ranks of this host divide its CPU cores.
+    """
     torch.set_float32_matmul_precision("highest")  # float32 means float32: no TF32
     if config.device == "cuda":
-        device = torch.device("cuda", rank)
+        device = torch.device("cuda", index)
         torch.cuda.set_device(device)
         return device
-    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // world_size))
+    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_world_size))
     return torch.device("cpu")
