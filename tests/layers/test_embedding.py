@@ -8,7 +8,7 @@ from torch import Tensor
 from tests.ranks import run_ranks
 from tpllm.layers.context import LayerContext
 from tpllm.layers.embedding import ParallelLMHead, VocabParallelEmbedding
-from tpllm.parallel.collectives import all_gather
+from tpllm.parallel.collectives import all_gather, all_reduce
 from tpllm.parallel.group import TPGroup
 
 E = 6
@@ -37,8 +37,8 @@ def sharded_vocabulary_equals_whole_table(tp: TPGroup) -> None:
             layer.load(weights, "table")
 
         ids = torch.arange(vocab_size, dtype=torch.int32).flip(0)
-        assert torch.equal(embedding(ids), weights.table.flip(0))
-        assert torch.equal(embedding(ids[:1]), weights.table[-1:])
+        assert torch.equal(all_reduce(embedding(ids), tp), weights.table.flip(0))
+        assert torch.equal(all_reduce(embedding(ids[:1]), tp), weights.table[-1:])
 
         hidden = torch.randn(3, E, generator=torch.Generator().manual_seed(1))
         local_logits = lm_head(hidden)

@@ -125,11 +125,12 @@ def int32(values: list[int] | list[list[int]]) -> Tensor:
     return torch.tensor(values, dtype=torch.int32)
 
 
-def make_model(config: ModelConfig, tp: TPGroup) -> Qwen3ForCausalLM:
-    model = model_class(config.architecture)(config, LayerContext(tp, torch.float32), MAX_POSITIONS)
+def make_model(config: ModelConfig, context: LayerContext) -> Qwen3ForCausalLM:
+    model = model_class(config.architecture)(config, context, MAX_POSITIONS)
     assert isinstance(model, Qwen3ForCausalLM)
     for parameter in model.parameters():
-        parameter.fill_(torch.nan)  # so that a weight that is not loaded shows
+        if parameter.is_floating_point():
+            parameter.fill_(torch.nan)  # so that a weight that is not loaded shows
     return model
 
 
@@ -162,7 +163,7 @@ def run_steps(model: Qwen3ForCausalLM, sequences: list[Tensor], tp: TPGroup) -> 
 def logits_equal_transformers(tp: TPGroup, folders: list[Path]) -> None:
     for folder in folders:
         config = ModelConfig.from_folder(folder)
-        model = make_model(config, tp)
+        model = make_model(config, LayerContext(tp, torch.float32))
         model.load(SafetensorsWeights(folder))
         saved = torch.load(folder / "expected.pt")
         found = run_steps(model, saved["sequences"], tp)
@@ -254,7 +255,9 @@ def test_three_kv_heads_on_three_ranks(checkpoints: dict[str, Path]) -> None:
 def test_a_tied_model_keeps_one_copy_of_the_table(checkpoints: dict[str, Path]) -> None:
     tp = TPGroup.single(torch.device("cpu"))
     for name, tied in [("untied", False), ("tied", True)]:
-        model = make_model(ModelConfig.from_folder(checkpoints[name]), tp)
+        model = make_model(
+            ModelConfig.from_folder(checkpoints[name]), LayerContext(tp, torch.float32)
+        )
         assert (model.lm_head.weight is model.model.embed_tokens.weight) == tied
 
 
@@ -262,6 +265,6 @@ def test_dummy_weights_fill_every_parameter(checkpoints: dict[str, Path]) -> Non
     for folder in checkpoints.values():
         config = ModelConfig.from_folder(folder)
         tp = TPGroup.single(torch.device("cpu"))
-        model = make_model(config, tp)
+        model = make_model(config, LayerContext(tp, torch.float32))
         model.load(DummyWeights(config.spec, tp.device, torch.float32))
         assert all(parameter.isfinite().all() for parameter in model.parameters())

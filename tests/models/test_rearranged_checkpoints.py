@@ -19,6 +19,7 @@ from tpllm.architectures.decoder import EMBEDDING, HEAD
 from tpllm.config.checkpoint import check_checkpoint
 from tpllm.config.checkpoint_files import INDEX_NAME, WEIGHTS_NAME
 from tpllm.config.model_config import ModelConfig
+from tpllm.layers.context import LayerContext
 from tpllm.models.checkpoint_weights import SafetensorsWeights
 from tpllm.parallel.group import TPGroup
 
@@ -157,7 +158,7 @@ def test_what_transformers_loads_we_load(rearrange, saved, tmp_path):
 
     tp = TPGroup.single(torch.device("cpu"))
     ours = check_checkpoint(tmp_path, ModelConfig.from_folder(tmp_path))
-    model = make_model(ours, tp)
+    model = make_model(ours, LayerContext(tp, torch.float32))
     model.load(SafetensorsWeights(tmp_path))
     found = run_steps(model, [sequence.int() for sequence in sequences], tp)
     for logits, right in zip(found, expected, strict=True):

@@ -12,8 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tpllm.layers.context import LayerContext
-from tpllm.layers.weights import WeightSource, empty_parameter, fill
-from tpllm.parallel.collectives import all_reduce
+from tpllm.layers.weights import WeightSource, fill
 
 
 class _VocabParallel(nn.Module):
@@ -26,7 +25,7 @@ class _VocabParallel(nn.Module):
         self.vocab_size = vocab_size
         self.local_vocab_size = -(-vocab_size // tp.size)
         self.vocab_start = tp.rank * self.local_vocab_size
-        self.weight = empty_parameter(self.local_vocab_size, hidden_size, context=context)
+        self.weight = context.parameter(self.local_vocab_size, hidden_size)
 
     def load(self, weights: WeightSource, name: str) -> None:
         """Read this rank's rows. With a small vocabulary, the last ranks may hold only padding."""
@@ -39,19 +38,15 @@ class _VocabParallel(nn.Module):
 
 
 class VocabParallelEmbedding(_VocabParallel):
-    """Token embedding: each rank looks up the ids it holds, and one all-reduce adds the results.
+    """Token embedding: each rank looks up the ids that it holds; the other ids give zeros.
 
     Shapes:
         input [N] int32, equal on every rank, 0 <= id < V
-        output [N, E], equal on every rank
+        output [N, E], this rank's partial sums, the input of an `AllReduceRMSNorm`
         weight [Vl, E], this rank's shard
     """
 
     def forward(self, input_ids: Tensor) -> Tensor:
-        return all_reduce(self.partial(input_ids), self.tp)
-
-    def partial(self, input_ids: Tensor) -> Tensor:
-        """Return this rank's partial sum [N, E]: the rows it holds, and zeros for the others."""
         if self.tp.size == 1:
             return F.embedding(input_ids, self.weight)
         ids = input_ids - self.vocab_start

@@ -9,7 +9,7 @@ import triton.language as tl
 from torch import Tensor, nn
 
 from tpllm.layers.context import LayerContext
-from tpllm.layers.weights import WeightSource, empty_parameter, fill
+from tpllm.layers.weights import WeightSource, fill
 
 
 def rms_norm_reference(
@@ -122,7 +122,7 @@ class RMSNorm(nn.Module):
     def __init__(self, hidden_size: int, eps: float, context: LayerContext) -> None:
         super().__init__()
         self.eps = eps
-        self.weight = empty_parameter(hidden_size, context=context)
+        self.weight = context.parameter(hidden_size)
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Return (normed, residual); the residual now holds the sum that was normed."""

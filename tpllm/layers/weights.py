@@ -7,10 +7,8 @@ reads 1 / tp.size of the sharded tensors from disk and never holds a whole one.
 
 from typing import Protocol
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from tpllm.layers.context import LayerContext
 from tpllm.parallel.group import TPGroup
 
 
@@ -27,12 +25,6 @@ class WeightSource(Protocol):
             ValueError: the source has no tensor of that name.
         """
         ...
-
-
-def empty_parameter(*shape: int, context: LayerContext) -> nn.Parameter:
-    """Return an uninitialised weight for `load` to fill. It has no gradient: nothing is trained."""
-    values = torch.empty(shape, dtype=context.dtype, device=context.tp.device)
-    return nn.Parameter(values, requires_grad=False)
 
 
 def fill(target: Tensor, source: Tensor, name: str) -> None:

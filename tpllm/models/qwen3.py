@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from tpllm.config.model_config import ModelConfig
+from tpllm.layers.activation import silu_and_mul
 from tpllm.layers.all_reduce.all_reduce_norm import AllReduceRMSNorm
 from tpllm.layers.attention.attention import Attention, KVCache
 from tpllm.layers.context import LayerContext
@@ -28,9 +29,8 @@ from tpllm.layers.linear.linear import (
     RowParallelLinear,
     kv_head_shard,
 )
-from tpllm.layers.linear.norm_linear import norm_linear
 from tpllm.layers.rotary import QKNormRope, rotary_cos_sin
-from tpllm.layers.weights import WeightSource, empty_parameter, fill
+from tpllm.layers.weights import WeightSource, fill
 from tpllm.models.micro_batch import MicroBatch
 
 # per micro-batch: the last block's output, partial sums [N, E], and the residual stream [N, E]
@@ -64,8 +64,8 @@ class Qwen3Attention(nn.Module):
             context,
             bias=config.attention_bias,
         )
-        self.q_norm = empty_parameter(config.head_dim, context=context)
-        self.k_norm = empty_parameter(config.head_dim, context=context)
+        self.q_norm = context.parameter(config.head_dim)
+        self.k_norm = context.parameter(config.head_dim)
         self.num_heads = self.qkv_proj.local_num_heads
         self.num_kv_heads = self.qkv_proj.local_num_kv_heads
         self.attention = Attention(
@@ -81,10 +81,12 @@ class Qwen3Attention(nn.Module):
         kv_cache: KVCache,
     ) -> tuple[Tensor, Tensor]:
         # [N, (H + 2K) * D]
-        qkv, residual = norm_linear(self.norm, self.qkv_proj, x, residual, batch.copy_stream)
+        qkv, residual = self.qkv_proj(
+            x, norm=self.norm, residual=residual, copy_stream=batch.copy_stream
+        )
         rope = QKNormRope(self.q_norm, self.k_norm, self.eps, batch.positions, cos_sin)
         x = self.attention(qkv, *kv_cache, batch.attention, rope)  # [N, H * D]
-        return self.o_proj.partial(x), residual  # [N, E]
+        return self.o_proj(x), residual  # [N, E]
 
     def load(self, weights: WeightSource, name: str) -> None:
         self.qkv_proj.load(weights, [f"{name}.{letter}_proj" for letter in "qkv"])
@@ -105,10 +107,14 @@ class Qwen3MLP(nn.Module):
         self.down_proj = RowParallelLinear(config.intermediate_size, config.hidden_size, context)
 
     def forward(self, x: Tensor, residual: Tensor, batch: MicroBatch) -> tuple[Tensor, Tensor]:
-        x, residual = norm_linear(
-            self.norm, self.gate_up_proj, x, residual, batch.copy_stream, swiglu=True
+        x, residual = self.gate_up_proj(
+            x,
+            norm=self.norm,
+            residual=residual,
+            activation=silu_and_mul,
+            copy_stream=batch.copy_stream,
         )  # [N, I]
-        return self.down_proj.partial(x), residual  # [N, E]
+        return self.down_proj(x), residual  # [N, E]
 
     def load(self, weights: WeightSource, name: str) -> None:
         self.gate_up_proj.load(weights, [f"{name}.gate_proj", f"{name}.up_proj"])
@@ -176,7 +182,7 @@ class Qwen3Model(nn.Module):
         states: States = []
         for batch in micro_batches:
             with batch.computing():
-                states.append((self.embed_tokens.partial(batch.input_ids), None))
+                states.append((self.embed_tokens(batch.input_ids), None))
         for layer, kv_cache in zip(self.layers, kv_caches, strict=True):
             states = layer(states, micro_batches, self.cos_sin, kv_cache)
         return [

@@ -28,7 +28,7 @@ from tpllm.layers.all_reduce.overlapped import reduce_and_norm
 from tpllm.layers.attention.attention import BACKENDS, Attention, AttentionBatch, make_backend
 from tpllm.layers.attention.split_schedule import SPLIT_WORDS, ContextSplit
 from tpllm.layers.context import LayerContext
-from tpllm.layers.linear.gemv import FusedOps, gemv
+from tpllm.layers.linear.gemv import gemv
 from tpllm.layers.linear.linear import kv_head_shard
 from tpllm.layers.norm import RMSNorm
 from tpllm.layers.rotary import QKNormRope
@@ -134,16 +134,12 @@ class Kernels:
             sizes.append(next(S for S in count(1) if not self.split.has_large_programs(S)))
             calls += [partial(self.attend, S) for S in sizes]
         if not config.disable_custom_matmul:
-            fusions = [FusedOps(), FusedOps(swiglu=True)]
+            fusions: list[dict[str, Any]] = [{}, {"swiglu": True}]
             if self.tp.size == 1:
-                norm, residual = (self.norm_weight(), 1e-6), self.new(1, self.model.hidden_size)
-                fusions = [
-                    FusedOps(),
-                    FusedOps(norm),
-                    FusedOps(norm, residual),
-                    FusedOps(norm, residual, swiglu=True),
-                ]
-            calls += [partial(self.gemv, fused) for fused in fusions]
+                norm = {"norm": (self.norm_weight(), 1e-6)}
+                added = {**norm, "residual": self.new(1, self.model.hidden_size)}
+                fusions = [{}, norm, added, {**added, "swiglu": True}]
+            calls += [partial(self.gemv, **fused) for fused in fusions]
         if not self.has_peer_memory:
             calls += [partial(self.norm, has_residual) for has_residual in (False, True)]
         calls += [self.find_thresholds, self.likeliest, self.rank_and_mass, self.drop_below]
@@ -174,9 +170,9 @@ class Kernels:
         rope = QKNormRope(self.new(D), self.new(D), 1e-6, nothing, cos_sin)
         attention(self.new(S, (H + 2 * K) * D), *caches, batch, rope)
 
-    def gemv(self, fused: FusedOps) -> None:
+    def gemv(self, **fused: Any) -> None:
         E = self.model.hidden_size
-        gemv(self.new(1, E), self.new(32, E), fused)
+        gemv(self.new(1, E), self.new(32, E), **fused)
 
     def norm(self, has_residual: bool) -> None:
         E = self.model.hidden_size

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tpllm.layers.linear.gemv import FusedOps, gemv_reference, gemv_triton
+from tpllm.layers.linear.gemv import gemv_reference, gemv_triton
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
@@ -44,7 +44,7 @@ def test_is_as_accurate_as_separate_steps(
     scales = random(K, device=device, dtype=dtype, seed=1) if with_norm else None
     residual = random(1, K, device=device, dtype=dtype, seed=2) if with_residual else None
     norm = None if scales is None else (scales, EPS)
-    y, total = apply(x, weight, fused=FusedOps(norm, residual, swiglu))
+    y, total = apply(x, weight, norm=norm, residual=residual, swiglu=swiglu)
     # the norm's input is the sum as it is stored, rounded
     stored = x if residual is None else x + random(1, K, device=device, dtype=dtype, seed=2)
     exact_scales = None if scales is None else scales.double()

@@ -63,7 +63,7 @@ def test_without_a_table_torch_computes_matmuls(device) -> None:
 def test_the_name_lists_what_computes_matmuls() -> None:
     assert plain_matmul.name == "torch"
     assert fast_matmul(torch.float32, torch.device("cpu")).name == "one row by our kernel, torch"
-    measured = Matmul({(16, 48, 32): ALGORITHM}, has_gemv=False)
+    measured = Matmul({(16, 48, 32): ALGORITHM})
     assert measured.name == "1 shapes by measured algorithms, torch"
 
 
@@ -73,7 +73,7 @@ def test_every_measured_matmul_is_as_accurate_as_torchs(assert_as_accurate) -> N
     table = load_table(torch.cuda.get_device_name())
     if not table:
         pytest.skip("no table for this GPU and this cuBLASLt")
-    tuned = Matmul(table, has_gemv=False)
+    tuned = Matmul(table)
     generator = torch.Generator(device).manual_seed(0)
     for M, N, K in table:
         x, weight = (
@@ -94,5 +94,5 @@ def test_torch_computes_what_an_algorithm_cannot() -> None:
     shape = (16, 48, 64)
     x, weight = torch.randn(16, 64, device="cuda"), torch.randn(48, 64, device="cuda")
     x, weight = x.bfloat16(), weight.bfloat16()
-    impossible = Matmul({shape: ALGORITHM._replace(tile=9999)}, has_gemv=False)
+    impossible = Matmul({shape: ALGORITHM._replace(tile=9999)})
     assert torch.equal(impossible(x, weight), x @ weight.t())

@@ -9,8 +9,6 @@ Roofline: the weight is read once, 2 * N * K bytes in half precision, at memory 
 `docs/benchmark-log.md` has the measured times.
 """
 
-from dataclasses import dataclass
-
 import torch
 import torch.nn.functional as F
 import triton
@@ -25,37 +23,21 @@ _BLOCK_N = 8  # weight rows of a program; with SwiGLU 4 gate rows and 4 up rows
 _BLOCK_K = 512  # columns of an iteration
 
 
-@dataclass(frozen=True)
-class FusedOps:
-    """Operations that are computed in the same kernel as a matmul. K in_features.
-
-    Attributes:
-        norm: weight [K] and epsilon of the RMSNorm before the matmul; None for no norm
-        residual: [1, K], only with `norm`: added to x before the norm, and not changed
-        swiglu: whether the result is `silu(gate) * up` of the two halves of the output
-    """
-
-    norm: tuple[Tensor, float] | None = None
-    residual: Tensor | None = None
-    swiglu: bool = False
-
-    def __post_init__(self) -> None:
-        assert self.residual is None or self.norm is not None
-
-
-NO_FUSED_OPS = FusedOps()
-
-
 def gemv_reference(
-    x: Tensor, weight: Tensor, fused: FusedOps = NO_FUSED_OPS
+    x: Tensor,
+    weight: Tensor,
+    *,
+    norm: tuple[Tensor, float] | None = None,
+    residual: Tensor | None = None,
+    swiglu: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Compute `gemv` in plain torch."""
-    total = x if fused.residual is None else x + fused.residual
-    if fused.norm is not None:
-        norm_weight, eps = fused.norm
+    total = x if residual is None else x + residual
+    if norm is not None:
+        norm_weight, eps = norm
         x = F.rms_norm(total.float(), total.shape[-1:], norm_weight.float(), eps).to(x.dtype)
     y = F.linear(x, weight)
-    return (silu_and_mul_reference(y) if fused.swiglu else y), total
+    return (silu_and_mul_reference(y) if swiglu else y), total
 
 
 @triton.jit
@@ -124,10 +106,16 @@ def _gemv_kernel(
     tl.store(out_ptr + n, y, mask=n < N)
 
 
-def gemv_triton(x: Tensor, weight: Tensor, fused: FusedOps = NO_FUSED_OPS) -> tuple[Tensor, Tensor]:
+def gemv_triton(
+    x: Tensor,
+    weight: Tensor,
+    *,
+    norm: tuple[Tensor, float] | None = None,
+    residual: Tensor | None = None,
+    swiglu: bool = False,
+) -> tuple[Tensor, Tensor]:
     """Launch the kernel; see `gemv`."""
-    residual, swiglu = fused.residual, fused.swiglu
-    norm_weight, eps = fused.norm or (x, 0.0)
+    norm_weight, eps = norm or (x, 0.0)
     K = x.shape[1]
     N = weight.shape[0] // 2 if swiglu else weight.shape[0]
     assert x.shape[0] == 1 and x.is_contiguous() and weight.is_contiguous()
@@ -144,7 +132,7 @@ def gemv_triton(x: Tensor, weight: Tensor, fused: FusedOps = NO_FUSED_OPS) -> tu
         N,
         K,
         eps,
-        HAS_NORM=fused.norm is not None,
+        HAS_NORM=norm is not None,
         HAS_RESIDUAL=residual is not None,
         SWIGLU=swiglu,
         BLOCK_N=block_n,
@@ -155,14 +143,26 @@ def gemv_triton(x: Tensor, weight: Tensor, fused: FusedOps = NO_FUSED_OPS) -> tu
     return y, total
 
 
-def gemv(x: Tensor, weight: Tensor, fused: FusedOps = NO_FUSED_OPS) -> tuple[Tensor, Tensor]:
+def gemv(
+    x: Tensor,
+    weight: Tensor,
+    *,
+    norm: tuple[Tensor, float] | None = None,
+    residual: Tensor | None = None,
+    swiglu: bool = False,
+) -> tuple[Tensor, Tensor]:
     """Compute `weight @ x` for a single row, fused with norm and activation.
 
     Args:
         x: [1, K] contiguous
         weight: [N, K] contiguous; with SwiGLU [2 * N, K], the gate's rows first
+        norm: weight [K] and epsilon of the RMSNorm before the matmul; None for no norm
+        residual: [1, K], only with `norm`: added to x before the norm, and not changed
+        swiglu: whether the result is `silu(gate) * up` of the two halves of the output
 
     Returns:
         The result [1, N], and x with the residual added [1, K] (x itself without a residual).
     """
-    return (gemv_triton if x.is_cuda else gemv_reference)(x, weight, fused)
+    assert residual is None or norm is not None
+    compute = gemv_triton if x.is_cuda else gemv_reference
+    return compute(x, weight, norm=norm, residual=residual, swiglu=swiglu)

@@ -9,18 +9,21 @@ Source: Megatron-LM (2019), section 3, https://arxiv.org/abs/1909.08053
 
 from collections.abc import Sequence
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tpllm.layers.all_reduce.all_reduce_norm import AllReduceRMSNorm
 from tpllm.layers.context import LayerContext
-from tpllm.layers.linear.gemv import gemv
-from tpllm.layers.weights import WeightSource, divide, empty_parameter, fill, shard
-from tpllm.parallel.collectives import all_reduce
+from tpllm.layers.linear.weight_format import Activation
+from tpllm.layers.weights import WeightSource, fill, shard
+from tpllm.parallel.copy_streams import CopyStream
 from tpllm.parallel.group import TPGroup
 
 
 class _ColumnParallel(nn.Module):
-    """One weight made of several bands, each read from some rows of its own checkpoint tensor."""
+    """One weight made of several bands, each read from some rows of its own checkpoint tensor.
+
+    It follows a norm: `y, residual = linear(x, norm=norm, residual=residual)`.
+    """
 
     def __init__(
         self,
@@ -31,27 +34,43 @@ class _ColumnParallel(nn.Module):
         bias: bool,
     ) -> None:
         super().__init__()
-        self.matmul = context.matmul
         self.bands = bands
-        self.band_sizes = [rows.stop - rows.start for rows in bands]
-        local_out = sum(self.band_sizes)
-        self.weight = empty_parameter(local_out, in_features, context=context)
-        self.bias = empty_parameter(local_out, context=context) if bias else None
+        local_out = sum(rows.stop - rows.start for rows in bands)
+        self.weight = context.weight_format(local_out, in_features, context)
+        self.bias = context.parameter(local_out) if bias else None
 
-    def forward(self, x: Tensor) -> Tensor:
-        if self.bias is None:
-            return self.matmul(x, self.weight)
-        return F.linear(x, self.weight, self.bias)
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        norm: AllReduceRMSNorm | None = None,
+        residual: Tensor | None = None,
+        activation: Activation | None = None,
+        copy_stream: CopyStream | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return `activation(linear(norm(x + residual)))` and the residual stream.
 
-    def _load_bands(self, weights: WeightSource, names: Sequence[str]) -> None:
-        parameters = {"weight": self.weight, "bias": self.bias}
-        for suffix, parameter in parameters.items():
-            if parameter is None:
-                continue
-            targets = parameter.split(self.band_sizes)
-            for target, rows, name in zip(targets, self.bands, names, strict=True):
-                tensor_name = f"{name}.{suffix}"
-                fill(target, weights.read(tensor_name, rows=rows), tensor_name)
+        Args:
+            x: [N, in_features], with a norm this rank's partial sum of the norm's input
+            residual: [N, in_features]; None at the first norm. It must not be used afterwards
+            activation: joins the halves of the output, such as `silu_and_mul`
+            copy_stream: carries the norm's all-reduce, if this is a micro-batch
+        """
+        if norm is not None and norm.tp.size > 1:  # its all-reduce is a kernel of its own
+            x, residual = norm(x, residual, copy_stream)
+            norm = None
+        return self.weight.project(
+            x, norm=norm, residual=residual, activation=activation, bias=self.bias
+        )
+
+    def load(self, weights: WeightSource, names: Sequence[str]) -> None:
+        """Read the layers that are joined; `names` is in the order of the output."""
+        first = 0
+        for name, rows in zip(names, self.bands, strict=True):
+            target = slice(first, first := first + rows.stop - rows.start)
+            self.weight.load(weights, name, target, rows=rows)
+            if self.bias is not None:
+                fill(self.bias[target], weights.read(f"{name}.bias", rows=rows), f"{name}.bias")
 
 
 class MergedColumnParallelLinear(_ColumnParallel):
@@ -79,10 +98,6 @@ class MergedColumnParallelLinear(_ColumnParallel):
     ) -> None:
         bands = [shard(size, context.tp, "out_features") for size in out_features]
         super().__init__(in_features, bands, context, bias=False)
-
-    def load(self, weights: WeightSource, names: Sequence[str]) -> None:
-        """Read the layers' weights; `names` is in the order of `out_features`."""
-        self._load_bands(weights, names)
 
 
 class QKVParallelLinear(_ColumnParallel):
@@ -120,10 +135,6 @@ class QKVParallelLinear(_ColumnParallel):
         self.local_num_heads = heads.stop - heads.start
         self.local_num_kv_heads = kv_heads.stop - kv_heads.start
 
-    def load(self, weights: WeightSource, names: Sequence[str]) -> None:
-        """Read the weights; `names` are the query, key and value projections."""
-        self._load_bands(weights, names)
-
 
 def kv_head_shard(num_kv_heads: int, tp: TPGroup) -> slice:
     """Return the KV heads of this rank: its band, or one head that it shares with its neighbours.
@@ -148,15 +159,15 @@ def _rows(heads: slice, head_dim: int) -> slice:
 
 
 class RowParallelLinear(nn.Module):
-    """Linear layer whose input features are split across the TP group; it ends in one all-reduce.
+    """Linear layer whose input features are split across the TP group; it gives partial sums.
 
     Rank r holds the r-th of `tp.size` equal bands of weight columns and takes the slice of the
-    input that a column-parallel layer left there. Its matmul gives a partial sum of the output, and
-    the all-reduce adds the ranks' partial sums.
+    input that a column-parallel layer left there. The `AllReduceRMSNorm` that follows adds the
+    ranks' partial sums.
 
     Shapes:
         input [N, in_features / tp.size], this rank's slice
-        output [N, out_features], equal on every rank
+        output [N, out_features], this rank's partial sum
         weight [out_features, in_features / tp.size], this rank's shard
 
     Raises:
@@ -172,27 +183,17 @@ class RowParallelLinear(nn.Module):
         bias: bool = False,
     ) -> None:
         super().__init__()
-        tp = self.tp = context.tp
-        self.matmul = context.matmul
+        tp = context.tp
         self.cols = shard(in_features, tp, "in_features")
-        local_in = divide(in_features, tp, "in_features")
-        self.weight = empty_parameter(out_features, local_in, context=context)
+        self.weight = context.weight_format(out_features, in_features // tp.size, context)
         # Only rank 0 adds the bias. If every rank did, the all-reduce would add it tp.size times.
         has_bias = bias and tp.rank == 0
-        self.bias = empty_parameter(out_features, context=context) if has_bias else None
+        self.bias = context.parameter(out_features) if has_bias else None
 
     def forward(self, x: Tensor) -> Tensor:
-        return all_reduce(self.partial(x), self.tp)
-
-    def partial(self, x: Tensor) -> Tensor:
-        """Return this rank's partial sum [N, out_features], the input of an `AllReduceRMSNorm`."""
-        if self.bias is not None:
-            return F.linear(x, self.weight, self.bias)
-        if x.shape[0] == 1 and self.matmul.has_gemv:
-            return gemv(x, self.weight)[0]
-        return self.matmul(x, self.weight)
+        return self.weight.project(x, bias=self.bias)[0]
 
     def load(self, weights: WeightSource, name: str) -> None:
-        fill(self.weight, weights.read(f"{name}.weight", cols=self.cols), f"{name}.weight")
+        self.weight.load(weights, name, slice(None), cols=self.cols)
         if self.bias is not None:
             fill(self.bias, weights.read(f"{name}.bias"), f"{name}.bias")

@@ -10,6 +10,7 @@ an H200 the matmuls of a layer of 8B at 192 rows take 130 us with the table and 
 """
 
 import json
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -17,9 +18,11 @@ from torch import Tensor
 
 from tpllm.layers.linear import cublaslt
 from tpllm.layers.linear.cublaslt import Algorithm, CublasLtMatmul, Problem
+from tpllm.layers.linear.gemv import gemv
 from tpllm.layers.linear.matmul_algorithms import table_path
 
 Shape = tuple[int, int, int]  # M, N, K
+GemvResult = tuple[Tensor, Tensor]  # see `gemv`
 
 
 class Matmul:
@@ -27,11 +30,13 @@ class Matmul:
 
     Args:
         algorithms: the algorithm of each shape; torch computes all other shapes
-        has_gemv: whether a single row goes through our kernel, `tpllm.layers.linear.gemv`
+        gemv: our kernel for the single row of a linear layer; None if it is a row like others
     """
 
-    def __init__(self, algorithms: dict[Shape, Algorithm], *, has_gemv: bool) -> None:
-        self.has_gemv = has_gemv
+    def __init__(
+        self, algorithms: dict[Shape, Algorithm], gemv: Callable[..., GemvResult] | None = None
+    ) -> None:
+        self.gemv = gemv
         self._algorithms = algorithms
         self._matmuls: dict[Shape, CublasLtMatmul | None] = {}
 
@@ -39,7 +44,7 @@ class Matmul:
     def name(self) -> str:
         """What computes the matmuls, for people."""
         parts = [f"{len(self._algorithms)} shapes by measured algorithms"] * bool(self._algorithms)
-        parts += ["one row by our kernel"] * self.has_gemv
+        parts += ["one row by our kernel"] * (self.gemv is not None)
         return ", ".join([*parts, "torch"])
 
     def __call__(self, x: Tensor, weight: Tensor, out: Tensor | None = None) -> Tensor:
@@ -66,10 +71,10 @@ def fast_matmul(dtype: torch.dtype, device: torch.device) -> Matmul:
     algorithms = {}
     if device.type == "cuda" and dtype in cublaslt.DTYPES:
         algorithms = load_table(torch.cuda.get_device_name(device))
-    return Matmul(algorithms, has_gemv=True)
+    return Matmul(algorithms, gemv)
 
 
-plain_matmul = Matmul({}, has_gemv=False)
+plain_matmul = Matmul({})
 
 
 def load_table(gpu: str) -> dict[Shape, Algorithm]:
