@@ -15,25 +15,12 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from tpllm.architectures.spec import LinearSpec
 from tpllm.cli.bench.workloads import seed_workload
 from tpllm.config.model_config import ModelConfig
 
 ALL_REDUCE_S = 5e-6
 BYTES = 2  # of an element, in half precision
-
-
-def weight_shapes(config: ModelConfig, tp: int) -> dict[str, tuple[int, int]]:
-    """Return [N, K] of a rank's weights, by name."""
-    E, D, I = config.hidden_size, config.head_dim, config.intermediate_size // tp
-    heads = config.num_attention_heads // tp
-    kv_heads = max(1, config.num_key_value_heads // tp)
-    return {
-        "qkv": ((heads + 2 * kv_heads) * D, E),
-        "o": (E, heads * D),
-        "gate_up": (2 * I, E),
-        "down": (E, I),
-        "lm_head": (-(-config.vocab_size // tp), E),
-    }
 
 
 @dataclass(frozen=True)
@@ -59,18 +46,19 @@ class Limit:
             num_keys: tokens whose keys and values each layer reads
             num_pairs: pairs of query and key that attention multiplies
         """
-        config = self.config
-        E, L = config.hidden_size, config.num_hidden_layers
-        H, K, D = config.num_attention_heads, config.num_key_value_heads, config.head_dim
-        shapes = weight_shapes(config, tp=1)  # the GPUs share the work: see `_longer_s`
-        lm_head = shapes.pop("lm_head")
-        layer_s = sum(self._matmul_s(num_tokens, *shape) for shape in shapes.values())
-        layer_s += self._longer_s(num_keys * 2 * K * D * BYTES, 4 * num_pairs * H * D)
+        spec = self.config.spec
+        seconds = self._matmul_s(num_sampled, spec.head)
+        for block in spec.blocks:
+            seconds += sum(self._matmul_s(num_tokens, linear) for linear in block.linears())
+            H, K, D = block.attention.num_heads, block.attention.num_kv_heads, spec.head_dim
+            seconds += self._longer_s(num_keys * 2 * K * D * BYTES, 4 * num_pairs * H * D)
         if self.tp > 1:
-            layer_s += 2 * (ALL_REDUCE_S + num_tokens * E * BYTES / (self.peer_copy_GB_per_s * 1e9))
-        return L * layer_s + self._matmul_s(num_sampled, *lm_head)
+            link_s = num_tokens * spec.hidden_size * BYTES / (self.peer_copy_GB_per_s * 1e9)
+            seconds += 2 * len(spec.blocks) * (ALL_REDUCE_S + link_s)
+        return seconds
 
-    def _matmul_s(self, M: int, N: int, K: int) -> float:
+    def _matmul_s(self, M: int, linear: LinearSpec) -> float:
+        N, K = linear.local_shape(1)  # the GPUs share the work: see `_longer_s`
         return self._longer_s(N * K * BYTES, 2 * M * N * K)
 
     def _longer_s(self, num_bytes: float, flops: float) -> float:

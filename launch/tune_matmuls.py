@@ -17,7 +17,6 @@ from itertools import product as pairs
 from pathlib import Path
 
 import torch
-from limit import weight_shapes
 from probe import graph_us
 from torch import Tensor
 
@@ -136,8 +135,9 @@ def main() -> None:
     gpu = torch.cuda.get_device_name()
     table = load_table(gpu)
     begin = time.perf_counter()
-    for name, (N, K) in weight_shapes(ModelConfig.from_folder(args.model), args.tp).items():
-        if args.weights and name not in args.weights:
+    for linear in ModelConfig.from_folder(args.model).spec.linears():
+        N, K = linear.local_shape(args.tp)
+        if args.weights and linear.name not in args.weights:
             continue
         seeds: list[Algorithm] = []
         for M in reversed(sizes):
@@ -150,7 +150,7 @@ def main() -> None:
                 seeds.append(algorithm)
                 line = f"{us:7.1f} us, torch {torch_us:7.1f} us, {1 - us / torch_us:5.1%} less"
             seconds = time.perf_counter() - begin
-            print(f"{name:8} {M:4} rows: {line}  [{seconds:.0f} s]", flush=True)
+            print(f"{linear.name:8} {M:4} rows: {line}  [{seconds:.0f} s]", flush=True)
         save_table(gpu, table)
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from launch.limit import Limit, weight_shapes
+from launch.limit import Limit
 from tpllm import SamplingParams
 from tpllm.cli.bench import workloads
 from tpllm.config.model_config import ModelConfig
@@ -142,7 +142,7 @@ def test_the_limit_is_the_one_that_the_peers_are_held_against(model, tp, expecte
 @pytest.mark.parametrize("tp", [1, 2, 4, 8])
 def test_tuned_weights_are_all_of_a_layer(tp: int) -> None:
     config = ModelConfig.from_folder(REPO / "launch/configs/Qwen3-8B")
-    shapes = weight_shapes(config, tp)
+    shapes = {linear.name: linear.local_shape(tp) for linear in config.spec.linears()}
     assert shapes.pop("lm_head") == (151_936 // tp, 4096)
     layer = "model.layers.0."
     tensors = config.spec.shapes().items()

@@ -221,6 +221,10 @@ class ModelSpec:
         if not self.tied:
             yield from self.head.weights
 
+    def linears(self) -> tuple[LinearSpec, ...]:
+        """Return the linear layers of the first block, and the head."""
+        return *self.blocks[0].linears(), self.head
+
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Return the whole shape of every tensor that a checkpoint must hold, by name."""
         return {weight.name: weight.shape for weight in self.weights()}
