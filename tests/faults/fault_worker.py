@@ -9,7 +9,7 @@ import signal
 import time
 
 from tests.supervision.stub_worker import Stub
-from tpllm.channel.progress import Board
+from tpllm.channel.progress import Board, Progress
 from tpllm.channel.ring import RingReader
 from tpllm.channel.step_plan import CONTROL
 from tpllm.worker.__main__ import Spec, main
@@ -19,7 +19,11 @@ from tpllm.worker.replies import Replies
 class FaultStub(Stub):
     def __init__(self, spec: Spec, plans: RingReader, replies: Replies) -> None:
         super().__init__(spec, plans, replies)
-        self._board = Board(spec["board"])
+        # ranks on several hosts have no board in common but this one
+        meeting = spec["settings"].get("meeting")
+        board = os.open(meeting, os.O_RDWR) if meeting else spec["board"]
+        self._board = Board(board)
+        self._arrivals = Progress(board, spec["rank"])
 
     def act_take(self) -> None:
         """Take a record and begin its step if it is one, but do not finish it."""
@@ -35,8 +39,8 @@ class FaultStub(Stub):
         os.kill(os.getpid(), signal.SIGSTOP)
 
     def between_begin_and_end(self) -> None:
-        self._progress.beat()
-        while self._board.beats() < (self._num_steps + 1) * self._spec["local_world_size"]:
+        self._arrivals.beat()
+        while self._board.beats() < (self._num_steps + 1) * self._spec["world_size"]:
             time.sleep(0.001)
 
 

@@ -9,10 +9,12 @@ from typing import Any, NamedTuple
 import pytest
 
 from tests.leaks import process_state, wait_until
+from tests.supervision.socket_host import start_on_two_hosts
 from tests.supervision.stub_worker import READY, SERVE, Acts, start, until_ready
 from tpllm.channel.step_plan import RESULT, STEP
 from tpllm.errors import WorkerError
-from tpllm.supervision.launcher import WorkerGroup
+from tpllm.supervision.launcher import StartHosts, WorkerGroup
+from tpllm.supervision.local_host import start_local_host
 from tpllm.supervision.watch import Timeouts
 
 pytestmark = pytest.mark.usefixtures("fault_workers")
@@ -40,20 +42,25 @@ PHASES: dict[str, tuple[list[list[Any]], int]] = {
     "idle": ([*SAYINGS, READY, ["serve", 2]], 2),
     "closing": ([*SAYINGS, READY, ["serve", 2], ["take"]], 2),
 }
-RANKS = [(rank, size) for size in (1, 2, 4) for rank in range(size)]
+RANKS: list[tuple[int, int, StartHosts]] = [
+    (rank, size, start_local_host) for size in (1, 2, 4) for rank in range(size)
+]
+RANKS += [(rank, 4, start_on_two_hosts) for rank in (1, 3)]  # behind an agent, and here
 
 
-@pytest.mark.parametrize("rank, world_size", RANKS)
+@pytest.mark.parametrize("rank, world_size, start_hosts", RANKS)
 @pytest.mark.parametrize("phase", PHASES)
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_fault_is_reported_with_rank_phase_and_cause(fault, phase, rank, world_size, tmp_path):
+def test_a_fault_is_reported_with_rank_phase_and_cause(
+    fault, phase, rank, world_size, start_hosts, tmp_path
+):
     before, num_steps = PHASES[phase]
     is_idle = tmp_path / "is idle"
     if phase == "idle":
         before = [*before, ["await", str(is_idle)]]
     acts: Acts = {each: [*SAYINGS, READY, SERVE] for each in range(world_size)}
     acts[rank] = [*before, FAULTS[fault].act, SERVE]
-    group = start(acts, world_size, "fault_worker")
+    group = start(acts, world_size, "fault_worker", start_hosts=start_hosts)
     if phase == "closing":
         until_ready(group)
         run_steps(group, num_steps)

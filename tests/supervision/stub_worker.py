@@ -33,6 +33,7 @@ _NO_WORDS = np.empty(0, dtype=np.int32)
 READY = ["ready"]
 SERVE = ["serve", FOR_EVER]
 HANG = ["hang"]
+NUMBERS = ("rank", "local_rank", "device", "world_size", "local_world_size")
 
 Acts = dict[int, list[list[Any]]]
 
@@ -124,6 +125,8 @@ class Stub:
             numbers = sorted(int(fd) for fd in os.listdir("/proc/self/fd"))
             opened = {fd: _target(fd) for fd in numbers}
             return {"argv": sys.argv, "environ": dict(os.environ), "opened": opened}
+        if message["type"] == "numbers":
+            return {name: self._spec[name] for name in NUMBERS}
         return {"rank": self._spec["rank"], "heard": message}
 
     def act_raise(self, text: str) -> None:
