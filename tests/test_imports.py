@@ -42,7 +42,7 @@ MAY_IMPORT = {
     "worker": DATA
     | {"architectures", "channel", "config", "layers", "models", "parallel", "sampling"},
     "engine": DATA | {"channel", "config", "json_schema"},
-    "text": DATA | {"engine", "vllm_keywords"},
+    "text": DATA | {"config", "engine", "vllm_keywords"},
     "supervision": DATA | {"channel", "config", "engine"},
     "offline": DATA | {"engine", "supervision", "text", "vllm_keywords"},
     "llm": DATA | {"config", "engine", "offline", "supervision", "text", "vllm_keywords"},

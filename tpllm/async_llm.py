@@ -2,19 +2,15 @@
 
 import asyncio
 import copy
-import os
 import threading
-import time
 import weakref
 from collections.abc import AsyncGenerator, Callable, Iterable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from contextlib import AbstractAsyncContextManager, suppress
 from dataclasses import replace
 from itertools import count
 from typing import Any, Self
 
-from tpllm.config.engine_config import EngineConfig
-from tpllm.config.settings import Settings, takes_settings
 from tpllm.engine.stats import EngineStats
 from tpllm.outputs import RequestOutput
 from tpllm.sampling_params import SamplingParams
@@ -22,17 +18,16 @@ from tpllm.supervision import messages
 from tpllm.supervision.connection import Message
 from tpllm.supervision.engine_client import EngineClient
 from tpllm.supervision.processes import ClosedError
+from tpllm.text.frontend import Frontend, OnPhase
 from tpllm.text.output_processor import OutputProcessor, Request
 from tpllm.text.prompts import Prompt, as_list
-from tpllm.text.tokenizer import Tokenizer, require_tokenizer
-from tpllm.vllm_keywords import CALLS, without_absent
+from tpllm.vllm_keywords import check_keywords
 
 # Encoding this many characters takes about a millisecond, which an event loop can afford.
 _LONG_TEXT = 4096
-GENERATE = ("prompt", "sampling_params", "request_id")  # the keywords of `generate`
 
 
-class AsyncLLM(AbstractAsyncContextManager["AsyncLLM"]):
+class AsyncLLM(Frontend[EngineClient], AbstractAsyncContextManager["AsyncLLM"]):
     """A model that continues prompts for many callers at once, from any event loop.
 
     The engine (scheduler and workers) runs in a process of its own. This object encodes prompts
@@ -53,39 +48,17 @@ class AsyncLLM(AbstractAsyncContextManager["AsyncLLM"]):
         WorkerError: the engine failed to start; no process is left running.
     """
 
-    @takes_settings
-    def __init__(
-        self,
-        model: str | os.PathLike[str] | None = None,
-        *,
-        on_phase: Callable[[int, str], None] | None = None,
-        **settings: Any,
-    ) -> None:
-        begin = time.perf_counter()
-        self.config = EngineConfig.resolve(model, **settings)
-        self._tokenizer: Tokenizer | None = None
-        client: EngineClient | None = None
-        self._encoder = ThreadPoolExecutor(1, "tpllm-tokenizer")  # for long texts
-        try:
-            if self.config.tokenizer_folder is not None:
-                self._tokenizer = Tokenizer(self.config.tokenizer_folder)
-                loading = self._encoder.submit(self._tokenizer.load)  # while the engine starts
-            client = EngineClient(self.config, on_phase=on_phase)
-            if self._tokenizer is not None:
-                loading.result()
-        except BaseException:
-            if client is not None:
-                client.kill()
-            self._encoder.shutdown(wait=False)
-            raise
+    def _start(self, on_phase: OnPhase | None) -> EngineClient:
+        return EngineClient(self.config, on_phase=on_phase)
+
+    def _use(self, engine: EngineClient) -> None:
         # the KV cache may hold fewer tokens than the model's limit
-        self.config = replace(self.config, max_model_len=client.max_total_tokens)
-        self._client = client
-        self._streams = _Streams(client, OutputProcessor(self._tokenizer))
+        self.config = replace(self.config, max_model_len=engine.max_total_tokens)
+        self._client = engine
+        self._streams = _Streams(engine, OutputProcessor(self._tokenizer))
         self._streams.start()
         # the streams' thread holds no reference to this object, so the finalizer can run
-        weakref.finalize(self, client.kill)
-        self.startup_s = time.perf_counter() - begin
+        weakref.finalize(self, engine.kill)
 
     async def generate(
         self,
@@ -113,8 +86,7 @@ class AsyncLLM(AbstractAsyncContextManager["AsyncLLM"]):
             WorkerError: the engine has failed, now or earlier: see `dead_error`.
             RuntimeError: the engine is closed.
         """
-        if vllm_keywords:
-            without_absent("AsyncLLM.generate", vllm_keywords, CALLS, GENERATE)
+        check_keywords(AsyncLLM.generate, vllm_keywords)
         params = sampling_params
         if params is None:
             params = self.get_default_sampling_params()
@@ -154,18 +126,6 @@ class AsyncLLM(AbstractAsyncContextManager["AsyncLLM"]):
         """
         return await asyncio.wrap_future(self._streams.request_stats())
 
-    def get_tokenizer(self) -> Tokenizer:
-        """Return the model's tokenizer.
-
-        Raises:
-            ValueError: the engine was made without one.
-        """
-        return require_tokenizer(self._tokenizer)
-
-    def get_default_sampling_params(self) -> SamplingParams:
-        """Return the default sampling parameters: see the setting `generation_config`."""
-        return self.config.default_sampling_params
-
     @property
     def dead_error(self) -> BaseException | None:
         """The error that ended the engine; None while it runs, and after `close`."""
@@ -192,7 +152,6 @@ class AsyncLLM(AbstractAsyncContextManager["AsyncLLM"]):
         """Do as `close`, for callers without an event loop; wait until every process has ended."""
         self._client.close()
         self._streams.join()
-        self._encoder.shutdown()
 
     async def __aenter__(self) -> Self:
         return self
@@ -214,10 +173,7 @@ class AsyncLLM(AbstractAsyncContextManager["AsyncLLM"]):
     ) -> list[list[int]]:
         if sum(map(len, texts)) < _LONG_TEXT:
             return function(texts)
-        return await asyncio.get_running_loop().run_in_executor(self._encoder, function, texts)
-
-
-AsyncLLM.__doc__ = f"{AsyncLLM.__doc__}\n    Settings:\n{Settings.__doc__}"
+        return await asyncio.to_thread(function, texts)
 
 
 class _Stream:

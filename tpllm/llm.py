@@ -1,16 +1,12 @@
 """LLM: the offline API, which continues a batch of prompts in one call."""
 
-import os
 import time
-from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, closing
 from typing import Any, Self
 
 from tqdm import tqdm
 
-from tpllm.config.engine_config import EngineConfig
-from tpllm.config.settings import Settings, takes_settings
 from tpllm.engine.coordinator import Coordinator
 from tpllm.errors import WorkerError
 from tpllm.offline.beam_search import Beams, BeamSearchOutput, BeamSearchParams
@@ -18,15 +14,15 @@ from tpllm.offline.calls import Call, Calls
 from tpllm.outputs import RequestOutput
 from tpllm.sampling_params import RequestOutputKind, SamplingParams
 from tpllm.supervision.start import start_engine
+from tpllm.text.frontend import Frontend, OnPhase
 from tpllm.text.output_processor import OutputProcessor
 from tpllm.text.prompts import Prompt, as_list, one_for_each, plain_list
-from tpllm.text.tokenizer import Tokenizer, require_tokenizer
-from tpllm.vllm_keywords import CALLS, without_absent
+from tpllm.vllm_keywords import check_keywords
 
 Message = Mapping[str, Any]
 
 
-class LLM(AbstractContextManager["LLM"]):
+class LLM(Frontend[Coordinator], AbstractContextManager["LLM"]):
     """A model, running in one process per GPU, that continues prompts.
 
     The object is a context manager. `close()`, `del` and the end of the program release its
@@ -43,33 +39,12 @@ class LLM(AbstractContextManager["LLM"]):
         WorkerError: a worker failed to start; no process is left running.
     """
 
-    @takes_settings
-    def __init__(
-        self,
-        model: str | os.PathLike[str] | None = None,
-        *,
-        on_phase: Callable[[int, str], None] | None = None,
-        **settings: Any,
-    ) -> None:
-        begin = time.perf_counter()
-        self.config = EngineConfig.resolve(model, **settings)
-        self._tokenizer: Tokenizer | None = None
-        coordinator: Coordinator | None = None
-        try:
-            with ThreadPoolExecutor(1, "tpllm-tokenizer") as pool:  # while the workers start
-                if self.config.tokenizer_folder is not None:
-                    self._tokenizer = Tokenizer(self.config.tokenizer_folder)
-                    loading = pool.submit(self._tokenizer.load)
-                coordinator = start_engine(self.config, on_phase=on_phase)
-            if self._tokenizer is not None:
-                loading.result()
-        except BaseException:
-            if coordinator is not None:
-                coordinator.kill()
-            raise
-        self._coordinator = coordinator
-        self._calls = Calls(coordinator, OutputProcessor(self._tokenizer))
-        self.startup_s = time.perf_counter() - begin
+    def _start(self, on_phase: OnPhase | None) -> Coordinator:
+        return start_engine(self.config, on_phase=on_phase)
+
+    def _use(self, engine: Coordinator) -> None:
+        self._coordinator = engine
+        self._calls = Calls(engine, OutputProcessor(self._tokenizer))
 
     # ---- generating --------------------------------------------------------------------------
 
@@ -100,7 +75,7 @@ class LLM(AbstractContextManager["LLM"]):
             WorkerError: a worker failed; the engine is closed. The error holds the outputs of the
                 prompts that had finished, and what the others had produced.
         """
-        _refuse_absent("LLM.generate", vllm_keywords, GENERATE)
+        check_keywords(LLM.generate, vllm_keywords)
         texts, prompt_ids = self._encode(as_list(prompts))
         return self._run(texts, prompt_ids, sampling_params, use_tqdm)
 
@@ -159,7 +134,7 @@ class LLM(AbstractContextManager["LLM"]):
                 cannot run.
             NoNextTokenError, WorkerError: as in `generate`.
         """
-        _refuse_absent("LLM.chat", vllm_keywords, CHAT)
+        check_keywords(LLM.chat, vllm_keywords)
         tokenizer = self.get_tokenizer()
         items = plain_list(messages)
         if items is None:
@@ -210,7 +185,7 @@ class LLM(AbstractContextManager["LLM"]):
                 started.
             WorkerError: a worker failed; the engine is closed.
         """
-        _refuse_absent("LLM.beam_search", vllm_keywords, BEAM_SEARCH)
+        check_keywords(LLM.beam_search, vllm_keywords)
         if not isinstance(params, BeamSearchParams):
             raise ValueError(f"params={params!r} must be BeamSearchParams")
         model_config = self.config.model_config
@@ -242,18 +217,6 @@ class LLM(AbstractContextManager["LLM"]):
                 shown = sequence.tokens[: len(sequence.tokens) - hides_end]
                 sequence.text = self._tokenizer.decode(shown, skip_special_tokens=False)
         return results
-
-    def get_tokenizer(self) -> Tokenizer:
-        """Return the model's tokenizer.
-
-        Raises:
-            ValueError: the engine was made without one.
-        """
-        return require_tokenizer(self._tokenizer)
-
-    def get_default_sampling_params(self) -> SamplingParams:
-        """Return the default sampling parameters: see the setting `generation_config`."""
-        return self.config.default_sampling_params
 
     def reset_prefix_cache(self) -> None:
         """Forget all cached prefixes, for example between two runs of a benchmark."""
@@ -345,24 +308,6 @@ class LLM(AbstractContextManager["LLM"]):
                 raise
             call.raise_first_error(outputs)
             return [outputs[each] for each in ids]
-
-
-LLM.__doc__ = f"{LLM.__doc__}\n    Settings:\n{Settings.__doc__}"
-
-
-# The keywords that the methods have themselves; they take vLLM's, too.
-GENERATE = ("prompts", "sampling_params", "use_tqdm")
-CHAT = (
-    *("messages", "sampling_params", "use_tqdm", "chat_template", "add_generation_prompt"),
-    *("continue_final_message", "tools", "chat_template_kwargs"),
-)
-BEAM_SEARCH = ("prompts", "params", "use_tqdm")
-
-
-def _refuse_absent(method: str, given: Mapping[str, Any], known: Sequence[str]) -> None:
-    """Refuse unknown keywords, and vLLM's keywords with values that would have an effect."""
-    if given:
-        without_absent(method, given, CALLS, known)
 
 
 class _Progress:

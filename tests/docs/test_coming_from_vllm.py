@@ -1,4 +1,4 @@
-"""docs/coming-from-vllm.md names all that there is, and as absent nothing that there is."""
+"""docs/coming-from-vllm.md lists what exists, and lists nothing that exists as missing."""
 
 import re
 from dataclasses import fields
@@ -22,19 +22,22 @@ from tpllm.vllm_keywords import CALLS, PROMPTS, SAMPLING, SETTINGS, STRUCTURED, 
 
 PAGE = (ROOT / "docs" / "coming-from-vllm.md").read_text()
 SAME = PAGE.partition("## The same")[2].partition("## What differs")[0]
-ABSENT = dict(re.findall(r"^\| ([^|]+) \| (.+) \|$", PAGE.partition("## What is absent")[2], re.M))
+MISSING = dict(
+    re.findall(r"^\| ([^|]+) \| (.+) \|$", PAGE.partition("## What is missing")[2], re.M)
+)
 
 
 def public(kind: type) -> set[str]:
-    own = vars(kind).keys() - {"config"}
-    return {name for name in own if not name.startswith("_")}
+    ours = [each for each in kind.__mro__ if each.__module__.startswith("tpllm.")]
+    names = {name for each in ours for name in vars(each)} - {"config"}
+    return {name for name in names if not name.startswith("_")}
 
 
 def names_of(kind: type) -> set[str]:
     return {field.name for field in fields(kind)}
 
 
-def told(text: str) -> set[str]:
+def names_in(text: str) -> set[str]:
     return set(re.findall(r"`(\w+)`", text))
 
 
@@ -52,34 +55,38 @@ def told(text: str) -> set[str]:
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_what_is_the_same_is_told_whole(title: str, names: set[str]) -> None:
+def test_what_is_the_same_is_listed_completely(title: str, names: set[str]) -> None:
     [paragraph] = [each for each in SAME.split("\n\n") if each.startswith(f"**{title}**")]
     kinds = {"RequestOutput", "CompletionOutput", "Logprob"}
-    assert told(paragraph) - kinds == names
+    assert names_in(paragraph) - kinds == names
 
 
 @pytest.mark.parametrize("kind", [LLM, AsyncLLM])
-def test_the_methods_that_are_told_exist(kind: type) -> None:
+def test_the_listed_methods_exist(kind: type) -> None:
     [paragraph] = [each for each in SAME.split("\n\n") if each.startswith(f"**{kind.__name__}**")]
-    names = told(paragraph) - {"with"}
+    names = names_in(paragraph) - {"with"}
     assert names and names <= public(kind)
 
 
-def test_nothing_absent_is_there() -> None:
-    assert told(ABSENT["sampling"]) and told(ABSENT["settings"]) and told(ABSENT["`LLM`"])
-    assert not told(ABSENT["sampling"]) & names_of(SamplingParams)
-    assert not told(ABSENT["settings"]) & names_of(Settings)
-    assert not told(ABSENT["`LLM`"]) & public(LLM)
+def test_nothing_that_exists_is_listed_as_missing() -> None:
+    assert (
+        names_in(MISSING["sampling"])
+        and names_in(MISSING["settings"])
+        and names_in(MISSING["`LLM`"])
+    )
+    assert not names_in(MISSING["sampling"]) & names_of(SamplingParams)
+    assert not names_in(MISSING["settings"]) & names_of(Settings)
+    assert not names_in(MISSING["`LLM`"]) & public(LLM)
     known = CompletionRequest.model_fields.keys() | ChatCompletionRequest.model_fields.keys()
-    assert told(ABSENT["server: fields"]) and not told(ABSENT["server: fields"]) & known
+    assert names_in(MISSING["server: fields"]) and not names_in(MISSING["server: fields"]) & known
 
 
 def rows_of(table: Keywords) -> list[str]:
-    """The rows of the page for a table of absent keywords."""
+    """The rows of the page for a table of missing keywords."""
     rows = []
-    for name, absent in table.items():
-        passes = ", ".join(f"`{value!r}`" for value in (None, *absent.harmless))
-        rows.append(f"| `{name}` | {passes} | {absent.way_out} |")
+    for name, missing in table.items():
+        passes = ", ".join(f"`{value!r}`" for value in (None, *missing.ignored))
+        rows.append(f"| `{name}` | {passes} | {missing.instead} |")
     return rows
 
 
@@ -94,7 +101,7 @@ def rows_of(table: Keywords) -> list[str]:
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_the_tables_of_absent_keywords_are_those_of_the_code(title: str, table: Keywords) -> None:
+def test_the_tables_of_missing_keywords_are_those_of_the_code(title: str, table: Keywords) -> None:
     section = PAGE.partition(f"### {title}\n")[2].partition("\n#")[0]
     rows = re.findall(r"^\| `.*$", section, re.M)
     assert rows == rows_of(table), "\n".join(["write:", *rows_of(table)])

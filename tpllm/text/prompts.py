@@ -6,7 +6,7 @@ from typing import Any
 
 from tpllm.checks import are_ints, short
 from tpllm.sampling_params import SamplingParams
-from tpllm.vllm_keywords import PROMPTS, refuse_absent
+from tpllm.vllm_keywords import PROMPTS, refuse_missing
 
 Prompt = str | Sequence[int] | Mapping[str, Any]
 
@@ -59,7 +59,7 @@ def one_for_each(
 
 def _text_or_ids(index: int, prompt: Any) -> str | list[int]:
     if isinstance(prompt, Mapping):
-        refuse_absent(f"prompt {index}", prompt, PROMPTS)
+        refuse_missing(f"prompt {index}", prompt, PROMPTS)
         for key, value in prompt.items():
             known = key in ("prompt", "prompt_token_ids") or key in PROMPTS
             if not known and value is not None:

@@ -332,17 +332,3 @@ _OWN_ARGUMENTS = (
     "tools",
 )
 _BYTE_PIECE = re.compile("<0x[0-9A-F]{2}>")
-
-
-def require_tokenizer(tokenizer: Tokenizer | None) -> Tokenizer:
-    """Return an engine's tokenizer, for callers that need one.
-
-    Raises:
-        ValueError: the engine was made without one.
-    """
-    if tokenizer is None:
-        raise ValueError(
-            "this engine has no tokenizer (skip_tokenizer_init=True, or dummy weights without "
-            "one); pass token ids, or set tokenizer="
-        )
-    return tokenizer
