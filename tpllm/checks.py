@@ -28,11 +28,6 @@ def check_int(name: str, value: object, minimum: int, maximum: int = MAX_INT32) 
     return number
 
 
-def check_seed(name: str, value: object) -> int:
-    """Return `value` as a 64-bit seed, signed or unsigned."""
-    return check_int(name, value, minimum=MIN_SEED, maximum=MAX_SEED)
-
-
 def check_number(name: str, value: object) -> float:
     """Return `value` as a finite float."""
     if isinstance(value, bool) or not isinstance(value, Real):

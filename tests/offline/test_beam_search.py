@@ -84,7 +84,7 @@ def test_what_cannot_run_is_refused_before_it_starts(llm):
         ({"beam_width": 0}, "beam_width=0 must be at least 1"),
         ({"max_tokens": None}, "max_tokens=None must be a whole number"),
         ({"length_penalty": float("nan")}, "length_penalty=nan must be finite"),
-        ({"temperature": -1}, "temperature=-1.0 must be between 0"),
+        ({"temperature": -1}, "temperature=-1 must be between 0"),
     ],
 )
 def test_wrong_parameters_are_refused(changes, message):

@@ -10,14 +10,14 @@ from annotated_types import Interval
 
 from tpllm.checks import MAX_INT32, MAX_SEED, MIN_SEED
 from tpllm.fields.docs import documented
-from tpllm.fields.validation import check_fields
+from tpllm.fields.validation import above, check_fields
 from tpllm.vllm_keywords import SETTINGS, checks_keywords
 
 ModelPath = str | os.PathLike[str]  # kept as str
 # The largest values are far beyond use. They bound what is allocated for them, and keep every slot
 # number an int32.
 MAX_CUDA_GRID = 2**16 - 1  # one side of a CUDA grid
-SECONDS = Interval(gt=0, le=1e6)  # eleven days; the kernel counts waits in 32-bit milliseconds
+SECONDS = above(0, 1e6)  # eleven days; the kernel counts waits in 32-bit milliseconds
 
 
 @documented
@@ -50,7 +50,7 @@ class Settings:
     """most sequences in one step"""
     max_num_batched_tokens: Annotated[int, Interval(ge=1, le=2**22)] = 16384
     """most tokens in one step; longer prompts are computed in chunks"""
-    gpu_memory_utilization: Annotated[float, Interval(gt=0, le=1)] = 0.9
+    gpu_memory_utilization: Annotated[float, above(0, 1)] = 0.9
     """share of each GPU's memory for weights, KV cache and the rest"""
     num_kv_blocks: Annotated[int | None, Interval(ge=2, le=MAX_INT32)] = None  # one for padding
     """blocks of the KV cache; None for as many as fit"""
@@ -92,7 +92,7 @@ class Settings:
     """seconds without a sign of life after which a worker that starts counts as hung, and the
     engine ends; also for each of the first 16 steps, which compile kernels
     """
-    step_timeout_s: Annotated[float | None, SECONDS] = None
+    step_timeout_s: Annotated[float, SECONDS] | None = None
     """seconds that any later step may take; None for 60 on a GPU, 600 on the CPU"""
 
     def __post_init__(self) -> None:

@@ -8,45 +8,44 @@ including an end token.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Annotated
 
-from tpllm.checks import check_bool, check_int, check_number
+from annotated_types import Interval
+
+from tpllm.checks import MAX_INT32
+from tpllm.fields.docs import documented
+from tpllm.fields.validation import check_fields
 from tpllm.outputs import Logprob
-from tpllm.sampling_params import MAX_LOGPROBS, SamplingParams
+from tpllm.sampling_params import MAX_LOGPROBS, NumTokens, SamplingParams, Temperature
 from tpllm.vllm_keywords import checks_keywords
 
 
+@documented
 @checks_keywords("BeamSearchParams", {})
 @dataclass(frozen=True, kw_only=True)
 class BeamSearchParams:
     """Parameters of a beam search. Names and defaults are those of vLLM.
-
-    Attributes:
-        beam_width: number of continuations that every step keeps and the search returns
-        max_tokens: most tokens to generate
-        ignore_eos: continue after the model's end tokens
-        temperature: above 0, each step also tries a token sampled at this temperature
-        length_penalty: above 0 favours long continuations, below 0 short ones
-        include_stop_str_in_output: keep the end token in the text
 
     Raises:
         ValueError: a value is out of range or has the wrong type.
         UnknownSettingError: a keyword does not exist.
     """
 
-    beam_width: int
-    max_tokens: int
+    beam_width: Annotated[int, Interval(ge=1, le=MAX_INT32)]
+    """number of continuations that every step keeps and the search returns"""
+    max_tokens: NumTokens
+    """most tokens to generate"""
     ignore_eos: bool = False
-    temperature: float = 0.0
+    """continue after the model's end tokens"""
+    temperature: Temperature = 0.0
+    """above 0, each step also tries a token sampled at this temperature"""
     length_penalty: float = 1.0
+    """above 0 favours long continuations, below 0 short ones"""
     include_stop_str_in_output: bool = False
+    """keep the end token in the text"""
 
     def __post_init__(self) -> None:
-        check_int("beam_width", self.beam_width, minimum=1)
-        check_int("max_tokens", self.max_tokens, minimum=1)
-        check_bool("ignore_eos", self.ignore_eos)
-        check_number("length_penalty", self.length_penalty)
-        check_bool("include_stop_str_in_output", self.include_stop_str_in_output)
-        SamplingParams(temperature=self.temperature)
+        check_fields(self)
 
     def step_params(self, num_end_tokens: int, vocab_size: int) -> SamplingParams:
         """Return the parameters of a request for the likeliest next tokens of a beam.

@@ -4,16 +4,40 @@ import re
 from dataclasses import dataclass, field
 from ipaddress import ip_address
 from typing import Annotated
-from urllib.parse import urlsplit
 
 from annotated_types import Interval
 
 from tpllm.fields.docs import documented
-from tpllm.fields.validation import check_fields
+from tpllm.fields.validation import Must, above, check_fields
 from tpllm.sampling_params import MAX_LOGPROBS, MAX_N
 from tpllm.vllm_keywords import checks_keywords
 
-SECONDS = Interval(gt=0, le=7 * 24 * 3600)
+SECONDS = above(0, 7 * 24 * 3600)
+Address = Annotated[
+    str,
+    Must(lambda host: host and host == host.strip(), "must be an address, such as '127.0.0.1'"),
+]
+ApiKey = Annotated[
+    str,
+    Must(len, "must be a string that is not empty"),
+    Must(re.compile("[!-~]+").fullmatch, "must be visible ASCII characters, without spaces"),
+]
+ModelName = str | tuple[str, ...] | list[str]
+Origin = Annotated[
+    str,
+    Must(
+        re.compile(r"\*|[a-z][a-z\d+.-]*://[^/?#]*").fullmatch,
+        "is not an origin; give only scheme, host and port, such as 'https://example.org', or '*'",
+    ),
+]
+HostName = Annotated[
+    str,
+    Must(
+        re.compile(r"\*|[\w.-]+").fullmatch,
+        "is not a host name; give only the name, without scheme and port, such as "
+        "'llm.example.org', or '*'",
+    ),
+]
 
 
 @documented
@@ -27,21 +51,23 @@ class ServerSettings:
         UnknownSettingError: there is no such keyword.
     """
 
-    host: str = "127.0.0.1"
+    host: Address = "127.0.0.1"
     """address to listen on; only this machine can reach the default"""
     port: Annotated[int, Interval(ge=0, le=65535)] = 8000
     """TCP port; 0 takes a free one, which the first line of the log shows"""
-    api_key: str | None = field(default=None, repr=False)
+    api_key: ApiKey | None = field(default=None, repr=False)
     """key that clients must send as `Authorization: Bearer ...`; None requires no key"""
-    served_model_name: str | tuple[str, ...] | list[str] | None = None  # kept as None or a tuple
+    served_model_name: (
+        Annotated[ModelName, Must(len, "is empty; leave it out, or give a name")] | None
+    ) = None  # kept as None or a tuple
     """the model's name in requests and answers, or several names, separated by commas. Answers have
     the first name. None for the model's own
     """
-    cors_origins: tuple[str, ...] | list[str] = ()  # kept as a tuple
+    cors_origins: tuple[Origin, ...] | list[Origin] = ()  # kept as a tuple
     """web origins whose pages may call the server, such as "https://example.org"; "*" is all of
     them
     """
-    allowed_hosts: tuple[str, ...] | list[str] = ()  # kept as a tuple, in lower case
+    allowed_hosts: tuple[HostName, ...] | list[HostName] = ()  # kept as a tuple, in lower case
     """allowed host names of the server, besides localhost and IP addresses, such as
     "llm.example.org"; "*" is all of them. Other names are refused if allowed_hosts is given, and on
     a loopback host without api_key
@@ -74,25 +100,20 @@ class ServerSettings:
     """whether each request is logged: its path, status and duration, never its text"""
 
     def __post_init__(self) -> None:
-        if not isinstance(self.host, str) or not self.host or self.host != self.host.strip():
-            raise ValueError(f"host={self.host!r} must be an address, such as '127.0.0.1'")
-        _check_api_key(self.api_key)
+        names = {name: getattr(self, name) for name in ("cors_origins", "allowed_hosts")}
         if self.served_model_name is not None:
-            names = _check_texts("served_model_name", self.served_model_name)
-            if not names:
-                raise ValueError("served_model_name=() is empty; leave it out, or give a name")
-            self._keep("served_model_name", names)
-        self._keep("cors_origins", _check_origins(self.cors_origins))
-        self._keep("allowed_hosts", _check_hosts(self.allowed_hosts))
+            names["served_model_name"] = self.served_model_name
+        for name, value in names.items():
+            texts = _split(name, value)
+            if name == "allowed_hosts":
+                texts = tuple(host.lower().removesuffix(".") for host in texts)
+            object.__setattr__(self, name, texts)  # the dataclass is frozen
         check_fields(self)
 
     @property
     def is_local(self) -> bool:
         """Whether only this machine can reach the server."""
         return is_local_host(self.host)
-
-    def _keep(self, name: str, value: object) -> None:
-        object.__setattr__(self, name, value)  # the dataclass is frozen
 
 
 def is_local_host(host: str) -> bool:
@@ -105,17 +126,7 @@ def is_local_host(host: str) -> bool:
         return False
 
 
-def _check_api_key(value: object) -> None:
-    """Check the key. Messages leave out its value, because they are logged."""
-    if value is None:
-        return
-    if not isinstance(value, str) or not value:
-        raise ValueError("api_key must be a string that is not empty")
-    if not all("!" <= char <= "~" for char in value):
-        raise ValueError("api_key must be visible ASCII characters, without spaces")
-
-
-def _check_texts(name: str, value: object) -> tuple[str, ...]:
+def _split(name: str, value: object) -> tuple[str, ...]:
     """Return a tuple of strings; each string of `value` may hold several with commas between."""
     given = (value,) if isinstance(value, str) else value
     if not isinstance(given, tuple | list):
@@ -127,26 +138,3 @@ def _check_texts(name: str, value: object) -> tuple[str, ...]:
             raise ValueError(f"{name} holds {text!r}; give strings that are not empty")
         texts += parts
     return tuple(texts)
-
-
-def _check_origins(value: object) -> tuple[str, ...]:
-    origins = _check_texts("cors_origins", value)
-    for origin in origins:
-        parts = urlsplit(origin)
-        if origin != "*" and (not parts.scheme or origin != f"{parts.scheme}://{parts.netloc}"):
-            raise ValueError(
-                f"cors_origins holds {origin!r}, which is not an origin; give only scheme, host "
-                "and port, such as 'https://example.org', or '*'"
-            )
-    return origins
-
-
-def _check_hosts(value: object) -> tuple[str, ...]:
-    hosts = _check_texts("allowed_hosts", value)
-    for host in hosts:
-        if host != "*" and not re.fullmatch(r"[\w.-]+", host):
-            raise ValueError(
-                f"allowed_hosts holds {host!r}, which is not a host name; give only the name, "
-                "without scheme and port, such as 'llm.example.org', or '*'"
-            )
-    return tuple(host.lower().removesuffix(".") for host in hosts)
