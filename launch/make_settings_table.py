@@ -8,7 +8,6 @@ A test compares the file with the output of this script; run it after a change t
 from pathlib import Path
 
 from tpllm.cli.options import Option, options_of
-from tpllm.cli.sampling import UNTYPED
 from tpllm.cli.sources import SETTINGS_CLASSES
 from tpllm.sampling_params import SamplingParams
 
@@ -46,7 +45,7 @@ def settings_page() -> str:
     for settings in SETTINGS_CLASSES:
         title, text = TITLES[settings.__name__]
         parts.append(f"\n## {title}\n\n{text}\n\n{table(options_of(settings))}")
-    parts.append(SAMPLING + "\n" + table(options_of(SamplingParams, leave_out=UNTYPED)))
+    parts.append(SAMPLING + "\n" + table(options_of(SamplingParams)))
     return "".join(parts)
 
 

@@ -76,11 +76,23 @@ def test_a_start_that_fails_is_never_ready(llm, capsys):
     assert "ready" not in capsys.readouterr().err
 
 
-def test_a_wrong_engine_setting_is_refused_before_anything_starts(llm, capsys):
-    assert main(["generate", "hi", "--max-num-seqs", "0"]) == 2
-    assert capsys.readouterr().err == (
-        "tpllm: error: max_num_seqs=0 must be at least 1 (max_num_seqs is from --max-num-seqs)\n"
-    )
+@pytest.mark.parametrize(
+    "flag, message",
+    [
+        (
+            "--max-num-seqs 0",
+            "max_num_seqs=0 must be at least 1 (max_num_seqs is from --max-num-seqs)",
+        ),
+        (
+            "--max-num-seqs x",
+            "max_num_seqs='x' must be a whole number (max_num_seqs is from --max-num-seqs)",
+        ),
+        ("--seed x", "seed='x' must be a whole number"),
+    ],
+)
+def test_a_wrong_setting_is_refused_before_anything_starts(llm, capsys, flag, message):
+    assert main(["generate", "hi", *flag.split()]) == 2
+    assert capsys.readouterr().err == f"tpllm: error: {message}\n"
     assert llm.made == {}
 
 
@@ -89,10 +101,6 @@ def test_a_wrong_engine_setting_is_refused_before_anything_starts(llm, capsys):
     [
         ([], "the following arguments are required: COMMAND (see tpllm --help)"),
         (["generate"], "the following arguments are required: PROMPT (see tpllm generate --help)"),
-        (
-            ["generate", "hi", "--seed", "x"],
-            "argument --seed: 'x' is not a whole number (see tpllm generate --help)",
-        ),
         (["generate", "hi", "--nonsense"], "unrecognized arguments: --nonsense (see tpllm"),
         (["generate", "hi", "--max-tok", "5"], "unrecognized arguments: --max-tok 5 (see tpllm"),
         (["bench"], "the following arguments are required: COMMAND (see tpllm bench --help)"),

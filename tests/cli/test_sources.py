@@ -55,6 +55,8 @@ def test_the_environment_can_name_the_file_and_a_flag_another(tmp_path):
     [
         ({"max_num_seqs": 0}, {}, "", "(max_num_seqs is from --max-num-seqs)"),
         ({}, {"TPLLM_MAX_NUM_SEQS": "0"}, "", "(max_num_seqs is from TPLLM_MAX_NUM_SEQS)"),
+        ({}, {"TPLLM_MAX_NUM_SEQS": "x"}, "", "(max_num_seqs is from TPLLM_MAX_NUM_SEQS)"),
+        ({}, {"TPLLM_ENFORCE_EAGER": ""}, "", "(enforce_eager is from TPLLM_ENFORCE_EAGER)"),
         ({}, {}, "max_num_seqs: 0", "(max_num_seqs is from settings.yaml)"),
         ({}, {}, "max_num_seqs: many", "(max_num_seqs is from settings.yaml)"),
         (
@@ -87,8 +89,6 @@ def test_an_error_about_something_else_blames_no_setting():
 @pytest.mark.parametrize(
     "environment, message",
     [
-        ({"TPLLM_MAX_NUM_SEQS": "x"}, "TPLLM_MAX_NUM_SEQS: 'x' is not a whole number"),
-        ({"TPLLM_ENFORCE_EAGER": ""}, "TPLLM_ENFORCE_EAGER: '' is neither true nor false"),
         ({"TPLLM_MAX_SEQS": "1"}, "no setting 'TPLLM_MAX_SEQS'; did you mean 'TPLLM_MAX_NUM_SEQS'"),
         ({"TPLLM_CONFIG": "/nowhere.yaml"}, "configuration file /nowhere.yaml does not exist"),
     ],

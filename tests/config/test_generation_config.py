@@ -41,9 +41,7 @@ def test_a_do_sample_that_is_no_flag_is_refused(tmp_path):
 
 def test_a_recommendation_that_makes_no_sense_is_refused_by_name(tmp_path):
     (tmp_path / "generation_config.json").write_text('{"top_p": 7}')
-    with pytest.raises(
-        ValueError, match=r"generation_config.json: top_p=7 must .* mend the file"
-    ):
+    with pytest.raises(ValueError, match=r"generation_config.json: top_p=7 must .* mend the file"):
         read_generation_defaults(tmp_path)
 
 

@@ -4,18 +4,11 @@ A dataclass states name, type, default and help of each setting. Here they becom
 environment variable and a row of docs/settings.md.
 """
 
-from argparse import (
-    SUPPRESS,
-    Action,
-    ArgumentParser,
-    ArgumentTypeError,
-    BooleanOptionalAction,
-    Namespace,
-)
+from argparse import SUPPRESS, ArgumentParser, BooleanOptionalAction, Namespace
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, fields, replace
 from types import MappingProxyType, NoneType
-from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from tpllm.fields.docs import field_docs
 
@@ -23,26 +16,13 @@ PREFIX = "TPLLM_"
 BOOLS = dict.fromkeys(("1", "true", "yes", "on"), True)
 BOOLS |= dict.fromkeys(("0", "false", "no", "off"), False)
 _POSITIONAL = " (positional)"  # ends the destination of a setting that came without its flag
-
-
-class WrongTextError(ArgumentTypeError, ValueError):
-    """A text that is no value of a setting. argparse shows the message of this error as it is."""
-
-
-class Kind(NamedTuple):
-    """How one item of a type is written: for the table, for the help, and for an error."""
-
-    words: str
-    metavar: str
-    wrong: str
-
-
+# Kinds of items: the word for the table, and the metavar of the help.
 KINDS = {
-    bool: Kind("true or false", "", "neither true nor false"),
-    int: Kind("whole number", "N", "not a whole number"),
-    float: Kind("number", "X", "not a number"),
-    str: Kind("text", "TEXT", ""),
-    dict: Kind("numbers by token id", "ID=X", "not of the form ID=NUMBER"),
+    bool: ("true or false", ""),
+    int: ("whole number", "N"),
+    float: ("number", "X"),
+    str: ("text", "TEXT"),
+    dict: ("numbers by token id", "ID=X"),
 }
 
 
@@ -86,64 +66,62 @@ class Option:
     @property
     def type_text(self) -> str:
         """The type in words for people."""
-        words = " or ".join(self.choices) or KINDS[self.kind].words
+        words = " or ".join(self.choices) or KINDS[self.kind][0]
         return words + ("s" if self.is_list else "") + (" or none" if self.can_be_none else "")
 
     @property
     def metavar(self) -> str:
-        return "{" + ",".join(self.choices) + "}" if self.choices else KINDS[self.kind].metavar
+        return "{" + ",".join(self.choices) + "}" if self.choices else KINDS[self.kind][1]
 
     def parse(self, text: str) -> Any:
         """Return the value that `text` stands for. Commas separate several items.
 
-        Raises:
-            WrongTextError: the text is not of the setting's type.
+        What does not read as the setting's type stays text, which the settings class refuses.
         """
         if self.can_be_none and text.lower() == "none":
             return None
         if self.kind is dict:
-            return dict(_parse_pair(item) for item in text.split(","))
+            pairs = [item.partition("=") for item in text.split(",")]
+            return {_parse(key, int): _parse(value, float) for key, _, value in pairs}
         if self.is_list:
-            return [self._parse_item(item.strip()) for item in text.split(",")]
-        return self._parse_item(text)
+            return [_parse(item.strip(), self.kind) for item in text.split(",")]
+        return _parse(text, self.kind)
 
-    def parse_flag(self, text: str) -> Any:
-        """As `parse`, for one use of a flag: in a list of texts, each may contain commas."""
-        return [text] if self.is_list and self.kind is str else self.parse(text)
+    def parse_flags(self, texts: list[str]) -> Any:
+        """Return the value of a flag that is given one or several times.
 
-    def _parse_item(self, text: str) -> object:
-        if self.choices and text not in self.choices:
-            raise WrongTextError(f"{text!r} is not one of {', '.join(map(repr, self.choices))}")
-        return _parse(text, self.kind, KINDS[self.kind].wrong)
+        Items add up, and each of a list of texts may contain commas. Otherwise the last one counts.
+        """
+        if self.is_list and self.kind is str:
+            return texts
+        return self.parse(",".join(texts) if self.is_list or self.kind is dict else texts[-1])
 
 
 def options_of(settings: type, leave_out: Collection[str] = ()) -> list[Option]:
     """Return the options of a settings dataclass, in the order of its fields.
 
-    Raises:
-        TypeError: the type of a field has no form that a user could type.
+    There are none for fields whose types nobody could type, such as a JSON schema.
     """
     hints = get_type_hints(settings)
     docs = field_docs(settings)
-    return [
-        _option(field.name, hints[field.name], field.default, docs.get(field.name, ""))
+    options = [
+        _option(field.name, hints[field.name], field.default, docs[field.name])
         for field in fields(settings)
         if field.name not in leave_out
     ]
+    return [option for option in options if option is not None]
 
 
-def _option(name: str, hint: Any, default: object, help: str) -> Option:
+def _option(name: str, hint: Any, default: object, help: str) -> Option | None:
     types = (hint,) if get_origin(hint) in (None, Literal) else get_args(hint)
-    origins = {get_origin(each) or each: each for each in types}
-    several = origins.get(list)
-    [item] = get_args(several) if several else [None]
-    kind = next((each for each in KINDS if each in (item, *origins)), None)
-    if Literal in origins:
-        kind = str
-    if kind is None:
-        raise TypeError(f"{name}: {hint} has no form on a command line")
-    choices = get_args(origins.get(Literal))
-    return Option(name, item or kind, bool(several), NoneType in origins, choices, default, help)
+    by_origin = {get_origin(each) or each: each for each in types}
+    choices = get_args(by_origin.get(Literal))
+    items = get_args(by_origin.get(list))
+    found = [kind for kind in KINDS if kind in (items or by_origin)]
+    if not found and not choices:
+        return None
+    kind = str if choices else found[0]
+    return Option(name, kind, bool(items), NoneType in by_origin, choices, default, help)
 
 
 def add_flags(
@@ -161,9 +139,9 @@ def add_flags(
     for option in options_of(settings, leave_out):
         option = replace(option, default=defaults.get(option.name, option.default))
         words = option.help[:1].upper() + option.help[1:]
-        how: dict[str, Any] = {"action": BooleanOptionalAction}
-        if option.kind is not bool:
-            how = {"action": _Collect, "type": option.parse_flag, "metavar": option.metavar}
+        how: dict[str, Any] = {"action": "append", "metavar": option.metavar}
+        if option.kind is bool:
+            how = {"action": BooleanOptionalAction}
         group.add_argument(
             option.flag,
             dest=_destination(settings, option.name),
@@ -190,27 +168,20 @@ def given_flags(args: Namespace, settings: type) -> dict[str, object]:
     Raises:
         ValueError: one is given both with its flag and without.
     """
-    prefix = _destination(settings, "")
     given: dict[str, object] = {}
-    for destination, value in vars(args).items():
-        if destination.startswith(prefix):
-            name = destination.removeprefix(prefix).removesuffix(_POSITIONAL)
-            if name in given:
-                raise ValueError(f"{name} is given twice: {given[name]!r} and {value!r}")
-            given[name] = value
+    for option in options_of(settings):
+        destination = _destination(settings, option.name)
+        value = getattr(args, destination, None)
+        positional = getattr(args, destination + _POSITIONAL, None)
+        if value is not None:
+            given[option.name] = value if option.kind is bool else option.parse_flags(value)
+        if positional is not None:
+            if value is not None:
+                raise ValueError(
+                    f"{option.name} is given twice: {positional!r} and {given[option.name]!r}"
+                )
+            given[option.name] = positional
     return given
-
-
-class _Collect(Action):
-    """Store a value; join the items of a flag that is repeated."""
-
-    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: Any = None) -> None:
-        before = getattr(namespace, self.dest, None)
-        if before and isinstance(values, dict):
-            values = before | values
-        elif before and isinstance(values, list):
-            values = before + values
-        setattr(namespace, self.dest, values)
 
 
 def _destination(settings: type, name: str) -> str:
@@ -218,15 +189,8 @@ def _destination(settings: type, name: str) -> str:
     return f"{settings.__name__}.{name}"
 
 
-def _parse(text: str, kind: type, wrong: str) -> Any:
+def _parse(text: str, kind: type) -> object:
     try:
         return BOOLS[text.lower()] if kind is bool else kind(text)
     except (KeyError, ValueError):
-        raise WrongTextError(f"{text!r} is {wrong}") from None
-
-
-def _parse_pair(text: str) -> tuple[int, float]:
-    key, equals, value = text.partition("=")
-    if not equals:
-        raise WrongTextError(f"{text!r} is {KINDS[dict].wrong}")
-    return _parse(key, int, "not a token id"), _parse(value, float, KINDS[float].wrong)
+        return text

@@ -14,15 +14,12 @@ from tpllm.sampling_params import RequestOutputKind, SamplingParams
 # Engine settings without a flag here: --seed is the request's, and text needs a tokenizer.
 LEFT_OUT = ("seed", "skip_tokenizer_init")
 
-# Parameters without a flag: the commands choose output_kind, and a schema is no single word.
-UNTYPED = ("output_kind", "structured_outputs")
-
 
 def add_sampling_flags(
     parser: ArgumentParser, defaults: Mapping[str, object], leave_out: tuple[str, ...] = ()
 ) -> None:
     """Add flags for sampling parameters; `defaults` are the command's own."""
-    add_flags(parser, SamplingParams, "sampling", (*UNTYPED, *leave_out), defaults)
+    add_flags(parser, SamplingParams, "sampling", leave_out, defaults)
 
 
 def sampling_params(args: Namespace, defaults: Mapping[str, Any]) -> SamplingParams:

@@ -62,7 +62,7 @@ def collect(
         config: a YAML file; None for the file that TPLLM_CONFIG names, if any
 
     Raises:
-        ValueError: a text is not of the setting's type, or the file is not valid.
+        ValueError: the file is not valid.
         UnknownSettingError: the environment or the file has an unknown setting.
         FileNotFoundError: there is no such file.
     """
@@ -74,10 +74,7 @@ def collect(
         if option.name in flags:
             value, origin = flags[option.name], option.flag
         elif option.variable in environment:
-            try:
-                value, origin = option.parse(environment[option.variable]), option.variable
-            except ValueError as error:
-                raise ValueError(f"{option.variable}: {error}") from None
+            value, origin = option.parse(environment[option.variable]), option.variable
         elif option.name in from_file:
             value, origin = from_file[option.name], str(path)
         else:
