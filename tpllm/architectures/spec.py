@@ -154,6 +154,11 @@ class AttentionSpec:
     o: LinearSpec
     qk_norms: tuple[NormSpec, NormSpec] | None = None
 
+    def local_heads(self, size: int) -> tuple[int, int]:
+        """Return the query heads and the key/value heads of each of `size` ranks."""
+        rows = [weight.local_shape(size)[0] for weight in self.qkv.weights]
+        return rows[0] // self.head_dim, rows[1] // self.head_dim
+
 
 @dataclass(frozen=True)
 class MLPSpec:

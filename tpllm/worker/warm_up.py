@@ -20,6 +20,7 @@ import torch
 import triton
 from torch import Tensor
 
+from tpllm.architectures.spec import LinearSpec
 from tpllm.channel.step_plan import MAX_MASKED_STOP_IDS
 from tpllm.config.engine_config import EngineConfig
 from tpllm.layers.activation import silu_and_mul
@@ -29,7 +30,7 @@ from tpllm.layers.attention.attention import BACKENDS, Attention, AttentionBatch
 from tpllm.layers.attention.split_schedule import SPLIT_WORDS, ContextSplit
 from tpllm.layers.context import LayerContext
 from tpllm.layers.linear.gemv import gemv
-from tpllm.layers.linear.linear import kv_head_shard
+from tpllm.layers.linear.matmul import Matmul
 from tpllm.layers.norm import RMSNorm
 from tpllm.layers.rotary import QKNormRope
 from tpllm.parallel.group import TPGroup
@@ -93,17 +94,19 @@ class Kernels:
     def __init__(
         self, config: EngineConfig, rank: int, world_size: int, device: torch.device
     ) -> None:
-        model = self.model = config.model_config
+        spec = self.spec = config.model_config.spec
+        self.block = spec.blocks[0]  # the kernels of one block serve all
         self.config, self.device = config, device
         self.dtype: torch.dtype = getattr(torch, config.dtype)
         self.tp = TPGroup(rank, world_size, device, process_group=None)  # only for its sizes
-        self.num_heads = model.num_attention_heads // world_size
-        kv_heads = kv_head_shard(model.num_key_value_heads, self.tp)
-        self.num_kv_heads = kv_heads.stop - kv_heads.start
+        self.context = LayerContext(self.tp, self.dtype, Matmul({}, gemv))
+        self.width = spec.hidden_size
+        self.norm = RMSNorm(self.width, spec.norm.eps, self.context)
+        self.num_heads, self.num_kv_heads = self.block.attention.local_heads(world_size)
         self.split = ContextSplit(self.num_kv_heads)
         self.has_peer_memory = world_size > 1 and not config.disable_custom_all_reduce
-        self.has_peer_memory &= model.hidden_size % WIDTH_MULTIPLE == 0
-        self.local_vocab_size = -(-model.vocab_size // world_size)
+        self.has_peer_memory &= spec.hidden_size % WIDTH_MULTIPLE == 0
+        self.local_vocab_size = spec.embedding.local_shape(world_size)[0]
         self.vocab_start = rank * self.local_vocab_size
 
     def of_this_rank(self) -> list[Callable[[], object]]:
@@ -125,23 +128,18 @@ class Kernels:
 
     def shared(self) -> list[Callable[[], object]]:
         """Return the launches of kernels that are the same on all ranks."""
-        config = self.config
         calls: list[Callable[[], object]] = []
-        if config.attention_backend != "torch":
-            with_rope = BACKENDS[config.attention_backend].max_rope_rows
+        if self.config.attention_backend != "torch":
+            with_rope = BACKENDS[self.config.attention_backend].max_rope_rows
             # rotation in the kernel, with early launch or without; rotation before; many programs
             sizes = [1, 2, with_rope + 1]
             sizes.append(next(S for S in count(1) if not self.split.has_large_programs(S)))
             calls += [partial(self.attend, S) for S in sizes]
-        if not config.disable_custom_matmul:
-            fusions: list[dict[str, Any]] = [{}, {"swiglu": True}]
-            if self.tp.size == 1:
-                norm = {"norm": (self.norm_weight(), 1e-6)}
-                added = {**norm, "residual": self.new(1, self.model.hidden_size)}
-                fusions = [{}, norm, added, {**added, "swiglu": True}]
-            calls += [partial(self.gemv, **fused) for fused in fusions]
+        if not self.config.disable_custom_matmul:
+            calls += self.projections()
         if not self.has_peer_memory:
-            calls += [partial(self.norm, has_residual) for has_residual in (False, True)]
+            rows = [self.new(1, self.width) for _ in range(2)]
+            calls += [partial(self.norm, rows[0]), partial(self.norm, *rows)]
         calls += [self.find_thresholds, self.likeliest, self.rank_and_mass, self.drop_below]
         calls += [
             self.sample,
@@ -152,14 +150,28 @@ class Kernels:
         ]
         return calls
 
+    def projections(self) -> list[Callable[[], object]]:
+        """Return the launches of linear layers on a single row, with what is fused into them."""
+        attention, mlp = self.block.attention, self.block.mlp
+        swiglu = {"activation": silu_and_mul}
+        fused: list[tuple[LinearSpec, dict[str, Any]]] = [(mlp.down, {}), (mlp.gate_up, swiglu)]
+        if self.tp.size == 1:  # a norm without an all-reduce
+            norm = {"norm": self.norm}
+            added = {**norm, "residual": self.new(1, self.width)}
+            fused = [
+                (mlp.down, {}),
+                (attention.qkv, norm),  # of the first block
+                (attention.qkv, added),
+                (mlp.gate_up, added | swiglu),
+            ]
+        # a layer with a bias takes torch's matmul
+        return [partial(self.project, **each) for linear, each in fused if not linear.biases]
+
     def new(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         return torch.zeros(shape, dtype=dtype or self.dtype, device=self.device)
 
-    def norm_weight(self) -> Tensor:
-        return self.new(self.model.hidden_size)
-
     def attend(self, S: int) -> None:
-        H, K, D = self.num_heads, self.num_kv_heads, self.model.head_dim
+        H, K, D = self.num_heads, self.num_kv_heads, self.spec.head_dim
         attention = Attention(H, K, D, make_backend(self.config.attention_backend))
         caches = [self.new(1, self.config.kv_block_size, K, D) for _ in range(2)]
         tables = self.new(S, self.config.max_blocks_per_seq, dtype=torch.int32)
@@ -170,41 +182,36 @@ class Kernels:
         rope = QKNormRope(self.new(D), self.new(D), 1e-6, nothing, cos_sin)
         attention(self.new(S, (H + 2 * K) * D), *caches, batch, rope)
 
-    def gemv(self, **fused: Any) -> None:
-        E = self.model.hidden_size
-        gemv(self.new(1, E), self.new(32, E), **fused)
-
-    def norm(self, has_residual: bool) -> None:
-        E = self.model.hidden_size
-        norm = RMSNorm(E, 1e-6, LayerContext(self.tp, self.dtype))
-        norm(self.new(1, E), self.new(1, E) if has_residual else None)
+    def project(self, **fused: Any) -> None:
+        weight = self.context.weight_format(32, self.width, self.context)
+        weight.project(self.new(1, self.width), **fused)
 
     def all_reduce_norm(self, N: int, one_shot_rows: int) -> None:
         """All-reduce N rows, in one shot up to `one_shot_rows`; the peer buffers are full."""
-        E, size = self.model.hidden_size, self.tp.size
+        E, size = self.width, self.tp.size
         rows = self.new(NUM_BUFFERS, size, 4, E)
         pointers = torch.full((size,), rows.data_ptr(), device=self.device)
         places = self.new(4, dtype=torch.int32)
         peers = PeerBuffers(pointers.data_ptr(), places, 4, one_shot_rows, E, self.dtype)
         x, residual = self.new(N, E), self.new(N, E)
         tp = replace(self.tp, peers=peers)
-        all_reduce_norm(x, residual, self.norm_weight(), 1e-6, tp, has_residual=True)
+        all_reduce_norm(x, residual, self.norm.weight, 1e-6, tp, has_residual=True)
 
     def overlapped_all_reduce(self) -> None:
-        x, out = (self.new(1, self.model.hidden_size) for _ in range(2))
-        partial_sums = self.new(self.tp.size, 1, self.model.hidden_size)
-        reduce_and_norm(x, partial_sums, None, self.norm_weight(), out, 1e-6, self.tp)
+        x, out = self.new(1, self.width), self.new(1, self.width)
+        partial_sums = self.new(self.tp.size, 1, self.width)
+        reduce_and_norm(x, partial_sums, None, self.norm.weight, out, 1e-6, self.tp)
 
     def swiglu(self) -> None:
-        silu_and_mul(self.new(2, 2 * self.model.intermediate_size // self.tp.size))
+        silu_and_mul(self.new(2, self.block.mlp.gate_up.local_shape(self.tp.size)[0]))
 
     def scores(self) -> Tensor:
         rows = self.new(1, dtype=torch.int64)
         logits = self.new(2, self.local_vocab_size)
-        return scores_of(logits, self.vocab_start, self.model.vocab_size, rows)
+        return scores_of(logits, self.vocab_start, self.spec.vocab_size, rows)
 
     def scores_of_all(self) -> None:
-        scores_of(self.new(2, self.local_vocab_size), self.vocab_start, self.model.vocab_size)
+        scores_of(self.new(2, self.local_vocab_size), self.vocab_start, self.spec.vocab_size)
 
     def sample(self, logits: Tensor | None = None) -> None:
         logits = self.new(2, self.local_vocab_size) if logits is None else logits
@@ -214,7 +221,7 @@ class Kernels:
         temperatures = self.new(S, dtype=torch.float32)
         batch = SamplingBatch(temperatures, seeds, integers, integers, stops)
         alone = TPGroup.single(self.device)
-        sample(logits, batch, self.vocab_start, self.model.vocab_size, alone)
+        sample(logits, batch, self.vocab_start, self.spec.vocab_size, alone)
         best_candidate(self.new(self.tp.size, 2, S, dtype=torch.int32))  # one candidate per rank
 
     def sample_changed(self) -> None:
