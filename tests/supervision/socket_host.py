@@ -28,7 +28,7 @@ from tpllm.supervision.connection import Connection, Message
 from tpllm.supervision.diagnosis import RankState
 from tpllm.supervision.host import Host, Launch
 from tpllm.supervision.local_host import LocalHost
-from tpllm.supervision.processes import ChildProcesses, child_environment, open_output
+from tpllm.supervision.processes import ChildProcesses, open_output
 
 _DEADLINE_S = 60.0
 _BEAT_S = 0.05
@@ -103,8 +103,8 @@ class SocketHost:
                 "launch": asdict(launch),
             }
             command = processes.command(__name__, spec, (parent, theirs.fileno()))
-            (self.agent,) = processes.spawn([command], child_environment(), open_output(processes))
-        processes.channels.append(self)
+            (self.agent,) = processes.spawn([command], open_output(processes))
+        processes.keep_open(self)
         self._reader.start()
         pids = self._answer()["pids"]
         self.workers = [AgentsWorker(pid) for pid in pids]
@@ -171,7 +171,7 @@ class Agent:
         self._connection = Connection(socket.socket(fileno=spec["socket"]))
         launch = Launch(**{**spec["launch"], "limits": PlanLimits(**spec["launch"]["limits"])})
         self._ranks = range(*spec["ranks"])
-        self._host = LocalHost(launch, self._ranks, ChildProcesses(os.getpid()))
+        self._host = LocalHost(launch, self._ranks, ChildProcesses())
         self._running = set(self._ranks)
         self._connection.send({"type": "pids", "pids": [each.pid for each in self._host.workers]})
 

@@ -10,12 +10,7 @@ from tpllm.supervision import messages
 from tpllm.supervision.connection import Connection, Message
 from tpllm.supervision.interrupts import Interrupts
 from tpllm.supervision.launcher import CLOSE_TIMEOUT_S
-from tpllm.supervision.processes import (
-    ChildProcesses,
-    child_environment,
-    how_it_ended,
-    open_output,
-)
+from tpllm.supervision.processes import ChildProcesses, how_it_ended, open_output
 
 MODULE = "tpllm.supervision.engine_process"
 _PING_AFTER_S = 5.0  # after this time without a message
@@ -40,7 +35,7 @@ class EngineClient:
         self._received: list[Message] = []  # messages that `receive` has not returned yet
         self._silent_s = 0.0
         self._stopped_s = 0.0
-        self._processes = ChildProcesses(os.getpid())
+        self._processes = ChildProcesses()
         with self._processes.released_with(self):
             with Interrupts():  # an interrupt between creating and recording a resource leaks it
                 self._start(config)
@@ -61,13 +56,12 @@ class EngineClient:
         processes = self._processes
         output = open_output(processes)
         ours, theirs = socket.socketpair()
-        self._connection = Connection(ours)
-        processes.channels.append(self._connection)
+        self._connection = processes.keep_open(Connection(ours))
         with theirs:
             parent = processes.keep(os.pidfd_open(os.getpid()))
             spec = {"config": config.to_json(), "parent": parent, "socket": theirs.fileno()}
             command = processes.command(MODULE, spec, (parent, theirs.fileno()))
-            (self._process,) = processes.spawn([command], child_environment(), output)
+            (self._process,) = processes.spawn([command], output)
 
     @property
     def pid(self) -> int:

@@ -56,7 +56,7 @@ class WorkerGroup:
     ) -> None:
         self.world_size = launch.world_size
         self._settings = launch.settings
-        self._processes = ChildProcesses(os.getpid())
+        self._processes = ChildProcesses()
         # an interrupt between creating and recording a resource leaks it
         with self._processes.released_with(self), Interrupts():
             hosts = self._hosts = start_hosts(launch, self._processes)

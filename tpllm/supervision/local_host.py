@@ -18,7 +18,7 @@ from tpllm.channel.ring import RingDescriptors, RingReader, RingWriter, create_r
 from tpllm.config.resources import refuse_too_few_descriptors, refuse_too_little_room
 from tpllm.supervision.diagnosis import RankState, examine
 from tpllm.supervision.host import Launch
-from tpllm.supervision.processes import ChildProcesses, Command, child_environment, open_output
+from tpllm.supervision.processes import ChildProcesses, Command, open_output
 
 CONTROL_BYTES = 1 << 16  # room for any control record; the worker truncates longer tracebacks
 _NUM_SLOTS = 8
@@ -41,66 +41,67 @@ class LocalHost:
     """
 
     def __init__(self, launch: Launch, ranks: range, processes: ChildProcesses) -> None:
-        limits = launch.limits
-        self._processes = processes
+        self._launch = launch
         self._ranks = ranks
+        self._processes = processes
         output = open_output(processes)
         refuse_too_few_descriptors(len(ranks))
         refuse_too_little_room(tempfile.gettempdir())
         # only an unpredictable name: the workers create the directory, after the start of the guard
         # that removes it even if this process is killed
-        directory = Path(tempfile.gettempdir()) / f"tpllm-{secrets.token_hex(8)}"
-        processes.directory = directory
-        plans = self._make_ring(len(ranks), max(limits.plan_bytes, limits.masks_bytes))
-        self.plans = RingWriter(plans)
-        processes.channels.append(self.plans)
-        board = processes.keep(create_board(len(ranks)))
-        self._board = Board(board)
-        processes.channels.append(self._board)
+        processes.directory = Path(tempfile.gettempdir()) / f"tpllm-{secrets.token_hex(8)}"
         reading_end, lifeline = os.pipe()
         processes.descriptors += (reading_end, lifeline)
-        spec: dict[str, Any] = {
-            "world_size": launch.world_size,
-            "local_world_size": len(ranks),
+        plans = self._make_ring(len(ranks), launch.limits.plan_bytes, launch.limits.masks_bytes)
+        self.plans = processes.keep_open(RingWriter(plans))
+        board = processes.keep(create_board(len(ranks)))
+        self._board = processes.keep_open(Board(board))
+        self.replies: list[RingReader] = []
+        self._stack_fds: list[int] = []
+        shared = {
             "coordinator": processes.keep(os.pidfd_open(os.getpid())),
             "lifeline": lifeline,
             "board": board,
-            "directory": str(directory),
             "plans": plans.all(),
-            "settings": launch.settings,
         }
-        self.replies: list[RingReader] = []
-        self._stack_fds: list[int] = []
-        commands = [self._command(launch, spec, local_rank) for local_rank in range(len(ranks))]
-        self.workers = processes.spawn(commands, child_environment(directory), output, reading_end)
+        commands = [self._command(local_rank, shared) for local_rank in range(len(ranks))]
+        self.workers = processes.spawn(commands, output, reading_end)
         for fd in (reading_end, lifeline):  # from now on only the workers hold its writing end
             processes.descriptors.remove(fd)
             os.close(fd)
         self.ends = [processes.keep(os.pidfd_open(worker.pid)) for worker in self.workers]
 
-    def _make_ring(self, num_readers: int, num_bytes: int) -> RingDescriptors:
-        ring = create_ring(num_readers, _NUM_SLOTS, max(num_bytes, CONTROL_BYTES))
+    def _make_ring(self, num_readers: int, *record_bytes: int) -> RingDescriptors:
+        """Make a ring for records of these sizes and for control records."""
+        ring = create_ring(num_readers, _NUM_SLOTS, max(*record_bytes, CONTROL_BYTES))
         self._processes.descriptors += ring.all()
         return ring
 
-    def _command(self, launch: Launch, shared: dict[str, Any], local_rank: int) -> Command:
-        """Return the command that starts a worker, and make the ring of its replies."""
-        replies = self._make_ring(1, launch.limits.result_bytes)
-        self.replies.append(RingReader(replies, 0))
-        self._processes.channels.append(self.replies[local_rank])
+    def _command(self, local_rank: int, shared: dict[str, Any]) -> Command:
+        """Return the command that starts a worker, and make what belongs to this worker alone.
+
+        Args:
+            shared: the descriptors that all workers get
+        """
+        replies = self._make_ring(1, self._launch.limits.result_bytes)
+        self.replies.append(self._processes.keep_open(RingReader(replies, 0)))
         stacks = self._processes.keep(os.memfd_create("tpllm-stacks", os.MFD_CLOEXEC))
         self._stack_fds.append(stacks)
         spec = {
             **shared,
-            "rank": self._ranks[local_rank],
-            "local_rank": local_rank,
-            "device": local_rank,  # an engine takes the GPUs that this process sees, in order
             "stacks": stacks,
             "replies": replies.all(),
+            "rank": self._ranks[local_rank],
+            "world_size": self._launch.world_size,
+            "local_rank": local_rank,
+            "local_world_size": len(self._ranks),
+            "device": local_rank,  # an engine takes the GPUs that this process sees, in order
+            "directory": str(self._processes.directory),
+            "settings": self._launch.settings,
         }
-        inherited = [spec[name] for name in ("coordinator", "lifeline", "board", "stacks")]
-        inherited += (*spec["plans"], *spec["replies"])
-        return self._processes.command(launch.module, spec, inherited)
+        singles = (spec["coordinator"], spec["lifeline"], spec["board"], stacks)
+        inherited = (*singles, *spec["plans"], *spec["replies"])
+        return self._processes.command(self._launch.module, spec, inherited)
 
     def beats(self) -> int:
         return self._board.beats()

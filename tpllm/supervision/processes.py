@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from tpllm.channel.child_process import write_spec
 from tpllm.supervision import guard
@@ -33,6 +33,9 @@ class Closable(Protocol):
     def close(self) -> None: ...
 
 
+C = TypeVar("C", bound=Closable)
+
+
 @dataclass
 class ChildProcesses:
     """Child processes, and the resources that this process shares with them.
@@ -42,7 +45,7 @@ class ChildProcesses:
     calls to return closes the descriptors.
     """
 
-    owner_pid: int
+    owner_pid: int = field(default_factory=os.getpid)
     directory: Path | None = None
     guard: Child | None = None  # see tpllm.supervision.guard
     processes: list[Child] = field(default_factory=list)
@@ -72,6 +75,11 @@ class ChildProcesses:
         """Record a descriptor that has to be closed, and return it."""
         self.descriptors.append(fd)
         return fd
+
+    def keep_open(self, channel: C) -> C:
+        """Record a channel that has to be closed before the descriptors, and return it."""
+        self.channels.append(channel)
+        return channel
 
     def command(self, module: str, spec: dict[str, Any], inherited: Sequence[int]) -> Command:
         """Return the command `python -m MODULE FD`; FD is a file with `spec` as JSON."""
@@ -109,11 +117,7 @@ class ChildProcesses:
         self.released.set()
 
     def spawn(
-        self,
-        commands: Sequence[Command],
-        environment: dict[str, str],
-        output: int,
-        lifeline: int | None = None,
+        self, commands: Sequence[Command], output: int, lifeline: int | None = None
     ) -> list[Child]:
         """Start processes from a thread that lives as long as they do.
 
@@ -121,12 +125,14 @@ class ChildProcesses:
         when the process ends. A short-lived thread of the caller must therefore not start it.
 
         Args:
-            lifeline: reading end of a pipe whose writing end the processes hold, for the guard of
-                the directory, which is started first; None for no guard
+            output: where they write, a descriptor or subprocess.DEVNULL
+            lifeline: reading end of a pipe whose writing end the processes hold: they use the
+                directory, and its guard is started first; None for processes that do not
 
         Returns:
             the processes; fewer than `commands` if `release` was called meanwhile
         """
+        environment = _environment(None if lifeline is None else self.directory)
         children: list[Child] = []
         started = threading.Event()
         failure: list[BaseException] = []
@@ -206,7 +212,7 @@ def _start(command: Command, environment: dict[str, str], output: int) -> Child:
     return Child(process.pid)
 
 
-def child_environment(directory: Path | None = None) -> dict[str, str]:
+def _environment(directory: Path | None) -> dict[str, str]:
     """Return a child's environment: it imports this tpllm and puts temporary files in `directory`.
 
     GPUs are numbered as NVML numbers them, since the settings were checked with NVML.

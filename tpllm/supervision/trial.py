@@ -18,12 +18,7 @@ from tpllm.channel.ring import wait_readable
 from tpllm.config.engine_config import EngineConfig
 from tpllm.structured_outputs import StructuredOutputsParams
 from tpllm.supervision.interrupts import Interrupts
-from tpllm.supervision.processes import (
-    ChildProcesses,
-    ClosedError,
-    child_environment,
-    how_it_ended,
-)
+from tpllm.supervision.processes import ChildProcesses, ClosedError, how_it_ended
 
 MODULE = "tpllm.supervision.trial_process"
 CPU_S = 10  # CPU time of the child for one grammar
@@ -108,7 +103,7 @@ class _Child:
     """
 
     def __init__(self, config: EngineConfig, module: str) -> None:
-        self._processes = ChildProcesses(os.getpid())
+        self._processes = ChildProcesses()
         with self._processes.released_with(self):
             with Interrupts():  # an interrupt between creating and recording a resource leaks it
                 self._start(config, module)
@@ -126,8 +121,7 @@ class _Child:
     def _start(self, config: EngineConfig, module: str) -> None:
         processes = self._processes
         ours, theirs = socket.socketpair()
-        self._socket = ours
-        processes.channels.append(ours)
+        self._socket = processes.keep_open(ours)
         with theirs:
             parent = processes.keep(os.pidfd_open(os.getpid()))
             # output of native code about a crash must not reach the user's terminal
@@ -140,7 +134,7 @@ class _Child:
                 "memory_bytes": MEMORY_BYTES,
             }
             command = processes.command(module, spec, (parent, theirs.fileno()))
-            (self._process,) = processes.spawn([command], child_environment(), silence)
+            (self._process,) = processes.spawn([command], silence)
 
     def try_grammar(self, params: dict[str, Any]) -> str | None:
         """Return why the grammar cannot be used, or None if it can.
