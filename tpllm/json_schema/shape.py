@@ -14,14 +14,6 @@ def _is_type(value: Any) -> bool:
     return bool(names) and all(isinstance(name, str) and name in TYPES for name in names)
 
 
-def _is_string(value: Any) -> bool:
-    return isinstance(value, str)
-
-
-def _is_object(value: Any) -> bool:
-    return isinstance(value, dict)
-
-
 def _is_list(value: Any) -> bool:
     return isinstance(value, list) and bool(value)
 
@@ -30,8 +22,8 @@ def _is_list_of_strings(value: Any) -> bool:
     return isinstance(value, list) and all(isinstance(each, str) for each in value)
 
 
-_OBJECT = (_is_object, "must be an object")
-_STRING = (_is_string, "must be a string")
+_OBJECT = (lambda value: isinstance(value, dict), "must be an object")
+_STRING = (lambda value: isinstance(value, str), "must be a string")
 _SCHEMAS = (_is_list, "must be a list of at least one schema")
 _WANTED: dict[str, tuple[Callable[[Any], bool], str]] = {
     "type": (_is_type, f"must be one of {', '.join(TYPES)}, or a list of these"),

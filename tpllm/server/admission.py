@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from tpllm.server.errors import APIError
+from tpllm.server.errors import APIError, invalid
 
 RATE_WINDOW_S = 30.0
 MAX_RETRY_AFTER_S = 60
@@ -25,16 +25,11 @@ class Admission:
     def __init__(self, num_running: int, max_queue: int) -> None:
         self._num_running = num_running
         self._max_queue = max_queue
-        self._num_seqs = 0
+        self.num_seqs = 0  # that run, wait, or belong to an answer that is being sent
         self.num_answers = 0  # being generated or sent
         self._tasks: set[asyncio.Task[Any]] = set()
         self._ended: deque[tuple[float, int]] = deque()  # (time, number of sequences)
         self.draining = False
-
-    @property
-    def num_seqs(self) -> int:
-        """Sequences that run, wait, or belong to an answer that is still being sent."""
-        return self._num_seqs
 
     @property
     def capacity(self) -> int:
@@ -55,15 +50,14 @@ class Admission:
                 headers={"Retry-After": "1", "Connection": "close"},
             )
         if num_seqs > self.capacity:
-            raise APIError(
-                400,
+            raise invalid(
                 f"the request has {num_seqs} sequences (prompts times n), more than the "
-                f"{self.capacity} that this server holds at a time; send fewer prompts, or lower n",
+                f"{self.capacity} that this server holds at a time; send fewer prompts, or lower n"
             )
-        if self._num_seqs + num_seqs > self.capacity:
+        if self.num_seqs + num_seqs > self.capacity:
             raise APIError(
                 429,
-                f"the queue is full: {self._num_seqs} of at most {self.capacity} sequences run or "
+                f"the queue is full: {self.num_seqs} of at most {self.capacity} sequences run or "
                 "wait; try again later",
                 code="queue_full",
                 headers={"Retry-After": str(self._retry_after_s())},
@@ -71,18 +65,14 @@ class Admission:
 
     @contextmanager
     def enter(self, num_seqs: int) -> Iterator[None]:
-        """Count a request's sequences within the block, which ends with its answer's last byte.
-
-        Raises:
-            APIError: as in `check`.
-        """
+        """`check`, and count a request's sequences until the block ends with its last byte."""
         self.check(num_seqs)
-        self._num_seqs += num_seqs
+        self.num_seqs += num_seqs
         self.num_answers += 1
         try:
             yield
         finally:
-            self._num_seqs -= num_seqs
+            self.num_seqs -= num_seqs
             self.num_answers -= 1
             self._ended.append((time.monotonic(), num_seqs))
             self._forget_old()

@@ -13,7 +13,7 @@ from tpllm.server.answer_pieces import (
     Thinking,
 )
 from tpllm.server.answerer import Answerer
-from tpllm.server.errors import APIError
+from tpllm.server.errors import invalid
 from tpllm.server.generation import Answer, PromptState
 from tpllm.server.logprob_bodies import chat_logprobs, prompt_logprobs
 from tpllm.server.protocol import ChatCompletionRequest
@@ -44,7 +44,7 @@ class Chat(Answerer[ChatCompletionRequest]):
         service = self._service
         text, ids = await service.prompts.render(self._conversation())
         if not ids:
-            raise APIError(400, "messages make an empty prompt; add content", param="messages")
+            raise invalid("messages make an empty prompt; add content")
         service.sampling.check_length(self._body, [ids], self._params)
         if service.settings.parse_reasoning and self._params.structured_outputs is None:
             self._thinking = Thinking.after(text)

@@ -93,6 +93,15 @@ class APIError(HTTPException):
         )
 
 
+def invalid(message: str, param: str | None = None) -> APIError:
+    """Return the error for a wrong request.
+
+    Args:
+        param: the path of the wrong field; by default, the field with which the message begins
+    """
+    return APIError(400, message, param=param or _blamed(message))
+
+
 _ENCODER = json.JSONEncoder(separators=(",", ":"), allow_nan=False)
 
 
@@ -128,7 +137,7 @@ def from_value_error(error: ValueError, renamed: Mapping[str, str] | None = None
     message = str(error)
     for ours, theirs in (renamed or {}).items():
         message = re.sub(rf"\b{ours}\b", theirs, message)
-    return APIError(400, message, param=_blamed(message))
+    return invalid(message)
 
 
 def _blamed(message: str) -> str | None:
@@ -147,29 +156,27 @@ def from_validation(problems: Sequence[Mapping[str, Any]], known: Sequence[str])
     kind, context = problem["type"], problem.get("ctx", {})
     if kind == "json_invalid":
         why = context.get("error", "")
-        return APIError(400, f"the body is not valid JSON: {why} (character {problem['loc'][-1]})")
+        return invalid(f"the body is not valid JSON: {why} (character {problem['loc'][-1]})")
     place = [part for part in problem["loc"] if part != "body" and part not in ALTERNATIVES]
     if kind == "string_unicode" and not place:
-        return APIError(400, "the name of a field is not valid Unicode; correct it")
+        return invalid("the name of a field is not valid Unicode; correct it")
     if kind == "value_error":
         message = str(context["error"])
-        return APIError(400, message, param=_blamed(message) or _path(place) or None)
+        return invalid(message, _blamed(message) or _path(place) or None)
     if not place:
-        return APIError(
-            400, "the body must be a JSON object, sent with Content-Type: application/json"
-        )
+        return invalid("the body must be a JSON object, sent with Content-Type: application/json")
     param = _path(place)
     if kind == "missing":
         what = "every request needs it" if len(place) == 1 else "it is required there"
-        return APIError(400, f"{param} is missing; {what}", param=param)
+        return invalid(f"{param} is missing; {what}", param)
     if kind == "extra_forbidden":
         near = get_close_matches(param, known, n=1)
         mend = f"did you mean {near[0]!r}?" if near else "leave it out"
-        return APIError(400, f"there is no field {short(param)} here; {mend}", param=param)
+        return invalid(f"there is no field {short(param)} here; {mend}", param)
     words = WORDS.get(kind, "is not valid; leave it out").format(**context)
     if kind == "string_type" and problem["loc"][-1] in ALTERNATIVES:
         words = f"must be {problem['loc'][-1].strip('()')}"
-    return APIError(400, f"{param}={short(problem.get('input'))} {words}", param=param)
+    return invalid(f"{param}={short(problem.get('input'))} {words}", param)
 
 
 def _path(place: Sequence[object]) -> str:

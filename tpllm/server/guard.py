@@ -86,11 +86,7 @@ class Guard:
             self._held_bytes -= num_bytes + VALUE_BYTES * num_values
 
     def _check(self, scope: Scope) -> None:
-        """Check the head of a request.
-
-        Raises:
-            APIError: the request is refused.
-        """
+        """Raise APIError if the head of a request is a reason to refuse it."""
         headers = Headers(scope=scope)
         path = scope["path"]
         settings = self._service.settings
@@ -121,11 +117,7 @@ class Guard:
         return same and scheme.lower() == "bearer"
 
     def _check_held_bytes(self) -> None:
-        """Check the memory of all bodies together, which many slow clients could fill.
-
-        Raises:
-            APIError: 429, the limit is exceeded.
-        """
+        """Raise APIError 429 if many slow clients have sent too much, all bodies together."""
         limit = max(MAX_HELD_BYTES, 2 * self._service.settings.max_body_bytes)
         if self._held_bytes > limit:
             raise APIError(

@@ -16,7 +16,7 @@ from starlette.responses import Response
 
 import tpllm
 from tpllm.checks import MAX_INT32
-from tpllm.server.errors import APIError, engine_failed, to_json
+from tpllm.server.errors import engine_failed, invalid, to_json
 from tpllm.server.protocol import Conversation, DetokenizeRequest, TokenizeRequest
 from tpllm.server.service import Service
 
@@ -63,7 +63,7 @@ async def tokenize(service: Service, body: TokenizeRequest) -> Response:
     """POST /tokenize, in vLLM's format. Raises: APIError 400."""
     service.check_model(body.model)
     if (body.prompt is None) == (body.messages is None):
-        raise APIError(400, "give either prompt, a string, or messages, a conversation")
+        raise invalid("give either prompt, a string, or messages, a conversation")
     if body.prompt is not None:
         special = body.add_special_tokens is not False
         ids = (await service.prompts.encode([body.prompt], special))[0]
@@ -83,9 +83,7 @@ async def detokenize(service: Service, body: DetokenizeRequest) -> Response:
     ids = body.tokens
     if ids and not 0 <= min(ids) <= max(ids) <= MAX_INT32:
         wrong = min(ids) if min(ids) < 0 else max(ids)
-        raise APIError(
-            400, f"tokens holds {wrong}; ids are at least 0 and at most {MAX_INT32}", param="tokens"
-        )
+        raise invalid(f"tokens holds {wrong}; ids are at least 0 and at most {MAX_INT32}")
     return json_response({"prompt": await service.prompts.decode(ids)})
 
 

@@ -10,7 +10,7 @@ from starlette.responses import Response
 from starlette.types import ASGIApp
 
 from tpllm.checks import short
-from tpllm.server.errors import APIError
+from tpllm.server.errors import APIError, invalid
 from tpllm.server.settings import ServerSettings, is_local_host
 
 METHODS = ("GET", "HEAD", "POST")
@@ -62,7 +62,7 @@ def check_host(headers: Headers, http_version: str, settings: ServerSettings) ->
     hosts = headers.getlist("host")
     is_old = http_version < "1.1"  # proxies and probes use HTTP/1.0, but no browser does
     if len(hosts) > 1 or not (hosts or is_old):
-        raise APIError(400, f"the request has {len(hosts)} Host fields; send exactly one")
+        raise invalid(f"the request has {len(hosts)} Host fields; send exactly one")
     allowed = settings.allowed_hosts
     is_open = settings.is_local and settings.api_key is None
     if is_old or "*" in allowed or not (allowed or is_open):
@@ -78,11 +78,7 @@ def check_host(headers: Headers, http_version: str, settings: ServerSettings) ->
 
 
 def check_origin(headers: Headers, settings: ServerSettings) -> None:
-    """Refuse pages of other origins if the server is local and has no key.
-
-    Raises:
-        APIError: 403, the origin is not allowed.
-    """
+    """Raise APIError 403 for pages of other origins if the server is local and has no key."""
     origin = headers.get("origin")
     if origin is None or settings.api_key is not None or not settings.is_local:
         return

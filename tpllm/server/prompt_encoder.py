@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel
 
-from tpllm.server.errors import APIError, context_exceeded, from_value_error
+from tpllm.server.errors import APIError, context_exceeded, from_value_error, invalid
 from tpllm.server.protocol import Conversation
 from tpllm.server.text_offsets import TextOffsets
 from tpllm.text.tokenizer import Tokenizer
@@ -100,11 +100,7 @@ class Prompts:
         goes_on = bool(body.continue_final_message)
         begins = not goes_on if body.add_generation_prompt is None else body.add_generation_prompt
         if goes_on and begins:
-            raise APIError(
-                400,
-                "continue_final_message=true needs add_generation_prompt=false",
-                param="continue_final_message",
-            )
+            raise invalid("continue_final_message=true needs add_generation_prompt=false")
 
         def render() -> tuple[str, list[int]]:
             text = self.tokenizer.render_chat(

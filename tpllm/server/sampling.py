@@ -5,7 +5,7 @@ from dataclasses import fields
 from typing import Any
 
 from tpllm.sampling_params import RequestOutputKind, SamplingParams
-from tpllm.server.errors import APIError, context_exceeded, from_value_error
+from tpllm.server.errors import context_exceeded, from_value_error, invalid
 from tpllm.server.protocol import ChatCompletionRequest, CompletionRequest, GenerationRequest
 from tpllm.server.settings import ServerSettings
 from tpllm.server.structured import structured_outputs
@@ -36,13 +36,11 @@ class Sampling:
     def of_completion(self, body: CompletionRequest) -> SamplingParams:
         """Raises: APIError 400: a value is out of range, or not supported."""
         if body.best_of not in (None, body.n or 1):
-            raise APIError(
-                400,
-                f"best_of={body.best_of} is not supported beyond n={body.n or 1}; leave it out",
-                param="best_of",
+            raise invalid(
+                f"best_of={body.best_of} is not supported beyond n={body.n or 1}; leave it out"
             )
         if body.suffix:
-            raise APIError(400, "suffix is not supported; leave it out", param="suffix")
+            raise invalid("suffix is not supported; leave it out")
         extra = {"logprobs": self._num_logprobs("logprobs", body.logprobs)}
         if body.echo and body.logprobs is not None and body.prompt_logprobs is None:
             extra["prompt_logprobs"] = body.logprobs
@@ -58,18 +56,14 @@ class Sampling:
             max_tokens = body.max_tokens
         num_top = self._num_logprobs("top_logprobs", body.top_logprobs)
         if num_top and not body.logprobs:
-            raise APIError(400, f"top_logprobs={num_top} needs logprobs=true", param="top_logprobs")
+            raise invalid(f"top_logprobs={num_top} needs logprobs=true")
         extra = {"logprobs": (num_top or 0) if body.logprobs else None}
         return self._make(body, extra, max_tokens, self._defaults.get("max_tokens"))
 
     def check_length(
         self, body: GenerationRequest, prompt_ids: Sequence[list[int]], params: SamplingParams
     ) -> None:
-        """Check that prompts, and answers whose length is given, fit the model's context.
-
-        Raises:
-            APIError: 400 with OpenAI's code "context_length_exceeded".
-        """
+        """Raise APIError 400 if a prompt, or it and the requested answer, exceed the context."""
         limit, field = self._max_model_len, prompt_field(body)
         asked = _max_tokens_field(body)
         for i, ids in enumerate(prompt_ids):
@@ -93,7 +87,7 @@ class Sampling:
     def _num_logprobs(self, name: str, value: int | None) -> int | None:
         limit = self._settings.max_logprobs
         if value is not None and not 0 <= value <= limit:
-            raise APIError(400, f"{name}={value} must be between 0 and {limit}", param=name)
+            raise invalid(f"{name}={value} must be between 0 and {limit}")
         return value
 
     def _check_lists(self, body: GenerationRequest, num_prompts: int) -> None:
@@ -105,11 +99,9 @@ class Sampling:
         num_ids["bad_words"] = most_ids(body.bad_words or ())
         if num_seqs * sum(num_ids.values()) > MAX_LISTED_IDS:
             longest = max(num_ids, key=num_ids.__getitem__)
-            raise APIError(
-                400,
+            raise invalid(
                 f"{longest} is too long for a request of {num_seqs} sequences (prompts times n); "
-                "shorten it, or send fewer at a time",
-                param=longest,
+                "shorten it, or send fewer at a time"
             )
 
     def _make(
@@ -123,14 +115,12 @@ class Sampling:
         settings = self._settings
         self._num_logprobs("prompt_logprobs", body.prompt_logprobs)
         if body.stream and body.prompt_logprobs is not None:
-            raise APIError(
-                400,
+            raise invalid(
                 f"prompt_logprobs={body.prompt_logprobs} is not available in streams; leave stream "
-                "out",
-                param="prompt_logprobs",
+                "out"
             )
         if body.n is not None and body.n > settings.max_n:
-            raise APIError(400, f"n={body.n} must be at most {settings.max_n}", param="n")
+            raise invalid(f"n={body.n} must be at most {settings.max_n}")
         self._check_lists(body, num_prompts)
         asked = _max_tokens_field(body) or "max_tokens"
         if max_tokens is not None and max_tokens > self._max_model_len:
@@ -141,7 +131,7 @@ class Sampling:
             )
         limit = settings.max_output_tokens
         if limit is not None and max_tokens is not None and max_tokens > limit:
-            raise APIError(400, f"{asked}={max_tokens} must be at most {limit}", param=asked)
+            raise invalid(f"{asked}={max_tokens} must be at most {limit}")
         if max_tokens is None:
             max_tokens = min(filter(None, (default_max_tokens, limit)), default=None)
         given = {name: getattr(body, name) for name in SAME_NAME}

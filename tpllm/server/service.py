@@ -7,7 +7,7 @@ from dataclasses import replace
 from tpllm.async_llm import AsyncLLM
 from tpllm.sampling_params import SamplingParams
 from tpllm.server.admission import Admission
-from tpllm.server.errors import APIError, engine_failed
+from tpllm.server.errors import APIError, engine_failed, invalid
 from tpllm.server.generation import Generation
 from tpllm.server.metrics import Metrics
 from tpllm.server.prompt_encoder import Prompts
@@ -38,11 +38,7 @@ class Service:
         return self.model_names[0]
 
     def check_model(self, name: str | None) -> None:
-        """Check that a request names the served model, or none.
-
-        Raises:
-            APIError: 404, it names another model.
-        """
+        """Raise APIError 404 if a request names another model than the served one."""
         if name is not None and name not in self.model_names:
             known = ", ".join(map(repr, self.model_names))
             raise APIError(
@@ -53,11 +49,7 @@ class Service:
             )
 
     def check_engine(self) -> None:
-        """Check that the engine runs.
-
-        Raises:
-            APIError: 503, the engine has failed.
-        """
+        """Raise APIError 503 if the engine has failed."""
         if self.engine.dead_error is not None:
             raise engine_failed(self.engine.dead_error)
 
@@ -89,12 +81,10 @@ class Service:
             num_entries += per_token * len(prompts) * max(1, share)
             params = replace(params, max_tokens=max(1, share))
         if num_entries > MAX_LOGPROB_ENTRIES:
-            raise APIError(
-                400,
+            raise invalid(
                 f"logprobs of this request may have {num_entries} entries (prompts x n x "
                 "max_tokens x (top_logprobs + 1), plus those of the prompts), more than this "
-                f"server's limit of {MAX_LOGPROB_ENTRIES}; lower max_tokens, n or top_logprobs",
-                param="logprobs",
+                f"server's limit of {MAX_LOGPROB_ENTRIES}; lower max_tokens, n or top_logprobs"
             )
         return params
 

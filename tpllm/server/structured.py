@@ -8,7 +8,7 @@ from typing import Any
 
 from tpllm.checks import short
 from tpllm.server.answer_parser import CALL, END_CALL
-from tpllm.server.errors import APIError
+from tpllm.server.errors import APIError, invalid
 from tpllm.server.protocol import ChatCompletionRequest, Structured, Tool
 from tpllm.server.tool_choice import tool_choice
 from tpllm.structured_outputs import StructuredOutputsParams
@@ -48,9 +48,7 @@ def structured_outputs(body: Structured) -> StructuredOutputsParams | None:
         return None
     field = next(iter(constraints))
     if len(constraints) > 1:
-        raise APIError(
-            400, f"{' and '.join(constraints)} exclude each other; keep one of them", param=field
-        )
+        raise invalid(f"{' and '.join(constraints)} exclude each other; keep one of them")
     try:
         return _params(field, constraints[field])
     except APIError as error:
@@ -69,7 +67,7 @@ def _params(field: str, constraint: dict[str, Any]) -> StructuredOutputsParams:
         # remove our names: the client sent its own field
         for ours in ("json: ",) if field != "structured_outputs" else _OUR_NAMES:
             words = words.removeprefix(ours)
-        raise APIError(400, f"{field}: {words}", param=field) from None
+        raise invalid(f"{field}: {words}") from None
 
 
 @contextmanager
@@ -89,10 +87,10 @@ def naming_the_field(body: Structured) -> Iterator[None]:
         field, what = next(iter(constraints)), "its value"
         if not refused:  # it leaves no token beside the request's other settings
             words = field + words.removeprefix("structured_outputs")
-            raise APIError(400, words, param=field) from None
+            raise invalid(words) from None
         if field == "tool_choice" and isinstance(body, ChatCompletionRequest):
             field, what, reason = _blamed_tool(body, reason)
-        raise APIError(400, f"{field}: {what} cannot be used: {reason}", param=field) from None
+        raise invalid(f"{field}: {what} cannot be used: {reason}") from None
 
 
 def _blamed_tool(body: ChatCompletionRequest, reason: str) -> tuple[str, str, str]:
@@ -134,11 +132,9 @@ def _check_tools(tools: Sequence[Tool]) -> None:
     for i, tool in enumerate(tools):
         kind = (tool.function.parameters or {}).get("type")
         if kind not in (None, "object") and not (isinstance(kind, list) and "object" in kind):
-            raise APIError(
-                400,
+            raise invalid(
                 f"{_parameters(i)} has type {short(kind)}; the arguments of a function are an "
-                'object: use "type": "object"',
-                param=_parameters(i),
+                'object: use "type": "object"'
             )
 
 
@@ -157,22 +153,16 @@ def _response_format(value: dict[str, Any]) -> dict[str, Any] | None:
     if kind == "json_object" and value.get("schema") is None:
         return {"json_object": True}
     if kind not in ("json_object", "json_schema"):
-        raise APIError(
-            400,
+        raise invalid(
             f"response_format of type {short(kind)} is not supported; use 'json_schema', "
-            "'json_object' or 'text'",
-            param="response_format",
+            "'json_object' or 'text'"
         )
     # llama.cpp and others take a schema beside "json_object", too
     name = "schema" if kind == "json_object" else "json_schema.schema"
     described = value if kind == "json_object" else value.get("json_schema")
     schema = described.get("schema") if isinstance(described, dict) else None
     if not isinstance(schema, dict):
-        raise APIError(
-            400,
-            f"response_format of type {kind!r} needs {name}, a JSON schema",
-            param="response_format",
-        )
+        raise invalid(f"response_format of type {kind!r} needs {name}, a JSON schema")
     return {"json": schema}
 
 

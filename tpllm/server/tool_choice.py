@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from tpllm.checks import short
-from tpllm.server.errors import APIError
+from tpllm.server.errors import invalid
 from tpllm.server.protocol import ChatCompletionRequest, Tool
 
 
@@ -45,11 +45,9 @@ def _allowed(allowed: dict[str, Any], body: ChatCompletionRequest) -> ToolChoice
     """Parse OpenAI's `allowed_tools`, which allows only some of the tools."""
     mode, names = allowed.get("mode"), allowed.get("tools")
     if mode not in ("auto", "required") or not isinstance(names, list):
-        raise APIError(
-            400,
+        raise invalid(
             f"tool_choice={short(body.tool_choice)} must have allowed_tools with a mode, 'auto' or "
-            "'required', and tools, a list",
-            param="tool_choice",
+            "'required', and tools, a list"
         )
     return ToolChoice(_some(_named(names, body.tools or []), body), mode == "required")
 
@@ -63,11 +61,9 @@ def _named(choices: Sequence[Any], tools: Sequence[Tool]) -> list[Tool]:
 
 def _some(tools: Sequence[Tool], body: ChatCompletionRequest) -> Sequence[Tool]:
     if not tools:
-        raise APIError(
-            400,
+        raise invalid(
             f"tool_choice={short(body.tool_choice)} names none of the {len(body.tools or [])} "
             "tools; use 'auto', 'none', 'required' or "
-            '{"type": "function", "function": {"name": ...}}',
-            param="tool_choice",
+            '{"type": "function", "function": {"name": ...}}'
         )
     return tools

@@ -78,12 +78,8 @@ class WindowDetokenizer:
         is_byte: Callable[[int], bool],
         joined: Mapping[int, str],
     ) -> None:
-        self._decode, self._is_shown, self._is_byte, self._joined = (
-            decode,
-            is_shown,
-            is_byte,
-            joined,
-        )
+        self._decode, self._is_shown, self._is_byte = decode, is_shown, is_byte
+        self._joined = joined
         self._ids: list[int] = []
         self._num_returned = 0  # leading tokens of `_ids` whose text has been returned
         self._returned_text = ""  # their text
@@ -98,14 +94,10 @@ class WindowDetokenizer:
         self._ids.append(token_id)
         if self._is_byte(token_id):
             return ""
-        text = self._complete_text()
-        return self._joined[token_id] if follows_joined else text
-
-    def _complete_text(self) -> str:
         text = self._decode(self._ids)
-        if text.endswith("\N{REPLACEMENT CHARACTER}"):
-            return ""
-        return self._advance(text)
+        # with a replacement character at its end, a character is incomplete
+        text = "" if text.endswith("\N{REPLACEMENT CHARACTER}") else self._advance(text)
+        return self._joined[token_id] if follows_joined else text
 
     def _advance(self, text: str) -> str:
         """Return what `text` adds to the returned text, and drop the oldest tokens."""

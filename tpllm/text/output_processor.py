@@ -212,26 +212,6 @@ class Request:
 class _Completion:
     """One continuation: its tokens and text, and how much of them has been taken."""
 
-    __slots__ = (
-        "_decodes_at_end",
-        "_detokenizer",
-        "_includes_stop",
-        "_min_tokens",
-        "_new_text",
-        "_num_decoded",
-        "_num_taken",
-        "_stops",
-        "_taken_text",
-        "cumulative_logprob",
-        "finish_reason",
-        "has_new_output",
-        "index",
-        "logprobs",
-        "request",
-        "stop_reason",
-        "token_ids",
-    )
-
     def __init__(
         self, request: Request, index: int, params: SamplingParams, tokenizer: Tokenizer | None
     ) -> None:

@@ -308,12 +308,9 @@ class Tokenizer:
                 messages, tokenize=False, **options, **kwargs
             )
         except Exception as error:  # a template's expressions can raise any error
-            is_callers = options["chat_template"] is not None
-            which = (
-                "the given chat template"
-                if is_callers
-                else f"the chat template of {self.folder.name}"
-            )
+            which = f"the chat template of {self.folder.name}"
+            if options["chat_template"] is not None:
+                which = "the given chat template"
             raise ValueError(
                 f"{which} cannot render these messages: {first_line(error)}"
             ) from error
@@ -321,14 +318,6 @@ class Tokenizer:
 
 
 # Arguments of apply_chat_template that this module sets itself.
-_OWN_ARGUMENTS = (
-    "add_generation_prompt",
-    "chat_template",
-    "continue_final_message",
-    "conversation",
-    "messages",
-    "return_dict",
-    "tokenize",
-    "tools",
-)
+_OWN_ARGUMENTS = {"add_generation_prompt", "chat_template", "continue_final_message"}
+_OWN_ARGUMENTS |= {"conversation", "messages", "return_dict", "tokenize", "tools"}
 _BYTE_PIECE = re.compile("<0x[0-9A-F]{2}>")
