@@ -9,7 +9,6 @@ import json
 import os
 import select
 import socket
-import sys
 import time
 from collections import deque
 from collections.abc import Sequence
@@ -20,7 +19,7 @@ from typing import Any, NoReturn
 
 import numpy as np
 
-from tpllm.channel.child_process import read_spec, tie_to_parent
+from tpllm.channel.child_process import begin_child
 from tpllm.channel.progress import create_board
 from tpllm.channel.ring import Buffer, Record, wait_readable
 from tpllm.channel.step_plan import CONTROL, PlanLimits
@@ -71,7 +70,7 @@ class Replies:
         return self._fd
 
     def put(self, kind: int, payload: bytes) -> None:
-        self._records.append(Record(kind, 0, np.frombuffer(payload, np.uint8)))
+        self._records.append(Record(kind, np.frombuffer(payload, np.uint8)))
         os.eventfd_write(self._fd, 1)
 
     def try_receive(self) -> Record | None:
@@ -91,19 +90,11 @@ class SocketHost:
         flags = os.EFD_CLOEXEC | os.EFD_SEMAPHORE
         self.replies = [Replies(processes.keep(os.eventfd(0, flags))) for _ in ranks]
         self.ends = [processes.keep(os.eventfd(0, flags))]
-        ours, theirs = socket.socketpair()
+        spec = {"ranks": [ranks.start, ranks.stop], "launch": asdict(launch)}
+        output = open_output(processes)
+        self.agent, ours = processes.start_connected(__name__, spec, output)
         self._connection = Connection(ours)
         self._reader = Thread(target=self._read, name="tpllm-socket-host", daemon=True)
-        with theirs:
-            parent = processes.keep(os.pidfd_open(os.getpid()))
-            spec = {
-                "parent": parent,
-                "socket": theirs.fileno(),
-                "ranks": [ranks.start, ranks.stop],
-                "launch": asdict(launch),
-            }
-            command = processes.command(__name__, spec, (parent, theirs.fileno()))
-            (self.agent,) = processes.spawn([command], open_output(processes))
         processes.keep_open(self)
         self._reader.start()
         pids = self._answer()["pids"]
@@ -219,8 +210,7 @@ def serve(spec: dict[str, Any]) -> None:
 
 
 def main(serve: Any = serve) -> NoReturn:
-    spec = read_spec(int(sys.argv[1]))
-    tie_to_parent(spec["parent"])
+    spec = begin_child()
     serve(spec)
     os._exit(0)
 

@@ -38,7 +38,6 @@ class Record(NamedTuple):
     """One record as received. Its payload is a copy; its slot is already free."""
 
     kind: int
-    sequence: int
     payload: np.ndarray  # [bytes] uint8
 
 
@@ -201,7 +200,7 @@ class RingReader(_Ring):
         self._sequence += 1
         self._taken[self._reader] = self._sequence
         os.eventfd_write(self._descriptors.freed, 1)
-        return Record(kind, sequence, payload)
+        return Record(kind, payload)
 
     def receive(self, timeout_s: float | None = None, spin_s: float = 0.0) -> Record | None:
         """Sleep until the next record comes and return it; None after `timeout_s`.

@@ -1,7 +1,6 @@
 """The caller's side of an engine that runs in a separate process."""
 
 import os
-import socket
 from collections.abc import Callable
 
 from tpllm.config.engine_config import EngineConfig
@@ -38,7 +37,9 @@ class EngineClient:
         self._processes = ChildProcesses()
         with self._processes.released_with(self):
             with Interrupts():  # an interrupt between creating and recording a resource leaks it
-                self._start(config)
+                spec, output = {"config": config.to_json()}, open_output(self._processes)
+                self._process, ours = self._processes.start_connected(MODULE, spec, output)
+                self._connection = self._processes.keep_open(Connection(ours))
             ready = self._wait_until_ready(on_phase)
             self.worker_pids = ready["worker_pids"]
             self.max_total_tokens: int = ready["max_total_tokens"]
@@ -51,17 +52,6 @@ class EngineClient:
                     return message
                 if on_phase:
                     on_phase(message["rank"], message["phase"])
-
-    def _start(self, config: EngineConfig) -> None:
-        processes = self._processes
-        output = open_output(processes)
-        ours, theirs = socket.socketpair()
-        self._connection = processes.keep_open(Connection(ours))
-        with theirs:
-            parent = processes.keep(os.pidfd_open(os.getpid()))
-            spec = {"config": config.to_json(), "parent": parent, "socket": theirs.fileno()}
-            command = processes.command(MODULE, spec, (parent, theirs.fileno()))
-            (self._process,) = processes.spawn([command], output)
 
     @property
     def pid(self) -> int:

@@ -7,10 +7,9 @@ A thread tries and compiles grammars; their requests are added afterwards.
 
 import os
 import socket
-import sys
 from typing import NoReturn
 
-from tpllm.channel.child_process import read_spec, tie_to_parent
+from tpllm.channel.child_process import begin_child
 from tpllm.config.engine_config import EngineConfig
 from tpllm.engine.compiling import CompilingRequests
 from tpllm.engine.coordinator import Coordinator
@@ -24,8 +23,7 @@ _FLUSH_TIMEOUT_S = 5.0
 
 def main() -> NoReturn:
     """Run an engine until its caller shuts it down or ends, or a worker fails."""
-    spec = read_spec(int(sys.argv[1]))
-    tie_to_parent(spec["parent"])  # as the workers are tied to this process
+    spec = begin_child()
     connection = Connection(socket.socket(fileno=spec["socket"]))
     exit_code = 1
     try:

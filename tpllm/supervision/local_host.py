@@ -58,12 +58,7 @@ class LocalHost:
         self._board = processes.keep_open(Board(board))
         self.replies: list[RingReader] = []
         self._stack_fds: list[int] = []
-        shared = {
-            "coordinator": processes.keep(os.pidfd_open(os.getpid())),
-            "lifeline": lifeline,
-            "board": board,
-            "plans": plans.all(),
-        }
+        shared = {"lifeline": lifeline, "board": board, "plans": plans.all()}
         commands = [self._command(local_rank, shared) for local_rank in range(len(ranks))]
         self.workers = processes.spawn(commands, output, reading_end)
         for fd in (reading_end, lifeline):  # from now on only the workers hold its writing end
@@ -99,8 +94,7 @@ class LocalHost:
             "directory": str(self._processes.directory),
             "settings": self._launch.settings,
         }
-        singles = (spec["coordinator"], spec["lifeline"], spec["board"], stacks)
-        inherited = (*singles, *spec["plans"], *spec["replies"])
+        inherited = (spec["lifeline"], spec["board"], stacks, *spec["plans"], *replies.all())
         return self._processes.command(self._launch.module, spec, inherited)
 
     def beats(self) -> int:

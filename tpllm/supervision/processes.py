@@ -6,6 +6,7 @@ This is separate from the object that exchanges messages with them, so that a fi
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -14,6 +15,7 @@ import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -82,9 +84,31 @@ class ChildProcesses:
         return channel
 
     def command(self, module: str, spec: dict[str, Any], inherited: Sequence[int]) -> Command:
-        """Return the command `python -m MODULE FD`; FD is a file with `spec` as JSON."""
-        fd = self.keep(write_spec(spec))
-        return [sys.executable, "-P", "-m", module, str(fd)], (fd, *inherited)
+        """Return the command `python -m MODULE FD`, for a child that calls `begin_child`.
+
+        Args:
+            spec: plain data for the child
+            inherited: the descriptors in it
+        """
+        fd = self.keep(write_spec({**spec, "parent": self._own_pidfd}))
+        inherited = (fd, self._own_pidfd, *inherited)
+        return [sys.executable, "-P", "-m", module, str(fd)], inherited
+
+    @cached_property
+    def _own_pidfd(self) -> int:
+        return self.keep(os.pidfd_open(self.owner_pid))
+
+    def start_connected(
+        self, module: str, spec: dict[str, Any], output: int
+    ) -> tuple[Child, socket.socket]:
+        """Start `python -m MODULE FD`, whose spec also holds "socket"; return it with our end."""
+        ours, theirs = socket.socketpair()
+        self.keep_open(ours)
+        with theirs:
+            spec = {**spec, "socket": theirs.fileno()}
+            command = self.command(module, spec, [theirs.fileno()])
+            (child,) = self.spawn([command], output)
+        return child, ours
 
     def release(self, timeout_s: float = 0.0) -> None:
         """Wait `timeout_s` for the processes to end, kill the others and release everything.

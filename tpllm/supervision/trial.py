@@ -9,7 +9,6 @@ the next one.
 import json
 import os
 import signal
-import socket
 import threading
 from contextlib import suppress
 from typing import Any, NoReturn
@@ -119,22 +118,10 @@ class _Child:
             ) from None
 
     def _start(self, config: EngineConfig, module: str) -> None:
-        processes = self._processes
-        ours, theirs = socket.socketpair()
-        self._socket = processes.keep_open(ours)
-        with theirs:
-            parent = processes.keep(os.pidfd_open(os.getpid()))
-            # output of native code about a crash must not reach the user's terminal
-            silence = processes.keep(os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC))
-            spec = {
-                "config": config.to_json(),
-                "parent": parent,
-                "socket": theirs.fileno(),
-                "cpu_s": CPU_S,
-                "memory_bytes": MEMORY_BYTES,
-            }
-            command = processes.command(module, spec, (parent, theirs.fileno()))
-            (self._process,) = processes.spawn([command], silence)
+        # output of native code about a crash must not reach the user's terminal
+        silence = self._processes.keep(os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC))
+        spec = {"config": config.to_json(), "cpu_s": CPU_S, "memory_bytes": MEMORY_BYTES}
+        self._process, self._socket = self._processes.start_connected(module, spec, silence)
 
     def try_grammar(self, params: dict[str, Any]) -> str | None:
         """Return why the grammar cannot be used, or None if it can.

@@ -8,7 +8,6 @@ grammar that exceeds a limit ends the process.
 import json
 import resource
 import socket
-import sys
 import threading
 import time
 from pathlib import Path
@@ -16,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from tpllm.channel.child_process import read_spec, tie_to_parent
+from tpllm.channel.child_process import begin_child
 from tpllm.config.engine_config import EngineConfig
 from tpllm.engine.grammars import (
     NOTHING_LEFT,
@@ -45,8 +44,7 @@ _WALKS = [
 
 def main() -> None:
     """Try grammars until the parent closes the connection."""
-    spec = read_spec(int(sys.argv[1]))
-    tie_to_parent(spec["parent"])
+    spec = begin_child()
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     tokenizer = read_tokenizer(EngineConfig.from_json(spec["config"]))
     pages = int(Path("/proc/self/statm").read_text().split()[0])

@@ -8,12 +8,11 @@ takes seconds.
 
 import os
 import stat
-import sys
 import traceback
 from collections.abc import Callable
 from typing import Any, NoReturn
 
-from tpllm.channel.child_process import read_spec, tie_to_parent
+from tpllm.channel.child_process import begin_child
 from tpllm.channel.progress import Progress
 from tpllm.channel.ring import RingDescriptors, RingReader, RingWriter
 from tpllm.errors import SettingError
@@ -38,8 +37,7 @@ def serve(spec: Spec, plans: RingReader, replies: Replies) -> None:
 
 def main(serve: Serve = serve) -> NoReturn:
     """Join the engine and run `serve`; tests pass a smaller `serve`."""
-    spec = read_spec(int(sys.argv[1]))
-    tie_to_parent(spec["coordinator"])
+    spec = begin_child()
     os.set_inheritable(spec["lifeline"], False)  # a compiler that torch starts is no worker
     dump_stacks_on_signal(spec["stacks"])
     exit_code = 1
