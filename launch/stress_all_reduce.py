@@ -39,6 +39,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tpllm.architectures.spec import NormSpec, WeightSpec
 from tpllm.layers.all_reduce.all_reduce_norm import AllReduceRMSNorm, kept_rows
 from tpllm.layers.all_reduce.trial import copy_streams_work, peer_memory_works
 from tpllm.layers.context import LayerContext
@@ -147,7 +148,9 @@ class FusedAllReduces:
             assert copy_streams_work(self.tp), "all-reduces in copy streams are wrong at the start"
         self.width = width
         self._errors = errors
-        self._norm = AllReduceRMSNorm(width, EPS, LayerContext(self.tp, self.dtype))
+        self._norm = AllReduceRMSNorm(
+            NormSpec(WeightSpec("norm.weight", (width,)), EPS), LayerContext(self.tp, self.dtype)
+        )
         same = torch.Generator().manual_seed(width)  # the same on all ranks
         self._norm.weight.data.copy_(0.5 + torch.rand(width, generator=same))
         pool = torch.randn(2 * self.max_rows, width, generator=same)

@@ -36,7 +36,7 @@ MAY_IMPORT = {
     "architectures": {"checks"},
     "config": DATA | {"architectures", "channel", "vllm_keywords"},
     "parallel": set(),
-    "layers": {"parallel"},
+    "layers": {"architectures", "parallel"},
     "sampling": {"channel", "parallel"},
     "models": {"architectures", "config", "layers", "parallel"},
     "worker": DATA

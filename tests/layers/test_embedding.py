@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tests.ranks import run_ranks
+from tpllm.architectures.spec import LinearSpec, Sharding, WeightSpec
 from tpllm.layers.context import LayerContext
 from tpllm.layers.embedding import ParallelLMHead, VocabParallelEmbedding
 from tpllm.parallel.collectives import all_gather, all_reduce
@@ -13,6 +14,11 @@ from tpllm.parallel.group import TPGroup
 
 E = 6
 SMALL, PRIME, EVEN = 5, 4099, 16  # at TP 4 a vocabulary of 5 leaves the last rank only padding
+
+
+def table(vocab_size: int) -> WeightSpec:
+    sharding = Sharding(0, vocab_size, "vocab_size", uneven="pad")
+    return WeightSpec("table.weight", (vocab_size, E), sharding)
 
 
 class OneTable:
@@ -30,11 +36,12 @@ class OneTable:
 def sharded_vocabulary_equals_whole_table(tp: TPGroup) -> None:
     for vocab_size in [SMALL, EVEN, PRIME]:
         weights = OneTable(vocab_size)
-        embedding = VocabParallelEmbedding(vocab_size, E, LayerContext(tp, torch.float32))
-        lm_head = ParallelLMHead(vocab_size, E, LayerContext(tp, torch.float32))
+        context = LayerContext(tp, torch.float32)
+        embedding = VocabParallelEmbedding(table(vocab_size), context)
+        lm_head = ParallelLMHead(LinearSpec("lm_head", (table(vocab_size),)), context)
         for layer in [embedding, lm_head]:
             layer.weight.fill_(torch.nan)  # so that a row that is not loaded shows
-            layer.load(weights, "table")
+            layer.load(weights)
 
         ids = torch.arange(vocab_size, dtype=torch.int32).flip(0)
         assert torch.equal(all_reduce(embedding(ids), tp), weights.table.flip(0))
@@ -56,9 +63,9 @@ def test_sharded_vocabulary_equals_whole_table(world_size: int) -> None:
 
 def test_tied_lm_head_shares_the_embedding_weight() -> None:
     tp = TPGroup.single(torch.device("cpu"))
-    embedding = VocabParallelEmbedding(SMALL, E, LayerContext(tp, torch.float32))
-    lm_head = ParallelLMHead(SMALL, E, LayerContext(tp, torch.float32))
-    lm_head.tie_to(embedding)
-    embedding.load(OneTable(SMALL), "table")
+    context = LayerContext(tp, torch.float32)
+    embedding = VocabParallelEmbedding(table(SMALL), context)
+    lm_head = ParallelLMHead(LinearSpec("lm_head", (table(SMALL),)), context, embedding)
+    embedding.load(OneTable(SMALL))
     assert lm_head.weight.data_ptr() == embedding.weight.data_ptr()
     assert len({*embedding.parameters(), *lm_head.parameters()}) == 1

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from tpllm.architectures.spec import NormSpec, WeightSpec
 from tpllm.layers.context import LayerContext
 from tpllm.layers.norm import RMSNorm, rms_norm_reference, rms_norm_triton
 from tpllm.parallel.group import TPGroup
@@ -92,8 +93,11 @@ class OneTensor:
 
 def test_layer_starts_and_continues_the_residual_stream(device: torch.device) -> None:
     x, update, weight = random_inputs(3, 40, (device, torch.float32))
-    norm = RMSNorm(40, EPS, LayerContext(TPGroup.single(device), torch.float32))
-    norm.load(OneTensor("model.norm.weight", weight.cpu()), "model.norm")
+    norm = RMSNorm(
+        NormSpec(WeightSpec("model.norm.weight", (40,)), EPS),
+        LayerContext(TPGroup.single(device), torch.float32),
+    )
+    norm.load(OneTensor("model.norm.weight", weight.cpu()))
 
     normed, stream = norm(x)
     assert stream is x

@@ -21,9 +21,9 @@ from tpllm.layers.attention.attention import AttentionBatch, KVCache, PrefillBat
 from tpllm.layers.attention.split_schedule import SPLIT_WORDS
 from tpllm.layers.context import LayerContext
 from tpllm.models.checkpoint_weights import DummyWeights, SafetensorsWeights
+from tpllm.models.decoder import Decoder
+from tpllm.models.decoder import make_model as make_decoder
 from tpllm.models.micro_batch import MicroBatch
-from tpllm.models.qwen3 import Qwen3ForCausalLM
-from tpllm.models.registry import model_class
 from tpllm.parallel.collectives import all_gather
 from tpllm.parallel.copy_streams import CopyStream
 from tpllm.parallel.group import TPGroup
@@ -125,16 +125,15 @@ def int32(values: list[int] | list[list[int]]) -> Tensor:
     return torch.tensor(values, dtype=torch.int32)
 
 
-def make_model(config: ModelConfig, context: LayerContext) -> Qwen3ForCausalLM:
-    model = model_class(config.architecture)(config, context, MAX_POSITIONS)
-    assert isinstance(model, Qwen3ForCausalLM)
+def make_model(config: ModelConfig, context: LayerContext) -> Decoder:
+    model = make_decoder(config.architecture, config.spec, context, MAX_POSITIONS)
     for parameter in model.parameters():
         if parameter.is_floating_point():
             parameter.fill_(torch.nan)  # so that a weight that is not loaded shows
     return model
 
 
-def run_steps(model: Qwen3ForCausalLM, sequences: list[Tensor], tp: TPGroup) -> list[Tensor]:
+def run_steps(model: Decoder, sequences: list[Tensor], tp: TPGroup) -> list[Tensor]:
     """Return the logits [length, V] of each sequence, computed in steps and gathered over ranks."""
     shape = (NUM_BLOCKS, BLOCK_SIZE, model.local_num_kv_heads, model.head_dim)
     kv_caches: list[KVCache] = [
@@ -258,7 +257,7 @@ def test_a_tied_model_keeps_one_copy_of_the_table(checkpoints: dict[str, Path]) 
         model = make_model(
             ModelConfig.from_folder(checkpoints[name]), LayerContext(tp, torch.float32)
         )
-        assert (model.lm_head.weight is model.model.embed_tokens.weight) == tied
+        assert (model.lm_head.weight is model.embedding.weight) == tied
 
 
 def test_dummy_weights_fill_every_parameter(checkpoints: dict[str, Path]) -> None:

@@ -28,8 +28,9 @@ from tpllm.layers.attention.split_schedule import BEGIN, END, SPLIT_WORDS, Conte
 from tpllm.layers.context import LayerContext
 from tpllm.layers.linear.matmul import fast_matmul
 from tpllm.models.checkpoint_weights import SafetensorsWeights
+from tpllm.models.decoder import Decoder, make_model
 from tpllm.models.micro_batch import MicroBatch
-from tpllm.models.qwen3 import Qwen3ForCausalLM
+from tpllm.models.qwen3 import Qwen3Attention
 from tpllm.parallel.collectives import with_copy_streams, with_peer_memory
 from tpllm.parallel.group import TPGroup
 from tpllm.sampling_params import SamplingParams
@@ -63,18 +64,19 @@ def backend_of(device: str, dtype: torch.dtype) -> str:
 
 def shipped_model(
     device: str, dtype: torch.dtype, tp: TPGroup | None = None
-) -> tuple[Qwen3ForCausalLM, TPGroup, ModelConfig]:
+) -> tuple[Decoder, TPGroup, ModelConfig]:
     folder = resolve_model(None)
     config = ModelConfig.from_folder(folder)
     tp = tp or TPGroup.single(torch.device(device))
     backend = make_backend(backend_of(device, dtype))
     matmul = fast_matmul(dtype, tp.device)
-    model = Qwen3ForCausalLM(config, LayerContext(tp, dtype, matmul, backend), 1024)
+    context = LayerContext(tp, dtype, matmul, backend)
+    model = make_model(config.architecture, config.spec, context, 1024)
     model.load(SafetensorsWeights(folder))
     return model, tp, config
 
 
-def allocate_cache(model: Qwen3ForCausalLM, num_blocks: int, tp: TPGroup) -> list[KVCache]:
+def allocate_cache(model: Decoder, num_blocks: int, tp: TPGroup) -> list[KVCache]:
     shape = CacheShape(
         model.num_layers,
         BLOCK_SIZE,
@@ -90,7 +92,7 @@ def no_masks(step: int) -> StepMasks:
 
 
 def make_runner(
-    model: Qwen3ForCausalLM,
+    model: Decoder,
     tp: TPGroup,
     limits: PlanLimits,
     *,
@@ -160,12 +162,10 @@ def run_all(
 )
 def test_the_split_schedule_matches_the_context_lengths(monkeypatch, settings) -> None:
     """Plain torch reads no schedule, so the test checks it on the way to the model."""
-    forward = Qwen3ForCausalLM.forward
+    forward = Decoder.forward
     num_rows = []
 
-    def checked(
-        model: Qwen3ForCausalLM, batches: list[MicroBatch], caches: list[KVCache]
-    ) -> Tensor:
+    def checked(model: Decoder, batches: list[MicroBatch], caches: list[KVCache]) -> Tensor:
         for batch in (each.attention for each in batches):
             plan = batch.split_schedule.numpy()
             used = plan[plan[:, END] > plan[:, BEGIN]]
@@ -175,7 +175,7 @@ def test_the_split_schedule_matches_the_context_lengths(monkeypatch, settings) -
             num_rows.append(batch.num_decode)
         return forward(model, batches, caches)
 
-    monkeypatch.setattr(Qwen3ForCausalLM, "forward", checked)
+    monkeypatch.setattr(Decoder, "forward", checked)
     run_all("cpu", torch.float32, **settings)
     assert max(num_rows) > 1
 
@@ -253,8 +253,9 @@ def test_the_rotary_table_covers_the_largest_step() -> None:
     model = worker._load_model(LayerContext(worker._tp, worker._dtype))
     longest = int(largest_step(limits, 0).num_tokens.max())
     assert longest == limits.max_tokens_per_seq > 300
-    assert isinstance(model, Qwen3ForCausalLM)
-    assert len(model.model.cos_sin) >= longest
+    attention = model.blocks[0]
+    assert isinstance(attention, Qwen3Attention)
+    assert len(attention.cos_sin) >= longest
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda:0", marks=pytest.mark.gpu)])

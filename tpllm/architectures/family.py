@@ -16,7 +16,8 @@ class Family:
         architecture: in `architectures`
         without_head: the name in `architectures` of the model without its LM head
         model_type: counts if no architecture is named
-        model_class: the module and the name of the class that runs it; only a worker imports it
+        blocks: the module and the name of the function that makes its blocks; only a worker
+            imports it
         complete: returns the content of config.json with the family's values of absent fields;
             refuses what the family does not implement. Its first argument names the file
         spec: states the model with these dimensions
@@ -25,7 +26,7 @@ class Family:
     architecture: str
     without_head: str
     model_type: str
-    model_class: str
+    blocks: str
     complete: Callable[[str, dict[str, Any]], dict[str, Any]]
     spec: Callable[[Dimensions], ModelSpec]
 

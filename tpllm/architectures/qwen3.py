@@ -56,7 +56,7 @@ QWEN3 = Family(
     architecture="Qwen3ForCausalLM",
     without_head="Qwen3Model",
     model_type="qwen3",
-    model_class="tpllm.models.qwen3:Qwen3ForCausalLM",
+    blocks="tpllm.models.qwen3:blocks",
     complete=complete,
     spec=spec,
 )

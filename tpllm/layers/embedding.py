@@ -11,30 +11,32 @@ Source: Megatron-LM (2019), section 3, https://arxiv.org/abs/1909.08053
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tpllm.architectures.spec import LinearSpec, WeightSpec
 from tpllm.layers.context import LayerContext
-from tpllm.layers.weights import WeightSource, fill
+from tpllm.layers.weights import Layer, WeightSource, fill
 
 
-class _VocabParallel(nn.Module):
+class _VocabParallel(Layer):
     """A band of vocabulary rows: weight [Vl, E]."""
 
-    def __init__(self, vocab_size: int, hidden_size: int, context: LayerContext) -> None:
+    def __init__(
+        self, spec: WeightSpec, context: LayerContext, weight: nn.Parameter | None = None
+    ) -> None:
         super().__init__()
-        tp = self.tp = context.tp
-        self.matmul = context.matmul
-        self.vocab_size = vocab_size
-        self.local_vocab_size = -(-vocab_size // tp.size)
-        self.vocab_start = tp.rank * self.local_vocab_size
-        self.weight = context.parameter(self.local_vocab_size, hidden_size)
+        self.spec, self.tp = spec, context.tp
+        shape = spec.local_shape(self.tp.size)
+        self.local_vocab_size = shape[0]
+        self.vocab_start = self.tp.rank * self.local_vocab_size
+        self.weight = context.parameter(*shape) if weight is None else weight
 
-    def load(self, weights: WeightSource, name: str) -> None:
+    def load(self, weights: WeightSource) -> None:
         """Read this rank's rows. With a small vocabulary, the last ranks may hold only padding."""
-        start = min(self.vocab_start, self.vocab_size)
-        stop = min(self.vocab_start + self.local_vocab_size, self.vocab_size)
-        if start < stop:
-            rows = weights.read(f"{name}.weight", rows=slice(start, stop))
-            fill(self.weight[: stop - start], rows, f"{name}.weight")
-        self.weight[stop - start :].zero_()
+        rows, _ = self.spec.shard(self.tp.rank, self.tp.size)
+        assert rows is not None
+        num_rows = rows.stop - rows.start
+        if num_rows:
+            fill(self.weight[:num_rows], weights.read(self.spec.name, rows), self.spec.name)
+        self.weight[num_rows:].zero_()
 
 
 class VocabParallelEmbedding(_VocabParallel):
@@ -60,16 +62,29 @@ class ParallelLMHead(_VocabParallel):
 
     Column j of the output is the logit of token id `vocab_start + j`; ids from V on are padding.
 
+    Args:
+        tied_to: the embedding whose weight this shares (`tie_word_embeddings`); only the embedding
+            is loaded then
+
     Shapes:
         input [S, E], equal on every rank
         output [S, Vl], this rank's slice; `out` if it is given
         weight [Vl, E], this rank's shard
     """
 
+    def __init__(
+        self,
+        spec: LinearSpec,
+        context: LayerContext,
+        tied_to: VocabParallelEmbedding | None = None,
+    ) -> None:
+        super().__init__(spec.weights[0], context, tied_to.weight if tied_to else None)
+        self.tied = tied_to is not None
+        self.matmul = context.matmul
+
     def forward(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:
         return self.matmul(hidden, self.weight, out)
 
-    def tie_to(self, embedding: VocabParallelEmbedding) -> None:
-        """Share the embedding's weight (`tie_word_embeddings`); only the embedding is loaded."""
-        assert embedding.weight.shape == self.weight.shape
-        self.weight = embedding.weight
+    def load(self, weights: WeightSource) -> None:
+        if not self.tied:
+            super().load(weights)

@@ -6,10 +6,11 @@ N tokens, E hidden_size.
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor, nn
+from torch import Tensor
 
+from tpllm.architectures.spec import NormSpec
 from tpllm.layers.context import LayerContext
-from tpllm.layers.weights import WeightSource, fill
+from tpllm.layers.weights import Layer, WeightSource, fill
 
 
 def rms_norm_reference(
@@ -105,7 +106,7 @@ def rms_norm_triton(
     return out
 
 
-class RMSNorm(nn.Module):
+class RMSNorm(Layer):
     """Root-mean-square norm over the hidden size, after the residual addition.
 
     The residual stream is written in place: `x, residual = norm(x, residual)` leaves the running
@@ -119,10 +120,10 @@ class RMSNorm(nn.Module):
     Source: Zhang and Sennrich (2019), https://arxiv.org/abs/1910.07467
     """
 
-    def __init__(self, hidden_size: int, eps: float, context: LayerContext) -> None:
+    def __init__(self, spec: NormSpec, context: LayerContext) -> None:
         super().__init__()
-        self.eps = eps
-        self.weight = context.parameter(hidden_size)
+        self.spec, self.eps = spec.weight, spec.eps
+        self.weight = context.parameter(*spec.weight.shape)
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Return (normed, residual); the residual now holds the sum that was normed."""
@@ -130,5 +131,5 @@ class RMSNorm(nn.Module):
         normed = rms_norm(x, self.weight, self.eps, residual)
         return normed, x if residual is None else residual
 
-    def load(self, weights: WeightSource, name: str) -> None:
-        fill(self.weight, weights.read(f"{name}.weight"), f"{name}.weight")
+    def load(self, weights: WeightSource) -> None:
+        fill(self.weight, weights.read(self.spec.name), self.spec.name)

@@ -1,15 +1,13 @@
-"""Loading of a layer's weights: the interface of a checkpoint, and the slice of each rank.
+"""Loading of a layer's weights: the interface of a checkpoint, and of the layers that read it.
 
-A layer with weights has `load(weights, name)`. `name` is its prefix in the checkpoint, such as
-`model.layers.0.self_attn.o_proj`. The layer reads only the slice that its rank holds, so each rank
-reads 1 / tp.size of the sharded tensors from disk and never holds a whole one.
+A layer finds names, shapes and its rank's slices in its spec (`tpllm.architectures.spec`). It reads
+only what its rank holds, so each rank reads 1 / tp.size of the sharded tensors from disk and never
+holds a whole one.
 """
 
 from typing import Protocol
 
-from torch import Tensor
-
-from tpllm.parallel.group import TPGroup
+from torch import Tensor, nn
 
 
 class WeightSource(Protocol):
@@ -27,6 +25,18 @@ class WeightSource(Protocol):
         ...
 
 
+class Layer(nn.Module):
+    """A module with weights of its own."""
+
+    def load(self, weights: WeightSource) -> None:
+        """Read this rank's shard.
+
+        Raises:
+            ValueError: the source lacks a tensor, or has it in another shape.
+        """
+        raise NotImplementedError
+
+
 def fill(target: Tensor, source: Tensor, name: str) -> None:
     """Copy `source`, the checkpoint's tensor `name`, into `target`, converting dtype and device.
 
@@ -39,20 +49,3 @@ def fill(target: Tensor, source: Tensor, name: str) -> None:
             f"{list(target.shape)}; its config.json belongs to other weights"
         )
     target.copy_(source)
-
-
-def divide(total: int, tp: TPGroup, quantity: str) -> int:
-    """Return `total / tp.size`, the equal share of every rank.
-
-    Raises:
-        ValueError: `tp.size` does not divide `total`; `quantity` names it in the message.
-    """
-    if total % tp.size:
-        raise ValueError(f"a TP group of {tp.size} ranks does not divide {quantity}={total}")
-    return total // tp.size
-
-
-def shard(total: int, tp: TPGroup, quantity: str) -> slice:
-    """Return this rank's band of `total` rows or columns, one of `tp.size` equal bands."""
-    size = divide(total, tp, quantity)
-    return slice(tp.rank * size, (tp.rank + 1) * size)

@@ -11,8 +11,8 @@ from torch import Tensor
 from tpllm.channel.step_plan import ENTERING_WORDS, PlanLimits, StepMasks, StepPlan
 from tpllm.layers.attention.attention import AttentionBatch, KVCache, PrefillBatch
 from tpllm.layers.attention.split_schedule import SPLIT_WORDS, ContextSplit, SplitSchedules
+from tpllm.models.decoder import Decoder
 from tpllm.models.micro_batch import MicroBatch
-from tpllm.models.registry import CausalLM
 from tpllm.parallel.group import TPGroup
 from tpllm.sampling.option_table import OptionTable, upload
 from tpllm.sampling.sampler import SamplingBatch
@@ -65,7 +65,7 @@ class ModelRunner:
 
     def __init__(
         self,
-        model: CausalLM,
+        model: Decoder,
         tp: TPGroup,
         limits: PlanLimits,
         vocab_size: int,

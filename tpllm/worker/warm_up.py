@@ -101,7 +101,7 @@ class Kernels:
         self.tp = TPGroup(rank, world_size, device, process_group=None)  # only for its sizes
         self.context = LayerContext(self.tp, self.dtype, Matmul({}, gemv))
         self.width = spec.hidden_size
-        self.norm = RMSNorm(self.width, spec.norm.eps, self.context)
+        self.norm = RMSNorm(spec.norm, self.context)
         self.num_heads, self.num_kv_heads = self.block.attention.local_heads(world_size)
         self.split = ContextSplit(self.num_kv_heads)
         self.has_peer_memory = world_size > 1 and not config.disable_custom_all_reduce

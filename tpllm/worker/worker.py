@@ -18,7 +18,7 @@ from tpllm.layers.context import LayerContext
 from tpllm.layers.linear.matmul import fast_matmul, plain_matmul
 from tpllm.layers.weights import WeightSource
 from tpllm.models.checkpoint_weights import DummyWeights, SafetensorsWeights
-from tpllm.models.registry import CausalLM, model_class
+from tpllm.models.decoder import Decoder, make_model
 from tpllm.parallel.collectives import barrier, with_copy_streams, with_peer_memory
 from tpllm.parallel.copy_streams import NUM_COPY_STREAMS
 from tpllm.parallel.group import TPGroup
@@ -116,10 +116,11 @@ class Worker:
 
     # ---- starting ----------------------------------------------------------------------------
 
-    def _load_model(self, context: LayerContext) -> CausalLM:
+    def _load_model(self, context: LayerContext) -> Decoder:
         config, model_config = self._config, self._config.model_config
-        model: CausalLM = model_class(model_config.architecture)(
-            model_config,
+        model = make_model(
+            model_config.architecture,
+            model_config.spec,
             context,
             # rounded up to whole blocks: the trial step is as long as a row's cache
             config.plan_limits.max_tokens_per_seq,
@@ -129,14 +130,13 @@ class Worker:
         else:
             weights = _HeartbeatWeights(SafetensorsWeights(config.folder), self._progress)
             model.load(weights)
-            assert isinstance(model, torch.nn.Module)
             check_weights_are_finite(model, weights, model_config.spec, self._dtype)
         if self._device.type == "cuda":
             torch.cuda.synchronize()
             torch.cuda.empty_cache()
         return model
 
-    def _make_cache(self, model: CausalLM, free_at_start: int) -> int:
+    def _make_cache(self, model: Decoder, free_at_start: int) -> int:
         """Size and allocate the cache, capture graphs, and return the number of blocks."""
         config, runner = self._config, self._runner
         shape = CacheShape(

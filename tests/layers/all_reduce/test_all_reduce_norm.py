@@ -7,6 +7,7 @@ import triton.language as tl
 
 from tests.peer_buffers import with_shared_peer_buffers
 from tests.ranks import run_ranks
+from tpllm.architectures.spec import NormSpec, WeightSpec
 from tpllm.layers.all_reduce.all_reduce_norm import (
     AllReduceRMSNorm,
     all_reduce_norm,
@@ -111,7 +112,9 @@ def all_reduces_survive_many_calls(tp: TPGroup, E: int, num_calls: int) -> None:
     tp = with_peer_memory(tp, E, torch.bfloat16)
     assert tp.peers is not None
     assert peer_memory_works(tp)
-    norm = AllReduceRMSNorm(E, 1e-6, LayerContext(tp, torch.bfloat16))
+    norm = AllReduceRMSNorm(
+        NormSpec(WeightSpec("norm.weight", (E,)), 1e-6), LayerContext(tp, torch.bfloat16)
+    )
     norm.weight.fill_(1.5)
     sizes = torch.Generator().manual_seed(0)
     values = torch.Generator(tp.device).manual_seed(tp.rank)

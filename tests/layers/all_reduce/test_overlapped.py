@@ -9,6 +9,7 @@ from torch import Tensor
 from tests.copy_streams import with_gloo_copy_streams
 from tests.marks import FOUR_GPUS
 from tests.ranks import run_ranks
+from tpllm.architectures.spec import NormSpec, WeightSpec
 from tpllm.layers.all_reduce.all_reduce_norm import AllReduceRMSNorm
 from tpllm.layers.all_reduce.overlapped import overlapped_all_reduce_norm
 from tpllm.layers.all_reduce.trial import copy_streams_work
@@ -68,7 +69,9 @@ def all_reduces_survive_many_calls(tp: TPGroup, E: int, num_calls: int) -> None:
     tp = with_copy_streams(tp, max_rows)
     assert tp.copy_streams
     assert copy_streams_work(tp)
-    norm = AllReduceRMSNorm(E, 1e-6, LayerContext(tp, torch.bfloat16))
+    norm = AllReduceRMSNorm(
+        NormSpec(WeightSpec("norm.weight", (E,)), 1e-6), LayerContext(tp, torch.bfloat16)
+    )
     norm.weight.fill_(1.5)
     sizes = torch.Generator().manual_seed(0)
     values = torch.Generator(tp.device).manual_seed(tp.rank)

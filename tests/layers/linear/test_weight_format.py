@@ -7,15 +7,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tests.layers.linear.test_linear import TensorWeights
+from tests.layers.linear.test_linear import TensorWeights, column
 from tests.models.test_qwen3 import LENGTHS, make_model, run_steps
 from tests.ranks import run_ranks
+from tpllm.architectures.spec import NormSpec, WeightSpec
 from tpllm.config.checkpoint import resolve_model
 from tpllm.config.model_config import ModelConfig
 from tpllm.layers.activation import silu_and_mul
 from tpllm.layers.all_reduce.all_reduce_norm import AllReduceRMSNorm
 from tpllm.layers.context import LayerContext
-from tpllm.layers.linear.linear import MergedColumnParallelLinear
+from tpllm.layers.linear.linear import Linear
 from tpllm.layers.linear.matmul import fast_matmul
 from tpllm.layers.linear.weight_format import LinearWeight
 from tpllm.layers.weights import WeightSource
@@ -53,11 +54,10 @@ class Int8Weight(LinearWeight):
         weights: WeightSource,
         name: str,
         target: slice,
-        *,
-        rows: slice | None = None,
-        cols: slice | None = None,
+        rows: slice | None,
+        cols: slice | None,
     ) -> None:
-        integers, scales = quantised(weights.read(f"{name}.weight", rows, cols))
+        integers, scales = quantised(weights.read(name, rows, cols))
         self.integers[target], self.scales[target] = integers, scales
 
     def matmul(self, x: Tensor, bias: Tensor | None) -> Tensor:
@@ -76,10 +76,10 @@ def one_row_is_that_row_of_many(tp: TPGroup) -> None:
     x = torch.randn(3, 32, generator=generator)
     stream = torch.randn(3, 32, generator=generator)
     for context in contexts:
-        norm = AllReduceRMSNorm(32, 1e-6, context)
+        norm = AllReduceRMSNorm(NormSpec(WeightSpec("norm.weight", (32,)), 1e-6), context)
         norm.weight.copy_(torch.rand(32, generator=generator))
-        linear = MergedColumnParallelLinear(32, [16 * tp.size] * 2, context)
-        linear.load(weights, ["gate", "up"])
+        linear = Linear(column(32, gate=16 * tp.size, up=16 * tp.size), context)
+        linear.load(weights)
         for activation in (None, silu_and_mul):
             for residual in (None, stream):
                 several, stream_of_all = linear(

@@ -20,6 +20,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from tpllm.architectures.spec import NormSpec
 from tpllm.layers.all_reduce.overlapped import overlapped_all_reduce_norm
 from tpllm.layers.context import LayerContext
 from tpllm.layers.dependent_launch import dependent_launch
@@ -402,8 +403,8 @@ class AllReduceRMSNorm(RMSNorm):
             `kept_rows` and, for a micro-batch with a copy stream, `overlapped_all_reduce_norm`
     """
 
-    def __init__(self, hidden_size: int, eps: float, context: LayerContext) -> None:
-        super().__init__(hidden_size, eps, context)
+    def __init__(self, spec: NormSpec, context: LayerContext) -> None:
+        super().__init__(spec, context)
         self.tp = context.tp
 
     def forward(

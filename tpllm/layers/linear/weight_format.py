@@ -36,11 +36,10 @@ class LinearWeight(nn.Module):
         weights: WeightSource,
         name: str,
         target: slice,
-        *,
-        rows: slice | None = None,
-        cols: slice | None = None,
+        rows: slice | None,
+        cols: slice | None,
     ) -> None:
-        """Fill this weight's rows `target` with `rows` and `cols` of the checkpoint's layer `name`.
+        """Fill this weight's rows `target` with `rows` and `cols` of the checkpoint's `name`.
 
         Raises:
             ValueError: the checkpoint's tensor has another shape.
@@ -88,12 +87,10 @@ class DenseWeight(LinearWeight):
         weights: WeightSource,
         name: str,
         target: slice,
-        *,
-        rows: slice | None = None,
-        cols: slice | None = None,
+        rows: slice | None,
+        cols: slice | None,
     ) -> None:
-        tensor_name = f"{name}.weight"
-        fill(self.values[target], weights.read(tensor_name, rows, cols), tensor_name)
+        fill(self.values[target], weights.read(name, rows, cols), name)
 
     def matmul(self, x: Tensor, bias: Tensor | None) -> Tensor:
         if bias is None:
