@@ -18,7 +18,6 @@ from dataclasses import replace
 from typing import Any
 
 from bench_tp import environment
-from decode_batch import DecodeBatch
 
 from tpllm import LLM, SamplingParams
 from tpllm.engine.request import AddRequest
@@ -57,7 +56,7 @@ def measure(llm: LLM, each: list[SamplingParams], num_steps: int) -> dict[str, f
         prompt = [numbers.randrange(vocab_size) for _ in range(PROMPT_LENGTH)]
         words = [[7 * j, 7 * j + 1, j] for j in range(len(params.bad_words))]
         requests.append(AddRequest(str(i), prompt, params, words))
-    batch = DecodeBatch(llm.coordinator, requests)
+    batch = llm.profiler().decode_batch(requests)
     batch.warm_up(NUM_WARM_UP)
     figures = batch.time(num_steps)
     batch.shrink(0)

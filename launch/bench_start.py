@@ -97,7 +97,7 @@ def start_once(args: argparse.Namespace) -> None:
         on_phase=on_phase,
     ) as llm:
         phases["ready"] = time.time() - begin
-        info = llm.coordinator.worker_info
+        info = llm.profiler().engine_info
     print(json.dumps({"phases": phases, "info": info}))
 
 

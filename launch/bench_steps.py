@@ -25,12 +25,12 @@ from typing import Any
 
 import numpy as np
 from bench_tp import environment
-from decode_batch import NUM_REFILL, DecodeBatch
 from limit import Limit, measured_rates
 
 from tpllm import LLM, SamplingParams
 from tpllm.engine.coordinator import MAX_STEPS_IN_FLIGHT
 from tpllm.engine.request import AddRequest
+from tpllm.offline.profiler import NUM_REFILL, Profiler
 
 FULL: dict[str, list[int]] = {
     "batches": [1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 1536],
@@ -84,7 +84,7 @@ def measure(
             length = prompt_length(context, num_seqs, num_steps)
             vocab_size = llm.config.model_config.vocab_size
             requests = requests_of(vocab_size, num_seqs, length, longest)
-            batch = DecodeBatch(llm.coordinator, requests)
+            batch = llm.profiler().decode_batch(requests)
             batch.warm_up(1)
         batch.shrink(num_seqs)
         batch.warm_up(NUM_WARM_UP)
@@ -95,12 +95,13 @@ def measure(
         batch.shrink(0)
 
 
-def reason_to_skip(llm: LLM, context: int, num_seqs: int, max_batch_tokens: int) -> str | None:
+def reason_to_skip(
+    profiler: Profiler, block_size: int, context: int, num_seqs: int, max_batch_tokens: int
+) -> str | None:
     """Return why a batch is skipped, or None if it is not."""
-    coordinator, block_size = llm.coordinator, llm.config.kv_block_size
-    if context > coordinator.max_total_tokens:
-        return f"a sequence may have {coordinator.max_total_tokens} tokens"
-    usable = coordinator.num_kv_blocks - 1
+    if context > profiler.max_total_tokens:
+        return f"a sequence may have {profiler.max_total_tokens} tokens"
+    usable = profiler.num_kv_blocks
     if num_seqs * -(-context // block_size) > usable:
         return f"the KV cache holds {usable} blocks of {block_size} tokens"
     if num_seqs * context > max_batch_tokens:
@@ -168,7 +169,8 @@ def main() -> None:
     ) as llm:
         startup_s = time.perf_counter() - begin
         config = llm.config.model_config
-        num_tokens = (llm.coordinator.num_kv_blocks - 1) * llm.config.kv_block_size
+        profiler, block_size = llm.profiler(), llm.config.kv_block_size
+        num_tokens = profiler.num_kv_blocks * block_size
         result: dict[str, Any] = {"arguments": vars(args), "model": config.name}
         result |= {"hardware": rates, "kv_cache_tokens": num_tokens}
         result |= environment(llm) | {"startup_s": round(startup_s, 2), "steps": [], "skipped": []}
@@ -179,7 +181,7 @@ def main() -> None:
         for context, sizes in batches_by_context(args).items():
             fitting = []
             for num_seqs in sizes:
-                reason = reason_to_skip(llm, context, num_seqs, max_batch_tokens)
+                reason = reason_to_skip(profiler, block_size, context, num_seqs, max_batch_tokens)
                 if reason is None:
                     fitting.append(num_seqs)
                 else:
@@ -195,7 +197,7 @@ def main() -> None:
                     point["limit_ms"] = round(limit_ms, 4)
                 result["steps"].append(point)
                 print_row(point)
-        stats = llm.coordinator.stats
+        stats = llm.stats()
         result["preemptions"] = stats.num_preemptions
         if stats.num_preemptions:
             print("a batch did not fit in the cache and was preempted: do not trust these figures")

@@ -106,7 +106,7 @@ def test_settings_change_nothing(variant: str) -> None:
         run(llm, references)
         if variant != "blocks of 256":  # no prompt is that long
             run(llm, references)  # with whatever the first run left in the cache
-        stats = llm.coordinator.stats
+        stats = llm._coordinator.stats
     assert (stats.num_preemptions > 0) == (variant == "tiny cache")
     assert (stats.num_prefill_chunks > 0) == (variant == "chunks of 16")
     if variant == "chunks of 16":
@@ -155,7 +155,7 @@ def test_random_models_continue_as_in_transformers(name: str, tmp_path: Path) ->
         skip_tokenizer_init=True,
     ) as llm:
         outputs = run(llm, references, params)
-        stats = llm.coordinator.stats
+        stats = llm._coordinator.stats
     assert stats.num_prefill_chunks > 0
     # the last prompt begins like the first, which runs beside it: found within the same run
     assert outputs[-1].num_cached_tokens == 512

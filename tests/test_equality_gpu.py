@@ -29,7 +29,7 @@ def test_float32_equals_transformers(tp: int, plain: bool) -> None:
     with LLM(dtype="float32", tensor_parallel_size=tp, num_kv_blocks=60, **switches) as llm:
         for _ in range(2):
             assert_equal(references, llm.generate(prompts, GREEDY, use_tqdm=False))
-        stats = llm.coordinator.stats
+        stats = llm._coordinator.stats
     assert stats.num_preemptions > 0
 
 
@@ -62,7 +62,7 @@ def test_graphs_draw_what_eager_steps_draw(tp: int) -> None:
 
     def tokens(**settings: Any) -> list[list[int]]:
         with LLM(dtype="bfloat16", tensor_parallel_size=tp, max_num_seqs=32, **settings) as llm:
-            assert "flash-attn 2" in llm.coordinator.worker_info["attention"]
+            assert "flash-attn 2" in llm.profiler().engine_info["attention"]
             outputs = llm.generate(prompts, params, use_tqdm=False)
         return [output.outputs[0].token_ids for output in outputs]
 

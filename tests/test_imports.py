@@ -89,6 +89,13 @@ def test_torch_stays_in_its_rooms(file):
         assert not any(name.startswith("torch.distributed") for name in imports_of(file))
 
 
+def test_only_what_runs_an_engine_reaches_its_coordinator():
+    runs_it = {PACKAGE / "llm.py", *(PACKAGE / "offline").glob("*.py")}
+    runs_it |= {*(PACKAGE / "supervision").glob("*.py")}
+    for file in {*PACKAGE.rglob("*.py"), *(PACKAGE.parent / "launch").glob("*.py")} - runs_it:
+        assert not re.search(r"\w\._?coordinator\b(?! import)", file.read_text()), file
+
+
 def loaded_by(statement: str) -> set[str]:
     """Packages that a fresh Python has loaded after running `statement`."""
     code = f"import sys; {statement}; print(*{{name.split('.')[0] for name in sys.modules}})"

@@ -57,7 +57,7 @@ def llm() -> Iterator[LLM]:
 
 def assert_right(llm: LLM) -> None:
     """The engine is at rest, and gives the tokens that transformers gives."""
-    assert llm.coordinator.num_unfinished == 0
+    assert llm._coordinator.num_unfinished == 0
     outputs = llm.generate(PROMPTS, SHORT, use_tqdm=False)
     for reference, output in zip(REFERENCES, outputs, strict=True):
         assert output.outputs[0].token_ids == reference.output_ids[: SHORT.max_tokens]
@@ -66,10 +66,10 @@ def assert_right(llm: LLM) -> None:
 @contextmanager
 def while_generating(llm: LLM, act: Callable[[], None]) -> Iterator[None]:
     """Call `act` from a thread when the engine has gone on for a few steps."""
-    begin = llm.coordinator.stats.num_steps
+    begin = llm.stats().num_steps
 
     def watch() -> None:
-        assert wait_until(lambda: llm.coordinator.stats.num_steps > begin + 5)
+        assert wait_until(lambda: llm.stats().num_steps > begin + 5)
         act()
 
     thread = threading.Thread(target=watch)
@@ -82,11 +82,11 @@ def while_generating(llm: LLM, act: Callable[[], None]) -> Iterator[None]:
 
 
 def test_ctrl_c_in_generate_ends_its_requests_and_leaves_the_engine_usable(llm):
-    num_free = llm.coordinator._blocks.num_free
+    num_free = llm._coordinator._blocks.num_free
     with while_generating(llm, press_ctrl_c), pytest.raises(KeyboardInterrupt):
         llm.generate(PROMPTS, ENDLESS, use_tqdm=False)
-    assert llm.coordinator.num_unfinished == llm.coordinator.num_in_flight == 0
-    assert llm.coordinator._blocks.num_free == num_free
+    assert llm._coordinator.num_unfinished == llm._coordinator.num_in_flight == 0
+    assert llm._coordinator._blocks.num_free == num_free
     assert_right(llm)
 
 
@@ -114,11 +114,11 @@ def test_ctrl_c_at_any_line_of_generate_leaves_the_engine_usable(monkeypatch):
     with llm:
         line = 1
         while is_interrupted(generate, line, parts):
-            assert llm.coordinator.num_in_flight == 0
+            assert llm._coordinator.num_in_flight == 0
             # the lines before the first step, and of the thousands after it any number
             line += 1 if line < 100 else 31
         assert line > 1000
-        assert llm.coordinator.num_unfinished == 0
+        assert llm._coordinator.num_unfinished == 0
         for prompt, output in zip(PROMPTS, llm.generate(PROMPTS, SHORT, False), strict=True):
             expected = islice(continuation(prompt, 4096), SHORT.max_tokens)
             assert output.outputs[0].token_ids == list(expected)
@@ -145,7 +145,7 @@ import threading, time
 from tpllm import LLM, SamplingParams
 llm = LLM(device="cpu", tensor_parallel_size=2, skip_tokenizer_init=True)
 def watch():
-    while llm.coordinator.stats.num_steps < 5:
+    while llm.stats().num_steps < 5:
         time.sleep(0.01)
     print("generating", flush=True)
 threading.Thread(target=watch).start()
@@ -202,13 +202,13 @@ print(llm.generate([[1, 2, 3]], SamplingParams(temperature=0, max_tokens=4)))
 
 def test_two_engines_at_once_and_the_death_of_one(llm):
     with make_llm(tensor_parallel_size=1) as other:
-        assert not {*other.coordinator.worker_pids} & {*llm.coordinator.worker_pids}
+        assert not {*other._coordinator.worker_pids} & {*llm._coordinator.worker_pids}
         thread = threading.Thread(target=assert_right, args=(other,))
         thread.start()
         assert_right(llm)
         thread.join()
 
-        os.kill(other.coordinator.worker_pids[0], signal.SIGKILL)  # while it is idle
+        os.kill(other._coordinator.worker_pids[0], signal.SIGKILL)  # while it is idle
         with pytest.raises(WorkerError, match="worker rank 0 was killed by SIGKILL") as raised:
             assert_right(other)
         assert raised.value.rank == 0
@@ -219,7 +219,7 @@ def test_two_engines_at_once_and_the_death_of_one(llm):
 
 def test_a_worker_killed_while_it_runs_is_named(nothing_left):
     llm = make_llm()
-    victim = llm.coordinator.worker_pids[1]
+    victim = llm._coordinator.worker_pids[1]
     with (
         while_generating(llm, lambda: os.kill(victim, signal.SIGKILL)),
         pytest.raises(WorkerError, match=r"^worker rank 1 was killed by SIGKILL in step \d+"),
@@ -271,7 +271,7 @@ def kill_me():
     os.kill(os.getpid(), signal.SIGKILL)
 
 def watch():
-    while llm.coordinator.stats.num_steps < 5:
+    while llm.stats().num_steps < 5:
         time.sleep(0.01)
     kill_me()
 

@@ -107,7 +107,7 @@ def test_a_seed_draws_the_same_alone_in_a_batch_in_chunks_and_on_two_ranks(llm: 
         max_num_seqs=4,
     ) as other:
         assert drawn(other, alone=False) == together
-        assert other.coordinator.stats.num_preemptions > 0
+        assert other.stats().num_preemptions > 0
 
 
 def test_requests_without_a_seed_differ_and_the_engine_s_seed_repeats_them() -> None:
@@ -142,7 +142,7 @@ def test_a_stream_that_is_closed_leaves_a_quiet_engine(llm: LLM) -> None:
     stream = llm.generate_stream(PSALM, SamplingParams(ignore_eos=True, max_tokens=None))
     next(stream)
     stream.close()
-    assert llm.coordinator.num_unfinished == llm.coordinator.num_in_flight == 0
+    assert llm._coordinator.num_unfinished == llm._coordinator.num_in_flight == 0
     assert llm.generate(PSALM, SHORT, use_tqdm=False)[0].outputs[0].text == (
         " I shall not want.\n2"
     )
@@ -153,7 +153,7 @@ def test_a_stop_string_ends_a_text_and_frees_its_row(llm: LLM) -> None:
     output = llm.generate(PSALM, params, use_tqdm=False)[0].outputs[0]
     assert (output.text, output.finish_reason) == (" I shal", "stop")
     assert output.stop_reason == "l not w"
-    assert llm.coordinator.num_unfinished == 0
+    assert llm._coordinator.num_unfinished == 0
 
 
 @pytest.mark.parametrize("pieces", [["n", "o", "t"], [" n", "no", "n", "o", "t", "ot", " "]])
@@ -179,7 +179,7 @@ def test_several_continuations_share_a_prompt(llm: LLM) -> None:
         assert [each.index for each in output.outputs] == [0, 1, 2]
         assert len({each.text for each in output.outputs}) == 3
     assert outputs[0].outputs == outputs[1].outputs
-    stats = llm.coordinator.stats
+    stats = llm.stats()
     assert stats.num_cached_tokens > 0
 
 
@@ -266,11 +266,11 @@ def test_without_sampling_parameters_the_checkpoint_s_are_taken(llm: LLM) -> Non
     ],
 )
 def test_what_cannot_run_is_refused_before_any_prompt_runs(llm, prompt, params, message) -> None:
-    steps = llm.coordinator.stats.num_steps
+    steps = llm.stats().num_steps
     with pytest.raises(ValueError, match=message):
         llm.generate(["a good prompt", prompt], [SHORT, params], use_tqdm=False)
-    assert llm.coordinator.stats.num_steps == steps
-    assert llm.coordinator.num_unfinished == 0
+    assert llm.stats().num_steps == steps
+    assert llm._coordinator.num_unfinished == 0
 
 
 def test_the_bar_tells_tokens_per_second(llm: LLM, capsys) -> None:
@@ -334,12 +334,12 @@ def test_a_call_from_inside_a_call_is_refused_and_harms_nothing(llm: LLM) -> Non
 @contextmanager
 def monkeypatched_step(llm: LLM) -> Iterator[None]:
     """Send this process a signal before each step."""
-    step = llm.coordinator.step
+    step = llm._coordinator.step
 
     def signalling_step() -> Any:
         os.kill(os.getpid(), signal.SIGUSR1)
         return step()
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(llm.coordinator, "step", signalling_step)
+        patch.setattr(llm._coordinator, "step", signalling_step)
         yield

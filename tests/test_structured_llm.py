@@ -157,7 +157,7 @@ def test_two_ranks_with_a_tiny_cache_draw_the_same(together: list[CompletionOutp
         max_num_seqs=24,
     ) as llm:
         outputs = generate(llm, [params for _, params in REQUESTS] + PLAIN)
-        assert llm.coordinator.stats.num_preemptions > 0
+        assert llm.stats().num_preemptions > 0
     assert [each.token_ids for each in outputs] == [each.token_ids for each in together]
 
 
@@ -202,7 +202,7 @@ def contradictions(llm: LLM) -> dict[str, tuple[dict[str, Any] | None, dict[str,
 def test_settings_that_leave_no_token_at_all_are_refused_before_any_prompt_starts(
     llm: LLM,
 ) -> None:
-    steps = llm.coordinator.stats.num_steps
+    steps = llm.stats().num_steps
     form = StructuredOutputsParams(choice=["foo"])
     for settings, names in (
         ({"bad_words": ["foo", "fo", "f"]}, "bad_words"),
@@ -211,7 +211,7 @@ def test_settings_that_leave_no_token_at_all_are_refused_before_any_prompt_start
         params = SamplingParams(structured_outputs=form, **settings)
         with pytest.raises(ValueError, match=f"prompt 1: structured_outputs has no.*{names}"):
             llm.generate(PROMPTS, [PLAIN[0], params], use_tqdm=False)
-    assert llm.coordinator.stats.num_steps == steps
+    assert llm.stats().num_steps == steps
 
 
 @pytest.mark.parametrize(
@@ -229,7 +229,7 @@ def test_settings_that_leave_no_next_token_are_an_error_and_no_text(
     assert [each.prompt for each in outputs] == ["a", "c"]
     assert all(each.outputs[0].finish_reason == "length" for each in outputs)
     assert [each.prompt for each in caught.value.unfinished] == ["b"]
-    assert llm.coordinator.num_unfinished == 0
+    assert llm._coordinator.num_unfinished == 0
 
 
 def test_a_stream_gives_the_other_prompts_before_the_error(llm: LLM) -> None:
@@ -250,10 +250,10 @@ def test_a_tokens_limit_is_no_such_error(llm: LLM) -> None:
 
 def test_what_cannot_be_compiled_is_refused_before_any_prompt_starts(llm: LLM) -> None:
     bad = [PLAIN[0], drawn(0, {"regex": "(a"})]
-    steps = llm.coordinator.stats.num_steps
+    steps = llm.stats().num_steps
     with pytest.raises(ValueError, match="prompt 1: structured_outputs: regex='\\(a' cannot be"):
         llm.generate(PROMPTS, bad, use_tqdm=False)
-    assert llm.coordinator.stats.num_steps == steps
+    assert llm.stats().num_steps == steps
 
 
 def test_an_engine_in_its_own_process_compiles_aside_and_refuses(

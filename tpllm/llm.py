@@ -8,9 +8,11 @@ from typing import Any, Self
 from tqdm import tqdm
 
 from tpllm.engine.coordinator import Coordinator
+from tpllm.engine.stats import EngineStats
 from tpllm.errors import WorkerError
 from tpllm.offline.beam_search import Beams, BeamSearchOutput, BeamSearchParams
 from tpllm.offline.calls import Call, Calls
+from tpllm.offline.profiler import Profiler
 from tpllm.outputs import RequestOutput
 from tpllm.sampling_params import RequestOutputKind, SamplingParams
 from tpllm.supervision.start import start_engine
@@ -223,10 +225,18 @@ class LLM(Frontend[Coordinator], AbstractContextManager["LLM"]):
         with self._calls.turn():
             self._coordinator.reset_prefix_cache()
 
+    def stats(self) -> EngineStats:
+        """Return counts and times of the engine since its start."""
+        return self._coordinator.engine_stats()
+
+    def profiler(self) -> Profiler:
+        """Return a profiler of the engine, for benchmarks."""
+        return Profiler(self._coordinator)
+
     @property
-    def coordinator(self) -> Coordinator:
-        """The engine behind this object, with its statistics and timings."""
-        return self._coordinator
+    def closed(self) -> bool:
+        """Whether the engine has ended."""
+        return self._coordinator.closed
 
     # ---- ending ------------------------------------------------------------------------------
 

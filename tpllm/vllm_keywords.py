@@ -46,7 +46,7 @@ SETTINGS: Keywords = {
     "data_parallel_size": Missing(_ONE_HOST, (1,)),
     "disable_async_output_proc": Missing(_LEAVE_OUT, (False,)),
     "disable_cascade_attn": Missing(_LEAVE_OUT, (True, False)),
-    "disable_log_stats": Missing("use llm.coordinator.engine_stats()", (True, False)),
+    "disable_log_stats": Missing("use llm.stats()", (True, False)),
     "distributed_executor_backend": Missing(_ONE_HOST, ("mp", "uni")),
     "download_dir": Missing("set HF_HOME, or give a local folder"),
     "enable_chunked_prefill": Missing("always on; raise max_num_batched_tokens instead", (True,)),

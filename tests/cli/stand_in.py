@@ -2,7 +2,6 @@
 
 import time
 from collections.abc import Callable, Iterator
-from types import SimpleNamespace
 from typing import Any
 
 from tpllm.outputs import CompletionOutput, RequestOutput
@@ -34,7 +33,7 @@ class StandIn:
         if self.start_error is not None:
             raise self.start_error
         type(self).made = {"settings": settings, "prompts": [], "closed": False}
-        self.coordinator = SimpleNamespace(closed=False)
+        self.closed = False
         for phase in ("importing torch", "loading weights"):
             for rank in range(2):
                 if on_phase:

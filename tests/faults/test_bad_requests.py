@@ -44,7 +44,7 @@ def llm() -> Iterator[LLM]:
 
 
 def assert_serves(llm: LLM) -> None:
-    assert llm.coordinator.num_unfinished == 0
+    assert llm._coordinator.num_unfinished == 0
     output = llm.generate([GOOD], FEW, use_tqdm=False)[0].outputs[0]
     assert output.token_ids == quiet_run(GOOD)
 
@@ -94,7 +94,7 @@ def test_a_prompt_of_any_kind_is_served_or_refused_alone(llm, prompt):
         assert outputs[0].outputs[0].token_ids == quiet_run(GOOD)
         ids = outputs[1].prompt_token_ids
         assert outputs[1].outputs[0].token_ids == quiet_run(ids)
-    assert llm.coordinator.num_unfinished == 0
+    assert llm._coordinator.num_unfinished == 0
 
 
 @quickly(max_examples=100)
@@ -105,7 +105,7 @@ def test_messages_of_any_kind_are_answered_or_refused(llm, messages):
             llm.chat(given_messages, FEW, use_tqdm=False)
         except ValueError as error:
             assert str(error)
-        assert llm.coordinator.num_unfinished == 0
+        assert llm._coordinator.num_unfinished == 0
 
 
 def test_after_all_that_the_engine_still_serves(llm):
@@ -122,12 +122,12 @@ def test_ten_thousand_requests_at_once_are_all_served(llm):
 def test_one_bad_request_among_many_is_named_and_none_is_started(llm):
     prompts: list[Any] = [GOOD] * 5000
     prompts[4321] = [10**9]
-    steps = llm.coordinator.stats.num_steps
+    steps = llm.stats().num_steps
     with pytest.raises(
         ValueError, match="prompt 4321: the prompt holds token id 1000000000, outside"
     ):
         llm.generate(prompts, FEW, use_tqdm=False)
-    assert llm.coordinator.stats.num_steps == steps
+    assert llm.stats().num_steps == steps
     assert_serves(llm)
 
 

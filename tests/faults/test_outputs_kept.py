@@ -33,8 +33,8 @@ def test_finished_and_unfinished_outputs_come_with_the_error(monkeypatch, nothin
     llm = make_llm()
 
     def kill_worker() -> None:
-        assert wait_until(lambda: llm.coordinator.stats.num_steps > 20)
-        os.kill(llm.coordinator.worker_pids[0], signal.SIGKILL)
+        assert wait_until(lambda: llm.stats().num_steps > 20)
+        os.kill(llm._coordinator.worker_pids[0], signal.SIGKILL)
 
     thread = threading.Thread(target=kill_worker)
     thread.start()

@@ -68,14 +68,14 @@ def test_the_end_token_is_in_the_text_where_that_is_asked_for(llm):
 
 
 def test_what_cannot_run_is_refused_before_it_starts(llm):
-    steps = llm.coordinator.stats.num_steps
+    steps = llm.stats().num_steps
     with pytest.raises(
         ValueError, match="beam_width=40 is more than 18, since a request .* 20 log-prob"
     ):
         llm.beam_search(PROMPTS, BeamSearchParams(beam_width=40, max_tokens=5))
     with pytest.raises(ValueError, match="prompt 1: max_tokens=4090 after a prompt of 9 tokens"):
         llm.beam_search([[1], [1] * 9], BeamSearchParams(beam_width=2, max_tokens=4090))
-    assert llm.coordinator.stats.num_steps == steps
+    assert llm.stats().num_steps == steps
 
 
 @pytest.mark.parametrize(

@@ -57,7 +57,7 @@ def quiet_engine(request: pytest.FixtureRequest) -> Iterator[None]:
     """Check that a test leaves nothing in the engine."""
     yield
     if "llm" in request.fixturenames:
-        coordinator = request.getfixturevalue("llm").coordinator
+        coordinator = request.getfixturevalue("llm")._coordinator
         assert coordinator.num_unfinished == coordinator.num_in_flight == 0
 
 
@@ -114,9 +114,9 @@ def test_a_stream_that_others_have_finished_yields_what_came(llm):
     first = next(stream)
     for prompt in PROMPTS[1:4]:
         generate(llm, prompt)
-    steps = llm.coordinator.stats.num_steps
+    steps = llm.stats().num_steps
     [rest] = list(stream)
-    assert rest.finished and llm.coordinator.stats.num_steps == steps
+    assert rest.finished and llm.stats().num_steps == steps
     assert ids_of([first, rest]) == expected(PROMPTS[0])
 
 
@@ -149,7 +149,7 @@ def test_threads_that_do_everything_at_once_get_what_a_quiet_engine_gives(llm):
 @contextmanager
 def in_step(llm: LLM, act: Callable[[], object]) -> Iterator[None]:
     """Call `act` in the middle of the next step."""
-    step = llm.coordinator.step
+    step = llm._coordinator.step
     acts = [act]
 
     def acting_step() -> Any:
@@ -158,7 +158,7 @@ def in_step(llm: LLM, act: Callable[[], object]) -> Iterator[None]:
         return step()
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(llm.coordinator, "step", acting_step)
+        patch.setattr(llm._coordinator, "step", acting_step)
         yield
     assert not acts
 
@@ -195,7 +195,7 @@ def test_ctrl_c_ends_the_requests_of_the_call_that_it_meets(llm):
     with ThreadPoolExecutor(1) as pool:
         with in_step(llm, press_ctrl_c), pytest.raises(KeyboardInterrupt):
             llm.generate(PROMPTS[1:4], ENDLESS, use_tqdm=False)
-        assert llm.coordinator.num_unfinished == 1
+        assert llm._coordinator.num_unfinished == 1
         got += pool.submit(lambda: ids_of(list(stream))).result(30)
     assert got == expected(PROMPTS[0])
 
@@ -214,8 +214,8 @@ def test_a_worker_that_dies_is_reported_to_every_call_with_its_own_outputs():
         next(stream)
         params = [GREEDY, ENDLESS]
         call = pool.submit(llm.generate, PROMPTS[1:3], params, use_tqdm=False)
-        assert wait_until(lambda: llm.coordinator.stats.num_steps > 3 * NUM_TOKENS)
-        os.kill(llm.coordinator.worker_pids[0], signal.SIGKILL)
+        assert wait_until(lambda: llm.stats().num_steps > 3 * NUM_TOKENS)
+        os.kill(llm._coordinator.worker_pids[0], signal.SIGKILL)
         with pytest.raises(WorkerError, match="rank 0 was killed by SIGKILL") as raised:
             call.result(30)
         assert [ids_of([each]) for each in raised.value.outputs] == [expected(PROMPTS[1])]

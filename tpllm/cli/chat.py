@@ -114,7 +114,7 @@ class Conversation:
             print(f"tpllm: error: {error}; /reset forgets the conversation", file=sys.stderr)
             return
         except KeyboardInterrupt:
-            if self._llm.coordinator.closed:  # a second Ctrl-C, or one in the middle of a step
+            if self._llm.closed:  # a second Ctrl-C, or one in the middle of a step
                 raise
             stopped = True
         print(" [stopped]" if stopped else "", flush=True)

@@ -59,7 +59,7 @@ def measure_seed(llm: LLM, repeats: int, breakdown: bool) -> dict[str, Any]:
     """Output tokens per second, all prompts handed in at once."""
     prompts, params = seed_workload(llm.config.model_config.vocab_size)
     run_once(llm, prompts, params)
-    reset_breakdown(llm)
+    profiler = llm.profiler()
     times = [run_once(llm, prompts, params) for _ in range(repeats)]
     num_out = sum(each.max_tokens or 0 for each in params)
     figures: dict[str, Any] = {
@@ -69,8 +69,10 @@ def measure_seed(llm: LLM, repeats: int, breakdown: bool) -> dict[str, Any]:
         "output_tokens_per_s": round(num_out / statistics.median(times), 1),
     }
     if breakdown:
-        figures["breakdown"] = take_breakdown(llm)
-        figures["kernels"] = profile_kernels(llm, prompts, params, skip=300)
+        figures["breakdown"] = profiler.step_times()
+        figures["kernels"] = profiler.decode_kernels(
+            lambda: run_once(llm, prompts, params), skip=300
+        )
     return figures
 
 
@@ -80,7 +82,7 @@ def measure_latency(llm: LLM, repeats: int, breakdown: bool) -> dict[str, Any]:
     first = [SamplingParams(temperature=0, ignore_eos=True, max_tokens=1)]
     for each in (params, first):
         run_once(llm, prompts, each)
-    reset_breakdown(llm)
+    profiler = llm.profiler()
     first_ms = statistics.median(run_once(llm, prompts, first) for _ in range(repeats)) * 1e3
     whole_ms = statistics.median(run_once(llm, prompts, params) for _ in range(repeats)) * 1e3
     num_rest = (params[0].max_tokens or 0) - 1
@@ -89,44 +91,10 @@ def measure_latency(llm: LLM, repeats: int, breakdown: bool) -> dict[str, Any]:
         "ms_per_token": round((whole_ms - first_ms) / num_rest, 4),
     }
     if breakdown:
-        figures["breakdown"] = take_breakdown(llm)
-        figures["kernels"] = profile_kernels(llm, prompts, params, skip=100)
-    return figures
-
-
-def profile_kernels(
-    llm: LLM, prompts: list[list[int]], params: list[SamplingParams], skip: int
-) -> dict[str, Any] | None:
-    """One more run, of which some decode steps are traced."""
-    llm.coordinator.profile_decode(skip, num_steps=10)
-    run_once(llm, prompts, params)
-    kernels: dict[str, Any] | None = llm.coordinator.worker_times()["kernels"]
-    return kernels
-
-
-def reset_breakdown(llm: LLM) -> None:
-    """Begin to count from here on."""
-    llm.coordinator.worker_times()
-    llm.coordinator.times = type(llm.coordinator.times)()
-
-
-def take_breakdown(llm: LLM) -> dict[str, Any]:
-    """Milliseconds per step, decode steps and mixed ones apart, and the coordinator's own."""
-    workers = llm.coordinator.worker_times(time_sampling=True)
-    host = llm.coordinator.times
-    sampling_ms = workers.pop("graph_sampling_ms")
-    workers.pop("kernels")
-    num_steps = sum(kind["steps"] for kind in workers.values())
-    figures: dict[str, Any] = {}
-    for name, kind in workers.items():
-        steps = kind.pop("steps")
-        if steps:
-            means = {field: round(total / steps, 4) for field, total in kind.items() if total}
-            figures[name] = {"steps": int(steps)} | means
-    if sampling_ms is not None:  # inside a graph sampling is not timed: alone, at the largest batch
-        figures["graph_sampling_ms"] = round(sampling_ms, 4)
-    for name, seconds in vars(host).items():
-        figures[name.removesuffix("_s") + "_ms"] = round(seconds * 1e3 / max(1, num_steps), 4)
+        figures["breakdown"] = profiler.step_times()
+        figures["kernels"] = profiler.decode_kernels(
+            lambda: run_once(llm, prompts, params), skip=100
+        )
     return figures
 
 
@@ -144,7 +112,7 @@ def environment(llm: LLM) -> dict[str, Any]:
         "commit": _commit(),
         "python": platform.python_version(),
         **{name: installed(name) for name in ("torch", "triton", "flash_attn")},
-        **llm.coordinator.worker_info,
+        **llm.profiler().engine_info,
     }
 
 
