@@ -13,11 +13,22 @@ from pydantic import BaseModel, ValidationError
 
 from tests.server.conftest import Served
 from tests.server.test_http import CHAT, HELLO, error_of
-from tpllm.server.app import BODIES
 from tpllm.server.errors import APIError, from_validation, from_value_error
 from tpllm.server.foreign_fields import FOREIGN, WITHOUT_EFFECT
+from tpllm.server.protocol import (
+    ChatCompletionRequest,
+    CompletionRequest,
+    DetokenizeRequest,
+    TokenizeRequest,
+)
 
 COMPLETIONS = "/v1/completions"
+BODIES: dict[str, type[BaseModel]] = {
+    COMPLETIONS: CompletionRequest,
+    CHAT: ChatCompletionRequest,
+    "/tokenize": TokenizeRequest,
+    "/detokenize": DetokenizeRequest,
+}
 WHOLE: dict[str, dict[str, Any]] = {
     CHAT: HELLO,
     COMPLETIONS: {"prompt": "ab"},
@@ -93,14 +104,14 @@ def test_the_body_of_llama_cpps_page_passes(http: httpx.Client) -> None:
 def test_a_field_of_others_that_asks_for_something_is_refused_by_name(
     http: httpx.Client, name: str, path: str
 ) -> None:
-    harmless, way_out = FOREIGN[name]
+    ignored, instead = FOREIGN[name]
     if name in BODIES[path].model_fields:
         return  # it is a field here
-    for value in (None, *harmless):
+    for value in (None, *ignored):
         answer = http.post(path, json={**WHOLE[path], name: value})
         assert answer.status_code == 200, answer.text
     error = error_of(http.post(path, json={**WHOLE[path], name: "asks for it"}), 400)
-    assert error["message"] == f"{name}='asks for it' is not supported; {way_out}"
+    assert error["message"] == f"{name}='asks for it' is not supported; {instead}"
     assert error["param"] == name
 
 

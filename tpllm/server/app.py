@@ -1,14 +1,15 @@
 """build_app: a FastAPI application with all endpoints, for a running engine."""
 
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
+from functools import partial
+from inspect import getdoc, signature
 from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from pydantic import BaseModel
 from starlette.exceptions import HTTPException
-from starlette.responses import PlainTextResponse, Response
+from starlette.responses import JSONResponse, PlainTextResponse, Response
 
 import tpllm
 from tpllm.async_llm import AsyncLLM
@@ -19,25 +20,11 @@ from tpllm.server.errors import APIError, from_validation
 from tpllm.server.guard import Guard
 from tpllm.server.origins import Cors
 from tpllm.server.page import page
-from tpllm.server.protocol import (
-    ChatCompletionRequest,
-    CompletionRequest,
-    DetokenizeRequest,
-    ErrorBody,
-    TokenizeRequest,
-)
+from tpllm.server.protocol import ChatCompletionRequest, CompletionRequest, ErrorBody
 from tpllm.server.request_log import RequestLog
 from tpllm.server.responses import respond
 from tpllm.server.service import Service
 from tpllm.server.settings import ServerSettings
-
-BODIES: dict[str, type[BaseModel]] = {
-    "/v1/completions": CompletionRequest,
-    "/v1/chat/completions": ChatCompletionRequest,
-    "/tokenize": TokenizeRequest,
-    "/detokenize": DetokenizeRequest,
-}
-
 
 # The errors of all endpoints, for the OpenAPI document: see docs/server.md.
 ERRORS: dict[int | str, dict[str, Any]] = {
@@ -108,48 +95,41 @@ def _document_our_errors(app: FastAPI) -> None:
     app.openapi = openapi  # type: ignore[method-assign]
 
 
+async def completions(service: Service, body: CompletionRequest) -> Response:
+    """Continue one or many prompts, as at OpenAI."""
+    return respond(service, Completion(service, body))
+
+
+async def chat_completions(service: Service, body: ChatCompletionRequest) -> Response:
+    """Answer a conversation, as at OpenAI."""
+    return respond(service, Chat(service, body))
+
+
+ENDPOINTS: tuple[tuple[str, str, Callable[..., Awaitable[Response]]], ...] = (
+    ("POST", "/v1/completions", completions),
+    ("POST", "/v1/chat/completions", chat_completions),
+    ("GET", "/v1/models", info.models),
+    ("GET", "/v1/models/{name:path}", info.model),
+    ("POST", "/tokenize", info.tokenize),
+    ("POST", "/detokenize", info.detokenize),
+    ("GET", "/health", info.health),
+    ("GET", "/metrics", info.metrics),
+    ("GET", "/version", info.version),
+)
+
+
 def _add_endpoints(app: FastAPI, service: Service) -> None:
-    @app.post("/v1/completions")
-    async def completions(body: CompletionRequest) -> Response:
-        return respond(service, Completion(service, body))
-
-    @app.post("/v1/chat/completions")
-    async def chat_completions(body: ChatCompletionRequest) -> Response:
-        return respond(service, Chat(service, body))
-
-    @app.get("/v1/models")
-    async def models() -> Response:
-        return info.models(service)
-
-    @app.get("/v1/models/{name:path}")
-    async def model(name: str) -> Response:
-        return info.model(service, name)
-
-    @app.post("/tokenize")
-    async def tokenize(body: TokenizeRequest) -> Response:
-        return await info.tokenize(service, body)
-
-    @app.post("/detokenize")
-    async def detokenize(body: DetokenizeRequest) -> Response:
-        return await info.detokenize(service, body)
-
-    @app.get("/health")
-    async def health(request: Request) -> Response:
-        return await info.health(service, request.state.knows_key)
-
-    @app.get("/metrics", response_class=PlainTextResponse)
-    async def metrics() -> Response:
-        return await info.metrics(service)
-
-    @app.get("/version")
-    async def version() -> Response:
-        return info.version()
-
+    for method, path, endpoint in ENDPOINTS:
+        app.add_api_route(
+            path,
+            partial(endpoint, service),
+            methods=[method],
+            name=endpoint.__name__,
+            description=getdoc(endpoint),
+            response_class=PlainTextResponse if endpoint is info.metrics else JSONResponse,
+        )
     if service.settings.page:
-
-        @app.get("/", include_in_schema=False)
-        async def built_in_page() -> Response:
-            return page()
+        app.add_api_route("/", page, include_in_schema=False)
 
 
 def _add_errors(app: FastAPI) -> None:
@@ -157,8 +137,8 @@ def _add_errors(app: FastAPI) -> None:
 
     @app.exception_handler(RequestValidationError)
     async def validation(request: Request, error: RequestValidationError) -> Response:
-        body = BODIES.get(request.url.path)
-        return from_validation(error.errors(), list(body.model_fields) if body else []).response()
+        body = signature(request.scope["endpoint"]).parameters["body"].annotation
+        return from_validation(error.errors(), list(body.model_fields)).response()
 
     @app.exception_handler(HTTPException)
     async def http(request: Request, error: HTTPException) -> Response:

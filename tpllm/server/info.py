@@ -12,12 +12,13 @@ from prometheus_client.core import (
 )
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 from prometheus_client.utils import floatToGoString
+from starlette.requests import Request
 from starlette.responses import Response
 
 import tpllm
 from tpllm.checks import MAX_INT32
 from tpllm.server.errors import engine_failed, invalid, to_json
-from tpllm.server.protocol import Conversation, DetokenizeRequest, TokenizeRequest
+from tpllm.server.protocol import DetokenizeRequest, TokenizeRequest
 from tpllm.server.service import Service
 
 STATS_TIMEOUT_S = 5.0
@@ -29,15 +30,15 @@ def json_response(content: object, status: int = 200) -> Response:
     return Response(to_json(content), status, media_type="application/json")
 
 
-def models(service: Service) -> Response:
-    """GET /v1/models: the model under each of its names."""
+async def models(service: Service) -> Response:
+    """List the model under each of its names."""
     return json_response(
         {"object": "list", "data": [_card(service, n) for n in service.model_names]}
     )
 
 
-def model(service: Service, name: str) -> Response:
-    """GET /v1/models/NAME. Raises: APIError 404."""
+async def model(service: Service, name: str) -> Response:
+    """Describe the model if it has this name."""
     service.check_model(name)
     return json_response(_card(service, name))
 
@@ -54,13 +55,13 @@ def _card(service: Service, name: str) -> dict[str, Any]:
     }
 
 
-def version() -> Response:
-    """GET /version."""
+async def version(service: Service) -> Response:
+    """Return the version of tpllm."""
     return json_response({"version": tpllm.__version__})
 
 
 async def tokenize(service: Service, body: TokenizeRequest) -> Response:
-    """POST /tokenize, in vLLM's format. Raises: APIError 400."""
+    """Encode a text or a conversation, in vLLM's format."""
     service.check_model(body.model)
     if (body.prompt is None) == (body.messages is None):
         raise invalid("give either prompt, a string, or messages, a conversation")
@@ -68,9 +69,7 @@ async def tokenize(service: Service, body: TokenizeRequest) -> Response:
         special = body.add_special_tokens is not False
         ids = (await service.prompts.encode([body.prompt], special))[0]
     else:
-        names = Conversation.model_fields.keys() & body.model_fields_set
-        conversation = Conversation.model_construct(**{name: getattr(body, name) for name in names})
-        _, ids = await service.prompts.render(conversation)
+        _, ids = await service.prompts.render(body)
     texts = await service.prompts.token_texts(ids) if body.return_token_strs else None
     limit = service.engine.config.max_model_len
     content = {"count": len(ids), "max_model_len": limit, "tokens": ids, "token_strs": texts}
@@ -78,7 +77,7 @@ async def tokenize(service: Service, body: TokenizeRequest) -> Response:
 
 
 async def detokenize(service: Service, body: DetokenizeRequest) -> Response:
-    """POST /detokenize, in vLLM's format. Raises: APIError 400."""
+    """Decode token ids, in vLLM's format."""
     service.check_model(body.model)
     ids = body.tokens
     if ids and not 0 <= min(ids) <= max(ids) <= MAX_INT32:
@@ -87,8 +86,8 @@ async def detokenize(service: Service, body: DetokenizeRequest) -> Response:
     return json_response({"prompt": await service.prompts.decode(ids)})
 
 
-async def health(service: Service, knows_key: bool) -> Response:
-    """GET /health: 200 while the engine accepts requests, otherwise 503.
+async def health(service: Service, request: Request) -> Response:
+    """Return 200 while the engine accepts requests, otherwise 503.
 
     If the engine does not reply in time, it is in a long step, and the status is "busy". A step
     that never ends makes the engine fail at its own deadline. Clients without the key only get
@@ -107,13 +106,13 @@ async def health(service: Service, knows_key: bool) -> Response:
     if status in WORKING and service.admission.draining:
         status = "shutting down"
     content: dict[str, Any] = {"status": status, "model": service.model_name, "ranks": ranks}
-    if not knows_key:
+    if not request.state.knows_key:
         content = {"status": "ok" if status in WORKING else "unavailable"}
     return json_response(content, 200 if status in WORKING else 503)
 
 
 async def metrics(service: Service) -> Response:
-    """GET /metrics. Once the engine has failed, its own metrics are missing."""
+    """Return metrics for Prometheus. Once the engine has failed, its own are missing."""
     error, stats = await _ask(service, STATS_TIMEOUT_S)
     families = list(_families(service, error is None, stats))
     return Response(service.metrics.text(families), media_type=CONTENT_TYPE_LATEST)

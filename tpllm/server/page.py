@@ -28,7 +28,7 @@ def _source(html: str, tag: str) -> str:
     return f"'sha256-{digest}'"
 
 
-def page() -> HTMLResponse:
+async def page() -> HTMLResponse:
     """GET /: the built-in page."""
     html, policy = _page()
     headers = {

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 from pydantic import BaseModel
 
 from tpllm.server.errors import APIError, context_exceeded, from_value_error, invalid
-from tpllm.server.protocol import Conversation
+from tpllm.server.protocol import Conversation, TokenizeRequest
 from tpllm.server.text_offsets import TextOffsets
 from tpllm.text.tokenizer import Tokenizer
 
@@ -88,7 +88,7 @@ class Prompts:
                 "prompt",
             )
 
-    async def render(self, body: Conversation) -> tuple[str, list[int]]:
+    async def render(self, body: Conversation | TokenizeRequest) -> tuple[str, list[int]]:
         """Return a conversation as rendered by the chat template, and its token ids.
 
         Raises:
@@ -104,7 +104,7 @@ class Prompts:
 
         def render() -> tuple[str, list[int]]:
             text = self.tokenizer.render_chat(
-                body.messages,
+                body.messages or [],
                 tools=None if body.tools is None else [tool.model_dump() for tool in body.tools],
                 add_generation_prompt=begins,
                 continue_final_message=goes_on,
@@ -161,7 +161,7 @@ class Prompts:
             raise from_value_error(error) from None
 
 
-def _size(body: Conversation) -> int:
+def _size(body: Conversation | TokenizeRequest) -> int:
     """Estimate the number of characters in a conversation, counting up to SHORT."""
     size = 0
     rest: list[object] = [body.messages, body.tools, body.chat_template_kwargs]
