@@ -32,7 +32,7 @@ from tpllm.channel import ring
 from tpllm.config.checkpoint import resolve_model
 from tpllm.config.engine_config import EngineConfig
 from tpllm.engine import block_manager, coordinator, scheduler
-from tpllm.offline import calls, turns
+from tpllm.offline import calls, fair_lock
 from tpllm.supervision import interrupts, launcher, processes
 from tpllm.supervision.start import start_engine
 
@@ -98,7 +98,7 @@ def test_ctrl_c_at_any_line_of_generate_leaves_the_engine_usable(monkeypatch):
     parts = (
         llm_module,
         calls,
-        turns,
+        fair_lock,
         interrupts,
         coordinator,
         scheduler,

@@ -51,8 +51,8 @@ NOTHING_LEFT = "the request's other settings leave no token that fits"
 _TOKENIZER_FILE = "tokenizer.json"
 
 
-class Trials(Protocol):
-    """Tries grammars where a crash of the compiler does no harm: see `tpllm.supervision.trial`."""
+class Sandbox(Protocol):
+    """Tries grammars where a crash of the compiler does no harm: see `supervision.sandbox`."""
 
     def check(self, params: StructuredOutputsParams) -> None:
         """Return if the grammar can be used.
@@ -70,14 +70,14 @@ class Grammars:
 
     Args:
         load_tokenizer: makes llguidance's tokenizer at first use, which takes a second
-        trials: tries each grammar before it is compiled here; None if all grammars are trusted
+        sandbox: tries each grammar before it is compiled here; None if all grammars are trusted
     """
 
     def __init__(
-        self, load_tokenizer: Callable[[], "LLTokenizer"], trials: Trials | None = None
+        self, load_tokenizer: Callable[[], "LLTokenizer"], sandbox: Sandbox | None = None
     ) -> None:
         self._load_tokenizer = load_tokenizer
-        self._trials = trials
+        self._sandbox = sandbox
         self._load_lock = threading.Lock()
         self._tokenizer: LLTokenizer | None = None
         self._numbers: NumberTokens | None = None
@@ -120,8 +120,8 @@ class Grammars:
             self.load()
             assert self._tokenizer is not None
             try:
-                if self._trials is not None:
-                    self._trials.check(params)
+                if self._sandbox is not None:
+                    self._sandbox.check(params)
                 numbers = self._numbers if _has_json(params) else None
                 with panics_as_errors("llguidance"):
                     compiled = Grammar(self._tokenizer, source_of(params), numbers)
@@ -135,8 +135,8 @@ class Grammars:
 
     def close(self) -> None:
         """End the process that tries grammars. It may be called repeatedly."""
-        if self._trials is not None:
-            self._trials.close()
+        if self._sandbox is not None:
+            self._sandbox.close()
 
     def _store(self, params: StructuredOutputsParams, compiled: "Grammar | str") -> None:
         """Add a grammar to the cache. The caller holds `_cache_lock`."""

@@ -11,7 +11,7 @@ from contextlib import contextmanager, suppress
 
 from tpllm.engine.coordinator import Coordinator
 from tpllm.errors import NoNextTokenError, WorkerError
-from tpllm.offline.turns import Turns
+from tpllm.offline.fair_lock import FairLock
 from tpllm.outputs import RequestOutput
 from tpllm.sampling_params import RequestOutputKind, SamplingParams
 from tpllm.supervision.interrupts import Interrupts
@@ -67,7 +67,7 @@ class Calls:
     def __init__(self, coordinator: Coordinator, processor: OutputProcessor) -> None:
         self._coordinator = coordinator
         self._processor = processor
-        self._turns = Turns()
+        self._lock = FairLock()
         self._call_of: dict[Request, Call] = {}  # the call of each running request
         self._ended_calls: deque[Call] = deque()  # their requests have to be aborted
         self._failure: WorkerError | None = None
@@ -127,7 +127,7 @@ class Calls:
                 self._refuse_if_closed()
                 self._step()
                 interrupts.check()  # Ctrl-C comes between two steps, with the books in order
-                if self._ended_calls or self._turns.is_awaited:
+                if self._ended_calls or self._lock.has_waiters:
                     break
             return call.take()
 
@@ -139,7 +139,7 @@ class Calls:
             RuntimeError: this thread already holds it and a signal handler calls.
         """
         try:
-            with self._turns.take():
+            with self._lock.hold():
                 yield
         finally:
             if self._ended_calls:
@@ -172,8 +172,8 @@ class Calls:
         It never waits, since a finalizer may call it in the middle of any other code.
         """
         while self._ended_calls:
-            with Interrupts(), self._turns.try_take() as has_turn:
-                if not has_turn:
+            with Interrupts(), self._lock.try_hold() as is_held:
+                if not is_held:
                     return
                 while self._ended_calls:
                     self._abort(self._ended_calls.popleft())

@@ -7,7 +7,7 @@ from tpllm.engine.coordinator import Coordinator
 from tpllm.engine.grammars import Grammars, read_tokenizer
 from tpllm.supervision.host import Launch
 from tpllm.supervision.launcher import WorkerGroup
-from tpllm.supervision.trial import Trials
+from tpllm.supervision.sandbox import Sandbox
 from tpllm.supervision.watch import Timeouts
 
 
@@ -40,5 +40,5 @@ def start_engine(
 
 
 def engine_grammars(config: EngineConfig) -> Grammars:
-    """Return grammars for the model's tokenizer; a trial process compiles each grammar first."""
-    return Grammars(lambda: read_tokenizer(config), Trials(config))
+    """Return grammars for the model's tokenizer; a sandbox compiles each grammar first."""
+    return Grammars(lambda: read_tokenizer(config), Sandbox(config))

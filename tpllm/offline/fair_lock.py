@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 
-class Turns:
-    """A lock that its waiting threads get in order. The thread that holds it has the turn.
+class FairLock:
+    """A lock that its waiting threads get in order.
 
     A thread that releases and takes a plain lock in a loop can keep all others out of it. Signal
     handlers and finalizers may call any method in the middle of another one.
@@ -15,19 +15,19 @@ class Turns:
 
     def __init__(self) -> None:
         self._changed = threading.Condition()  # its lock is reentrant
-        self._queue: deque[int] = deque()  # thread ids; the first one has the turn
+        self._queue: deque[int] = deque()  # thread ids; the first one holds the lock
 
     @property
-    def is_awaited(self) -> bool:
-        """Whether a thread waits for the turn of another."""
+    def has_waiters(self) -> bool:
+        """Whether a thread waits for another one."""
         return len(self._queue) > 1
 
     @contextmanager
-    def take(self) -> Iterator[None]:
-        """Wait for the turn and hold it while a `with` block runs.
+    def hold(self) -> Iterator[None]:
+        """Wait for the lock, and hold it while a `with` block runs.
 
         Raises:
-            RuntimeError: this thread already has the turn or waits for it, as when a signal handler
+            RuntimeError: this thread already holds it or waits for it, as when a signal handler
                 calls.
         """
         thread_id = threading.get_ident()
@@ -46,8 +46,8 @@ class Turns:
             self._leave(thread_id)
 
     @contextmanager
-    def try_take(self) -> Iterator[bool]:
-        """Take the turn as `take` does, or yield False at once if another thread has it."""
+    def try_hold(self) -> Iterator[bool]:
+        """Do as `hold`, or yield False at once if another thread holds the lock."""
         thread_id = threading.get_ident()
         with self._changed:
             is_free = not self._queue

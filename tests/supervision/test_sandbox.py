@@ -15,24 +15,24 @@ from tests.leaks import is_running, process_state, wait_until
 from tests.scripts import ROOT
 from tpllm.config.engine_config import EngineConfig
 from tpllm.structured_outputs import StructuredOutputsParams
-from tpllm.supervision import trial
+from tpllm.supervision import sandbox as sandbox_module
 from tpllm.supervision.processes import ClosedError
+from tpllm.supervision.sandbox import Sandbox
 from tpllm.supervision.start import engine_grammars
-from tpllm.supervision.trial import Trials
 
 CONFIG = EngineConfig.resolve(device="cpu")
 GRAMMAR = StructuredOutputsParams(regex="a+")
 
 
 @pytest.fixture
-def trials() -> Iterator[Trials]:
-    trials = Trials(CONFIG)
-    yield trials
-    trials.close()
+def sandbox() -> Iterator[Sandbox]:
+    sandbox = Sandbox(CONFIG)
+    yield sandbox
+    sandbox.close()
 
 
-def pid_of(trials: Trials) -> int:
-    child = trials._child
+def pid_of(sandbox: Sandbox) -> int:
+    child = sandbox._child
     assert child is not None
     return child._processes.processes[0].pid
 
@@ -58,26 +58,26 @@ def test_a_crash_refuses_one_grammar_and_is_cached():
         grammars.close()
 
 
-def test_one_process_tries_many_grammars_and_is_replaced_when_it_dies(trials):
-    trials.check(GRAMMAR)
-    first = pid_of(trials)
-    trials.check(StructuredOutputsParams(choice=["a", "b"]))
-    assert pid_of(trials) == first
+def test_one_process_tries_many_grammars_and_is_replaced_when_it_dies(sandbox):
+    sandbox.check(GRAMMAR)
+    first = pid_of(sandbox)
+    sandbox.check(StructuredOutputsParams(choice=["a", "b"]))
+    assert pid_of(sandbox) == first
     os.kill(first, signal.SIGKILL)
-    trials.check(GRAMMAR)  # tried again: the grammar did not cause the end
-    assert pid_of(trials) != first and not is_running(first)
+    sandbox.check(GRAMMAR)  # tried again: the grammar did not cause the end
+    assert pid_of(sandbox) != first and not is_running(first)
 
 
-def test_what_takes_too_long_or_too_much_is_refused(trials, monkeypatch):
-    monkeypatch.setattr(trial, "CPU_S", 0)
+def test_what_takes_too_long_or_too_much_is_refused(sandbox, monkeypatch):
+    monkeypatch.setattr(sandbox_module, "CPU_S", 0)
     slow = StructuredOutputsParams(
         json={"type": "object", "properties": {f"p{i}": {} for i in range(5000)}}
     )
     with pytest.raises(ValueError, match="compiling it took more than 0 s; make it simpler"):
-        trials.check(slow)
-    small = Trials(CONFIG)
-    monkeypatch.setattr(trial, "CPU_S", 10)
-    monkeypatch.setattr(trial, "MEMORY_BYTES", 8 << 20)
+        sandbox.check(slow)
+    small = Sandbox(CONFIG)
+    monkeypatch.setattr(sandbox_module, "CPU_S", 10)
+    monkeypatch.setattr(sandbox_module, "MEMORY_BYTES", 8 << 20)
     try:
         with pytest.raises(ValueError, match="took more than 8 MiB or|too much memory"):
             small.check(slow)
@@ -85,17 +85,17 @@ def test_what_takes_too_long_or_too_much_is_refused(trials, monkeypatch):
         small.close()
 
 
-def test_a_process_that_does_not_reply_is_killed(trials, monkeypatch):
-    trials.check(GRAMMAR)
-    pid = pid_of(trials)
-    monkeypatch.setattr(trial, "_MAX_WAITS", 1)
+def test_a_process_that_does_not_reply_is_killed(sandbox, monkeypatch):
+    sandbox.check(GRAMMAR)
+    pid = pid_of(sandbox)
+    monkeypatch.setattr(sandbox_module, "_MAX_WAITS", 1)
     os.kill(pid, signal.SIGSTOP)
     assert wait_until(lambda: process_state(pid) == "T")
     with pytest.raises(ValueError, match="compiling it took more than 1 s"):
-        trials.check(StructuredOutputsParams(regex="ab"))
+        sandbox.check(StructuredOutputsParams(regex="ab"))
     assert not is_running(pid)
     monkeypatch.undo()
-    trials.check(GRAMMAR)
+    sandbox.check(GRAMMAR)
 
 
 DEAD_ENDS: dict[str, dict[str, Any]] = {
@@ -113,33 +113,33 @@ DEAD_ENDS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("message", DEAD_ENDS)
-def test_a_grammar_that_leads_to_a_dead_end_is_refused_with_its_place(trials, message):
+def test_a_grammar_that_leads_to_a_dead_end_is_refused_with_its_place(sandbox, message):
     with pytest.raises(ValueError, match=f"nothing that fits can follow {message}"):
-        trials.check(StructuredOutputsParams(**DEAD_ENDS[message]))
+        sandbox.check(StructuredOutputsParams(**DEAD_ENDS[message]))
 
 
-def test_check_raises_after_close(trials):
-    trials.check(GRAMMAR)
-    trials.close()
-    trials.close()
+def test_check_raises_after_close(sandbox):
+    sandbox.check(GRAMMAR)
+    sandbox.close()
+    sandbox.close()
     with pytest.raises(ClosedError):
-        trials.check(GRAMMAR)
+        sandbox.check(GRAMMAR)
 
 
 def test_a_process_that_cannot_start_is_no_error_of_the_grammar():
-    trials = Trials(CONFIG, module="tests.no_such_module")
+    sandbox = Sandbox(CONFIG, module="tests.no_such_module")
     with pytest.raises(RuntimeError, match="ended before it was ready: .*exit code 1"):
-        trials.check(GRAMMAR)
+        sandbox.check(GRAMMAR)
 
 
 PROGRAM = """
 import json, os, sys
 from tpllm.config.engine_config import EngineConfig
-from tpllm.supervision.trial import Trials
+from tpllm.supervision.sandbox import Sandbox
 from tpllm.structured_outputs import StructuredOutputsParams
-trials = Trials(EngineConfig.resolve(device="cpu"))
-trials.check(StructuredOutputsParams(regex="a"))
-print(trials._child._processes.processes[0].pid, flush=True)
+sandbox = Sandbox(EngineConfig.resolve(device="cpu"))
+sandbox.check(StructuredOutputsParams(regex="a"))
+print(sandbox._child._processes.processes[0].pid, flush=True)
 sys.stdin.read()
 """
 
@@ -165,6 +165,6 @@ def test_it_ends_with_the_program_however_that_ends(number):
 
 
 def test_it_loads_neither_torch_nor_transformers():
-    code = "import tpllm.supervision.trial_process, sys, json; print(json.dumps([*sys.modules]))"
+    code = "import tpllm.supervision.sandbox_process, sys, json; print(json.dumps([*sys.modules]))"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, cwd=ROOT)
     assert not {"torch", "transformers"} & set(json.loads(run.stdout))

@@ -5,53 +5,53 @@ from functools import partial
 import pytest
 
 from tests.leaks import wait_until
-from tpllm.offline.turns import Turns
+from tpllm.offline.fair_lock import FairLock
 
 
 def test_threads_get_the_turn_in_the_order_of_their_calls():
-    turns = Turns()
+    lock = FairLock()
     had: list[int | str] = []
 
     def ask(number: int) -> None:
-        with turns.take():
+        with lock.hold():
             had.append(number)
 
     def is_long(length: int) -> bool:
-        return len(turns._queue) == length
+        return len(lock._queue) == length
 
     threads = [threading.Thread(target=ask, args=(i,)) for i in range(5)]
-    with turns.take():
+    with lock.hold():
         for i, thread in enumerate(threads):
             thread.start()
             assert wait_until(partial(is_long, i + 2))
         had.append("mine")
-    with turns.take():  # behind those that asked before
+    with lock.hold():  # behind those that asked before
         had.append("mine")
     for thread in threads:
         thread.join()
     assert had == ["mine", 0, 1, 2, 3, 4, "mine"]
 
 
-def test_a_thread_that_has_the_turn_or_waits_for_it_is_refused_another():
-    turns, refused = Turns(), []
+def test_a_thread_that_holds_the_lock_or_waits_for_it_cannot_take_it_again():
+    lock, refused = FairLock(), []
 
     def ask_again(*_: object) -> None:
         with pytest.raises(RuntimeError, match="in the middle of a step in this thread"):
-            turns.take().__enter__()
-        with turns.try_take() as has_turn:
-            refused.append(not has_turn)
+            lock.hold().__enter__()
+        with lock.try_hold() as is_held:
+            refused.append(not is_held)
 
-    with turns.take():
+    with lock.hold():
         ask_again()
     is_held, may_end = threading.Event(), threading.Event()
 
     def hold() -> None:
-        with turns.take():
+        with lock.hold():
             is_held.set()
             may_end.wait()
 
     def interrupt() -> None:
-        assert wait_until(lambda: len(turns._queue) == 2)
+        assert wait_until(lambda: len(lock._queue) == 2)
         signal.pthread_kill(main, signal.SIGUSR1)
         assert wait_until(lambda: len(refused) == 2)
         may_end.set()
@@ -63,7 +63,7 @@ def test_a_thread_that_has_the_turn_or_waits_for_it_is_refused_another():
         threads[0].start()
         is_held.wait()
         threads[1].start()
-        with turns.take():
+        with lock.hold():
             pass
     finally:
         signal.signal(signal.SIGUSR1, before)
@@ -73,11 +73,11 @@ def test_a_thread_that_has_the_turn_or_waits_for_it_is_refused_another():
 
 
 def test_a_thread_that_stops_waiting_blocks_no_other_thread():
-    turns, may_end = Turns(), threading.Event()
+    lock, may_end = FairLock(), threading.Event()
     is_held = threading.Event()
 
     def hold() -> None:
-        with turns.take():
+        with lock.hold():
             is_held.set()
             may_end.wait()
 
@@ -87,7 +87,7 @@ def test_a_thread_that_stops_waiting_blocks_no_other_thread():
     main = threading.get_ident()
 
     def interrupt() -> None:
-        assert wait_until(lambda: len(turns._queue) == 2)
+        assert wait_until(lambda: len(lock._queue) == 2)
         signal.pthread_kill(main, signal.SIGUSR1)
 
     before = signal.signal(signal.SIGUSR1, give_up)
@@ -96,14 +96,14 @@ def test_a_thread_that_stops_waiting_blocks_no_other_thread():
         threads[0].start()
         is_held.wait()
         threads[1].start()
-        with pytest.raises(TimeoutError), turns.take():
+        with pytest.raises(TimeoutError), lock.hold():
             pass
     finally:
         signal.signal(signal.SIGUSR1, before)
     may_end.set()
-    with turns.take():
+    with lock.hold():
         pass
     for thread in threads:
         thread.join()
-    with turns.try_take() as has_turn:
-        assert has_turn
+    with lock.try_hold() as is_free:
+        assert is_free

@@ -1,6 +1,6 @@
-"""The process that tries grammars: `python -m tpllm.supervision.trial_process FD`.
+"""The process that tries grammars: `python -m tpllm.supervision.sandbox_process FD`.
 
-`tpllm.supervision.trial` starts it. It reads a grammar (the fields of StructuredOutputsParams) from
+`supervision.sandbox` starts it. It reads a grammar (the fields of StructuredOutputsParams) from
 each line, and replies with a line that holds the error, or null if the grammar can be used. A
 grammar that exceeds a limit ends the process.
 """

@@ -1,9 +1,9 @@
 """Tries grammars in a child process that may crash, before this process compiles them.
 
 Native code compiles a grammar from untrusted text. A stack overflow or exhausted memory there ends
-its process. Each new grammar is therefore compiled in a child process first (`trial_process`), with
-limits of time and memory. If the child dies, the grammar is refused and a new child is started for
-the next one.
+its process. Each new grammar is compiled in a child process first (`sandbox_process`), with limits
+of time and memory. If the child dies, the grammar is refused and a new child is started for the
+next one.
 """
 
 import json
@@ -19,7 +19,7 @@ from tpllm.structured_outputs import StructuredOutputsParams
 from tpllm.supervision.interrupts import Interrupts
 from tpllm.supervision.processes import ChildProcesses, ClosedError, how_it_ended
 
-MODULE = "tpllm.supervision.trial_process"
+MODULE = "tpllm.supervision.sandbox_process"
 CPU_S = 10  # CPU time of the child for one grammar
 MEMORY_BYTES = 2 << 30  # address space beyond what the child uses once it has read its tokenizer
 # waits of one second each: they do not pass while this process is stopped, as by a debugger
@@ -28,7 +28,7 @@ _READ_BYTES = 1 << 16
 _GRACE_S = 1.0  # for the child to end after its connection has ended
 
 
-class Trials:
+class Sandbox:
     """Tries grammars in a child process, which starts at first use. Several threads may use it.
 
     Args:
