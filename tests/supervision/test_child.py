@@ -9,8 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from tpllm.supervision.child import UNKNOWN_EXIT_CODE, Child
-from tpllm.supervision.processes import how_it_ended
+from tpllm.supervision.child import UNKNOWN_EXIT_CODE, Child, how_it_ended
 
 
 def start(code: str) -> Child:

@@ -71,6 +71,33 @@ class Child:
                 os.kill(self.pid, signal.SIGKILL)
 
 
+def how_it_ended(exit_code: int) -> tuple[str, str]:
+    """Return an exit code in words, and the usual reason of such an exit."""
+    if exit_code == UNKNOWN_EXIT_CODE:
+        return "ended (exit status unknown)", (
+            "this program reaps its child processes itself (SIGCHLD), which loses the status; "
+            "see the last lines on stderr, or dmesg"
+        )
+    if exit_code >= 0:
+        how = f"ended with exit code {exit_code}"
+        return how, "see its last lines on stderr"
+    number = -exit_code
+    if number == signal.SIGKILL:
+        reason = "the host may be out of memory: see dmesg, lower max_num_seqs or num_kv_blocks"
+    elif number in (signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT):
+        reason = "native code crashed: see the process's last lines on stderr"
+    else:
+        reason = "another process sent the signal"
+    return f"was killed by {signal_name(number)}", reason
+
+
+def signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:  # a real-time signal has no name
+        return f"signal {number}"
+
+
 def kernel_state(pid: int) -> tuple[str, int]:
     """Return the kernel's letter for a process's state, "X" if it has ended, and its flags."""
     try:

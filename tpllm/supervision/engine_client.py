@@ -6,10 +6,11 @@ from collections.abc import Callable
 from tpllm.config.engine_config import EngineConfig
 from tpllm.errors import WorkerError
 from tpllm.supervision import messages
+from tpllm.supervision.child import how_it_ended
 from tpllm.supervision.connection import Connection, Message
 from tpllm.supervision.interrupts import Interrupts
 from tpllm.supervision.launcher import CLOSE_TIMEOUT_S
-from tpllm.supervision.processes import ChildProcesses, how_it_ended, open_output
+from tpllm.supervision.processes import ChildProcesses, open_output
 
 MODULE = "tpllm.supervision.engine_process"
 _PING_AFTER_S = 5.0  # after this time without a message

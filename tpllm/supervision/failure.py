@@ -7,12 +7,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from tpllm.errors import WorkerError
-from tpllm.supervision.child import UNKNOWN_EXIT_CODE
+from tpllm.supervision.child import UNKNOWN_EXIT_CODE, how_it_ended, signal_name
 from tpllm.supervision.crash_report import write_report
 from tpllm.supervision.diagnosis import RankState, main_stack, rank_to_blame
 from tpllm.supervision.host import Worker
 from tpllm.supervision.inbox import ErrorReport, Inbox
-from tpllm.supervision.processes import how_it_ended, signal_name
 from tpllm.supervision.watch import Watch
 
 GRACE_S = 0.5  # to wait for further error reports and exit codes

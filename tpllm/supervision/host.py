@@ -69,7 +69,8 @@ class Worker(Protocol):
 class Host(Protocol):
     """Some consecutive ranks of an engine, which share a host.
 
-    What has to be released with a host stands in the engine's `ChildProcesses`.
+    What has to be released with a host stands in the engine's `ChildProcesses`. The time in an
+    error report is by this machine's clock, `time.monotonic()`.
 
     Attributes:
         workers: the process of each rank

@@ -5,7 +5,6 @@ This is separate from the object that exchanges messages with them, so that a fi
 
 import os
 import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -21,7 +20,7 @@ from typing import Any, Protocol, TypeVar
 
 from tpllm.channel.child_process import write_spec
 from tpllm.supervision import guard
-from tpllm.supervision.child import UNKNOWN_EXIT_CODE, Child
+from tpllm.supervision.child import Child
 from tpllm.supervision.interrupts import Interrupts
 
 Command = tuple[list[str], tuple[int, ...]]  # arguments, and the descriptors to inherit
@@ -249,33 +248,6 @@ def _environment(directory: Path | None) -> dict[str, str]:
         "PYTHONPATH": os.pathsep.join(paths),
         **({} if directory is None else {"TMPDIR": str(directory)}),
     }
-
-
-def how_it_ended(exit_code: int) -> tuple[str, str]:
-    """Return an exit code in words, and the usual reason of such an exit."""
-    if exit_code == UNKNOWN_EXIT_CODE:
-        return "ended (exit status unknown)", (
-            "this program reaps its child processes itself (SIGCHLD), which loses the status; "
-            "see the last lines on stderr, or dmesg"
-        )
-    if exit_code >= 0:
-        how = f"ended with exit code {exit_code}"
-        return how, "see its last lines on stderr"
-    number = -exit_code
-    if number == signal.SIGKILL:
-        reason = "the host may be out of memory: see dmesg, lower max_num_seqs or num_kv_blocks"
-    elif number in (signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT):
-        reason = "native code crashed: see the process's last lines on stderr"
-    else:
-        reason = "another process sent the signal"
-    return f"was killed by {signal_name(number)}", reason
-
-
-def signal_name(number: int) -> str:
-    try:
-        return signal.Signals(number).name
-    except ValueError:  # a real-time signal has no name
-        return f"signal {number}"
 
 
 def open_output(processes: ChildProcesses) -> int:

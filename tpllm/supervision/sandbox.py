@@ -16,8 +16,9 @@ from typing import Any, NoReturn
 from tpllm.channel.ring import wait_readable
 from tpllm.config.engine_config import EngineConfig
 from tpllm.structured_outputs import StructuredOutputsParams
+from tpllm.supervision.child import how_it_ended
 from tpllm.supervision.interrupts import Interrupts
-from tpllm.supervision.processes import ChildProcesses, ClosedError, how_it_ended
+from tpllm.supervision.processes import ChildProcesses, ClosedError
 
 MODULE = "tpllm.supervision.sandbox_process"
 CPU_S = 10  # CPU time of the child for one grammar
