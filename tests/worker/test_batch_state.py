@@ -7,9 +7,8 @@ import torch
 from tpllm.channel.step_plan import MAX_MASKED_STOP_IDS, ROW_STATE_WORDS
 from tpllm.worker.batch_state import (
     BatchState,
-    DecodeInputs,
-    gather_decode_inputs,
     gather_decode_inputs_reference,
+    gather_decode_inputs_triton,
 )
 from tpllm.worker.staging import HostStaging
 
@@ -71,8 +70,8 @@ def test_gather_matches_its_reference(max_blocks: int, device: str) -> None:
     positions = torch.tensor([last, 0, 0, 0, last // 2], dtype=torch.int32, device=device)
 
     def gathered(gather) -> list[torch.Tensor]:
-        inputs = DecodeInputs.empty(rows, positions, rows[:0], max_blocks, torch.device(device))
-        gather(state, inputs)
+        inputs = filled_state(max_blocks, device).decode_inputs(5)
+        gather(state, rows, positions, inputs)
         sampling = inputs.sampling
         return [
             inputs.input_ids,
@@ -87,7 +86,7 @@ def test_gather_matches_its_reference(max_blocks: int, device: str) -> None:
         ]
 
     expected = gathered(gather_decode_inputs_reference)
-    for ours, theirs in zip(gathered(gather_decode_inputs), expected, strict=True):
+    for ours, theirs in zip(gathered(gather_decode_inputs_triton), expected, strict=True):
         assert torch.equal(ours, theirs)
     assert expected[0].tolist() == [10, 7, 12, 12, 8]
     assert expected[1][0] == state.block_tables[3, -1] * 16 + 15

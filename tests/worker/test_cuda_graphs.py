@@ -4,10 +4,9 @@ import pytest
 
 from tpllm.worker.cuda_graphs import (
     MAX_CHUNKS,
-    MixedSize,
+    StepSize,
     decode_sizes,
     mixed_sizes,
-    padded_mixed_size,
     padded_size,
 )
 
@@ -17,10 +16,13 @@ def test_every_batch_size_is_served_with_little_padding(max_num_seqs: int) -> No
     sizes = decode_sizes(max_num_seqs)
     assert sizes == sorted(set(sizes))
     assert sizes[-1] == max_num_seqs
-    for batch_size in range(1, max_num_seqs + 1):
-        size = padded_size(sizes, batch_size)
-        assert batch_size <= size < batch_size + 32
-        assert size <= 2 * batch_size
+    steps = [StepSize(size, size, 0) for size in sizes]
+    for among in (steps, sorted(steps + mixed_sizes(16384, max_num_seqs))):
+        for batch_size in range(1, max_num_seqs + 1):
+            step = padded_size(among, StepSize(batch_size, batch_size, 0))
+            assert step is not None and step.num_chunks == 0
+            assert batch_size <= step.num_decode < batch_size + 32
+            assert step.num_decode <= 2 * batch_size
 
 
 @pytest.mark.parametrize("max_num_seqs", [1, 5, 16, 100, 256, 2000])
@@ -30,11 +32,13 @@ def test_small_mixed_steps_are_served_by_the_smallest_size_that_holds_them(
 ) -> None:
     sizes = mixed_sizes(max_num_batched_tokens, max_num_seqs)
     assert sizes == sorted(set(sizes))
+    decode = [StepSize(size, size, 0) for size in decode_sizes(max_num_seqs)]
+    among = sorted(decode + sizes)
     largest = max((size.num_tokens for size in sizes), default=0)
     assert largest <= max_num_batched_tokens
     for num_tokens in range(2, 1100, 7):
         for num_decode in {0, 1, 17, 65, 255} & set(range(min(num_tokens, max_num_seqs + 1))):
-            size = padded_mixed_size(sizes, num_tokens, num_decode, 1)
+            size = padded_size(among, StepSize(num_tokens, num_decode, 1))
             if num_tokens > largest:
                 assert size is None
                 continue
@@ -48,8 +52,7 @@ def test_small_mixed_steps_are_served_by_the_smallest_size_that_holds_them(
             assert size.num_tokens <= num_tokens + max(63, num_tokens // 2)
 
 
-def test_a_step_without_chunks_or_with_too_many_has_no_mixed_graph() -> None:
-    sizes = [MixedSize(1024, 16)]
-    assert padded_mixed_size(sizes, 10, 5, 0) is None
-    assert padded_mixed_size(sizes, 100, 5, MAX_CHUNKS) == sizes[0]
-    assert padded_mixed_size(sizes, 100, 5, MAX_CHUNKS + 1) is None
+def test_a_step_with_too_many_chunks_has_no_graph() -> None:
+    sizes = [StepSize(1024, 16, MAX_CHUNKS)]
+    assert padded_size(sizes, StepSize(100, 5, MAX_CHUNKS)) == sizes[0]
+    assert padded_size(sizes, StepSize(100, 5, MAX_CHUNKS + 1)) is None

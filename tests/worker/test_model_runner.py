@@ -34,13 +34,13 @@ from tpllm.models.qwen3 import Qwen3Attention
 from tpllm.parallel.collectives import with_copy_streams, with_peer_memory
 from tpllm.parallel.group import TPGroup
 from tpllm.sampling_params import SamplingParams
-from tpllm.worker import micro_batches, model_runner
-from tpllm.worker.cuda_graphs import MixedSize
+from tpllm.worker import batch_state, micro_batches, model_runner, step_inputs
+from tpllm.worker.cuda_graphs import decode_sizes
 from tpllm.worker.kv_cache import CacheShape
-from tpllm.worker.mixed_inputs import upload_sizes
 from tpllm.worker.model_runner import ModelRunner
+from tpllm.worker.step_inputs import upload_sizes
 from tpllm.worker.step_times import StepMarks
-from tpllm.worker.trial_step import largest_step
+from tpllm.worker.trial_step import largest_step, run_largest_steps
 from tpllm.worker.worker import Worker
 
 BLOCK_SIZE, NUM_BLOCKS, MAX_SEQS = 256, 40, 20
@@ -180,11 +180,14 @@ def test_the_split_schedule_matches_the_context_lengths(monkeypatch, settings) -
     assert max(num_rows) > 1
 
 
-def test_padded_steps_change_nothing() -> None:
+def test_padded_steps_change_nothing(monkeypatch) -> None:
     """Run on the CPU, with an interpreted kernel, what a GPU runs without graphs."""
     if torch.cuda.is_available():
         pytest.skip("with a CUDA device the kernel is compiled for it")
-    padded_tokens, padded_cache = run_all("cpu", torch.float32)
+    with monkeypatch.context() as patched:
+        gather = batch_state.gather_decode_inputs_triton
+        patched.setattr(step_inputs, "gather_decode_inputs", gather)
+        padded_tokens, padded_cache = run_all("cpu", torch.float32)
     plain_tokens, plain_cache = run_all("cpu", torch.float32, padded=False)
     assert padded_tokens == plain_tokens
     assert len(padded_tokens) == MAX_SEQS
@@ -238,7 +241,7 @@ def test_decode_steps_of_all_sizes_share_their_inputs() -> None:
     model, tp, config = shipped_model("cpu", torch.float32)
     limits = PlanLimits(40, 512, 4, BLOCK_SIZE, config.vocab_size, max_logprobs=20)
     runner = make_runner(model, tp, limits, padded=True)
-    inputs = [runner._inputs_of(size) for size in runner.decode_sizes]
+    inputs = [runner.state.decode_inputs(size) for size in decode_sizes(limits.max_num_seqs)]
     assert [len(each.block_tables) for each in inputs] == [1, 2, 4, 8, 16, 24, 32, 40]
     assert len({each.block_tables.data_ptr() for each in inputs}) == 1
 
@@ -270,8 +273,8 @@ def test_the_largest_step_leaves_no_options_in_the_table(device: str) -> None:
     output = runner.run(plan, StepMarks(tp.device))
     assert output.tokens.tolist() == [0] * 3  # the only id that it allows
     assert sorted(each.words.shape for each in output.logprobs) == [(3, 43), (40, 43)]
-    runner.run_largest_step(StepMarks(tp.device))
-    assert not len(runner._options)
+    run_largest_steps(runner, StepMarks(tp.device))
+    assert not len(runner.options)
 
 
 def test_graphs_are_captured_on_padding_after_any_earlier_upload() -> None:
@@ -282,14 +285,13 @@ def test_graphs_are_captured_on_padding_after_any_earlier_upload() -> None:
     for size in runner.graph_sizes:
         runner._staging.upload([np.full(512, 99_999, dtype=np.int32)])
         runner._upload_padding(size)
-        if isinstance(size, MixedSize):
-            rows, *rest = runner._staging.views(upload_sizes(size, split))
-            assert {row for array in (rows, rest.pop(4)) for row in array.tolist()} == {20}
+        rows, *rest = runner._staging.views(upload_sizes(size, split))
+        assert set(rows.tolist()) == {20}
+        if size.num_chunks:
+            assert set(rest.pop(4).tolist()) == {20}
         else:
-            of_one_token = split.schedule(np.ones(size, dtype=np.int32)).reshape(-1)
-            rows, *rest = runner._staging.views([size, size, of_one_token.size])
-            assert set(rows.tolist()) == {20}
-            assert rest.pop().tolist() == of_one_token.tolist()
+            of_one_token = split.schedule(np.ones(size.num_decode, dtype=np.int32))
+            assert rest.pop().tolist() == of_one_token.reshape(-1).tolist()
         assert not any(array.any() for array in rest)
 
 

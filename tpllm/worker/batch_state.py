@@ -35,6 +35,11 @@ class BatchState:
         self.block_tables = _zeros(num_rows + 1, max_blocks, device=device) + RESERVED_BLOCK
         self.row_state = _zeros(num_rows + 1, ROW_STATE_WORDS, device=device)
         self.last_tokens = _zeros(num_rows + 1, device=device)
+        self._decode_inputs = DecodeInputs.allocate(num_rows, max_blocks, device)
+
+    def decode_inputs(self, num_rows: int) -> "DecodeInputs":
+        """Return the buffers of a decode step; all steps share the same ones."""
+        return self._decode_inputs.first(num_rows)
 
     def apply(self, entering: Tensor, block_updates: Tensor) -> None:
         """Apply a plan's changes.
@@ -72,11 +77,8 @@ class BatchState:
 
 @dataclass
 class DecodeInputs:
-    """Inputs of a decode step of S rows, at fixed addresses for its CUDA graph."""
+    """Inputs of a decode step of S rows, gathered into buffers at fixed addresses."""
 
-    rows: Tensor  # [S] int32
-    positions: Tensor  # [S] int32, of the input token
-    split_schedule: Tensor  # [splits, SPLIT_WORDS] int32: see `ContextSplit`
     input_ids: Tensor  # [S] int32
     slots: Tensor  # [S] int32
     context_lens: Tensor  # [S] int32, including the input token
@@ -84,73 +86,39 @@ class DecodeInputs:
     sampling: SamplingBatch
 
     @classmethod
-    def empty(
-        cls,
-        rows: Tensor,
-        positions: Tensor,
-        split_schedule: Tensor,
-        max_blocks: int,
-        device: torch.device,
-    ) -> "DecodeInputs":
-        """Allocate buffers for given rows, positions and schedule: views of the upload buffer."""
-        S = rows.numel()
-        context_lens = _zeros(S, device=device)
-        sampling = SamplingBatch(
-            temperatures=torch.zeros(S, device=device),
-            seeds=_zeros(S, 2, device=device),
-            positions=context_lens,  # the new token's index is the number of tokens before it
-            min_positions=_zeros(S, device=device),
-            stop_ids=_zeros(S, MAX_MASKED_STOP_IDS, device=device),
-        )
+    def allocate(cls, num_rows: int, max_blocks: int, device: torch.device) -> "DecodeInputs":
+        context_lens = _zeros(num_rows, device=device)
         return cls(
-            rows=rows,
-            positions=positions,
-            split_schedule=split_schedule,
-            input_ids=_zeros(S, device=device),
-            slots=_zeros(S, device=device),
+            input_ids=_zeros(num_rows, device=device),
+            slots=_zeros(num_rows, device=device),
             context_lens=context_lens,
-            block_tables=_zeros(S, max_blocks, device=device),
-            sampling=sampling,
+            block_tables=_zeros(num_rows, max_blocks, device=device),
+            sampling=SamplingBatch(
+                temperatures=torch.zeros(num_rows, device=device),
+                seeds=_zeros(num_rows, 2, device=device),
+                positions=context_lens,  # the new token's index is the number of tokens before it
+                min_positions=_zeros(num_rows, device=device),
+                stop_ids=_zeros(num_rows, MAX_MASKED_STOP_IDS, device=device),
+            ),
         )
 
-    def first(self, rows: Tensor, positions: Tensor, split_schedule: Tensor) -> "DecodeInputs":
-        """Return the same buffers for fewer rows, with arguments as of `empty`.
-
-        Sizes can share buffers because steps run one after the other.
-        """
-        S = rows.numel()
-        context_lens = self.context_lens[:S]
-        sampling = SamplingBatch(
-            temperatures=self.sampling.temperatures[:S],
-            seeds=self.sampling.seeds[:S],
-            positions=context_lens,
-            min_positions=self.sampling.min_positions[:S],
-            stop_ids=self.sampling.stop_ids[:S],
-        )
-        return DecodeInputs(
-            rows=rows,
-            positions=positions,
-            split_schedule=split_schedule,
-            input_ids=self.input_ids[:S],
-            slots=self.slots[:S],
-            context_lens=context_lens,
-            block_tables=self.block_tables[:S],
-            sampling=sampling,
-        )
+    def first(self, num_rows: int) -> "DecodeInputs":
+        """Return the buffers of fewer rows. Steps can share them: they run one after the other."""
+        fields = {name: x[:num_rows] for name, x in vars(self).items() if name != "sampling"}
+        sampling = {name: x[:num_rows] for name, x in vars(self.sampling).items()}
+        return DecodeInputs(**fields, sampling=SamplingBatch(**sampling))
 
 
-def gather_decode_inputs_reference(state: BatchState, inputs: DecodeInputs) -> None:
-    """Plain torch version of `gather_decode_inputs`."""
-    rows, positions = inputs.rows, inputs.positions
-    inputs.input_ids.copy_(state.last_tokens[rows])
-    inputs.slots.copy_(state.slots(rows, positions))
-    inputs.context_lens.copy_(positions + 1)
-    inputs.block_tables.copy_(state.block_tables[rows])
-    sampling = state.sampling(rows, inputs.context_lens)
-    inputs.sampling.temperatures.copy_(sampling.temperatures)
-    inputs.sampling.seeds.copy_(sampling.seeds)
-    inputs.sampling.min_positions.copy_(sampling.min_positions)
-    inputs.sampling.stop_ids.copy_(sampling.stop_ids)
+def gather_decode_inputs_reference(
+    state: BatchState, rows: Tensor, positions: Tensor, out: DecodeInputs
+) -> None:
+    """Plain torch version of `gather_decode_inputs_triton`."""
+    out.input_ids.copy_(state.last_tokens[rows])
+    out.slots.copy_(state.slots(rows, positions))
+    out.context_lens.copy_(positions + 1)
+    out.block_tables.copy_(state.block_tables[rows])
+    for name, x in vars(state.sampling(rows, out.context_lens)).items():
+        getattr(out.sampling, name).copy_(x)
 
 
 @triton.jit
@@ -202,29 +170,38 @@ def _gather_decode_inputs_kernel(
         first += BLOCK
 
 
-def gather_decode_inputs(state: BatchState, inputs: DecodeInputs) -> None:
-    """Fill `inputs` for its rows and positions from `state`, with one kernel and no host data."""
-    sampling = inputs.sampling
-    _gather_decode_inputs_kernel[(inputs.rows.numel(),)](
-        inputs.rows,
-        inputs.positions,
+def gather_decode_inputs_triton(
+    state: BatchState, rows: Tensor, positions: Tensor, out: DecodeInputs
+) -> None:
+    """Fill `out` for the input tokens at `positions` [S] of `rows` [S], without host data."""
+    _gather_decode_inputs_kernel[(rows.numel(),)](
+        rows,
+        positions,
         state.last_tokens,
         state.block_tables,
         state.row_state,
-        inputs.input_ids,
-        inputs.slots,
-        inputs.context_lens,
-        inputs.block_tables,
-        sampling.temperatures.view(torch.int32),
-        sampling.seeds,
-        sampling.min_positions,
-        sampling.stop_ids,
+        out.input_ids,
+        out.slots,
+        out.context_lens,
+        out.block_tables,
+        out.sampling.temperatures.view(torch.int32),
+        out.sampling.seeds,
+        out.sampling.min_positions,
+        out.sampling.stop_ids,
         state.block_tables.shape[1],
         state.block_size,
         STATE_WORDS=ROW_STATE_WORDS,
         STOP_IDS=MAX_MASKED_STOP_IDS,
         BLOCK=128,
     )
+
+
+def gather_decode_inputs(
+    state: BatchState, rows: Tensor, positions: Tensor, out: DecodeInputs
+) -> None:
+    """Run the kernel on a GPU and the reference elsewhere; see `gather_decode_inputs_triton`."""
+    gather = gather_decode_inputs_triton if rows.is_cuda else gather_decode_inputs_reference
+    gather(state, rows, positions, out)
 
 
 def _zeros(*shape: int, device: torch.device) -> Tensor:

@@ -12,6 +12,7 @@ from tpllm.parallel.group import TPGroup
 from tpllm.worker.kv_cache import CacheShape
 from tpllm.worker.model_runner import ModelRunner
 from tpllm.worker.step_times import StepMarks
+from tpllm.worker.trial_step import run_largest_steps
 
 # On a CPU the operating system allocates pages when they are written, so this bounds only the
 # address space. The other half is for weights, activations and other processes.
@@ -55,7 +56,7 @@ def gpu_cache_blocks(
     """
     runner.use_cache(shape.allocate(1, tp.device))  # a trial uses only the reserved block
     torch.cuda.reset_peak_memory_stats()
-    runner.run_largest_step(StepMarks(tp.device))
+    run_largest_steps(runner, StepMarks(tp.device))
     torch.cuda.synchronize()
     peak_bytes = torch.cuda.max_memory_reserved()
     torch.cuda.empty_cache()
@@ -82,7 +83,8 @@ def gpu_cache_blocks(
 def _graph_bytes(shape: CacheShape, runner: ModelRunner, tp: TPGroup) -> int:
     """Estimate the bytes of all graphs from the largest graph of either kind and two more."""
     sizes = runner.graph_sizes
-    largest_two = list(dict.fromkeys([sizes[0], runner.decode_sizes[-1]]))
+    largest_decode = next(size for size in sizes if not size.num_chunks)
+    largest_two = list(dict.fromkeys([sizes[0], largest_decode]))
     more = [*sizes[1:2], sizes[-1]]
     free: list[int] = []
 

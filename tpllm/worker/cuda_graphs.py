@@ -1,15 +1,15 @@
 """Steps as CUDA graphs: one launch instead of hundreds.
 
-A pure decode step is one graph, including collectives and sampling. A small mixed step is a graph
-up to its hidden states: launching its kernels one by one takes the host 17 to 29 ms, longer than
-the GPU computes, and delays all decode rows. Larger mixed steps keep the GPU busy for longer than
-that.
+A decode step is two graphs: the forward up to its logits, collectives included, and sampling. A
+small mixed step is a graph up to its hidden states: launching its kernels one by one takes the host
+17 to 29 ms, longer than the GPU computes, and delays all decode rows. Larger mixed steps keep the
+GPU busy for longer than that.
 """
 
 import bisect
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,12 +21,12 @@ _MIXED_TOKENS = (64, 128, 192, 256, 384, 512, 640, 768, 1024)
 _MIXED_DECODE_ROWS = (16, 64)
 
 
-@dataclass(frozen=True, order=True)
-class MixedSize:
-    """A graph's size: the tokens of the step, and the decode rows among them at most."""
+class StepSize(NamedTuple):
+    """The size to which a step is padded: its tokens, and the most decode rows and chunks."""
 
     num_tokens: int
     num_decode: int
+    num_chunks: int
 
 
 def decode_sizes(max_num_seqs: int) -> list[int]:
@@ -39,17 +39,12 @@ def decode_sizes(max_num_seqs: int) -> list[int]:
     return sorted({size for size in sizes if size < max_num_seqs} | {max_num_seqs})
 
 
-def padded_size(sizes: list[int], batch_size: int) -> int:
-    """Return the smallest of the sorted `sizes` that holds the batch."""
-    return sizes[bisect.bisect_left(sizes, batch_size)]
-
-
-def mixed_sizes(max_num_batched_tokens: int, max_num_seqs: int) -> list[MixedSize]:
+def mixed_sizes(max_num_batched_tokens: int, max_num_seqs: int) -> list[StepSize]:
     """Return the sizes of mixed steps that get a graph."""
     rows = {min(size, max_num_seqs) for size in (*_MIXED_DECODE_ROWS, max_num_seqs)}
     return sorted(
         {
-            MixedSize(num_tokens, min(num_tokens, num_decode))
+            StepSize(num_tokens, min(num_tokens, num_decode), MAX_CHUNKS)
             for num_tokens in _MIXED_TOKENS
             if num_tokens <= max_num_batched_tokens
             for num_decode in rows
@@ -57,24 +52,25 @@ def mixed_sizes(max_num_batched_tokens: int, max_num_seqs: int) -> list[MixedSiz
     )
 
 
-def padded_mixed_size(
-    sizes: list[MixedSize], num_tokens: int, num_decode: int, num_chunks: int
-) -> MixedSize | None:
+def padded_size(sizes: list[StepSize], step: StepSize) -> StepSize | None:
     """Return the smallest of the sorted `sizes` that holds the step; None if none does."""
-    if not 0 < num_chunks <= MAX_CHUNKS:
-        return None
-    for size in sizes[bisect.bisect_left(sizes, MixedSize(num_tokens, 0)) :]:
-        if size.num_decode >= num_decode:
+    for size in sizes[bisect.bisect_left(sizes, (step.num_tokens,)) :]:
+        if size.num_decode >= step.num_decode and size.num_chunks >= step.num_chunks:
             return size
     return None
 
 
 @dataclass
 class CapturedStep:
-    """A captured step of one size; after a replay `result` holds its output."""
+    """A captured step, or a part of one, of one size."""
 
     graph: torch.cuda.CUDAGraph
     result: Tensor
+
+    def replay(self) -> Tensor:
+        """Compute again; return the result, which the next replay overwrites."""
+        self.graph.replay()
+        return self.result
 
 
 class GraphPool:

@@ -1,10 +1,14 @@
-"""The time of a decode step by kernel, from the GPU's own trace."""
+"""The time of a decode step by kernel, from the GPU's own trace; the time of sampling alone."""
 
 from collections import defaultdict
 from typing import Any
 
 import torch
 from torch._C._autograd import DeviceType
+
+from tpllm.worker.cuda_graphs import GraphPool
+from tpllm.worker.model_runner import ModelRunner
+from tpllm.worker.step_times import StepMarks
 
 _NAME_LENGTH = 72
 # A step begins with the kernel that gathers its inputs and ends before its tokens are copied.
@@ -91,3 +95,27 @@ def busy_and_gaps(kernels: list[tuple[int, int, str]]) -> tuple[int, int]:
         in_step = name.startswith(_BEGIN) or (in_step and not name.startswith(_END))
         end = max(end, start + duration)
     return busy, gaps
+
+
+@torch.inference_mode()
+def graph_sampling_ms(runner: ModelRunner, repeats: int = 20) -> float:
+    """Return the milliseconds of LM head and sampling in the largest decode step.
+
+    Events cannot be recorded inside a step's graph, so LM head and sampling are measured in a graph
+    of their own. Every rank calls this together.
+    """
+    size, lm_head = runner.limits.max_num_seqs, runner.model.lm_head.weight
+    rows = torch.full((size,), runner.state.padding_row, device=lm_head.device)
+    hidden = torch.ones(size, lm_head.shape[1]).to(lm_head)
+    batch = runner.state.sampling(rows, torch.zeros_like(rows, dtype=torch.int32))
+    batch.temperatures.fill_(1)  # the slower case: noise for every id
+    graph = GraphPool().capture(
+        lambda: runner.sample(runner.model.compute_logits(hidden), rows, batch)
+    )
+    marks = StepMarks(lm_head.device)
+    marks.begin()
+    for _ in range(repeats):
+        graph.replay()
+    marks.end()
+    marks.wait_end()
+    return marks.spans_ms(None)[0] / repeats

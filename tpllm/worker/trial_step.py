@@ -1,4 +1,4 @@
-"""The step that takes the most memory; a worker runs it once before it sizes the cache."""
+"""The steps that take the most memory; a worker runs them once before it sizes the cache."""
 
 from dataclasses import replace
 
@@ -7,6 +7,8 @@ import numpy as np
 from tpllm.channel.row_options import RowOptions
 from tpllm.channel.step_plan import ENTERING_WORDS, PlanLimits, StepPlan
 from tpllm.sampling_params import MAX_LOGPROBS
+from tpllm.worker.model_runner import ModelRunner
+from tpllm.worker.step_times import StepMarks
 
 _ONE = np.zeros(1, dtype=np.int32)
 # All options that process whole rows of the vocabulary.
@@ -40,3 +42,17 @@ def largest_step(limits: PlanLimits, row: int) -> StepPlan:
         token_ids=np.zeros(num_tokens, dtype=np.int32),
         row_options=costliest.record(row, []),
     )
+
+
+def run_largest_steps(runner: ModelRunner, marks: StepMarks) -> None:
+    """Run the steps that take the most memory, on the reserved block and the padding row."""
+    threshold = runner.micro_batch_threshold
+    sizes = {runner.limits.max_num_batched_tokens}
+    if threshold is not None and threshold > max(sizes) // 2:
+        sizes.add(threshold - 1)  # without micro-batches it takes more memory
+    for size in sorted(sizes):
+        num_seqs = min(runner.limits.max_num_seqs, size)
+        limits = replace(runner.limits, max_num_batched_tokens=size, max_num_seqs=num_seqs)
+        plan = largest_step(limits, runner.state.padding_row)
+        runner.run(plan, marks)
+        runner.options.enter(plan.entering[:, 0], plan.row_options[:0])

@@ -39,7 +39,7 @@ from tpllm.sampling.sampler import SamplingBatch, best_candidate, sample
 from tpllm.sampling.thresholds import Truncation, find_thresholds, likeliest
 from tpllm.sampling.token_order import keys_of, rank_and_mass, scores_of
 from tpllm.sampling.truncation import drop_below
-from tpllm.worker.batch_state import BatchState, DecodeInputs, gather_decode_inputs
+from tpllm.worker.batch_state import BatchState, gather_decode_inputs
 from tpllm.worker.micro_batches import micro_batch_threshold
 
 _MAX_THREADS = 4
@@ -251,7 +251,5 @@ class Kernels:
     def gather_inputs(self) -> None:
         max_blocks = self.config.max_blocks_per_seq
         state = BatchState(1, max_blocks, self.config.kv_block_size, self.device)
-        rows = self.new(1, dtype=torch.int32)
-        plan = self.new(0, SPLIT_WORDS, dtype=torch.int32)
-        inputs = DecodeInputs.empty(rows, rows.clone(), plan, max_blocks, self.device)
-        gather_decode_inputs(state, inputs)
+        rows, positions = (self.new(1, dtype=torch.int32) for _ in range(2))
+        gather_decode_inputs(state, rows, positions, state.decode_inputs(1))

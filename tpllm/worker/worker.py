@@ -24,7 +24,7 @@ from tpllm.parallel.copy_streams import NUM_COPY_STREAMS
 from tpllm.parallel.group import TPGroup
 from tpllm.worker.cache_sizing import cpu_cache_blocks, gpu_cache_blocks
 from tpllm.worker.finite_weights import check_weights_are_finite
-from tpllm.worker.kernel_profile import KernelProfile
+from tpllm.worker.kernel_profile import KernelProfile, graph_sampling_ms
 from tpllm.worker.kv_cache import CacheShape
 from tpllm.worker.memory import explained_out_of_memory
 from tpllm.worker.micro_batches import micro_batch_threshold
@@ -213,7 +213,7 @@ class Worker:
         """Send the totals since the last report; only rank 0 sends them."""
         sampling_ms = None
         if time_sampling and self._use_graphs:
-            sampling_ms = self._runner.time_sampling()
+            sampling_ms = graph_sampling_ms(self._runner)
         if self._tp.rank == 0:
             report = {**self._times.take(), "graph_sampling_ms": sampling_ms}
             report["kernels"] = self._profile.summary if self._profile else None
