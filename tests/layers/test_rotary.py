@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from tpllm.layers.rotary import (
+    QKNormRope,
     qk_norm_rope_store,
     qk_norm_rope_store_reference,
     qk_norm_rope_store_triton,
@@ -24,25 +25,20 @@ class Case:
     """Arguments of `qk_norm_rope_store`, in its order; the caches are full of NaN."""
 
     qkv: Tensor
-    q_weight: Tensor
-    k_weight: Tensor
-    eps: float
-    positions: Tensor
-    cos_sin: Tensor
+    rope: QKNormRope
     k_cache: Tensor
     v_cache: Tensor
     slot_mapping: Tensor
-    num_heads: int
-    num_kv_heads: int
 
     def run(self, apply: Callable[..., None]) -> None:
         apply(*vars(self).values())
 
     def heads(self) -> tuple[Tensor, Tensor, Tensor]:
         """Return the queries, keys and values in qkv: views [N, heads, D]."""
-        heads = self.qkv.view(self.qkv.shape[0], -1, self.cos_sin.shape[1])
-        sizes = [self.num_heads, self.num_kv_heads, self.num_kv_heads]
-        q, k, v = heads.split(sizes, dim=1)
+        num_kv_heads, head_dim = self.k_cache.shape[2:]
+        num_heads = self.qkv.shape[1] // head_dim - 2 * num_kv_heads
+        heads = self.qkv.view(-1, num_heads + 2 * num_kv_heads, head_dim)
+        q, k, v = heads.split([num_heads, num_kv_heads, num_kv_heads], dim=1)
         return q, k, v
 
 
@@ -57,16 +53,16 @@ def random_case(
         torch.randn(num_tokens, (num_heads + 2 * num_kv_heads) * head_dim, generator=rng).to(
             device, dtype
         ),
-        (torch.rand(head_dim, generator=rng) + 0.5).to(device, dtype),
-        (torch.rand(head_dim, generator=rng) + 0.5).to(device, dtype),
-        EPS,
-        torch.randint(MAX_POSITIONS, (num_tokens,), generator=rng).int().to(device),
-        rotary_cos_sin(head_dim, MAX_POSITIONS, 10_000.0, device),
+        QKNormRope(
+            (torch.rand(head_dim, generator=rng) + 0.5).to(device, dtype),
+            (torch.rand(head_dim, generator=rng) + 0.5).to(device, dtype),
+            EPS,
+            torch.randint(MAX_POSITIONS, (num_tokens,), generator=rng).int().to(device),
+            rotary_cos_sin(head_dim, MAX_POSITIONS, 10_000.0, device),
+        ),
         torch.full(cache_shape, torch.nan, dtype=dtype, device=device),
         torch.full(cache_shape, torch.nan, dtype=dtype, device=device),
         slots.int().to(device),
-        num_heads,
-        num_kv_heads,
     )
 
 
@@ -95,9 +91,10 @@ def test_queries_and_keys_are_as_accurate_as_plain_torch(
     case = random_case(num_tokens, num_heads, num_kv_heads, head_dim, device_and_dtype)
     q, k, v = case.heads()
     plain, exact = [], []
-    for x, weight in ((q, case.q_weight), (k, case.k_weight)):
-        plain.append(plain_norm_and_rope(x, weight, case.positions, case.cos_sin))
-        exact.append(plain_norm_and_rope(x.double(), weight.double(), case.positions, case.cos_sin))
+    positions, cos_sin = case.rope.positions, case.rope.cos_sin
+    for x, weight in ((q, case.rope.q_weight), (k, case.rope.k_weight)):
+        plain.append(plain_norm_and_rope(x, weight, positions, cos_sin))
+        exact.append(plain_norm_and_rope(x.double(), weight.double(), positions, cos_sin))
     v_before = v.clone()
 
     case.run(apply)
@@ -131,10 +128,10 @@ def test_rotation_multiplies_pairs_by_a_complex_phase(
     q, _, _ = case.heads()
     low, high = q.double().chunk(2, dim=-1)
     scale = torch.rsqrt(q.double().square().mean(-1, keepdim=True) + EPS)
-    low_weight, high_weight = case.q_weight.double().chunk(2)
+    low_weight, high_weight = case.rope.q_weight.double().chunk(2)
     pairs = torch.complex(low * scale * low_weight, high * scale * high_weight)
     frequencies = 10_000.0 ** (-torch.arange(0, 16, 2, device=device).double() / 16)
-    angles = case.positions.double()[:, None, None] * frequencies
+    angles = case.rope.positions.double()[:, None, None] * frequencies
     rotated = pairs * torch.polar(torch.ones_like(angles), angles)
 
     case.run(apply)

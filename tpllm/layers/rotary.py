@@ -31,31 +31,44 @@ def rotary_cos_sin(head_dim: int, max_positions: int, theta: float, device: torc
     return torch.cat([angles.cos(), angles.sin()], dim=-1)  # [L, D]
 
 
+@dataclass(frozen=True)
+class QKNormRope:
+    """Norms and rotation that attention applies to a step's raw queries and keys.
+
+    Attributes:
+        q_weight, k_weight: [D], scales of the norms
+        eps: added to the mean square
+        positions: [N] int32, each token's index in its sequence, below L
+        cos_sin: [L, D] fp32, from `rotary_cos_sin`
+    """
+
+    q_weight: Tensor
+    k_weight: Tensor
+    eps: float
+    positions: Tensor
+    cos_sin: Tensor
+
+
 def qk_norm_rope_store_reference(
-    qkv: Tensor,
-    q_weight: Tensor,
-    k_weight: Tensor,
-    eps: float,
-    positions: Tensor,
-    cos_sin: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    slot_mapping: Tensor,
-    num_heads: int,
-    num_kv_heads: int,
+    qkv: Tensor, rope: QKNormRope, k_cache: Tensor, v_cache: Tensor, slot_mapping: Tensor
 ) -> None:
     """Compute `qk_norm_rope_store` in plain torch."""
-    num_tokens, head_dim = qkv.shape[0], cos_sin.shape[1]
-    heads = qkv.view(num_tokens, num_heads + 2 * num_kv_heads, head_dim)
-    q, k, v = heads.split([num_heads, num_kv_heads, num_kv_heads], dim=1)  # views of qkv
-    cos, sin = cos_sin[positions].unsqueeze(1).chunk(2, dim=-1)  # [N, 1, D/2] each
-    for x, weight in ((q, q_weight), (k, k_weight)):
+    H, K, D = _heads(qkv, k_cache)
+    q, k, v = qkv.view(qkv.shape[0], H + 2 * K, D).split([H, K, K], dim=1)  # views of qkv
+    cos, sin = rope.cos_sin[rope.positions].unsqueeze(1).chunk(2, dim=-1)  # [N, 1, D/2] each
+    for x, weight in ((q, rope.q_weight), (k, rope.k_weight)):
         x_fp32 = x.float()
-        normed = x_fp32 * torch.rsqrt(x_fp32.square().mean(-1, keepdim=True) + eps)
+        normed = x_fp32 * torch.rsqrt(x_fp32.square().mean(-1, keepdim=True) + rope.eps)
         low, high = (normed * weight.float()).chunk(2, dim=-1)
         x.copy_(torch.cat([low * cos - high * sin, high * cos + low * sin], dim=-1))
-    k_cache.view(-1, num_kv_heads, head_dim)[slot_mapping] = k
-    v_cache.view(-1, num_kv_heads, head_dim)[slot_mapping] = v
+    k_cache.view(-1, K, D)[slot_mapping] = k
+    v_cache.view(-1, K, D)[slot_mapping] = v
+
+
+def _heads(qkv: Tensor, k_cache: Tensor) -> tuple[int, int, int]:
+    """Return H, K and D of queries | keys | values, [N, (H + 2K) * D]."""
+    K, D = k_cache.shape[2:]
+    return qkv.shape[1] // D - 2 * K, K, D
 
 
 @triton.jit
@@ -128,55 +141,34 @@ def _qk_norm_rope_store_kernel(
 
 
 def qk_norm_rope_store_triton(
-    qkv: Tensor,
-    q_weight: Tensor,
-    k_weight: Tensor,
-    eps: float,
-    positions: Tensor,
-    cos_sin: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    slot_mapping: Tensor,
-    num_heads: int,
-    num_kv_heads: int,
+    qkv: Tensor, rope: QKNormRope, k_cache: Tensor, v_cache: Tensor, slot_mapping: Tensor
 ) -> None:
     """Launch the kernel; see `qk_norm_rope_store`."""
     assert k_cache.is_contiguous() and v_cache.is_contiguous()
-    head_dim = cos_sin.shape[1]
-    normed_heads = num_heads + num_kv_heads
-    heads_per_program = min(_MAX_HEADS_PER_PROGRAM, triton.next_power_of_2(normed_heads))
-    grid = (qkv.shape[0], triton.cdiv(normed_heads, heads_per_program))
+    H, K, D = _heads(qkv, k_cache)
+    heads_per_program = min(_MAX_HEADS_PER_PROGRAM, triton.next_power_of_2(H + K))
+    grid = (qkv.shape[0], triton.cdiv(H + K, heads_per_program))
     _qk_norm_rope_store_kernel[grid](
         qkv,
-        q_weight,
-        k_weight,
-        positions,
-        cos_sin,
+        rope.q_weight,
+        rope.k_weight,
+        rope.positions,
+        rope.cos_sin,
         k_cache,
         v_cache,
         slot_mapping,
         qkv.stride(0),
-        eps,
-        H=num_heads,
-        K=num_kv_heads,
-        D=head_dim,
+        rope.eps,
+        H=H,
+        K=K,
+        D=D,
         HEADS=heads_per_program,
-        HALF=triton.next_power_of_2(head_dim // 2),
+        HALF=triton.next_power_of_2(D // 2),
     )
 
 
 def qk_norm_rope_store(
-    qkv: Tensor,
-    q_weight: Tensor,
-    k_weight: Tensor,
-    eps: float,
-    positions: Tensor,
-    cos_sin: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    slot_mapping: Tensor,
-    num_heads: int,
-    num_kv_heads: int,
+    qkv: Tensor, rope: QKNormRope, k_cache: Tensor, v_cache: Tensor, slot_mapping: Tensor
 ) -> None:
     """Norm and rotate the queries and keys in qkv in place, and store keys and values in the cache.
 
@@ -185,43 +177,8 @@ def qk_norm_rope_store(
 
     Args:
         qkv: [N, (H + 2K) * D], queries | keys | values, contiguous; changed in place
-        q_weight, k_weight: [D], scales of the norms
-        eps: added to the mean square
-        positions: [N] int32, each token's index in its sequence, below L
-        cos_sin: [L, D] fp32, from `rotary_cos_sin`
         k_cache, v_cache: [num_blocks, block_size, K, D], contiguous; written at slot_mapping
         slot_mapping: [N] int32, block * block_size + offset of each token, never negative
-        num_heads, num_kv_heads: H and K of this rank
     """
     apply = qk_norm_rope_store_triton if qkv.is_cuda else qk_norm_rope_store_reference
-    apply(
-        qkv,
-        q_weight,
-        k_weight,
-        eps,
-        positions,
-        cos_sin,
-        k_cache,
-        v_cache,
-        slot_mapping,
-        num_heads,
-        num_kv_heads,
-    )
-
-
-@dataclass(frozen=True)
-class QKNormRope:
-    """Norms and rotation that attention applies to a step's raw queries and keys.
-
-    Attributes:
-        q_weight, k_weight: [D], scales of the norms
-        eps: added to the mean square
-        positions: [N] int32, each token's index in its sequence
-        cos_sin: [L, D] fp32, from `rotary_cos_sin`
-    """
-
-    q_weight: Tensor
-    k_weight: Tensor
-    eps: float
-    positions: Tensor
-    cos_sin: Tensor
+    apply(qkv, rope, k_cache, v_cache, slot_mapping)

@@ -116,17 +116,16 @@ def test_norms_rotates_and_stores_in_the_same_kernel(
     slots = pages * block_size + positions % block_size
     k_cache.view(-1, K, D)[slots] = v_cache.view(-1, K, D)[slots] = torch.nan  # the newest token's
 
+    rope = QKNormRope(q_weight, k_weight, 1e-6, positions, cos_sin)
+
     def apart(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
         rotated, keys, values = (t.to(dtype, copy=True) for t in (qkv, k_cache, v_cache))
-        qk_norm_rope_store_reference(
-            rotated, q_weight, k_weight, 1e-6, positions, cos_sin, keys, values, slots, H, K
-        )
+        qk_norm_rope_store_reference(rotated, rope, keys, values, slots)
         q = rotated.view(S, -1, D)[:, :H]
         return TorchAttentionBackend().decode(q, keys, values, batch, 0.3), keys, values
 
     plain, plain_keys, plain_values = apart(dtype)
     exact, exact_keys, _ = apart(torch.float64)
-    rope = QKNormRope(q_weight, k_weight, 1e-6, positions, cos_sin)
     q = qkv.view(S, -1, D)[:, :H]
     ours = PagedDecode()(q, k_cache, v_cache, batch.block_tables, batch.split_schedule, 0.3, rope)
     assert_as_accurate(ours, plain, exact)

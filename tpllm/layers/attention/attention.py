@@ -362,7 +362,8 @@ class Attention(nn.Module):
         cache. Without `rope`, the caller has done so.
         """
         if batch.prefill is not None or batch.num_decode > self.backend.max_rope_rows:
-            self._store(qkv, k_cache, v_cache, batch, rope)
+            if rope is not None:
+                qk_norm_rope_store(qkv, rope, k_cache, v_cache, batch.slot_mapping)
             rope = None
         heads = qkv.view(qkv.shape[0], -1, self.head_dim)  # [N, H + 2K, D]
         q, k, v = heads.split([self.num_heads, self.num_kv_heads, self.num_kv_heads], dim=1)
@@ -374,27 +375,3 @@ class Attention(nn.Module):
             out = self.backend.decode(q, k_cache, v_cache, batch, self.scale, rope, out)
         assert out is not None
         return out.flatten(1)  # [N, H * D]
-
-    def _store(
-        self,
-        qkv: Tensor,
-        k_cache: Tensor,
-        v_cache: Tensor,
-        batch: AttentionBatch,
-        rope: QKNormRope | None,
-    ) -> None:
-        """Norm and rotate qkv in place, and store its keys and values in the cache."""
-        if rope is not None:
-            qk_norm_rope_store(
-                qkv,
-                rope.q_weight,
-                rope.k_weight,
-                rope.eps,
-                rope.positions,
-                rope.cos_sin,
-                k_cache,
-                v_cache,
-                batch.slot_mapping,
-                self.num_heads,
-                self.num_kv_heads,
-            )
