@@ -21,9 +21,9 @@ from tpllm.layers.attention.attention import AttentionBatch, KVCache, PrefillBat
 from tpllm.layers.attention.split_schedule import SPLIT_WORDS
 from tpllm.layers.context import LayerContext
 from tpllm.models.checkpoint_weights import DummyWeights, SafetensorsWeights
-from tpllm.models.decoder import Decoder
+from tpllm.models.decoder import Decoder, States, run_blocks
 from tpllm.models.decoder import make_model as make_decoder
-from tpllm.models.micro_batch import MicroBatch
+from tpllm.models.micro_batch import BlockContext, MicroBatch
 from tpllm.parallel.collectives import all_gather
 from tpllm.parallel.copy_streams import CopyStream
 from tpllm.parallel.group import TPGroup
@@ -133,13 +133,17 @@ def make_model(config: ModelConfig, context: LayerContext) -> Decoder:
     return model
 
 
-def run_steps(model: Decoder, sequences: list[Tensor], tp: TPGroup) -> list[Tensor]:
-    """Return the logits [length, V] of each sequence, computed in steps and gathered over ranks."""
+def make_kv_caches(model: Decoder) -> list[KVCache]:
     shape = (NUM_BLOCKS, BLOCK_SIZE, model.local_num_kv_heads, model.head_dim)
-    kv_caches: list[KVCache] = [
+    return [
         (torch.full(shape, torch.nan), torch.full(shape, torch.nan))
         for _ in range(model.num_layers)
     ]
+
+
+def run_steps(model: Decoder, sequences: list[Tensor], tp: TPGroup) -> list[Tensor]:
+    """Return the logits [length, V] of each sequence, computed in steps and gathered over ranks."""
+    kv_caches = make_kv_caches(model)
     logits: list[list[Tensor]] = [[] for _ in sequences]
     for chunks in STEPS:
         micro_batches = [make_micro_batch(sequences, chunks)]
@@ -200,10 +204,11 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return folders
 
 
-def save_checkpoint(folder: Path, changes: dict[str, Any], sharded: bool) -> None:
+def save_checkpoint(
+    folder: Path, changes: dict[str, Any], sharded: bool, family: str = "Qwen3"
+) -> None:
     # Imported here, because every rank imports this module and none needs transformers.
-    from transformers import Qwen3Config
-    from transformers import Qwen3ForCausalLM as TransformersQwen3
+    import transformers
 
     fields: dict[str, Any] = {
         "vocab_size": 4099,  # prime: no TP size divides it
@@ -217,7 +222,8 @@ def save_checkpoint(folder: Path, changes: dict[str, Any], sharded: bool) -> Non
         "eos_token_id": 0,
         "dtype": "float32",
     }
-    model = TransformersQwen3(Qwen3Config(**fields | changes)).eval()
+    config = getattr(transformers, f"{family}Config")(**fields | changes)
+    model = getattr(transformers, f"{family}ForCausalLM")(config).eval()
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -249,6 +255,23 @@ def test_logits_equal_transformers_in_copy_streams(checkpoints: dict[str, Path])
 
 def test_three_kv_heads_on_three_ranks(checkpoints: dict[str, Path]) -> None:
     run_ranks(logits_equal_transformers, 3, [checkpoints["three_heads"]])
+
+
+def test_a_pipeline_stage_is_a_slice_of_the_blocks(checkpoints: dict[str, Path]) -> None:
+    tp = TPGroup.single(torch.device("cpu"))
+    folder = checkpoints["untied"]
+    model = make_model(ModelConfig.from_folder(folder), LayerContext(tp, torch.float32))
+    model.load(SafetensorsWeights(folder))
+    batch = make_micro_batch(torch.load(folder / "expected.pt")["sequences"], STEPS[0])
+    expected = model([batch], make_kv_caches(model))
+
+    caches = make_kv_caches(model)
+    first = BlockContext(batch, {0: caches[0]})
+    second = BlockContext(batch, {1: caches[1], 2: caches[2]})
+    states: States = [(model.embedding(batch.input_ids), None)]
+    states = run_blocks(model.blocks[:2], states, [first])
+    [(x, residual)] = run_blocks(model.blocks[2:], states, [second])
+    assert torch.equal(model.norm(x, residual)[0], expected)
 
 
 def test_a_tied_model_keeps_one_copy_of_the_table(checkpoints: dict[str, Path]) -> None:
