@@ -13,7 +13,7 @@ from tpllm.channel.ring import RingReader
 from tpllm.channel.step_plan import CONTROL, MASKS, StepMasks, StepPlan
 from tpllm.config.engine_config import EngineConfig
 from tpllm.layers.all_reduce.trial import copy_streams_work, peer_memory_works
-from tpllm.layers.attention.attention import make_backend
+from tpllm.layers.attention.attention import AttentionBackend, make_backend
 from tpllm.layers.context import LayerContext
 from tpllm.layers.linear.matmul import fast_matmul, plain_matmul
 from tpllm.layers.weights import WeightSource
@@ -52,66 +52,36 @@ class Worker:
         replies: Replies,
         progress: Progress,
     ) -> None:
-        rank, world_size = spec["rank"], spec["world_size"]
-        self._plans = plans
-        self._replies = replies
-        self._progress = progress
+        self._plans, self._replies, self._progress = plans, replies, progress
         config = self._config = EngineConfig.from_json(spec["settings"]["config"])
-        device = self._device = _take_device(config, spec["device"], spec["local_world_size"])
-        on_gpu = device.type == "cuda"
         self._dtype: torch.dtype = getattr(torch, config.dtype)
+        device = self._device = _take_device(config, spec["device"], spec["local_world_size"])
+        rank, world_size, on_gpu = spec["rank"], spec["world_size"], device.type == "cuda"
         free_at_start = torch.cuda.mem_get_info()[0] if on_gpu else 0
         self._warm_up = KernelWarmUp(config, rank, world_size, device) if on_gpu else None
 
         replies.phase("joining the group")
-        store = str(Path(spec["directory"]) / "rendezvous")
-        # longer than the coordinator's timeouts, because its error reports where every rank is
-        timeout_s = 2 * max(config.start_timeout_s, config.step_timeout_s)
-        one_host = spec["local_world_size"] == world_size
-        self._tp = TPGroup.connect(rank, world_size, device, store, timeout_s, one_host=one_host)
-        if not config.disable_custom_all_reduce:
-            self._tp = _with_peer_memory(self._tp, config, self._dtype)
-
+        self._tp = _join_group(spec, config, device, self._dtype)
         replies.phase("loading weights")
         begin = time.perf_counter()
+        matmul = plain_matmul if config.disable_custom_matmul else fast_matmul(self._dtype, device)
         backend = make_backend(config.attention_backend)
-        matmul = plain_matmul
-        if not config.disable_custom_matmul:
-            matmul = fast_matmul(self._dtype, device)
+        context = LayerContext(self._tp, self._dtype, matmul, backend)
         with explained_out_of_memory(device, "while it loaded the weights"):
-            model = self._load_model(LayerContext(self._tp, self._dtype, matmul, backend))
-        info: dict[str, Any] = {
-            "attention": backend.name,
-            "matmul": matmul.name,
-            "all_reduce": "peer memory" if self._tp.peers else "NCCL" if on_gpu else "Gloo",
-            "micro_batch_threshold": micro_batch_threshold(config, self._dtype)
-            if self._tp.copy_streams
-            else None,
-            "load_s": round(time.perf_counter() - begin, 2),
-            "torch": torch.__version__,
-            "gpu": torch.cuda.get_device_name(device) if on_gpu else None,
-        }
-
-        limits = config.plan_limits
-        padded_decode = on_gpu and backend.capturable
-        self._use_graphs = padded_decode and not config.enforce_eager
-        self._runner = ModelRunner(
-            model,
-            self._tp,
-            limits,
-            config.model_config.vocab_size,
-            padded_decode=padded_decode,
-            padded_mixed=padded_decode and backend.prefill_capturable,
-            micro_batch_threshold=info["micro_batch_threshold"],
-            receive_masks=self._receive_masks,
-        )
+            model = self._load_model(context)
+        load_s = time.perf_counter() - begin
+        self._use_graphs = on_gpu and backend.capturable and not config.enforce_eager
+        self._runner = self._make_runner(model, backend)
         with explained_out_of_memory(device, "while it allocated the KV cache"):
             num_blocks = self._make_cache(model, free_at_start)
-        self._times = StepTimes()
+
+        self._marks, self._times = StepMarks(device), StepTimes()
         self._profile: KernelProfile | None = None
-        self._results = ResultSender(replies, self._times, device, limits) if rank == 0 else None
-        self._marks = StepMarks(device)
+        self._results: ResultSender | None = None
+        if rank == 0:
+            self._results = ResultSender(replies, self._times, device, config.plan_limits)
         barrier(self._tp)
+        info = self._info(context, load_s)
         replies.control({"type": "ready", "num_kv_blocks": num_blocks, "info": info})
 
     # ---- starting ----------------------------------------------------------------------------
@@ -135,6 +105,22 @@ class Worker:
             torch.cuda.synchronize()
             torch.cuda.empty_cache()
         return model
+
+    def _make_runner(self, model: Decoder, backend: AttentionBackend) -> ModelRunner:
+        config, tp = self._config, self._tp
+        padded = self._device.type == "cuda" and backend.capturable
+        return ModelRunner(
+            model,
+            tp,
+            config.plan_limits,
+            config.model_config.vocab_size,
+            padded_decode=padded,
+            padded_mixed=padded and backend.prefill_capturable,
+            micro_batch_threshold=(
+                micro_batch_threshold(config, self._dtype) if tp.copy_streams else None
+            ),
+            receive_masks=self._receive_masks,
+        )
 
     def _make_cache(self, model: Decoder, free_at_start: int) -> int:
         """Size and allocate the cache, capture graphs, and return the number of blocks."""
@@ -161,6 +147,18 @@ class Worker:
             self._replies.phase("capturing graphs")
             runner.capture_graphs(runner.graph_sizes)
         return num_blocks
+
+    def _info(self, context: LayerContext, load_s: float) -> dict[str, Any]:
+        on_gpu = self._device.type == "cuda"
+        return {
+            "attention": context.attention_backend.name,
+            "matmul": context.matmul.name,
+            "all_reduce": "peer memory" if self._tp.peers else "NCCL" if on_gpu else "Gloo",
+            "micro_batch_threshold": self._runner.micro_batch_threshold,
+            "load_s": round(load_s, 2),
+            "torch": torch.__version__,
+            "gpu": torch.cuda.get_device_name(self._device) if on_gpu else None,
+        }
 
     # ---- serving -----------------------------------------------------------------------------
 
@@ -231,6 +229,19 @@ class _HeartbeatWeights:
     def read(self, name: str, rows: slice | None = None, cols: slice | None = None) -> torch.Tensor:
         self._progress.beat()
         return self._weights.read(name, rows, cols)
+
+
+def _join_group(
+    spec: dict[str, Any], config: EngineConfig, device: torch.device, dtype: torch.dtype
+) -> TPGroup:
+    """Return the group of all ranks, with peer memory if it is allowed and works."""
+    rank, world_size = spec["rank"], spec["world_size"]
+    store = str(Path(spec["directory"]) / "rendezvous")
+    # longer than the coordinator's timeouts, because its error reports where every rank is
+    timeout_s = 2 * max(config.start_timeout_s, config.step_timeout_s)
+    one_host = spec["local_world_size"] == world_size
+    tp = TPGroup.connect(rank, world_size, device, store, timeout_s, one_host=one_host)
+    return tp if config.disable_custom_all_reduce else _with_peer_memory(tp, config, dtype)
 
 
 def _with_peer_memory(tp: TPGroup, config: EngineConfig, dtype: torch.dtype) -> TPGroup:
