@@ -102,6 +102,7 @@ class Kernels:
         self.context = LayerContext(self.tp, self.dtype, Matmul({}, gemv))
         self.width = spec.hidden_size
         self.norm = RMSNorm(spec.norm, self.context)
+        self.norm.weight.zero_()
         self.num_heads, self.num_kv_heads = self.block.attention.local_heads(world_size)
         self.split = ContextSplit(self.num_kv_heads)
         self.has_peer_memory = world_size > 1 and not config.disable_custom_all_reduce
@@ -128,6 +129,12 @@ class Kernels:
 
     def shared(self) -> list[Callable[[], object]]:
         """Return the launches of kernels that are the same on all ranks."""
+        calls = self.of_block()
+        calls += [self.find_thresholds, self.likeliest, self.rank_and_mass, self.drop_below]
+        return [*calls, self.sample, self.sample_changed, self.gather_inputs, self.scores_of_all]
+
+    def of_block(self) -> list[Callable[[], object]]:
+        """Return the launches of a block's kernels, except those of all-reduces."""
         calls: list[Callable[[], object]] = []
         if self.config.attention_backend != "torch":
             with_rope = BACKENDS[self.config.attention_backend].max_rope_rows
@@ -140,15 +147,7 @@ class Kernels:
         if not self.has_peer_memory:
             rows = [self.new(1, self.width) for _ in range(2)]
             calls += [partial(self.norm, rows[0]), partial(self.norm, *rows)]
-        calls += [self.find_thresholds, self.likeliest, self.rank_and_mass, self.drop_below]
-        calls += [
-            self.sample,
-            self.sample_changed,
-            self.gather_inputs,
-            self.swiglu,
-            self.scores_of_all,
-        ]
-        return calls
+        return [*calls, self.swiglu]
 
     def projections(self) -> list[Callable[[], object]]:
         """Return the launches of linear layers on a single row, with what is fused into them."""
@@ -179,7 +178,9 @@ class Kernels:
         plan = self.new(self.split.num_splits(S), SPLIT_WORDS, dtype=torch.int32)
         batch = AttentionBatch(nothing, S, nothing, tables, plan, None)
         cos_sin = self.new(1, D, dtype=torch.float32)
-        rope = QKNormRope(self.new(D), self.new(D), 1e-6, nothing, cos_sin)
+        rope = None  # without norms, the model rotates
+        if self.block.attention.qk_norms:
+            rope = QKNormRope(self.new(D), self.new(D), 1e-6, nothing, cos_sin)
         attention(self.new(S, (H + 2 * K) * D), *caches, batch, rope)
 
     def project(self, **fused: Any) -> None:
