@@ -55,6 +55,19 @@ def test_a_wrong_sampling_value_is_refused_before_the_engine_starts(llm, say):
     assert err.startswith("tpllm: error: top_p=2.0 must be")
 
 
+@pytest.mark.parametrize("words", [("abc", "--quiet"), ("--quiet", "abc"), ("--model", "abc")])
+def test_the_model_may_come_without_its_flag(llm, say, words):
+    assert say("hi", words=words)[0] == 0
+    assert llm.made["settings"] == {"model": "abc"}
+
+
+@pytest.mark.parametrize("words", [("abc", "--model", "b"), ("--model", "b", "abc")])
+def test_the_model_is_given_once(llm, say, words):
+    code, _, err = say("hi", words=words)
+    assert (code, llm.made) == (2, {})
+    assert err == "tpllm: error: model is given twice: 'abc' and 'b'\n"
+
+
 def test_reset_forgets_and_exit_ends(say):
     _, out, _ = say("a", "/reset", "b", "/exit", "c")
     assert out == "[user: a]\n[user: b]\n"

@@ -113,7 +113,7 @@ def test_the_choices_for_two_gpus_and_why(two_gpus, capsys):
     )
     assert chosen["decode attention"][0] == "split kernel (Triton)"
     assert chosen["all-reduce"][0] == "peer memory"
-    assert chosen["matrix products"] == (
+    assert chosen["matmuls"] == (
         "one row by a kernel of our own, measured algorithms of cuBLASLt",
         "there is a table for NVIDIA H200; torch's where it is of another cuBLASLt",
     )
@@ -145,7 +145,7 @@ def test_settings_change_the_choices_and_are_named(two_gpus, monkeypatch, capsys
     chosen = choices(capsys, "--tensor-parallel-size", "2", "--disable-custom-all-reduce")
     assert chosen["all-reduce"] == ("NCCL", "disable_custom_all_reduce is set")
     chosen = choices(capsys, "--disable-custom-matmul")
-    assert chosen["matrix products"] == ("torch", "disable_custom_matmul is set")
+    assert chosen["matmuls"] == ("torch", "disable_custom_matmul is set")
 
 
 def test_without_a_driver_the_cpu_serves(monkeypatch, capsys):

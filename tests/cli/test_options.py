@@ -10,7 +10,6 @@ from annotated_types import Interval
 from tpllm.cli.options import (
     Option,
     add_flags,
-    add_positional,
     given_flags,
     options_of,
 )
@@ -133,18 +132,6 @@ def test_help_is_the_docstring_s_words_with_the_default(capsys):
     assert "--switch, --no-switch Whether so (default: true)" in shown
     assert "--texts TEXT One text, or several (default: none)" in shown
     assert "--mode" not in shown and "ValueError" not in shown
-
-
-def test_a_word_says_the_same_as_its_flag_but_not_beside_it():
-    parser = ArgumentParser()
-    add_positional(parser, Kinds, "name")
-    add_flags(parser, Kinds, "settings")
-    assert given_flags(parser.parse_args(["abc"]), Kinds) == {"name": "abc"}
-    assert given_flags(parser.parse_args(["--name", "abc"]), Kinds) == {"name": "abc"}
-    assert given_flags(parser.parse_args([]), Kinds) == {}
-    for words in (["abc", "--name", "b"], ["--name", "b", "abc"]):
-        with pytest.raises(ValueError, match="name is given twice: '.*' and '.*'"):
-            given_flags(parser.parse_args(words), Kinds)
 
 
 def test_two_classes_may_have_a_field_of_one_name():

@@ -7,13 +7,8 @@ from dataclasses import replace
 from typing import Any
 
 from tpllm.cli.command import Commands, add_command, add_engine_flags, engine, engine_settings
-from tpllm.cli.options import given_flags
-from tpllm.cli.sampling import (
-    LEFT_OUT,
-    add_sampling_flags,
-    chat_prompt,
-    stream,
-)
+from tpllm.cli.options import add_flags, given_flags
+from tpllm.cli.sampling import LEFT_OUT, chat_prompt, stream
 from tpllm.llm import LLM
 from tpllm.sampling_params import SamplingParams
 
@@ -38,7 +33,7 @@ def add(commands: Commands) -> None:
         "tpllm chat Qwen/Qwen3-8B --tensor-parallel-size 2",
     )
     parser.add_argument("--system", metavar="TEXT", help="the system prompt")
-    add_sampling_flags(parser, DEFAULTS, OF_NO_USE)
+    add_flags(parser, SamplingParams, "sampling", OF_NO_USE, DEFAULTS)
     add_engine_flags(parser, leave_out=LEFT_OUT)
 
 

@@ -28,7 +28,7 @@ def explain(given: Given, hardware: Hardware) -> dict[str, Choice]:
         "prefill attention": _prefill_attention(config, given, on_gpu),
         "decode attention": _decode_attention(config, given, on_gpu),
         "all-reduce": _all_reduce(config, hardware, on_gpu),
-        "matrix products": _matmuls(config, hardware, on_gpu),
+        "matmuls": _matmuls(config, hardware, on_gpu),
         "decode steps": _decode_steps(config, given, on_gpu),
         "KV block": (
             f"{config.kv_block_size} tokens",

@@ -13,7 +13,7 @@ from types import MappingProxyType
 from typing import TypeAlias
 
 import tpllm
-from tpllm.cli.options import add_flags, add_positional, given_flags
+from tpllm.cli.options import add_flags, given_flags
 from tpllm.cli.progress import StartupProgress
 from tpllm.cli.sources import Given, collect
 from tpllm.config.settings import Settings
@@ -69,7 +69,7 @@ def add_engine_flags(
         defaults: the command's own defaults
     """
     if positional:
-        add_positional(parser, Settings, "model")
+        parser.add_argument("model", nargs="?", metavar="MODEL", help="the same as --model")
     if starts:
         parser.add_argument(
             "--quiet", action="store_true", help="do not report the start on stderr"
@@ -86,9 +86,14 @@ def engine_settings(args: Namespace, defaults: Mapping[str, object] = NO_DEFAULT
     """Return the engine settings from every source, each checked by itself.
 
     Raises:
-        ValueError: one is wrong; nothing has been started.
+        ValueError: one is wrong, or the model is given twice; nothing has been started.
     """
-    given = collect(Settings, given_flags(args, Settings), args.config)
+    flags = given_flags(args, Settings)
+    if (model := getattr(args, "model", None)) is not None:
+        if "model" in flags:
+            raise ValueError(f"model is given twice: {model!r} and {flags['model']!r}")
+        flags["model"] = model
+    given = collect(Settings, flags, args.config)
     given.values.update({**defaults, **given.values})
     with given.named_in_errors():
         Settings(**given.values)

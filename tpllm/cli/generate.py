@@ -7,13 +7,8 @@ from dataclasses import asdict
 from typing import Any
 
 from tpllm.cli.command import Commands, add_command, add_engine_flags, engine, engine_settings
-from tpllm.cli.sampling import (
-    LEFT_OUT,
-    add_sampling_flags,
-    chat_prompt,
-    sampling_params,
-    stream,
-)
+from tpllm.cli.options import add_flags, given_flags
+from tpllm.cli.sampling import LEFT_OUT, chat_prompt, stream
 from tpllm.outputs import RequestOutput
 from tpllm.sampling_params import SamplingParams
 
@@ -36,12 +31,13 @@ def add(commands: Commands) -> None:
     parser.add_argument(
         "--json", action="store_true", help="print the whole output, token ids and all, as JSON"
     )
-    add_sampling_flags(parser, DEFAULTS)
+    add_flags(parser, SamplingParams, "sampling", defaults=DEFAULTS)
     add_engine_flags(parser, positional=False, leave_out=LEFT_OUT)
 
 
 def run(args: Namespace) -> int:
-    params = sampling_params(args, DEFAULTS)
+    asked: dict[str, Any] = DEFAULTS | given_flags(args, SamplingParams)
+    params = SamplingParams(**asked)
     _check(args, params)
     given = engine_settings(args)
     text = sys.stdin.read().removesuffix("\n") if args.prompt == "-" else args.prompt

@@ -129,11 +129,18 @@ def _query(pynvml: Any, call: Callable[[], Any]) -> Any:
 def _why_none_is_visible(pynvml: Any) -> str:
     if (count := pynvml.nvmlDeviceGetCount()) == 0:
         return "the driver knows of no GPU"
-    try:
-        build = version("torch")
-    except PackageNotFoundError:
+    build = installed("torch")
+    if build is None:
         return "torch is not installed"
     if build.endswith("+cpu"):
         return f"torch {build} is a build without CUDA"
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     return f"CUDA_VISIBLE_DEVICES={visible!r} leaves none of {count}"
+
+
+def installed(package: str) -> str | None:
+    """Return the version of a package; None if it is not installed."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None

@@ -6,13 +6,12 @@ import platform
 import sys
 from argparse import Namespace
 from dataclasses import asdict
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import tpllm
 from tpllm.cli.choices import explain
 from tpllm.cli.command import Commands, add_command, add_engine_flags, engine_settings
-from tpllm.cli.hardware import GpuFacts, Hardware, Link
+from tpllm.cli.hardware import GpuFacts, Hardware, Link, installed
 
 VERSIONS = ("torch", "triton", "transformers", "tokenizers", "numpy")
 # The use of a backend, and the packages that it needs.
@@ -44,9 +43,9 @@ def run(args: Namespace) -> int:
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
         "cpus": len(os.sched_getaffinity(0)),
-        "versions": {name: _installed(name) for name in VERSIONS},
+        "versions": {name: installed(name) for name in VERSIONS},
         "backends": {
-            name: {package: _installed(package) for package in packages}
+            name: {package: installed(package) for package in packages}
             for name, (_, packages) in BACKENDS.items()
         },
         "hardware": asdict(hardware),
@@ -102,10 +101,3 @@ def _link_line(link: Link) -> str:
     over = {True: "NVLink", False: "no NVLink", None: "NVLink unknown"}[link.nvlink]
     reach = {True: "peer access", False: "no peer access", None: "peer access unknown"}
     return f"{over}, {reach[link.peer_access]}"
-
-
-def _installed(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None

@@ -15,7 +15,6 @@ from tpllm.fields.docs import field_docs
 PREFIX = "TPLLM_"
 BOOLS = dict.fromkeys(("1", "true", "yes", "on"), True)
 BOOLS |= dict.fromkeys(("0", "false", "no", "off"), False)
-_POSITIONAL = " (positional)"  # ends the destination of a setting that came without its flag
 # Kinds of items: the word for the table, and the metavar of the help.
 KINDS = {
     bool: ("true or false", ""),
@@ -151,36 +150,13 @@ def add_flags(
         )
 
 
-def add_positional(parser: ArgumentParser, settings: type, name: str) -> None:
-    """Let this setting come without its flag as well, as an optional positional argument."""
-    parser.add_argument(
-        _destination(settings, name) + _POSITIONAL,
-        nargs="?",
-        default=SUPPRESS,
-        metavar=name.upper(),
-        help=f"the same as --{name}",
-    )
-
-
-def given_flags(args: Namespace, settings: type) -> dict[str, object]:
-    """Return the values of these settings that the command line contains.
-
-    Raises:
-        ValueError: one is given both with its flag and without.
-    """
-    given: dict[str, object] = {}
+def given_flags(args: Namespace, settings: type) -> dict[str, Any]:
+    """Return the values of these settings that the command line contains."""
+    given: dict[str, Any] = {}
     for option in options_of(settings):
-        destination = _destination(settings, option.name)
-        value = getattr(args, destination, None)
-        positional = getattr(args, destination + _POSITIONAL, None)
+        value = getattr(args, _destination(settings, option.name), None)
         if value is not None:
             given[option.name] = value if option.kind is bool else option.parse_flags(value)
-        if positional is not None:
-            if value is not None:
-                raise ValueError(
-                    f"{option.name} is given twice: {positional!r} and {given[option.name]!r}"
-                )
-            given[option.name] = positional
     return given
 
 

@@ -1,35 +1,16 @@
-"""SamplingParams as flags, and answers as streams, for the commands that generate."""
+"""Prompts and streams of the commands that generate."""
 
-from argparse import ArgumentParser, Namespace
-from collections.abc import Generator, Mapping
+from collections.abc import Generator
 from contextlib import closing
 from dataclasses import replace
 from typing import Any
 
-from tpllm.cli.options import add_flags, given_flags
 from tpllm.llm import LLM
 from tpllm.outputs import RequestOutput
 from tpllm.sampling_params import RequestOutputKind, SamplingParams
 
 # Engine settings without a flag here: --seed is the request's, and text needs a tokenizer.
 LEFT_OUT = ("seed", "skip_tokenizer_init")
-
-
-def add_sampling_flags(
-    parser: ArgumentParser, defaults: Mapping[str, object], leave_out: tuple[str, ...] = ()
-) -> None:
-    """Add flags for sampling parameters; `defaults` are the command's own."""
-    add_flags(parser, SamplingParams, "sampling", leave_out, defaults)
-
-
-def sampling_params(args: Namespace, defaults: Mapping[str, Any]) -> SamplingParams:
-    """Return the sampling parameters of the command line.
-
-    Raises:
-        ValueError: one of them is wrong.
-    """
-    given: dict[str, Any] = {**defaults, **given_flags(args, SamplingParams)}
-    return SamplingParams(**given)
 
 
 def chat_prompt(llm: LLM, messages: list[dict[str, str]]) -> dict[str, list[int]]:

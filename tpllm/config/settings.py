@@ -4,7 +4,7 @@ import inspect
 import os
 from collections.abc import Callable
 from dataclasses import KW_ONLY, dataclass
-from typing import Annotated, Any, Concatenate, Literal, ParamSpec, TypeVar, get_type_hints
+from typing import Annotated, Any, Concatenate, Literal, ParamSpec, get_type_hints
 
 from annotated_types import Interval
 
@@ -118,20 +118,18 @@ class Arguments(Settings):
 
 
 _P = ParamSpec("_P")
-_T = TypeVar("_T")
+_Init = Callable[Concatenate[Any, _P], None]
 
 
-def _taking(
-    arguments: Callable[_P, object],
-) -> Callable[[Callable[Concatenate[_T, ...], None]], Callable[Concatenate[_T, _P], None]]:
+def _taking(arguments: Callable[_P, object]) -> Callable[[Callable[..., None]], _Init[_P]]:
     """Give an `__init__` the signature of `arguments`, for type checkers and for `help()`."""
-    hints = get_type_hints(arguments)  # without the ranges
-    parameters = inspect.signature(arguments).parameters.values()
-    shown = [each.replace(annotation=hints[each.name]) for each in parameters]
-    this = inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD)
 
     def decorate(init: Any) -> Any:
-        init.__signature__ = inspect.Signature([this, *shown])
+        hints = get_type_hints(arguments)  # without the ranges
+        given = inspect.signature(arguments).parameters.values()
+        this = inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD)
+        shown = [this, *(each.replace(annotation=hints[each.name]) for each in given)]
+        init.__signature__ = inspect.Signature(shown)
         return init
 
     return decorate

@@ -3,7 +3,7 @@
 "seed" is Nano-vLLM's: 256 prompts of 100 to 1024 random tokens, outputs of 100 to 1024 tokens,
 temperature 0.6, end tokens ignored: output tokens per second of a full machine. On large batches
 it is bound by memory bandwidth (weights and KV cache, every decode step) and, for the prompts, by
-matrix products. "latency" is one sequence, 128 tokens in and 256 out: milliseconds per token,
+matmuls. "latency" is one sequence, 128 tokens in and 256 out: milliseconds per token,
 bound by the weights' bytes, and time to the first token.
 
 One warm-up, then the median of the timed runs; the prefix cache is emptied between runs.
@@ -14,11 +14,11 @@ import random
 import statistics
 import subprocess
 import time
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from tpllm import LLM, SamplingParams, __version__
+from tpllm.cli.hardware import installed
 
 REPO = Path(__file__).resolve().parents[3]
 
@@ -99,14 +99,7 @@ def measure_latency(llm: LLM, repeats: int, breakdown: bool) -> dict[str, Any]:
 
 
 def environment(llm: LLM) -> dict[str, Any]:
-    """Versions, GPU and commit: what a figure is worth nothing without."""
-
-    def installed(package: str) -> str | None:
-        try:
-            return version(package)
-        except PackageNotFoundError:
-            return None
-
+    """Return versions, GPU and commit, without which a figure means nothing."""
     return {
         "tpllm": __version__,
         "commit": _commit(),
