@@ -1,8 +1,8 @@
 """A lean HTTP/1.1 client on asyncio, for many server-sent streams at once.
 
-A load generator must not be what it measures. A general HTTP library spends several times as much
-on each piece of a stream (docs/cli.md has the figures), which at 256 streams is more than there is.
-So this one does the least: one connection for each request, read where the bytes arrive.
+A general HTTP library spends several times as much on each piece of a stream (docs/cli.md has the
+figures). At 256 streams it would need more than one CPU core, and measure itself. This one does the
+least: one connection for each request, and the bytes are read where they arrive.
 """
 
 import asyncio
@@ -52,7 +52,7 @@ class Server:
         """Open the connection for one request.
 
         Raises:
-            OSError: there is nobody.
+            OSError: no server answers.
         """
         parts = urlsplit(self.url)
         tls = ssl.create_default_context() if parts.scheme == "https" else None
@@ -68,7 +68,7 @@ class Server:
         return exchange
 
     def request(self, method: str, path: str, body: dict[str, Any] | None = None) -> bytes:
-        """A request as it goes over the wire; `path` begins below `root`."""
+        """Return the bytes of a request; `path` begins below `root`."""
         content = b"" if body is None else json.dumps(body).encode()
         lines = [
             f"{method} {self.root}{path} HTTP/1.1",
@@ -84,11 +84,11 @@ class Server:
         return "\r\n".join(lines).encode() + b"\r\n\r\n" + content
 
     async def call(self, method: str, path: str, body: dict[str, Any] | None = None) -> Any:
-        """The JSON that answers a request which is not streamed.
+        """Return the JSON that answers a request which is not streamed.
 
         Raises:
-            OSError: there is nobody, or no answer that is HTTP and JSON.
-            HTTPStatusError: the answer is no success.
+            OSError: no server answers, or the answer is not HTTP and JSON.
+            HTTPStatusError: the status is not 200.
         """
         collected: list[bytes] = []
         exchange = await self.connect(lambda data, _: collected.append(data))
@@ -121,8 +121,8 @@ class HTTPStatusError(OSError):
 class Exchange(asyncio.Protocol):
     """One request and its answer, on a connection of its own.
 
-    `on_data(bytes, time)` gets the body as it comes, without the frames of chunked encoding; time
-    is that of time.perf_counter() when the bytes were read.
+    `on_data(bytes, time)` gets the body as it comes, without the frames of chunked encoding, and
+    the value of time.perf_counter() at which the bytes were read.
     """
 
     def __init__(self, on_data: OnData | None) -> None:
@@ -135,10 +135,10 @@ class Exchange(asyncio.Protocol):
         self._done: asyncio.Future[int] = asyncio.get_running_loop().create_future()
 
     async def run(self, request: bytes) -> int:
-        """Send the request; the status of the answer, once its body has come.
+        """Send the request, wait for the whole body, and return the status.
 
         Raises:
-            OSError: the connection ended before, or what came is not HTTP.
+            OSError: the connection ended too early, or the answer is not HTTP.
         """
         assert self._transport is not None
         self._transport.write(request)

@@ -1,4 +1,4 @@
-"""Load: when requests arrive, and what each of them saw."""
+"""Load: the times at which requests arrive, and a record of each request."""
 
 import asyncio
 import json
@@ -16,17 +16,17 @@ HEAD_BYTES = 1000
 
 @dataclass
 class Record:
-    """What one request saw. Times are those of time.perf_counter(), in seconds.
+    """The times and counts of one request. Times are those of time.perf_counter(), in seconds.
 
     Attributes:
         start: when it was sent, on a connection that was open already
-        late_s: how much later than planned this client came to it; a wait for one of the
-            `max_concurrency` is not counted
+        late_s: how much later than planned this client reached it, without the wait for one of
+            the `max_concurrency`
         piece_times: when each piece of text came
         end: when the answer was complete
-        num_prompt_tokens, num_output_tokens: as the server counts them, where it does; otherwise
-            what was asked for, and the number of pieces
-        error: what went wrong; None where nothing did
+        num_prompt_tokens, num_output_tokens: as the server counts them; a server without
+            counts leaves the numbers that were asked for, and the number of pieces
+        error: what went wrong, or None
     """
 
     num_prompt_tokens: int
@@ -71,12 +71,12 @@ class Job:
 
 @dataclass(frozen=True)
 class Load:
-    """What came of a run.
+    """The result of a run.
 
     Attributes:
         records: one for each job, in their order
         duration_s: from the first request to the end of the last
-        cpu_s: processor time that this client took for it
+        cpu_s: processor time of this client
     """
 
     records: list[Record]
@@ -85,16 +85,18 @@ class Load:
 
 
 def arrival_times(rate: float, num_requests: int, seed: int) -> list[float]:
-    """Seconds after the start at which requests arrive: a Poisson process, drawn from `seed`.
+    """Return the seconds after the start at which requests arrive: a Poisson process.
 
-    The first comes at once. With a `rate`, in requests per second, of infinity all do.
+    Args:
+        rate: requests per second; infinity for all at once
+        seed: of the random times; the first request always comes at once
     """
     if rate == float("inf"):
         return [0.0] * num_requests
-    draw = random.Random(seed)
+    rng = random.Random(seed)
     times = [0.0]
     while len(times) < num_requests:
-        times.append(times[-1] + draw.expovariate(rate))
+        times.append(times[-1] + rng.expovariate(rate))
     return times[:num_requests]
 
 
@@ -106,12 +108,12 @@ async def run_load(
     timeout_s: float = 3600.0,
     on_end: Callable[[], object] = lambda: None,
 ) -> Load:
-    """Send every job when its time has come, or as soon as fewer than `max_concurrency` run.
+    """Send every job at its time, or later if `max_concurrency` others run.
 
-    `on_end` is called when one has ended, well or not.
+    `on_end` is called at the end of each, with or without an error.
     """
     records = [Record(job.num_prompt_tokens) for job in jobs]
-    # an own slot for each where there is no limit
+    # without a limit, each job has a slot
     slots = asyncio.Semaphore(max_concurrency or max(1, len(jobs)))
     begin, cpu = time.perf_counter(), time.process_time()
 
@@ -131,7 +133,7 @@ async def run_load(
 
 
 async def _send(server: Server, job: Job, record: Record, timeout_s: float) -> None:
-    """Run one request; whatever goes wrong is noted in its record."""
+    """Run one request; its record gets the error, if there is one."""
     pieces = _Pieces(record)
     record.start = record.end = time.perf_counter()
     try:
@@ -162,8 +164,8 @@ class _Pieces:
     def __init__(self, record: Record) -> None:
         self._record = record
         self._counted = False  # whether the server has said how many tokens there were
-        self._unread = b""  # the begin of a line
-        self.head = b""  # of the answer, for when it turns out to be no event stream
+        self._unread = b""  # the beginning of a line
+        self.head = b""  # of the answer, for an error message if it is no event stream
         self.error: str | None = None
 
     def on_data(self, data: bytes, now: float) -> None:

@@ -19,12 +19,12 @@ _COMMON = (
     "well many must before through back years where much your way down should because long each"
 )
 WORDS = _COMMON.split()
-ENOUGH = 8  # words; of these few a prompt of two dozen tokens is one of 2**72
+ENOUGH = 8  # words; 24 of them make one of 2**72 prompts
 REPEATS = 16  # of a word, to see that it stays one token beside others
 
 
 def token_counter(server: Server, model: str, tokenizer: str | None) -> Count:
-    """Counts with a tokenizer at hand, or with the server's /tokenize."""
+    """Return a function that counts with a local tokenizer, or with the server's /tokenize."""
     if tokenizer is not None:
         local = Tokenizer(resolve_model(tokenizer, setting="tokenizer", weights=False))
 
@@ -52,7 +52,7 @@ def token_counter(server: Server, model: str, tokenizer: str | None) -> Count:
 
 
 async def single_token_words(count: Count) -> list[str]:
-    """Those of `WORDS` that are one token each, a space before them included.
+    """Return those of `WORDS` that are one token each, together with a space before them.
 
     Raises:
         ValueError: there are too few.
@@ -67,6 +67,6 @@ async def single_token_words(count: Count) -> list[str]:
     return single
 
 
-def random_prompt(words: list[str], num_tokens: int, draw: random.Random) -> str:
-    """A text of `num_tokens` words, drawn anew, so that no cache of prefixes helps."""
-    return "".join(f" {word}" for word in draw.choices(words, k=num_tokens))
+def random_prompt(words: list[str], num_tokens: int, rng: random.Random) -> str:
+    """Return a text of `num_tokens` random words, which no prefix cache holds."""
+    return "".join(f" {word}" for word in rng.choices(words, k=num_tokens))

@@ -1,5 +1,6 @@
 """Report: a run's records as figures, tables and JSON."""
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -14,14 +15,14 @@ LATENCIES = {
     "tpot": "time per output token",
     "e2el": "end-to-end latency",
 }
-OBJECTIVES = ("ttft", "tpot", "e2el")  # those that a request has one of
+OBJECTIVES = ("ttft", "tpot", "e2el")  # a request has one value of each
 
-# From here on what a client measures is itself as much as the server.
+# Above this share of a core, a client measures itself as much as the server.
 BUSY = 0.8
 
 
 def parse_objectives(words: Sequence[str]) -> dict[str, float]:
-    """`ttft:200 tpot:50` as milliseconds by name.
+    """Return `ttft:200 tpot:50` as milliseconds by name.
 
     Raises:
         ValueError: a word is not of that form.
@@ -43,7 +44,7 @@ def parse_objectives(words: Sequence[str]) -> dict[str, float]:
 
 
 def summarize(load: Load, objectives: Mapping[str, float]) -> dict[str, Any]:
-    """The figures of a run. Requests that failed count as failed and in no other figure."""
+    """Return the figures of a run. A request that failed counts in no other figure."""
     done = [record for record in load.records if record.error is None]
     duration_s = load.duration_s
     num_in = sum(record.num_prompt_tokens for record in done)
@@ -51,7 +52,7 @@ def summarize(load: Load, objectives: Mapping[str, float]) -> dict[str, Any]:
     figures: dict[str, Any] = {
         "completed": len(done),
         "failed": len(load.records) - len(done),
-        "errors": _errors(load.records),
+        "errors": dict(Counter(each.error for each in load.records if each.error is not None)),
         "duration_s": round(duration_s, 3),
         "input_tokens": num_in,
         "output_tokens": num_out,
@@ -72,7 +73,7 @@ def summarize(load: Load, objectives: Mapping[str, float]) -> dict[str, Any]:
 
 
 def distribution_ms(seconds: Sequence[float]) -> dict[str, float] | None:
-    """Mean and percentiles in milliseconds, linear between neighbours; None of nothing."""
+    """Return mean and interpolated percentiles in milliseconds; None without values."""
     if not seconds:
         return None
     values = np.asarray(seconds) * 1e3
@@ -81,7 +82,7 @@ def distribution_ms(seconds: Sequence[float]) -> dict[str, float] | None:
 
 
 def print_run(title: str, figures: Mapping[str, Any]) -> None:
-    """The figures of a run, for people."""
+    """Print the figures of a run, for people."""
     print(f"\n{title}")
     print(f"  requests     {figures['completed']} completed, {figures['failed']} failed")
     for error, count in figures["errors"].items():
@@ -97,7 +98,10 @@ def print_run(title: str, figures: Mapping[str, Any]) -> None:
     )
     if "goodput_requests_per_s" in figures:
         print(f"  goodput      {figures['goodput_requests_per_s']:.2f} requests/s")
-    print(f"  {'ms':<22}" + "".join(f"{name:>10}" for name in ("mean", *_columns())))
+    print(
+        f"  {'ms':<22}"
+        + "".join(f"{name:>10}" for name in ("mean", *(f"p{p}" for p in PERCENTILES)))
+    )
     for name, words in LATENCIES.items():
         if (values := figures[f"{name}_ms"]) is not None:
             print(f"  {words:<22}" + "".join(f"{value:>10.2f}" for value in values.values()))
@@ -112,7 +116,7 @@ def print_run(title: str, figures: Mapping[str, Any]) -> None:
 
 
 def print_curve(runs: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """One row for each run, as soon as it is there; returns them."""
+    """Print one row for each run as it ends, and return the runs."""
     heads = ["rate", "streams", "req/s", "out tok/s"]
     heads += [f"{name} {p}" for name in ("ttft", "itl", "e2el") for p in ("p50", "p99")]
     printed: list[dict[str, Any]] = []
@@ -147,20 +151,8 @@ def _is_good(record: Record, objectives: Mapping[str, float]) -> bool:
     )
 
 
-def _errors(records: Sequence[Record]) -> dict[str, int]:
-    counts: dict[str, int] = {}
-    for record in records:
-        if record.error is not None:
-            counts[record.error] = counts.get(record.error, 0) + 1
-    return counts
-
-
 def _per(amount: float, seconds: float) -> float:
     return round(amount / seconds, 4) if seconds > 0 else 0.0
-
-
-def _columns() -> list[str]:
-    return [f"p{p}" for p in PERCENTILES]
 
 
 def _cell(value: object) -> str:

@@ -1,7 +1,7 @@
-"""`tpllm bench serve`: loads any OpenAI-compatible server, and tells how it bears it.
+"""`tpllm bench serve`: sends load to any OpenAI-compatible server, and measures its latencies.
 
-A run sends its requests as a Poisson process of a given rate, at most so many at once; several
-rates give a curve. Each run has prompts of its own, so that no prefix cache helps from run to run.
+A run sends requests as a Poisson process of a given rate, with a limit on those at one time.
+Several rates give a curve. Each run has new prompts, so that no prefix cache helps it.
 """
 
 import asyncio
@@ -98,7 +98,7 @@ def _add_request_flags(group: Any) -> None:
             type=_length,
             default=default,
             metavar="N|LO-HI",
-            help=f"tokens of each {name}, drawn evenly from a range ({default[0]})",
+            help=f"tokens of each {name}, uniformly at random from a range ({default[0]})",
         )
     group.add_argument("--temperature", type=float, default=0.0, metavar="T", help="(0)")
     group.add_argument(
@@ -131,11 +131,11 @@ async def _measure(
     model = args.model or await _first_model(server)
     print(f"tpllm: {model} at {server.url}", file=sys.stderr)
     words = await single_token_words(token_counter(server, model, args.tokenizer))
-    draw = random.Random(args.seed)
-    await _warm_up(args, server, _jobs(args, model, words, args.num_warmups, draw))
+    rng = random.Random(args.seed)
+    await _warm_up(args, server, _jobs(args, model, words, args.num_warmups, rng))
     runs = []
     for rate, max_concurrency in product(args.request_rate, args.max_concurrency):
-        jobs = _jobs(args, model, words, args.num_prompts, draw)
+        jobs = _jobs(args, model, words, args.num_prompts, rng)
         arrivals = arrival_times(rate, len(jobs), args.seed)
         with tqdm(total=len(jobs), unit="request", leave=False, disable=None) as bar:
             load = await run_load(
@@ -158,10 +158,10 @@ async def _first_model(server: Server) -> str:
 
 
 async def _warm_up(args: Namespace, server: Server, jobs: list[Job]) -> None:
-    """Send a few requests at once; what fails here would fail all along.
+    """Send a few requests at once.
 
     Raises:
-        OSError: one did.
+        OSError: one failed, so the others would, too.
     """
     load = await run_load(server, jobs, [0.0] * len(jobs), timeout_s=args.timeout_s)
     for record in load.records:
@@ -170,12 +170,12 @@ async def _warm_up(args: Namespace, server: Server, jobs: list[Job]) -> None:
 
 
 def _jobs(
-    args: Namespace, model: str, words: list[str], num_jobs: int, draw: random.Random
+    args: Namespace, model: str, words: list[str], num_jobs: int, rng: random.Random
 ) -> list[Job]:
     jobs = []
     for _ in range(num_jobs):
-        num_in, num_out = draw.randint(*args.input_len), draw.randint(*args.output_len)
-        text = random_prompt(words, num_in, draw)
+        num_in, num_out = rng.randint(*args.input_len), rng.randint(*args.output_len)
+        text = random_prompt(words, num_in, rng)
         body: dict[str, Any] = {
             "model": model,
             "max_tokens": num_out,
@@ -194,7 +194,7 @@ def _jobs(
 
 
 def _allow_many_files() -> None:
-    """As many connections as the system lets us have; shells often set 1024."""
+    """Allow as many connections as the system does; shells often set 1024."""
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
@@ -234,7 +234,7 @@ def _json_object(text: str) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
-    """JSON has no infinity: a rate of inf is written as a word."""
+    """Return the value with "inf" for infinity, which JSON lacks."""
     if isinstance(value, dict):
         return {key: _plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
