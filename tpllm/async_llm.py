@@ -56,7 +56,7 @@ class AsyncLLM(Frontend[EngineClient], AbstractAsyncContextManager["AsyncLLM"]):
         self.config = replace(self.config, max_model_len=engine.max_total_tokens)
         self._client = engine
         self._streams = _Streams(engine, OutputProcessor(self._tokenizer))
-        self._streams.start()
+        self._streams.thread.start()
         # the streams' thread holds no reference to this object, so the finalizer can run
         weakref.finalize(self, engine.kill)
 
@@ -151,7 +151,7 @@ class AsyncLLM(Frontend[EngineClient], AbstractAsyncContextManager["AsyncLLM"]):
     def shutdown(self) -> None:
         """Do as `close`, for callers without an event loop; wait until every process has ended."""
         self._client.close()
-        self._streams.join()
+        self._streams.thread.join()
 
     async def __aenter__(self) -> Self:
         return self
@@ -184,11 +184,7 @@ class _Stream:
         self.loop = asyncio.get_running_loop()
         self.error: BaseException | None = None
         self._streams = streams
-        self._has_output = asyncio.Event()
-
-    def wake(self) -> None:
-        """Wake the task that waits in `next`. Only code on the event loop may call this."""
-        self._has_output.set()
+        self.has_output = asyncio.Event()
 
     async def next(self) -> RequestOutput:
         """Wait for the next output, and return it.
@@ -199,12 +195,12 @@ class _Stream:
         """
         while True:
             # only the loop sets the event, so a slow caller still yields to other tasks
-            await self._has_output.wait()
-            self._has_output.clear()
+            await self.has_output.wait()
+            self.has_output.clear()
             output = self._streams.take(self)
             if output is not None:  # None: an earlier call has taken this output
                 if self.error is not None:
-                    self._has_output.set()  # the next call raises it
+                    self.has_output.set()  # the next call raises it
                 return output
 
 
@@ -224,13 +220,7 @@ class _Streams:
         self._stats_futures: dict[int, Future[EngineStats]] = {}
         self._numbers = count()
         self._end: BaseException | None = None  # why the engine sends nothing more
-        self._thread = threading.Thread(target=self._run, name="tpllm-streams", daemon=True)
-
-    def start(self) -> None:
-        self._thread.start()
-
-    def join(self) -> None:
-        self._thread.join()
+        self.thread = threading.Thread(target=self._run, name="tpllm-streams", daemon=True)
 
     # ---- from an event loop ------------------------------------------------------------------
 
@@ -358,8 +348,9 @@ class _Streams:
 
 
 def _wake_all(streams: list[_Stream]) -> None:
+    """Wake the tasks that wait in `next`. Only code on their event loop may call this."""
     for stream in streams:
-        stream.wake()
+        stream.has_output.set()
 
 
 def _copy_of(error: BaseException) -> BaseException:

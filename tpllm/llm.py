@@ -1,8 +1,7 @@
 """LLM: the offline API, which continues a batch of prompts in one call."""
 
-import time
 from collections.abc import Generator, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, closing
+from contextlib import AbstractContextManager
 from typing import Any, Self
 
 from tqdm import tqdm
@@ -264,10 +263,6 @@ class LLM(Frontend[Coordinator], AbstractContextManager["LLM"]):
             [next(encoded) if isinstance(prompt, str) else prompt for prompt in prompts],
         )
 
-    def _bad_word_ids(self, params: SamplingParams) -> list[list[int]]:
-        """Return the token ids of bad words; `OutputProcessor` refuses them without a tokenizer."""
-        return self._tokenizer.bad_word_ids(params.bad_words) if self._tokenizer else []
-
     def _begin(
         self,
         texts: list[str | None],
@@ -284,7 +279,10 @@ class LLM(Frontend[Coordinator], AbstractContextManager["LLM"]):
         words = []
         for i, each in enumerate(params):
             try:
-                words.append(self._bad_word_ids(each))
+                # `OutputProcessor` refuses bad words without a tokenizer
+                words.append(
+                    self._tokenizer.bad_word_ids(each.bad_words) if self._tokenizer else []
+                )
             except ValueError as error:
                 raise ValueError(f"prompt {i}: {error}") from None
         prompts = list(zip(texts, prompt_ids, params, words, strict=True))
@@ -301,7 +299,12 @@ class LLM(Frontend[Coordinator], AbstractContextManager["LLM"]):
         final_only = RequestOutputKind.FINAL_ONLY
         with (
             self._begin(texts, prompt_ids, sampling_params, final_only) as call,
-            closing(_Progress(len(prompt_ids), use_tqdm)) as progress,
+            _Progress(
+                total=len(prompt_ids),
+                desc="Processed prompts",
+                unit="prompt",
+                disable=not (use_tqdm and prompt_ids),
+            ) as progress,
         ):
             outputs: dict[str, RequestOutput] = {}
             ids = [request.request_id for request in call.requests]
@@ -320,30 +323,19 @@ class LLM(Frontend[Coordinator], AbstractContextManager["LLM"]):
             return [outputs[each] for each in ids]
 
 
-class _Progress:
+class _Progress(tqdm):
     """A progress bar of finished prompts, with input and output tokens per second."""
 
-    def __init__(self, num_requests: int, enabled: bool) -> None:
-        self._bar = tqdm(
-            total=num_requests,
-            desc="Processed prompts",
-            unit="prompt",
-            disable=not (enabled and num_requests),
-        )
-        self._begin = time.perf_counter()
-        self._input = self._output = 0
+    num_input = num_output = 0
 
     def finished(self, output: RequestOutput) -> None:
-        self._input += len(output.prompt_token_ids)
-        self._output += sum([len(each.token_ids) for each in output.outputs])
-        if self._bar.disable:
+        self.num_input += len(output.prompt_token_ids)
+        self.num_output += sum([len(each.token_ids) for each in output.outputs])
+        if self.disable:
             return
-        seconds = max(time.perf_counter() - self._begin, 1e-9)
-        self._bar.set_postfix_str(
-            f"input {self._input / seconds:.0f} tok/s, output {self._output / seconds:.0f} tok/s",
-            refresh=False,
+        seconds = max(self.format_dict["elapsed"], 1e-9)
+        rates = (
+            f"{self.num_input / seconds:.0f} tok/s, output {self.num_output / seconds:.0f} tok/s"
         )
-        self._bar.update()
-
-    def close(self) -> None:
-        self._bar.close()
+        self.set_postfix_str(f"input {rates}", refresh=False)
+        self.update()

@@ -4,6 +4,7 @@ import asyncio
 import time
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
+from dataclasses import dataclass, field
 from typing import Any
 
 from tpllm.async_llm import AsyncLLM
@@ -13,16 +14,16 @@ from tpllm.server.logprob_bodies import Position
 from tpllm.server.metrics import Metrics
 
 
+@dataclass
 class Answer:
     """One of n answers to one prompt, with its parts joined so far."""
 
-    def __init__(self, index: int) -> None:
-        self.index = index  # number among all answers of the HTTP request
-        self.text = ""
-        self.token_ids: list[int] = []
-        self.logprobs: list[Position] = []
-        self.finish_reason: str | None = None
-        self.stop_reason: int | str | None = None
+    index: int  # number among all answers of the HTTP request
+    text: str = ""
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[Position] = field(default_factory=list)
+    finish_reason: str | None = None
+    stop_reason: int | str | None = None
 
     def add(self, part: CompletionOutput) -> None:
         self.text += part.text
@@ -32,15 +33,15 @@ class Answer:
         self.stop_reason = part.stop_reason
 
 
+@dataclass
 class PromptState:
     """One prompt of the request, with its answers so far."""
 
-    def __init__(self, index: int, token_ids: list[int], answers: list[Answer]) -> None:
-        self.index = index
-        self.token_ids = token_ids
-        self.answers = answers
-        self.logprobs: Sequence[Position | None] | None = None
-        self.num_cached_tokens = 0
+    index: int
+    token_ids: list[int]
+    answers: list[Answer]
+    logprobs: Sequence[Position | None] | None = None
+    num_cached_tokens: int = 0
 
 
 class Generation:
@@ -73,10 +74,6 @@ class Generation:
             for i, ids in enumerate(prompts)
         ]
 
-    @property
-    def answers(self) -> list[Answer]:
-        return [answer for prompt in self.prompts for answer in prompt.answers]
-
     def usage(self) -> dict[str, Any]:
         """Return the numbers of tokens so far, in OpenAI's format."""
         return {
@@ -103,7 +100,7 @@ class Generation:
             )
             for i, prompt in enumerate(self.prompts)
         ]
-        last = [begin] * len(self.answers)
+        last = [begin] * (len(self.prompts) * self._params.n)
         async with aclosing(_merged(streams)) as outputs:
             async for i, output in outputs:
                 prompt = self.prompts[i]

@@ -51,11 +51,19 @@ class LongResponse(Response):
             # until the last byte is sent, since the answer takes memory until then
             with self._service.admission.enter(self._answerer.num_seqs):
                 await self._answer(scope, receive, send)
+        except ClientGone:
+            scope["state"]["outcome"] = "client_gone"
         except APIError as error:
             await error.response()(scope, receive, send)
 
     @abstractmethod
-    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None: ...
+    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send the answer.
+
+        Raises:
+            ClientGone: the client disconnected.
+            APIError: the request failed, and nothing has been sent.
+        """
 
     async def _watched(self, receive: Receive, work: Coroutine[Any, Any, T]) -> T:
         """Return the result of `work`, which is cancelled and awaited if it cannot be delivered.
@@ -93,14 +101,7 @@ class JSONAnswer(LongResponse):
     """A response of one JSON object, sent once it is complete."""
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
-        try:
-            pieces = await self._watched(receive, self._encoded())
-        except ClientGone:
-            scope["state"]["outcome"] = "client_gone"
-            return
-        except APIError as error:
-            await error.response()(scope, receive, send)
-            return
+        pieces = await self._watched(receive, self._encoded())
         headers = [
             (b"content-length", str(sum(map(len, pieces))).encode()),
             (b"content-type", b"application/json"),
@@ -132,13 +133,9 @@ class EventStream(LongResponse):
         comments = asyncio.ensure_future(self._comment(send))
         try:
             await self._watched(receive, self._send_events(send))
-        except ClientGone:
-            scope["state"]["outcome"] = "client_gone"
-            return
         except APIError as error:
             if not self._has_begun:
-                await error.response()(scope, receive, send)
-                return
+                raise
             scope["state"]["outcome"] = "timeout" if error.status_code == 504 else "error"
             try:
                 async with asyncio.timeout(LAST_EVENT_S):
