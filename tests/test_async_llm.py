@@ -37,7 +37,7 @@ async def until_idle(engine: AsyncLLM) -> None:
         await asyncio.sleep(0.01)
 
 
-def test_many_at_once_get_the_tokens_of_transformers(engine):
+def test_many_requests_at_once_get_the_tokens_of_transformers(engine):
     async def stream(i: int) -> None:
         reference = REFERENCES[i % len(REFERENCES)]
         params = SamplingParams(temperature=0, max_tokens=4 + i % 5, output_kind=DELTA)
@@ -83,7 +83,7 @@ def test_continuations_with_seeds_are_repeated_and_the_first_is_that_of_one_alon
     assert texts(1) == three[:1]
 
 
-def test_log_probabilities_come_along(engine):
+def test_log_probabilities_are_streamed(engine):
     params = SamplingParams(temperature=0, max_tokens=3, logprobs=2, prompt_logprobs=1)
     last = run(outputs_of(engine, PSALM, params))[-1]
     completion = last.outputs[0]
@@ -98,7 +98,7 @@ def test_log_probabilities_come_along(engine):
     assert len(last.prompt_logprobs) == len(last.prompt_token_ids)
 
 
-def test_an_abort_ends_a_stream_with_what_there_is(engine):
+def test_an_abort_ends_a_stream_with_its_tokens_so_far(engine):
     async def check() -> None:
         stream = engine.generate(PSALM, ENDLESS, request_id="mine")
         first = await anext(stream)

@@ -89,7 +89,7 @@ def test_an_engine_serves_one_event_loop_after_the_other(make_engine):
         run(engine.stats())
 
 
-def test_a_caller_who_is_slow_holds_nobody_up_and_misses_nothing(make_engine):
+def test_a_slow_caller_delays_no_other_and_misses_nothing(make_engine):
     async def check() -> None:
         async with make_engine() as engine:
             slow = engine.generate([1, 2, 3], ENDLESS)
@@ -139,7 +139,7 @@ def test_an_engine_without_requests_sleeps(make_engine):
     with_engine.shutdown()
 
 
-def test_the_books_tell_of_requests_and_ranks(make_engine):
+def test_stats_cover_requests_and_ranks(make_engine):
     async def check() -> None:
         async with make_engine(SLOW) as engine:
             task = asyncio.create_task(outputs_of(engine, ENDLESS))
@@ -191,10 +191,10 @@ def test_a_worker_killed_while_it_runs_is_named_to_every_caller(make_engine):
     run(check())
 
 
-def test_what_came_before_the_error_is_told_before_it(make_engine, monkeypatch):
+def test_outputs_before_an_error_are_yielded_before_it(make_engine, monkeypatch):
     """Also where both come in one piece."""
     receive = Connection.receive
-    told: list[int] = []
+    reported: list[int] = []
 
     def receive_all(connection: Connection, timeout_s: float) -> list[Message]:
         received = receive(connection, timeout_s)
@@ -202,7 +202,7 @@ def test_what_came_before_the_error_is_told_before_it(make_engine, monkeypatch):
             received += receive(connection, timeout_s)
         for message in received[:-1]:
             for update in messages.read_updates(message):
-                told.extend(update.new_token_ids)
+                reported.extend(update.new_token_ids)
         return received
 
     async def check() -> None:
@@ -215,13 +215,13 @@ def test_what_came_before_the_error_is_told_before_it(make_engine, monkeypatch):
         with pytest.raises(WorkerError, match="worker rank 1 was killed"):
             async for output in stream:
                 token_ids = output.outputs[0].token_ids
-        assert told and token_ids[-len(told) :] == told
+        assert reported and token_ids[-len(reported) :] == reported
 
     run(check())
 
 
 @pytest.mark.parametrize("busy", [False, True])
-def test_an_engine_s_process_that_is_stopped_is_told_and_ended(make_engine, monkeypatch, busy):
+def test_a_stopped_engine_process_is_reported_and_ended(make_engine, monkeypatch, busy):
     monkeypatch.setattr(engine_client, "_PING_AFTER_S", 0.2)
 
     async def check() -> None:
@@ -265,7 +265,7 @@ def test_a_stop_is_measured_from_its_beginning(monkeypatch):
     client._connection.send.assert_called_once_with({"type": "alive"})
 
 
-def test_a_mistake_of_ours_ends_the_engine_and_is_told(make_engine, monkeypatch):
+def test_a_bug_ends_the_engine_and_is_reported(make_engine, monkeypatch):
     def fail(*args: object) -> None:
         raise RuntimeError("a mistake")
 
@@ -290,7 +290,7 @@ def test_a_worker_killed_while_nothing_runs_is_noticed(make_engine):
 
 
 @pytest.mark.parametrize("params", [None, ENDLESS], ids=["idle", "running"])
-def test_the_death_of_the_engine_s_process_is_told_and_takes_the_workers_along(make_engine, params):
+def test_the_end_of_the_engine_process_is_reported_and_ends_the_workers(make_engine, params):
     async def check() -> None:
         engine = make_engine(SLOW)
         stream = engine.generate([1, 2, 3], params or SHORT)
@@ -323,7 +323,7 @@ def test_a_failed_start_is_an_error_of_the_constructor(make_engine, acts, error,
         make_engine(acts)
 
 
-def test_an_engine_s_process_killed_while_it_starts_is_told(make_engine):
+def test_an_engine_process_killed_while_it_starts_is_reported(make_engine):
     children = psutil.Process().children
 
     def kill_it() -> None:

@@ -33,7 +33,7 @@ def llm() -> Iterator[LLM]:
         yield llm
 
 
-def test_the_phases_of_the_start_are_told(llm: LLM) -> None:
+def test_the_phases_of_the_start_are_reported(llm: LLM) -> None:
     assert {(0, "importing torch"), (0, "loading weights")} <= set(HEARD)
 
 
@@ -67,7 +67,7 @@ def test_an_end_token_ends_the_text_and_is_among_the_ids(llm: LLM) -> None:
     assert output.token_ids[-1] in llm.config.model_config.eos_token_ids
 
 
-def test_a_stop_token_is_told_and_left_out_of_the_text(llm: LLM) -> None:
+def test_a_stop_token_is_reported_and_left_out_of_the_text(llm: LLM) -> None:
     reference = shipped_greedy()[0]
     stop = reference.output_ids[4]
     first = reference.output_ids.index(stop)
@@ -78,7 +78,7 @@ def test_a_stop_token_is_told_and_left_out_of_the_text(llm: LLM) -> None:
     assert output.text == llm.get_tokenizer().decode(reference.output_ids[:first])
 
 
-def test_min_tokens_holds_end_tokens_back(llm: LLM) -> None:
+def test_min_tokens_excludes_end_tokens(llm: LLM) -> None:
     conversation = [{"role": "user", "content": "What is 348 + 44?"}]
     params = SamplingParams(temperature=0, min_tokens=10, max_tokens=64)
     output = llm.chat(conversation, params, use_tqdm=False)[0].outputs[0]
@@ -87,7 +87,7 @@ def test_min_tokens_holds_end_tokens_back(llm: LLM) -> None:
     assert not ends.intersection(output.token_ids[:10])
 
 
-def test_a_seed_draws_the_same_alone_in_a_batch_in_chunks_and_on_two_ranks(llm: LLM) -> None:
+def test_a_seed_samples_the_same_alone_in_a_batch_in_chunks_and_on_two_ranks(llm: LLM) -> None:
     prompts = [reference.prompt_ids for reference in shipped_greedy()[: len(DRAWN)]]
 
     def drawn(engine: LLM, alone: bool) -> list[list[int]]:
@@ -183,7 +183,7 @@ def test_several_continuations_share_a_prompt(llm: LLM) -> None:
     assert stats.num_cached_tokens > 0
 
 
-def test_a_conversation_is_answered_as_its_template_is_told(llm: LLM) -> None:
+def test_a_conversation_is_answered_with_its_template_options(llm: LLM) -> None:
     question: dict[str, Any] = {
         "role": "user",
         "content": [{"type": "text", "text": "What is 348 + 44?"}],
@@ -213,7 +213,7 @@ def test_a_conversation_is_answered_as_its_template_is_told(llm: LLM) -> None:
         llm.chat(begun, params, continue_final_message=True)
 
 
-def test_a_conversation_may_come_as_openais_clients_keep_it(llm: LLM) -> None:
+def test_a_conversation_may_have_the_formats_of_openais_clients(llm: LLM) -> None:
     call = {"id": "c", "type": "function", "function": {"name": "f", "arguments": '{"a": "Ulm"}'}}
     kept: list[Any] = [
         {"role": "developer", "content": [{"type": "text", "text": "Hi", "cache_control": {}}]},
@@ -273,7 +273,7 @@ def test_what_cannot_run_is_refused_before_any_prompt_runs(llm, prompt, params, 
     assert llm._coordinator.num_unfinished == 0
 
 
-def test_the_bar_tells_tokens_per_second(llm: LLM, capsys) -> None:
+def test_the_bar_shows_tokens_per_second(llm: LLM, capsys) -> None:
     llm.generate([PSALM], SHORT)
     shown = capsys.readouterr().err
     assert "Processed prompts: 100%" in shown

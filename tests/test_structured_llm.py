@@ -94,7 +94,7 @@ def together(llm: LLM) -> list[CompletionOutput]:
     return generate(llm, [params for _, params in REQUESTS] + PLAIN)
 
 
-def test_every_answer_has_its_form(together: list[CompletionOutput]) -> None:
+def test_every_answer_follows_its_constraint(together: list[CompletionOutput]) -> None:
     for (name, params), output in zip(REQUESTS, together, strict=False):
         check(name, output)
         if params.logprobs is not None:
@@ -138,7 +138,7 @@ def test_a_weak_model_comes_to_the_end_of_its_json(llm: LLM) -> None:
         assert isinstance(value, dict)
 
 
-def test_company_changes_nothing(llm: LLM, together: list[CompletionOutput]) -> None:
+def test_other_requests_change_nothing(llm: LLM, together: list[CompletionOutput]) -> None:
     num = len(REQUESTS)
     assert num % 2 == 0  # so that each has the prompt that it had in company
     apart = generate(llm, PLAIN)
@@ -148,7 +148,7 @@ def test_company_changes_nothing(llm: LLM, together: list[CompletionOutput]) -> 
         assert alone.outputs[0].token_ids == together[i].token_ids
 
 
-def test_two_ranks_with_a_tiny_cache_draw_the_same(together: list[CompletionOutput]) -> None:
+def test_two_ranks_with_a_tiny_cache_sample_the_same(together: list[CompletionOutput]) -> None:
     with LLM(
         device="cpu",
         tensor_parallel_size=2,
@@ -169,7 +169,7 @@ def test_continuations_have_masks_of_their_own(llm: LLM) -> None:
     assert len({each.text for each in output.outputs}) > 3
 
 
-def test_an_answer_may_be_left_in_the_middle(llm: LLM) -> None:
+def test_a_stream_may_be_closed_before_its_end(llm: LLM) -> None:
     stream = llm.generate_stream(PROMPTS, drawn(1, {"regex": "a{200}"}, max_tokens=200))
     for _ in range(6):
         next(stream)
@@ -243,7 +243,7 @@ def test_a_stream_gives_the_other_prompts_before_the_error(llm: LLM) -> None:
     assert all(not each.finished for prompt, each in last.items() if prompt != PROMPTS[1])
 
 
-def test_a_tokens_limit_is_no_such_error(llm: LLM) -> None:
+def test_reaching_max_tokens_is_no_such_error(llm: LLM) -> None:
     (output,) = generate(llm, [drawn(1, {"choice": ["foobar foobar foobar"]}, max_tokens=2)])
     assert output.finish_reason == "length" and "foobar".startswith(output.text[:6])
 

@@ -276,13 +276,11 @@ class LLM(Frontend[Coordinator], AbstractContextManager["LLM"]):
             ValueError: a prompt can never run; the message names it by its index.
         """
         params = one_for_each(sampling_params, len(prompt_ids), self.get_default_sampling_params)
+        tokenizer = self._tokenizer  # without one, `OutputProcessor` refuses bad words
         words = []
         for i, each in enumerate(params):
             try:
-                # `OutputProcessor` refuses bad words without a tokenizer
-                words.append(
-                    self._tokenizer.bad_word_ids(each.bad_words) if self._tokenizer else []
-                )
+                words.append(tokenizer.bad_word_ids(each.bad_words) if tokenizer else [])
             except ValueError as error:
                 raise ValueError(f"prompt {i}: {error}") from None
         prompts = list(zip(texts, prompt_ids, params, words, strict=True))
@@ -334,8 +332,7 @@ class _Progress(tqdm):
         if self.disable:
             return
         seconds = max(self.format_dict["elapsed"], 1e-9)
-        rates = (
-            f"{self.num_input / seconds:.0f} tok/s, output {self.num_output / seconds:.0f} tok/s"
-        )
-        self.set_postfix_str(f"input {rates}", refresh=False)
+        input_rate, output_rate = self.num_input / seconds, self.num_output / seconds
+        rates = f"input {input_rate:.0f} tok/s, output {output_rate:.0f} tok/s"
+        self.set_postfix_str(rates, refresh=False)
         self.update()

@@ -1,4 +1,4 @@
-"""What a host may be short of, and how that is told."""
+"""What a host may be short of, and the errors about it."""
 
 import os
 import resource

@@ -83,12 +83,12 @@ REFUSED: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("message", REFUSED)
-def test_numbers_that_cannot_be_followed_are_refused_by_place(message):
+def test_numbers_that_cannot_be_generated_are_refused_by_path(message):
     with pytest.raises(ValueError, match=message):
         StructuredOutputsParams(json=REFUSED[message])
 
 
-def test_a_grammars_schemas_are_put_right_too():
+def test_schemas_in_a_grammar_are_rewritten_too():
     form = StructuredOutputsParams(grammar=f'start: "<" %json {json.dumps(INT64)} ">"')
     assert fits(form, "<9223372036854775807>") and not fits(form, "<9223372036854775808>")
     with pytest.raises(ValueError, match="%json in grammar: const: 9007199254740993 cannot"):
@@ -119,7 +119,7 @@ def is_within(value: Decimal, schema: dict) -> bool:
 @given(
     kind=st.sampled_from(["integer", "number"]), limits=st.dictionaries(bounds, numbers, max_size=3)
 )
-def test_no_number_near_a_bound_is_let_pass_outside_of_it(kind, limits):
+def test_no_number_outside_a_bound_is_accepted(kind, limits):
     schema = {"type": kind, **limits}
     try:
         form = StructuredOutputsParams(json=schema)
@@ -140,7 +140,7 @@ def test_no_number_near_a_bound_is_let_pass_outside_of_it(kind, limits):
         )
 
 
-def test_what_has_no_bounds_stays_as_it_is():
+def test_schemas_without_bounds_are_unchanged():
     text = '{"type": "object", "properties": {"minimum": {"type": "integer"}}}'
     assert json.loads(compilable_schema(text)) == json.loads(text)
     assert LLMatcher.grammar_from_json_schema(compilable_schema(text))

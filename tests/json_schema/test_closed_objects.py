@@ -56,7 +56,7 @@ def test_every_object_that_names_its_properties_is_closed(schema, closed):
         {"items": True, "properties": 3, "$defs": [A], "anyOf": 1, "allOf": {}},
     ],
 )
-def test_what_says_more_or_is_joined_with_others_stays_as_it_is(schema):
+def test_other_objects_are_not_closed(schema):
     before = copy.deepcopy(schema)
     close_objects(schema)
     assert schema == before

@@ -73,7 +73,11 @@ ZOD_EMAIL = (
     r"([A-Za-z0-9][A-Za-z0-9\-]*\.)+[A-Za-z]{2,}$"
 )
 MORE_THAT_WORKS: dict[str, tuple[dict[str, Any], Any, Any]] = {
-    "a oneOf of objects told apart by a const": ({"oneOf": [A, B]}, {"kind": "a"}, {"kind": "c"}),
+    "a oneOf of objects with their own const": (
+        {"oneOf": [A, B]},
+        {"kind": "a"},
+        {"kind": "c"},
+    ),
     "the same behind references, as pydantic writes it": (
         {
             "oneOf": [{"$ref": "#/$defs/A"}, {"$ref": "#/$defs/B"}],
@@ -191,9 +195,9 @@ def test_an_answer_fits_where_the_instance_is_valid(schema, valid, invalid):
 
 
 def test_every_keyword_of_the_table_works_or_is_refused():
-    told = {row[0] for row in WORKS}
-    assert told == set(SUPPORTED) - {"id"}
-    assert not told & set(UNSUPPORTED)
+    tested = {row[0] for row in WORKS}
+    assert tested == set(SUPPORTED) - {"id"}
+    assert not tested & set(UNSUPPORTED)
 
 
 def in_code(value: object) -> str:
@@ -215,7 +219,7 @@ SOME_VALUES = {"uniqueItems": True, "$dynamicRef": "#a", "$recursiveRef": "#"}
 
 
 @pytest.mark.parametrize("keyword", UNSUPPORTED)
-def test_an_unsupported_keyword_is_refused_by_name_and_place(keyword):
+def test_an_unsupported_keyword_is_refused_by_name_and_path(keyword):
     part = {keyword: SOME_VALUES.get(keyword, {"a": False})}
     schema = {"type": "object", "properties": {"b": {"items": part}}}
     with pytest.raises(ValueError) as caught:
@@ -250,13 +254,13 @@ REFUSED: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("message", REFUSED)
-def test_what_would_be_ignored_or_guessed_is_refused(message):
+def test_keywords_that_would_be_ignored_are_refused(message):
     with pytest.raises(ValueError, match=message):
         StructuredOutputsParams(json=REFUSED[message])
 
 
 @pytest.mark.parametrize("name", ANNOTATIONS)
-def test_annotations_pass_and_change_nothing(name):
+def test_annotations_are_accepted_and_have_no_effect(name):
     value = ANNOTATIONS[name]
     text = json.dumps({"type": "array", "items": {"const": 1}, name: value})
     form = StructuredOutputsParams(json=text.replace("Infinity", "1e400"))
@@ -291,7 +295,7 @@ def test_formats_are_those_that_programs_read(name, right, wrong):
 
 
 @pytest.mark.parametrize("name", ["email", "hostname", "duration", "date-time"])
-def test_what_has_a_format_has_an_end(name):
+def test_strings_with_a_format_have_a_maximum_length(name):
     form = {"type": "string", "format": name}
     if name == "date-time":
         form["pattern"] = r"^.*\.1*Z$"
@@ -325,12 +329,12 @@ def test_numbers_of_any_size_have_an_answer_or_a_reason():
         ({"type": "string", "pattern": r"\bfoo"}, "look-around is not supported"),
     ],
 )
-def test_reasons_are_in_words_of_the_schema(schema, reason):
+def test_errors_use_the_words_of_the_schema(schema, reason):
     with pytest.raises(ValueError, match=reason):
         shipped_grammars().compile(StructuredOutputsParams(json=schema))
 
 
-def test_no_reason_names_an_option_that_does_not_exist():
+def test_no_error_names_an_option_that_does_not_exist():
     schemas: list[dict[str, Any]] = [
         {"oneOf": [{}, {}]},
         {"properties": {"a": {}}, "minProperties": 3},

@@ -27,7 +27,7 @@ from tpllm import StructuredOutputsParams
         ({"type": "json_schema", "json_schema": {"schema": {}}}, "give the schema itself"),
     ],
 )
-def test_a_value_of_the_wrong_kind_is_refused_by_place(schema, message):
+def test_a_value_of_the_wrong_type_is_refused_by_path(schema, message):
     with pytest.raises(ValueError, match=message):
         StructuredOutputsParams(json=schema)
 

@@ -8,7 +8,7 @@ from tests.leaks import wait_until
 from tpllm.offline.fair_lock import FairLock
 
 
-def test_threads_get_the_turn_in_the_order_of_their_calls():
+def test_threads_get_the_lock_in_the_order_of_their_calls():
     lock = FairLock()
     had: list[int | str] = []
 

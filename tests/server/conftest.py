@@ -116,7 +116,7 @@ def shared() -> Iterator[Served]:
 def served(shared: Served) -> Iterator[Served]:
     """The shared server, its engine as new."""
     engine = shared.engine
-    engine.reply, engine.letters_per_step, engine.step_s = None, 3, 0.0
+    engine.reply, engine.chars_per_step, engine.step_s = None, 3, 0.0
     engine.tokenizer.template_end = ""
     for log in (engine.seen, engine.gone, engine.tokenizer.rendered):
         log.clear()

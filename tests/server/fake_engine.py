@@ -1,6 +1,6 @@
 """A stand-in for AsyncLLM in plain Python: its answers are scripted, and it can be slow or die.
 
-Its tokenizer takes each letter as a token, whose id is the letter's code point.
+Its tokenizer makes each character a token, whose id is its code point.
 """
 
 import asyncio
@@ -18,11 +18,11 @@ from tpllm.outputs import CompletionOutput, Logprob, RequestOutput
 from tpllm.text.conversation import plain_messages, plain_tools
 
 MAX_MODEL_LEN = 2000
-NUM_LETTERS = 0x110000
+NUM_CODE_POINTS = 0x110000
 
 
-class LetterTokenizer:
-    """Letters for tokens; a chat as <role>text lines. `template_end` ends each rendered prompt."""
+class CharTokenizer:
+    """Characters are tokens; a chat is lines of <role>text. `template_end` ends each prompt."""
 
     def __init__(self) -> None:
         self.has_chat_template = True
@@ -30,12 +30,12 @@ class LetterTokenizer:
         self.rendered: list[dict[str, Any]] = []  # what render_chat was asked for
 
     def encode_batch(self, texts: list[str], add_special_tokens: bool = True) -> list[list[int]]:
-        if any("\ud800" <= letter <= "\udfff" for text in texts for letter in text):
+        if any("\ud800" <= char <= "\udfff" for text in texts for char in text):
             raise ValueError("prompt 0 holds a lone surrogate, which is not valid Unicode")
-        return [[ord(letter) for letter in text] for text in texts]
+        return [[ord(char) for char in text] for text in texts]
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
-        return "".join(chr(each) for each in ids if each < NUM_LETTERS)
+        return "".join(chr(each) for each in ids if each < NUM_CODE_POINTS)
 
     def decode_one(self, token_id: int) -> str:
         return self.decode([token_id])
@@ -54,7 +54,7 @@ class LetterTokenizer:
     def render_chat(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> str:
         plain = plain_messages(messages)
         if any(message["content"] == "refuse" for message in plain):
-            raise ValueError("the chat template of letters cannot render these messages: no")
+            raise ValueError("the chat template of fake cannot render these messages: no")
         tools = plain_tools(options.pop("tools", None))
         self.rendered.append({"messages": plain, "tools": tools, **options})
         lines = [f"<{message['role']}>{message['content']}\n" for message in plain]
@@ -63,7 +63,7 @@ class LetterTokenizer:
 
 @dataclass
 class FakeEngine:
-    """Gives `reply` to every prompt, `letters_per_step` at a time.
+    """Gives `reply` to every prompt, `chars_per_step` at a time.
 
     Attributes:
         reply: the text of every answer; None for the prompt, turned round
@@ -73,7 +73,7 @@ class FakeEngine:
     """
 
     reply: str | None = None
-    letters_per_step: int = 3
+    chars_per_step: int = 3
     step_s: float = 0.0
     max_num_seqs: int = 4
     defaults: dict[str, Any] = field(default_factory=dict)
@@ -87,16 +87,16 @@ class FakeEngine:
     def __post_init__(self) -> None:
         self.hold = asyncio.Event()
         self.hold.set()
-        self.tokenizer = LetterTokenizer()
+        self.tokenizer = CharTokenizer()
         self.config: Any = SimpleNamespace(
-            model="letters",
+            model="fake",
             generation_defaults=self.defaults,
             max_model_len=MAX_MODEL_LEN,
             max_num_seqs=self.max_num_seqs,
-            model_config=SimpleNamespace(name="letters"),
+            model_config=SimpleNamespace(name="fake"),
         )
 
-    def get_tokenizer(self) -> LetterTokenizer:
+    def get_tokenizer(self) -> CharTokenizer:
         return self.tokenizer
 
     def die(self) -> None:
@@ -162,7 +162,7 @@ class FakeEngine:
         if params.prompt_logprobs is not None:
             entries = [self._position(each, params.prompt_logprobs) for each in ids[1:]]
             prompt_logprobs = [None, *entries]
-        size = self.letters_per_step
+        size = self.chars_per_step
         pieces = [shown[i : i + size] for i in range(0, len(shown), size)] or [""]
         for i, index in itertools.product(range(len(pieces)), range(params.n)):
             await self.hold.wait()
@@ -170,7 +170,7 @@ class FakeEngine:
                 raise self.dead_error
             await asyncio.sleep(self.step_s)
             is_last = i == len(pieces) - 1
-            token_ids = [ord(letter) for letter in pieces[i]]
+            token_ids = [ord(char) for char in pieces[i]]
             self.num_generated += len(token_ids)
             part = CompletionOutput(
                 index=index,
@@ -194,7 +194,7 @@ class FakeEngine:
             )
 
     def _position(self, token_id: int, num_top: int) -> dict[int, Logprob]:
-        """The token itself is the second likeliest, after the letter that follows it."""
+        """The token itself is the second likeliest, after the character that follows it."""
         ranked = [token_id + 1, token_id, *range(token_id + 2, token_id + 2 + num_top)]
         entries = {
             each: Logprob(-1.0 * rank, rank, self.tokenizer.decode_one(each))

@@ -1,4 +1,4 @@
-"""Reasoning, content and tool calls, told apart in the same way however the text is cut."""
+"""Reasoning, content and tool calls, separated in the same way however the text is divided."""
 
 import json
 import time
@@ -58,12 +58,12 @@ def taken_apart(
         ("a < b </think>", "", "a < b </think>"),
     ],
 )
-def test_reasoning_stands_at_the_beginning(text: str, reasoning: str, content: str) -> None:
+def test_reasoning_comes_only_at_the_beginning(text: str, reasoning: str, content: str) -> None:
     assert taken_apart([text]) == (reasoning, content, [])
     assert taken_apart(list(text)) == (reasoning, content, [])
 
 
-def test_a_prompt_tells_where_its_answer_begins() -> None:
+def test_the_prompt_decides_whether_the_answer_begins_with_reasoning() -> None:
     assert Thinking.after("<|im_start|>assistant\n<think>\n") is Thinking.OPEN
     assert Thinking.after("assistant\n<think>\n\n</think>\n\n") is Thinking.NONE
     assert Thinking.after("<|im_start|>assistant\n") is Thinking.POSSIBLE
@@ -71,14 +71,14 @@ def test_a_prompt_tells_where_its_answer_begins() -> None:
     assert taken_apart(["<think>so"], Thinking.NONE) == ("", "<think>so", [])
 
 
-def test_a_call_gives_its_name_and_arguments_word_for_word() -> None:
+def test_name_and_arguments_of_a_call_are_unchanged() -> None:
     arguments = '{"a": "}</tool_call>\\"", "b": [1]}'
     for parts in ([CALL], list(CALL)):
         assert taken_apart(parts) == ("", "", [("f", arguments)])
     assert json.loads(arguments) == {"a": '}</tool_call>"', "b": [1]}
 
 
-def test_arguments_are_passed_on_before_the_call_ends() -> None:
+def test_arguments_are_streamed_before_the_call_ends() -> None:
     parser = AnswerParser(Thinking.NONE, tools=True)
     pieces = parser.feed('<tool_call>{"name": "f", "arguments": {"a": 1')
     assert pieces == [CallStart(0, "f"), CallArguments(0, '{"a": 1')]
@@ -104,18 +104,18 @@ def test_arguments_are_passed_on_before_the_call_ends() -> None:
         ('{"name": "f", "arguments": {"a": "<", "b": <', "f", '{"a": "<", "b": <'),
     ],
 )
-def test_a_call_in_another_form_is_understood(call: str, name: str, arguments: str) -> None:
+def test_a_call_with_another_key_order_is_parsed(call: str, name: str, arguments: str) -> None:
     text = f"<tool_call>{call}</tool_call>"
     assert taken_apart([text]) == taken_apart(list(text)) == ("", "", [(name, arguments)])
 
 
-def test_a_call_with_a_long_beginning_is_understood() -> None:
+def test_a_call_with_a_long_beginning_is_parsed() -> None:
     call = '<tool_call>{"name": "' + "f" * 3000 + '", "arguments": {"a": 1}}</tool_call>'
     for parts in ([call], [call[i : i + 7] for i in range(0, len(call), 7)]):
         assert taken_apart(parts) == ("", "", [("f" * 3000, '{"a": 1}')])
 
 
-def test_calls_stand_apart_from_the_text_around_them() -> None:
+def test_calls_are_separate_from_the_text_around_them() -> None:
     text = f"<think>x</think>\nfirst \n{CALL}\n{CALL}\nlast\n"
     reasoning, content, calls = taken_apart(list(text))
     assert (reasoning, content, len(calls)) == ("x", "firstlast\n", 2)
@@ -140,7 +140,7 @@ NO_CALLS = [
 
 
 @pytest.mark.parametrize("text", NO_CALLS)
-def test_what_is_no_call_is_content(text: str) -> None:
+def test_text_that_is_no_call_is_content(text: str) -> None:
     assert taken_apart([text]) == taken_apart(list(text)) == ("", text, [])
 
 
@@ -152,7 +152,7 @@ def test_a_call_after_a_tag_that_begins_none_is_found(text: str) -> None:
 
 
 @pytest.mark.parametrize("between", ["", "\n", "}\n", " \n\n"])
-def test_calls_that_are_not_closed_are_still_calls(between: str) -> None:
+def test_calls_without_a_closing_tag_are_calls(between: str) -> None:
     call = '<tool_call>\n{"name": "f", "arguments": {"a": 1}}'
     text = between.join([call] * 3)
     calls = [("f", '{"a": 1}')] * 3
@@ -162,13 +162,13 @@ def test_calls_that_are_not_closed_are_still_calls(between: str) -> None:
     assert taken_apart(list(text + " so")) == ("", " so", calls)
 
 
-def test_a_call_that_is_cut_off_keeps_what_came_of_it() -> None:
+def test_a_truncated_call_keeps_its_beginning() -> None:
     text = '<tool_call>{"name": "f", "arguments": {"a": '
     assert taken_apart(list(text)) == ("", "", [("f", '{"a": ')])
 
 
 @pytest.mark.parametrize("only_calls", [False, True])
-def test_a_call_that_is_cut_anywhere_leaves_no_tag_in_the_content(only_calls: bool) -> None:
+def test_a_call_truncated_anywhere_leaves_no_tag_in_the_content(only_calls: bool) -> None:
     text = f"{CALL}\n{CALL}"
     for length in range(len(text)):
         shown = text[:length]
@@ -181,7 +181,7 @@ def test_a_call_that_is_cut_anywhere_leaves_no_tag_in_the_content(only_calls: bo
         assert all(CALL.find(arguments) >= 0 for _, arguments in calls)
 
 
-def test_a_cut_call_in_another_order_is_dropped() -> None:
+def test_a_truncated_call_with_another_key_order_is_dropped() -> None:
     text = 'so <tool_call>{"arguments": {"a": 1}, "na'
     assert taken_apart([text], is_cut=True) == ("", "so", [])
     assert taken_apart([text]) == ("", text, [])
@@ -229,12 +229,12 @@ def cut_up(text: str, sizes: list[int]) -> list[str]:
 
 
 @given(PROSE, SIZES)
-def test_prose_that_mentions_tags_is_content_letter_by_letter(text: str, sizes: list[int]) -> None:
+def test_prose_that_mentions_tags_is_content_in_any_pieces(text: str, sizes: list[int]) -> None:
     assert taken_apart(cut_up(text, sizes), Thinking.NONE) == ("", text, [])
 
 
 @given(PROSE, PROSE, PROSE, SIZES)
-def test_what_is_neither_a_tag_nor_a_call_is_kept(
+def test_text_beside_tags_and_calls_is_kept(
     thought: str, before: str, after: str, sizes: list[int]
 ) -> None:
     thought = thought.replace("</think>", "")
@@ -260,7 +260,7 @@ HOSTILE = [
 
 @pytest.mark.parametrize("unit", HOSTILE)
 @pytest.mark.parametrize("size", [7, 10**6])
-def test_a_hostile_text_takes_no_long_time(unit: str, size: int) -> None:
+def test_a_hostile_text_is_parsed_quickly(unit: str, size: int) -> None:
     text = unit * (200_000 // len(unit))
     parts = [text[i : i + size] for i in range(0, len(text), size)]
     begin = time.process_time()
@@ -275,7 +275,7 @@ def test_a_hostile_text_takes_no_long_time(unit: str, size: int) -> None:
     st.booleans(),
     st.booleans(),
 )
-def test_the_cuts_change_nothing(
+def test_the_result_does_not_depend_on_the_pieces(
     words: list[str], sizes: list[int], thinking: Thinking, tools: bool, is_cut: bool
 ) -> None:
     text = "".join(words)

@@ -20,7 +20,7 @@ CALL = '<tool_call>\n{"name": "weather", "arguments": {"city": "Ulm"}}\n</tool_c
 
 
 def ask(client: OpenAI, **fields: Any) -> Any:
-    return client.chat.completions.create(**{"model": "letters", "messages": HELLO, **fields})
+    return client.chat.completions.create(**{"model": "fake", "messages": HELLO, **fields})
 
 
 def put_together(chunks: list[Any]) -> dict[str, Any]:
@@ -88,10 +88,12 @@ def test_usage_can_come_with_every_chunk(client: OpenAI, served: Served) -> None
     assert chunks[-1].usage.completion_tokens == 6
 
 
-@pytest.mark.parametrize("letters_per_step", [1, 4, 1000])
-def test_reasoning_comes_apart(client: OpenAI, served: Served, letters_per_step: int) -> None:
+@pytest.mark.parametrize("chars_per_step", [1, 4, 1000])
+def test_reasoning_is_separate_from_content(
+    client: OpenAI, served: Served, chars_per_step: int
+) -> None:
     served.engine.reply = "<think>\nI think.\n</think>\n\nIt is."
-    served.engine.letters_per_step = letters_per_step
+    served.engine.chars_per_step = chars_per_step
     message = ask(client).choices[0].message
     assert (message.reasoning_content, message.content) == ("I think.", "It is.")
     assert message.reasoning == message.reasoning_content
@@ -105,7 +107,7 @@ def test_reasoning_comes_apart(client: OpenAI, served: Served, letters_per_step:
     assert (streamed["reasoning_content"], streamed["content"]) == ("", "It is.")
 
 
-def test_a_prompt_that_opens_the_reasoning_is_understood(client: OpenAI, served: Served) -> None:
+def test_a_prompt_may_open_the_reasoning(client: OpenAI, served: Served) -> None:
     served.engine.tokenizer.template_end = "<assistant>\n<think>\n"
     served.engine.reply = "I think.\n</think>\n\nIt is."
     message = ask(client).choices[0].message
@@ -128,10 +130,10 @@ def test_thinking_can_be_switched_off(
     assert served.engine.tokenizer.rendered[0]["chat_template_kwargs"] == options
 
 
-@pytest.mark.parametrize("letters_per_step", [1, 7, 1000])
-def test_tool_calls_are_parsed(client: OpenAI, served: Served, letters_per_step: int) -> None:
+@pytest.mark.parametrize("chars_per_step", [1, 7, 1000])
+def test_tool_calls_are_parsed(client: OpenAI, served: Served, chars_per_step: int) -> None:
     served.engine.reply = f"Let me see.\n{CALL}\n{CALL}"
-    served.engine.letters_per_step = letters_per_step
+    served.engine.chars_per_step = chars_per_step
     choice = ask(client, tools=TOOLS).choices[0]
     assert choice.finish_reason == "tool_calls"
     assert choice.message.content == "Let me see."
@@ -219,7 +221,7 @@ def allowed(mode: Any, *names: str) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("mode", ["auto", "required"])
-def test_of_allowed_tools_alone_the_model_is_told(
+def test_the_template_gets_only_the_allowed_tools(
     client: OpenAI, served: Served, mode: str
 ) -> None:
     served.engine.reply = CALL
@@ -235,7 +237,7 @@ def test_of_allowed_tools_alone_the_model_is_told(
 
 
 @pytest.mark.parametrize("choice", ["required", NAMED, "auto", allowed("required", "weather")])
-def test_a_call_that_is_cut_off_leaves_no_tags_in_the_content(
+def test_a_truncated_call_leaves_no_tags_in_the_content(
     client: OpenAI, served: Served, choice: Any
 ) -> None:
     served.engine.reply = CALL
@@ -262,7 +264,7 @@ def test_a_call_that_is_cut_off_leaves_no_tags_in_the_content(
         assert streamed["content"] == (answer.message.content or "")
 
 
-@pytest.mark.parametrize("letters_per_step", [1, 4, 1000])
+@pytest.mark.parametrize("chars_per_step", [1, 4, 1000])
 @pytest.mark.parametrize(
     "text",
     [
@@ -274,15 +276,15 @@ def test_a_call_that_is_cut_off_leaves_no_tags_in_the_content(
     ],
 )
 def test_a_tag_in_prose_is_content(
-    client: OpenAI, served: Served, text: str, letters_per_step: int
+    client: OpenAI, served: Served, text: str, chars_per_step: int
 ) -> None:
-    served.engine.reply, served.engine.letters_per_step = text, letters_per_step
+    served.engine.reply, served.engine.chars_per_step = text, chars_per_step
     answer = ask(client, tools=TOOLS).choices[0]
     assert (answer.message.content, answer.finish_reason) == (text, "stop")
     assert put_together(list(ask(client, tools=TOOLS, stream=True)))["content"] == text
 
 
-def test_parts_of_text_and_developers_are_brought_into_the_templates_form(
+def test_content_parts_and_developer_roles_are_converted_for_the_template(
     client: OpenAI, served: Served
 ) -> None:
     parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
@@ -302,7 +304,9 @@ def test_the_last_message_can_be_continued(client: OpenAI, served: Served) -> No
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_logprobs_have_the_shape_of_chats(client: OpenAI, served: Served, stream: bool) -> None:
+def test_logprobs_have_the_format_of_chat_completions(
+    client: OpenAI, served: Served, stream: bool
+) -> None:
     served.engine.reply = "aé\N{REPLACEMENT CHARACTER}"
     answer = ask(client, logprobs=True, top_logprobs=2, stream=stream)
     choices = [c.choices[0] for c in answer] if stream else answer.choices
@@ -320,14 +324,14 @@ def test_tokens_whose_text_is_held_back_still_have_their_logprobs(
     client: OpenAI, served: Served
 ) -> None:
     served.engine.reply = "<think>a</think>b"
-    served.engine.letters_per_step = 1
+    served.engine.chars_per_step = 1
     chunks = ask(client, logprobs=True, stream=True)
     entries = [c.choices[0].logprobs for c in chunks]
     tokens = [each.token for entry in entries if entry is not None for each in entry.content]
     assert "".join(tokens) == served.engine.reply
 
 
-def test_max_completion_tokens_goes_before_max_tokens(client: OpenAI, served: Served) -> None:
+def test_max_completion_tokens_overrides_max_tokens(client: OpenAI, served: Served) -> None:
     ask(client, max_tokens=3, max_completion_tokens=5)
     assert served.engine.seen[0][1].max_tokens == 5
 
@@ -350,7 +354,7 @@ def test_max_completion_tokens_goes_before_max_tokens(client: OpenAI, served: Se
         ),
         (
             {"messages": [{"role": "user", "content": "refuse"}]},
-            "the chat template of letters cannot render these messages",
+            "the chat template of fake cannot render these messages",
             None,
         ),
         (
@@ -418,7 +422,7 @@ def test_what_cannot_run_is_refused(
     assert served.engine.seen == []
 
 
-def test_fields_of_openai_without_effect_are_taken(client: OpenAI, served: Served) -> None:
+def test_openais_fields_without_effect_are_accepted(client: OpenAI, served: Served) -> None:
     ask(
         client,
         user="u",

@@ -77,7 +77,7 @@ def test_openai_chats_whole_and_streamed(client: OpenAI) -> None:
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_openai_replays_a_tool_call_that_was_cut(client: OpenAI, stream: bool) -> None:
+def test_openai_replays_a_truncated_tool_call(client: OpenAI, stream: bool) -> None:
     fields: dict[str, Any] = {
         "model": "tiny",
         "messages": QUESTION,
@@ -110,7 +110,7 @@ def test_openai_replays_a_tool_call_that_was_cut(client: OpenAI, stream: bool) -
     assert again.usage is not None and again.usage.completion_tokens > 0
 
 
-def test_openai_parses_an_answer_into_its_form(client: OpenAI) -> None:
+def test_openai_parses_an_answer_into_its_type(client: OpenAI) -> None:
     answer = client.chat.completions.parse(
         model="tiny", messages=QUESTION, response_format=Sum, temperature=0, max_tokens=200
     )
@@ -119,7 +119,7 @@ def test_openai_parses_an_answer_into_its_form(client: OpenAI) -> None:
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_openai_knows_an_overflow(client: OpenAI, stream: bool) -> None:
+def test_openais_client_recognizes_an_overflow(client: OpenAI, stream: bool) -> None:
     for fields, param in (
         ({"messages": LONG}, "messages"),
         ({"messages": QUESTION, "max_tokens": 10**6}, "max_tokens"),
@@ -212,7 +212,9 @@ def test_agents_answer_whole_and_streamed(real: Served) -> None:
 
 
 @pytest.mark.parametrize("max_tokens", [30, 100])
-def test_agents_go_on_after_a_tool_call_whole_or_cut(real: Served, max_tokens: int) -> None:
+def test_agents_continue_after_a_complete_or_truncated_tool_call(
+    real: Served, max_tokens: int
+) -> None:
     called: list[str] = []
 
     @function_tool
@@ -229,7 +231,7 @@ def test_agents_go_on_after_a_tool_call_whole_or_cut(real: Served, max_tokens: i
     result = asyncio.run(run(real, tools=[weather], model_settings=settings))
     kinds = [item.type for item in result.new_items]
     assert kinds[0] == "tool_call_item" and kinds[-1] == "message_output_item"
-    assert len(called) == (max_tokens == 100)  # of a cut call, the model is told that it was cut
+    assert len(called) == (max_tokens == 100)  # a truncated call is reported to the model instead
 
 
 def test_agents_get_an_output_of_their_type(real: Served) -> None:
@@ -237,7 +239,7 @@ def test_agents_get_an_output_of_their_type(real: Served) -> None:
     assert 0 <= result.final_output.total <= 999
 
 
-def test_agents_know_an_overflow(real: Served) -> None:
+def test_agents_recognize_an_overflow(real: Served) -> None:
     with pytest.raises(BadRequestError) as refused:
         asyncio.run(run(real, LONG[0]["content"]))
     assert refused.value.code == "context_length_exceeded"

@@ -9,10 +9,10 @@ from tests.server.conftest import Served
 
 
 def test_a_text_is_continued(client: OpenAI, served: Served) -> None:
-    answer = client.completions.create(model="letters", prompt="abc")
+    answer = client.completions.create(model="fake", prompt="abc")
     assert answer.object == "text_completion"
     assert answer.id.startswith("cmpl-")
-    assert answer.model == "letters"
+    assert answer.model == "fake"
     assert answer.choices[0].text == "cba"
     assert answer.choices[0].finish_reason == "stop"
     assert answer.usage is not None
@@ -25,11 +25,11 @@ def test_a_text_is_continued(client: OpenAI, served: Served) -> None:
 
 def test_several_prompts_with_n_answers_are_numbered_in_their_order(client: OpenAI) -> None:
     prompts: list[list[int]] = [[97, 98], [99, 100, 101, 102]]
-    answer = client.completions.create(model="letters", prompt=prompts, n=2)
+    answer = client.completions.create(model="fake", prompt=prompts, n=2)
     assert [choice.index for choice in answer.choices] == [0, 1, 2, 3]
     assert [choice.text for choice in answer.choices] == ["ba", "ba", "fedc", "fedc"]
     assert answer.usage is not None and answer.usage.completion_tokens == 12
-    stream = client.completions.create(model="letters", prompt=["ab", "cdef"], n=2, stream=True)
+    stream = client.completions.create(model="fake", prompt=["ab", "cdef"], n=2, stream=True)
     texts = ["", "", "", ""]
     for chunk in stream:
         texts[chunk.choices[0].index] += chunk.choices[0].text
@@ -39,7 +39,7 @@ def test_several_prompts_with_n_answers_are_numbered_in_their_order(client: Open
 def test_a_stream_ends_with_reason_and_usage(client: OpenAI) -> None:
     chunks = list(
         client.completions.create(
-            model="letters",
+            model="fake",
             prompt="abcdefgh",
             max_tokens=7,
             stream=True,
@@ -56,7 +56,7 @@ def test_a_stream_ends_with_reason_and_usage(client: OpenAI) -> None:
 
 def test_every_sampling_field_reaches_the_engine(client: OpenAI, served: Served) -> None:
     client.completions.create(
-        model="letters",
+        model="fake",
         prompt="x",
         max_tokens=9,
         n=3,
@@ -112,8 +112,8 @@ def test_every_sampling_field_reaches_the_engine(client: OpenAI, served: Served)
     assert {name: getattr(params, name) for name in wanted} == wanted
 
 
-def test_logprobs_have_the_shape_of_completions(client: OpenAI) -> None:
-    answer = client.completions.create(model="letters", prompt="abc", logprobs=2)
+def test_logprobs_have_the_format_of_completions(client: OpenAI) -> None:
+    answer = client.completions.create(model="fake", prompt="abc", logprobs=2)
     logprobs = answer.choices[0].logprobs
     assert logprobs is not None
     assert logprobs.tokens == ["c", "b", "a"]
@@ -124,9 +124,9 @@ def test_logprobs_have_the_shape_of_completions(client: OpenAI) -> None:
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_an_echo_comes_with_the_prompts_logprobs(client: OpenAI, stream: bool) -> None:
+def test_an_echo_has_the_prompts_logprobs(client: OpenAI, stream: bool) -> None:
     answer: Any = client.completions.create(
-        model="letters", prompt="abc", echo=True, logprobs=1, stream=stream, max_tokens=2
+        model="fake", prompt="abc", echo=True, logprobs=1, stream=stream, max_tokens=2
     )
     choices = [c.choices[0] for c in answer] if stream else [answer.choices[0]]
     assert "".join(choice.text for choice in choices) == "abccb"
@@ -139,7 +139,7 @@ def test_an_echo_comes_with_the_prompts_logprobs(client: OpenAI, stream: bool) -
 
 def test_an_echo_without_new_tokens_measures_the_prompt_alone(client: OpenAI) -> None:
     answer = client.completions.create(
-        model="letters", prompt="abc", echo=True, logprobs=1, max_tokens=0
+        model="fake", prompt="abc", echo=True, logprobs=1, max_tokens=0
     )
     assert answer.choices[0].text == "abc"
     assert answer.choices[0].logprobs is not None
@@ -147,10 +147,8 @@ def test_an_echo_without_new_tokens_measures_the_prompt_alone(client: OpenAI) ->
     assert answer.usage is not None and answer.usage.completion_tokens == 0
 
 
-def test_prompt_logprobs_come_by_token_id(client: OpenAI) -> None:
-    answer = client.completions.create(
-        model="letters", prompt="ab", extra_body={"prompt_logprobs": 1}
-    )
+def test_prompt_logprobs_are_keyed_by_token_id(client: OpenAI) -> None:
+    answer = client.completions.create(model="fake", prompt="ab", extra_body={"prompt_logprobs": 1})
     assert answer.choices[0].model_extra is not None
     first, second = answer.choices[0].model_extra["prompt_logprobs"]
     assert first is None
@@ -158,9 +156,9 @@ def test_prompt_logprobs_come_by_token_id(client: OpenAI) -> None:
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_logprobs_of_a_long_prompt_come_whole(client: OpenAI, stream: bool) -> None:
+def test_logprobs_of_a_long_prompt_are_complete(client: OpenAI, stream: bool) -> None:
     answer: Any = client.completions.create(
-        model="letters",
+        model="fake",
         prompt="abc" * 100,
         echo=True,
         logprobs=1,
@@ -175,12 +173,12 @@ def test_logprobs_of_a_long_prompt_come_whole(client: OpenAI, stream: bool) -> N
     if not stream:
         by_id = choices[0].model_extra["prompt_logprobs"]
         assert by_id[0] is None and [list(each) for each in by_id[1:]] == [
-            [str(ord(letter))] for letter in ("abc" * 100)[1:]
+            [str(ord(char))] for char in ("abc" * 100)[1:]
         ]
 
 
-def test_a_stop_string_is_told(client: OpenAI) -> None:
-    choice = client.completions.create(model="letters", prompt="abc", stop="a").choices[0]
+def test_a_stop_string_is_reported(client: OpenAI) -> None:
+    choice = client.completions.create(model="fake", prompt="abc", stop="a").choices[0]
     assert choice.text == "cb"
     assert choice.model_extra is not None and choice.model_extra["stop_reason"] == "a"
 
@@ -216,7 +214,7 @@ def test_a_stop_string_is_told(client: OpenAI) -> None:
 def test_what_cannot_run_is_refused(
     client: OpenAI, served: Served, fields: dict[str, object], message: str
 ) -> None:
-    request: dict[str, object] = {"model": "letters", "prompt": "ab", **fields}
+    request: dict[str, object] = {"model": "fake", "prompt": "ab", **fields}
     with pytest.raises(BadRequestError) as refused:
         client.completions.create(**request)  # type: ignore[call-overload]
     assert refused.value.body["message"].startswith(message)  # type: ignore[index]

@@ -52,7 +52,7 @@ def padded(size: int) -> bytes:
 # ---- heads -----------------------------------------------------------------------------------
 
 
-def test_blanks_around_a_value_are_no_part_of_it(served: Served) -> None:
+def test_spaces_around_a_header_value_are_stripped(served: Served) -> None:
     with socket.create_connection(("127.0.0.1", served.port)) as sock:
         sock.sendall(b"GET /version HTTP/1.1\r\nhost:  localhost \t\r\nx-request-id: mine \r\n\r\n")
         answer = read_answer(sock)
@@ -60,7 +60,7 @@ def test_blanks_around_a_value_are_no_part_of_it(served: Served) -> None:
 
 
 @pytest.mark.parametrize("piece", [1000, 2**16 - 2, 2**16 - 1, 2**16, 2**20])
-def test_a_head_has_a_limit_to_the_byte_however_it_is_cut(served: Served, piece: int) -> None:
+def test_a_head_has_an_exact_limit_in_any_pieces(served: Served, piece: int) -> None:
     for size, status in ((MAX_HEAD_BYTES, 200), (MAX_HEAD_BYTES + 1, 431)):
         data = padded(size)
         pieces = [data[i : i + piece] for i in range(0, size, piece)]
@@ -98,14 +98,14 @@ def test_a_head_has_a_limit_of_fields(served: Served) -> None:
         b"a: b\n",
     ],
 )
-def test_a_head_that_can_be_read_in_two_ways_is_refused(served: Served, fields: bytes) -> None:
+def test_an_ambiguous_head_is_refused(served: Served, fields: bytes) -> None:
     request = (
         b"POST /tokenize HTTP/1.1\r\nhost: 127.0.0.1\r\n" + fields + b"\r\n1\r\na\r\n0\r\n\r\n"
     )
     assert answers(served, request, num=2) == [b"HTTP/1.1 400"]
 
 
-def test_what_is_no_http_has_an_id(served: Served) -> None:
+def test_an_answer_to_invalid_http_has_an_id(served: Served) -> None:
     with served.connect() as sock:
         sock.sendall(b"this is no HTTP\r\n\r\n")
         assert b"\r\nx-request-id: req_" in read_all(sock)
@@ -118,7 +118,7 @@ def test_what_is_no_http_has_an_id(served: Served) -> None:
     "trailer",
     [b"authorization: Bearer s3cret", b"Authorization: Bearer s3cret\r\nhost: 127.0.0.1"],
 )
-def test_a_key_in_a_trailer_is_none(trailer: bytes) -> None:
+def test_a_key_in_a_trailer_does_not_count(trailer: bytes) -> None:
     with running_server(api_key="s3cret") as served:
         end = b"0\r\n" + trailer + b"\r\n\r\n"
         assert answers(served, CHUNKED + chunk(BODY) + end) == [b"HTTP/1.1 401"]
@@ -140,7 +140,7 @@ def test_a_key_in_a_trailer_is_none(trailer: bytes) -> None:
         (b"host: 127.0.0.1", CHUNKED.replace(b"127.0.0.1", b"evil.example"), 403),
     ],
 )
-def test_a_field_in_a_trailer_is_no_header(
+def test_a_field_in_a_trailer_is_not_a_header(
     served: Served, trailer: bytes, request_head: bytes, status: int
 ) -> None:
     request = request_head + chunk(BODY) + b"0\r\n" + trailer + b"\r\n\r\n"
@@ -159,7 +159,7 @@ ENDLESS = {
 
 
 @pytest.mark.parametrize("kind", ENDLESS)
-def test_what_comes_beside_a_body_is_as_limited_as_a_head(served: Served, kind: str) -> None:
+def test_trailers_and_chunk_extensions_are_limited_like_a_head(served: Served, kind: str) -> None:
     begin, more = ENDLESS[kind]
     with served.connect() as sock:
         num_sent = 0
@@ -172,7 +172,7 @@ def test_what_comes_beside_a_body_is_as_limited_as_a_head(served: Served, kind: 
     assert num_sent < 30 * 2**20
 
 
-def test_a_trailer_has_a_limit_to_the_byte(served: Served) -> None:
+def test_a_trailer_has_an_exact_limit(served: Served) -> None:
     fields = FIELD * (MAX_HEAD_BYTES // len(FIELD))
     last = b"b: " + b"y" * (MAX_HEAD_BYTES - len(fields) - 5)
     request = CHUNKED + chunk(BODY) + b"0\r\n" + fields
@@ -187,7 +187,7 @@ def test_small_chunks_and_extensions_are_read(served: Served) -> None:
     assert answers(served, *(bytes([byte]) for byte in whole)) == [b"HTTP/1.1 200"]
 
 
-def test_a_blank_line_in_a_body_is_no_end(served: Served) -> None:
+def test_a_blank_line_does_not_end_a_body(served: Served) -> None:
     body = BODY.replace(b"{", b"{\r\n\r\n\r\n\r\n", 1)
     for request in (head(CHAT, len(body)) + body, CHUNKED + chunk(body) + b"0\r\n\r\n"):
         assert answers(served, request + GET, num=2) == [b"HTTP/1.1 200"] * 2
@@ -229,14 +229,14 @@ def test_an_offer_to_upgrade_is_ignored(served: Served, cut: int | None) -> None
         assert answers(served, *pieces, num=2) == [b"HTTP/1.1 200"] * 2
 
 
-def test_a_websocket_is_no_way_in(served: Served) -> None:
+def test_a_websocket_is_refused(served: Served) -> None:
     offer = b"\r\nConnection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Version: 13\r\n"
     assert answers(served, GET.replace(b"\r\n", offer, 1)) == [b"HTTP/1.1 200"]
     evil = GET.replace(b"127.0.0.1", b"evil.example")
     assert answers(served, evil.replace(b"\r\n", offer, 1)) == [b"HTTP/1.1 403"]
 
 
-def test_a_client_may_wait_for_leave_to_send_its_body(served: Served) -> None:
+def test_a_client_may_wait_for_100_continue(served: Served) -> None:
     request = head(CHAT, len(BODY)).replace(b"host", b"expect: 100-continue\r\nhost")
     with served.connect() as sock:
         sock.sendall(request)

@@ -13,8 +13,8 @@ DOCS = (Path(__file__).parents[2] / "docs" / "server.md").read_text()
 
 def test_every_metric_is_in_the_table(http: httpx.Client) -> None:
     names = re.findall(r"^# TYPE (\w+) ", http.get("/metrics").text, re.MULTILINE)
-    told = re.sub(r"`_waiting`", "`tpllm_sequences_waiting`", DOCS)
-    missing = [n for n in names if not n.endswith("_created") and f"`{n}" not in told]
+    page = re.sub(r"`_waiting`", "`tpllm_sequences_waiting`", DOCS)
+    missing = [n for n in names if not n.endswith("_created") and f"`{n}" not in page]
     assert missing == []
 
 

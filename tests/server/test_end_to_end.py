@@ -149,7 +149,7 @@ SCHEMA: dict[str, Any] = {
 }
 
 
-def test_an_answer_has_the_form_that_it_must_have(client: OpenAI) -> None:
+def test_an_answer_follows_its_constraint(client: OpenAI) -> None:
     described: Any = {"name": "sum", "schema": SCHEMA, "strict": True}
     answer = client.chat.completions.create(
         model="tiny",
@@ -186,7 +186,7 @@ def test_an_answer_has_the_form_that_it_must_have(client: OpenAI) -> None:
 
 
 @pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "now"}}])
-def test_forced_calls_are_json_wherever_they_are_cut(client: OpenAI, choice: Any) -> None:
+def test_forced_calls_are_json_wherever_they_are_truncated(client: OpenAI, choice: Any) -> None:
     tools: Any = [
         {"type": "function", "function": {"name": "now"}},
         {"type": "function", "function": {"name": "add", "parameters": SCHEMA}},
@@ -238,7 +238,7 @@ def test_what_the_engine_refuses_is_a_bad_request(
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_a_form_that_cannot_be_compiled_is_blamed_on_the_field_that_was_sent(
+def test_an_invalid_constraint_is_blamed_on_the_field_that_was_sent(
     server: Server, stream: bool
 ) -> None:
     wrong = {"type": "strin"}
@@ -260,7 +260,7 @@ def test_a_form_that_cannot_be_compiled_is_blamed_on_the_field_that_was_sent(
             assert "start:" not in error["message"] and "arguments_0" not in error["message"]
 
 
-def test_a_request_that_runs_dry_is_an_error_whole_and_streamed(client: OpenAI) -> None:
+def test_a_request_without_a_next_token_is_an_error_whole_and_streamed(client: OpenAI) -> None:
     ids = Tokenizer(resolve_model(None)).encode_batch(["f"], add_special_tokens=False)[0]
     extra = {"structured_outputs": {"choice": ["foobar"]}, "allowed_token_ids": ids}
     with pytest.raises(BadRequestError, match="leave no next token"):

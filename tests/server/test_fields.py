@@ -78,7 +78,9 @@ DEFAULTS: dict[str, Any] = {
 }
 
 
-def test_fields_of_others_pass_at_their_defaults(http: httpx.Client, served: Served) -> None:
+def test_other_servers_fields_are_accepted_at_their_defaults(
+    http: httpx.Client, served: Served
+) -> None:
     for fields in (DEFAULTS, *({name: value} for name, value in DEFAULTS.items())):
         answer = http.post(CHAT, json={**HELLO, **fields})
         assert answer.status_code == 200, answer.text
@@ -101,7 +103,7 @@ def test_the_body_of_llama_cpps_page_passes(http: httpx.Client) -> None:
 
 @pytest.mark.parametrize("path", WHOLE)
 @pytest.mark.parametrize("name", sorted(FOREIGN))
-def test_a_field_of_others_that_asks_for_something_is_refused_by_name(
+def test_another_servers_field_with_an_effect_is_refused_by_name(
     http: httpx.Client, name: str, path: str
 ) -> None:
     ignored, instead = FOREIGN[name]
@@ -116,12 +118,12 @@ def test_a_field_of_others_that_asks_for_something_is_refused_by_name(
 
 
 @pytest.mark.parametrize("path", WHOLE)
-def test_what_changes_no_answer_passes_with_any_value(http: httpx.Client, path: str) -> None:
+def test_fields_without_effect_are_accepted_at_any_value(http: httpx.Client, path: str) -> None:
     body = {**WHOLE[path], **dict.fromkeys(WITHOUT_EFFECT, "x")}
     assert http.post(path, json=body).status_code == 200
 
 
-def test_as_many_answers_may_be_drawn_as_are_given(http: httpx.Client) -> None:
+def test_best_of_equal_to_n_is_accepted(http: httpx.Client) -> None:
     assert http.post(CHAT, json={**HELLO, "n": 2, "best_of": 2}).status_code == 200
     assert error_of(http.post(CHAT, json={**HELLO, "best_of": 2}), 400)["param"] == "best_of"
 
@@ -137,7 +139,7 @@ def test_as_many_answers_may_be_drawn_as_are_given(http: httpx.Client) -> None:
         (CHAT, "wholly_unheard_of", None),
     ],
 )
-def test_a_slip_gets_the_nearest_name_of_its_level(
+def test_a_misspelled_field_gets_the_nearest_name_of_its_level(
     http: httpx.Client, path: str, name: str, near: str | None
 ) -> None:
     error = error_of(http.post(path, json={**WHOLE[path], name: 1}), 400)
@@ -146,7 +148,7 @@ def test_a_slip_gets_the_nearest_name_of_its_level(
     assert error["param"] == name
 
 
-def test_keys_inside_objects_are_the_clients_own(http: httpx.Client, served: Served) -> None:
+def test_unknown_keys_inside_objects_are_ignored(http: httpx.Client, served: Served) -> None:
     call = {"id": "c", "type": "function", "function": {"name": "f", "arguments": "{}"}}
     tool = {"type": "function", "function": {"name": "f", "strict": True, "x-note": 1}, "x": 1}
     messages = [
@@ -178,7 +180,7 @@ def wrong_bodies() -> Iterator[tuple[type[BaseModel], str, Any]]:
                 yield body, name, {**WHOLE[path], name: value}
 
 
-def test_pydantics_words_reach_nobody() -> None:
+def test_no_error_has_pydantics_message() -> None:
     kinds = set()
     for model, name, body in wrong_bodies():
         try:
@@ -244,7 +246,7 @@ def test_pydantics_words_reach_nobody() -> None:
         ("/detokenize", {"tokens": ["a"]}, "tokens[0]='a' must be a whole number", "tokens[0]"),
     ],
 )
-def test_a_mistake_is_told_with_its_place(
+def test_an_error_has_the_path_of_the_field(
     http: httpx.Client, path: str, fields: dict[str, Any], message: str, param: str
 ) -> None:
     body = {**HELLO, **fields} if path == CHAT else fields
@@ -266,10 +268,10 @@ def test_a_mistake_is_told_with_its_place(
         ("stop[0]='' is empty, and matches everywhere", "stop[0]"),
         ("messages[3].tool_calls[0].id=5 must be a string", "messages[3].tool_calls[0].id"),
         ("the request cannot be sent to the engine", None),
-        ("a text of 5 letters", None),
+        ("a text of 5 characters", None),
         ("no tokenizer can be read", None),
     ],
 )
-def test_an_error_of_the_engine_blames_what_it_begins_with(words: str, param: str | None) -> None:
+def test_the_first_word_of_an_engines_error_is_its_param(words: str, param: str | None) -> None:
     error: APIError = from_value_error(ValueError(words))
     assert (error.message, error.param) == (words, param)

@@ -8,7 +8,7 @@ import pytest
 
 from tests.leaks import wait_until
 from tests.server.conftest import Served, running_server
-from tests.server.fake_engine import MAX_MODEL_LEN, LetterTokenizer
+from tests.server.fake_engine import MAX_MODEL_LEN, CharTokenizer
 from tests.server.test_http import CHAT, HELLO, error_of
 from tpllm.server import guard
 from tpllm.server import prompt_encoder as prompts
@@ -45,7 +45,7 @@ CALLS = {"role": "assistant", "tool_calls": [CALL] * 1000}
         (CHAT, {"messages": [CALLS] * 9}, "messages have more than 8192 parts and calls"),
     ],
 )
-def test_more_than_anyone_needs_is_refused_shortly(
+def test_too_many_entries_are_refused_with_a_short_error(
     http: httpx.Client, path: str, body: dict[str, Any], message: str
 ) -> None:
     whole = {"prompt": "x", **body} if path == COMPLETIONS else body
@@ -67,11 +67,11 @@ def test_a_body_of_very_many_values_is_not_read(http: httpx.Client, path: str) -
 
 
 @pytest.mark.parametrize("path", [COMPLETIONS, CHAT, "/tokenize"])
-def test_a_text_of_too_many_letters_is_not_encoded(
+def test_a_text_of_too_many_characters_is_not_encoded(
     http: httpx.Client, monkeypatch: pytest.MonkeyPatch, path: str
 ) -> None:
     monkeypatch.setattr(prompts, "SHORT", 2**30)  # no thread, which would outlive the test
-    monkeypatch.delattr(LetterTokenizer, "encode_batch")
+    monkeypatch.delattr(CharTokenizer, "encode_batch")
     text = "x" * (2 * prompts.PIECE_CHARS)
     body = {"messages": [{"role": "user", "content": text}]} if path == CHAT else {"prompt": text}
     error = error_of(http.post(path, json=body), 400)
@@ -80,8 +80,8 @@ def test_a_text_of_too_many_letters_is_not_encoded(
     assert error["message"].startswith(beginning)
 
 
-class Counting(LetterTokenizer):
-    """Notes how many letters are encoded at a time."""
+class Counting(CharTokenizer):
+    """Notes how many characters are encoded at a time."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -110,7 +110,7 @@ def test_many_texts_are_encoded_some_at_a_time(monkeypatch: pytest.MonkeyPatch) 
     tokenizer: Any = Counting()
     texts = ["abcdef", "ghi", "jkl", "mnopqrstu", "v", "", "w"]
     encoded = prompts.Prompts(tokenizer, 100)._encode(texts, True)
-    assert encoded == [[ord(letter) for letter in text] for text in texts]
+    assert encoded == [[ord(char) for char in text] for text in texts]
     assert tokenizer.sizes == [9, 3, 10, 1]
 
 
@@ -181,6 +181,6 @@ def test_an_answer_of_open_length_has_as_many_log_probabilities_as_fit(
     assert params.max_tokens is None
 
 
-def test_as_many_log_probabilities_as_are_promised_are_made(http: httpx.Client) -> None:
+def test_an_answer_has_all_its_log_probabilities(http: httpx.Client) -> None:
     body = {**HELLO, "logprobs": True, "top_logprobs": 20, "max_tokens": 998, "n": 100}
     assert http.post(CHAT, json=body).status_code == 200

@@ -92,7 +92,7 @@ def answers(served: Served, *parts: bytes, pause_s: float = 0.0, num: int = 1) -
         ),
     ],
 )
-def test_a_bad_body_is_refused_in_openais_shape(
+def test_a_wrong_body_is_refused_in_openais_format(
     http: httpx.Client, body: bytes, message: str
 ) -> None:
     response = http.post(CHAT, content=body, headers={"content-type": "application/json"})
@@ -101,14 +101,14 @@ def test_a_bad_body_is_refused_in_openais_shape(
     assert error["type"] == "invalid_request_error"
 
 
-def test_json_must_be_called_json(http: httpx.Client) -> None:
+def test_the_content_type_must_be_json(http: httpx.Client) -> None:
     # a page of another origin can send text/plain without asking: it must not reach the model
     body = json.dumps(HELLO)
     response = http.post(CHAT, content=body, headers={"content-type": "text/plain"})
     assert "Content-Type: application/json" in error_of(response, 400)["message"]
 
 
-def test_paths_and_methods_that_are_not_there(http: httpx.Client) -> None:
+def test_unknown_paths_and_methods_are_refused(http: httpx.Client) -> None:
     assert "/v1/nothing" in error_of(http.get("/v1/nothing"), 404)["message"]
     refused = http.get(CHAT)
     assert "GET is not allowed" in error_of(refused, 405)["message"]
@@ -119,7 +119,7 @@ def test_paths_and_methods_that_are_not_there(http: httpx.Client) -> None:
 
 @pytest.mark.parametrize(
     "path",
-    ["/", "/health", "/v1/models", "/v1/models/letters", "/metrics", "/version", "/openapi.json"],
+    ["/", "/health", "/v1/models", "/v1/models/fake", "/metrics", "/version", "/openapi.json"],
 )
 def test_head_is_get_without_the_body(http: httpx.Client, path: str) -> None:
     get, head = http.get(path), http.head(path)
@@ -132,7 +132,7 @@ def test_head_is_get_without_the_body(http: httpx.Client, path: str) -> None:
     assert http.get("/version").status_code == 200  # over the same connection
 
 
-def test_head_is_refused_where_get_is(http: httpx.Client) -> None:
+def test_head_is_refused_wherever_get_is(http: httpx.Client) -> None:
     refused = http.head(CHAT)
     assert (refused.status_code, refused.content) == (405, b"")
     assert refused.headers["allow"] == "POST"
@@ -197,7 +197,7 @@ def test_a_huge_body_is_refused_without_being_kept(with_key: httpx.Client) -> No
         "Bearer é",
     ],
 )
-def test_without_the_key_nothing_is_told(strict: Served, value: str | None) -> None:
+def test_without_the_key_nothing_is_revealed(strict: Served, value: str | None) -> None:
     headers = {} if value is None else {"authorization": value.encode("latin-1")}
     with strict.http(headers=headers) as http:
         for path in ("/v1/models", "/metrics", "/version", "/openapi.json", "/nothing"):
@@ -213,7 +213,7 @@ def test_without_the_key_nothing_is_told(strict: Served, value: str | None) -> N
 
 def test_openais_client_sends_the_key(strict: Served) -> None:
     with strict.openai("s3cret") as client:
-        assert [model.id for model in client.models.list()] == ["letters"]
+        assert [model.id for model in client.models.list()] == ["fake"]
     with strict.openai("wrong") as client, pytest.raises(AuthenticationError) as refused:
         client.models.list()
     assert refused.value.response.headers["www-authenticate"] == "Bearer"
@@ -233,7 +233,7 @@ def test_requests_are_logged_without_their_secrets(
     assert not any(word in caplog.text for word in ("diary", "query", "s3cret", "hush"))
 
 
-def test_the_key_is_in_no_repr() -> None:
+def test_no_repr_shows_the_key() -> None:
     from tpllm.server import ServerSettings
 
     assert "s3cret" not in repr(ServerSettings(api_key="s3cret"))
@@ -250,7 +250,7 @@ def test_a_client_that_hangs_up_ends_its_request(served: Served, stream: bool, h
     with served.connect() as sock:
         sock.sendall(head(CHAT, len(body)) + body)
         assert wait_until(lambda: served.engine.num_running == 1)
-        if how == "half-close":  # it cannot be told from one that is gone
+        if how == "half-close":  # it looks like a client that is gone
             sock.shutdown(socket.SHUT_WR)
             assert wait_until(lambda: served.engine.num_running == 0)
     assert wait_until(lambda: served.engine.num_running == 0)
@@ -263,7 +263,7 @@ def test_a_stream_that_is_left_early_ends_its_request(served: Served) -> None:
     served.engine.step_s = 0.01
     with served.openai() as client:
         stream = client.chat.completions.create(
-            model="letters", messages=[{"role": "user", "content": "x"}], stream=True
+            model="fake", messages=[{"role": "user", "content": "x"}], stream=True
         )
         next(iter(stream))
         stream.close()
@@ -271,7 +271,7 @@ def test_a_stream_that_is_left_early_ends_its_request(served: Served) -> None:
     assert len(served.engine.gone) == 1
 
 
-def test_several_prompts_are_all_ended(served: Served) -> None:
+def test_all_prompts_of_a_request_end_with_it(served: Served) -> None:
     served.hold()
     body = json.dumps({"prompt": ["a", "b", "c"]}).encode()
     with served.connect() as sock:
@@ -280,7 +280,7 @@ def test_several_prompts_are_all_ended(served: Served) -> None:
     assert wait_until(lambda: len(served.engine.gone) == 3)
 
 
-def test_a_request_that_does_not_end_is_given_up(strict: Served) -> None:
+def test_an_incomplete_request_times_out(strict: Served) -> None:
     for beginning in (
         b"",
         b"POST /v1",
@@ -292,9 +292,9 @@ def test_a_request_that_does_not_end_is_given_up(strict: Served) -> None:
         assert answer == b"" or answer.startswith(b"HTTP/1.1 408")
 
 
-def test_a_client_that_does_not_read_is_given_up(strict: Served) -> None:
+def test_a_client_that_does_not_read_is_disconnected(strict: Served) -> None:
     engine = strict.engine
-    engine.reply, engine.letters_per_step = "x" * 1900, 1
+    engine.reply, engine.chars_per_step = "x" * 1900, 1
     body = json.dumps({**HELLO, "stream": True, "n": 100, "logprobs": True}).encode()
     key = b"authorization: Bearer s3cret\r\nhost"
     try:
@@ -306,7 +306,7 @@ def test_a_client_that_does_not_read_is_given_up(strict: Served) -> None:
             assert wait_until(lambda: engine.num_running == 0)
         assert len(engine.gone) == 1
     finally:
-        engine.reply, engine.letters_per_step = None, 3
+        engine.reply, engine.chars_per_step = None, 3
 
 
 def test_an_endless_head_is_refused(served: Served) -> None:
@@ -316,7 +316,7 @@ def test_an_endless_head_is_refused(served: Served) -> None:
         assert read_all(sock)[:12] in (b"HTTP/1.1 431", b"")
 
 
-def test_what_is_no_http_is_refused_in_openais_shape(served: Served) -> None:
+def test_invalid_http_is_refused_in_openais_format(served: Served) -> None:
     with served.connect() as sock:
         sock.sendall(b"\x16\x03\x01 this is TLS\r\n\r\n")
         answer = read_all(sock)

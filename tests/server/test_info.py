@@ -27,8 +27,8 @@ def test_the_model_is_listed_under_each_of_its_names() -> None:
                 assert client.completions.create(model=name, prompt="x").model == "big"
         with served.http() as http:
             card = http.get("/v1/models").json()["data"][0]
-            assert card["root"] == "letters" and card["max_model_len"] == 2000
-            error_of(http.get("/v1/models/letters"), 404)
+            assert card["root"] == "fake" and card["max_model_len"] == 2000
+            error_of(http.get("/v1/models/fake"), 404)
 
 
 def test_a_text_and_a_chat_are_tokenized(http: httpx.Client, served: Served) -> None:
@@ -46,7 +46,7 @@ def test_a_text_and_a_chat_are_tokenized(http: httpx.Client, served: Served) -> 
     assert "either prompt" in error_of(neither, 400)["message"]
 
 
-def test_tokens_are_turned_back_into_text(http: httpx.Client) -> None:
+def test_tokens_are_decoded_to_text(http: httpx.Client) -> None:
     assert http.post("/detokenize", json={"tokens": [97, 233]}).json() == {"prompt": "aé"}
     for tokens, message in (([1, -1], "tokens holds -1;"), ([2**40], f"tokens holds {2**40};")):
         error = error_of(http.post("/detokenize", json={"tokens": tokens}), 400)
@@ -64,12 +64,12 @@ def test_long_texts_are_tokenized_in_a_thread_that_ends_with_the_server() -> Non
         assert any(name.startswith("tpllm-server-tokenizer") for name in names)
 
 
-def test_health_tells_of_every_rank(http: httpx.Client) -> None:
+def test_health_shows_every_rank(http: httpx.Client) -> None:
     response = http.get("/health")
     assert response.status_code == 200
     assert response.json() == {
         "status": "ok",
-        "model": "letters",
+        "model": "fake",
         "ranks": [{"rank": i, "pid": 7 + i, "phase": "serving", "alive": True} for i in (0, 1)],
     }
 
@@ -86,13 +86,11 @@ def test_an_engine_in_a_long_step_is_busy(
     monkeypatch.setattr(FakeEngine, "stats", late)
     response = http.get("/health")
     assert response.status_code == 200
-    assert response.json() == {"status": "busy", "model": "letters", "ranks": []}
+    assert response.json() == {"status": "busy", "model": "fake", "ranks": []}
     assert "tpllm_engine_up 1.0" in http.get("/metrics").text
 
 
-def test_an_engine_that_was_closed_is_down(
-    http: httpx.Client, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_closed_engine_is_down(http: httpx.Client, monkeypatch: pytest.MonkeyPatch) -> None:
     async def closed(self: FakeEngine) -> EngineStats:
         raise RuntimeError("this AsyncLLM is closed; make a new one")
 
@@ -107,7 +105,9 @@ def test_the_version_is_the_packages(http: httpx.Client) -> None:
     assert http.get("/version").json() == {"version": tpllm.__version__}
 
 
-def test_metrics_count_what_happened(http: httpx.Client, client: OpenAI, served: Served) -> None:
+def test_metrics_count_requests_and_tokens(
+    http: httpx.Client, client: OpenAI, served: Served
+) -> None:
     def values() -> dict[str, float]:
         text = http.get("/metrics").text
         return {
@@ -126,7 +126,7 @@ def test_metrics_count_what_happened(http: httpx.Client, client: OpenAI, served:
     assert steps == {"0.01": 60, "1.0": 99, "+Inf": 99}
     assert (before["tpllm_step_seconds_count"], before["tpllm_step_seconds_sum"]) == (99, 1.25)
     served.engine.reply = "abcdefg"
-    list(client.completions.create(model="letters", prompt="x", n=2, stream=True))
+    list(client.completions.create(model="fake", prompt="x", n=2, stream=True))
     http.post("/v1/completions", json={"n": 0})
     key = "tpllm_requests_total {} /v1/completions"
 
@@ -164,7 +164,7 @@ def test_the_openapi_document_describes_the_endpoints(http: httpx.Client) -> Non
     assert http.get("/docs").status_code == http.get("/redoc").status_code == 404
 
 
-def test_the_page_may_load_nothing_and_talk_to_this_server_alone(http: httpx.Client) -> None:
+def test_the_page_loads_nothing_and_connects_only_to_this_server(http: httpx.Client) -> None:
     response = http.get("/")
     policy = response.headers["content-security-policy"]
     assert policy.startswith("default-src 'none'; script-src 'sha256-")
@@ -175,6 +175,6 @@ def test_the_page_may_load_nothing_and_talk_to_this_server_alone(http: httpx.Cli
 
 
 @pytest.mark.parametrize("path, status", [("/", 404), ("/health", 200)])
-def test_the_page_can_be_left_out(path: str, status: int) -> None:
+def test_the_page_can_be_disabled(path: str, status: int) -> None:
     with running_server(page=False) as served, served.http() as http:
         assert http.get(path).status_code == status

@@ -57,7 +57,7 @@ def read(content: Any, counted: Counted | None = None) -> Any:
 
 
 @pytest.mark.parametrize("num_entries", [0, 1, ENTRIES_PER_TURN, N])
-def test_long_lists_stand_where_they_were_put(num_entries: int) -> None:
+def test_long_lists_are_encoded_at_their_places(num_entries: int) -> None:
     entries = [[i, "é"] for i in range(num_entries)]
     long_list = LongList(num_entries, entries.__getitem__)
     content = {"a": [long_list, 1], "b": {"c": long_list}, "d": "text"}
@@ -65,14 +65,14 @@ def test_long_lists_stand_where_they_were_put(num_entries: int) -> None:
     assert read(LongList.of(entries)) == entries
 
 
-def test_others_get_their_turn_while_a_long_list_is_made() -> None:
+def test_other_tasks_run_while_a_long_list_is_encoded() -> None:
     counted = Counted(IDS)
     assert read(LongList(N, counted.__getitem__), counted) == IDS
     assert sum(counted.read.values()) == N
     assert max(counted.read.values()) == ENTRIES_PER_TURN
 
 
-def test_others_get_their_turn_while_log_probabilities_are_written() -> None:
+def test_other_tasks_run_while_log_probabilities_are_encoded() -> None:
     counted = Counted(POSITIONS)
     by_id = read(prompt_logprobs(counted), counted)
     assert len(by_id) == N and by_id[5]["5"]["logprob"] == -1.0

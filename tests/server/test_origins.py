@@ -175,7 +175,7 @@ def test_a_preflight_allows_what_openais_client_sends(with_cors: Served) -> None
     assert private.headers["access-control-allow-private-network"] == "true"
 
 
-def test_a_refused_preflight_has_openais_shape(with_cors: Served) -> None:
+def test_a_refused_preflight_has_openais_format(with_cors: Served) -> None:
     with with_cors.http() as http:
         evil = http.options(CHAT, headers={"origin": "https://evil.example", **PREFLIGHT})
         delete = {**PREFLIGHT, "access-control-request-method": "DELETE"}

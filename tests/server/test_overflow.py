@@ -49,7 +49,7 @@ def no_threads(monkeypatch: pytest.MonkeyPatch) -> None:
         (CHAT, {"messages": [{**LONG[0], "content": "x" * 300_000}]}, "messages", "characters"),
     ],
 )
-def test_an_overflow_is_told_as_openai_tells_it(
+def test_an_overflow_has_openais_message(
     http: httpx.Client,
     served: Served,
     path: str,
@@ -66,7 +66,7 @@ def test_an_overflow_is_told_as_openai_tells_it(
     assert served.engine.seen == []
 
 
-def test_texts_to_tokenize_have_a_longest_length_too(http: httpx.Client) -> None:
+def test_texts_to_tokenize_have_a_maximum_length(http: httpx.Client) -> None:
     text = "x" * 300_000
     for body, param in (
         ({"prompt": text}, "prompt"),
@@ -77,15 +77,15 @@ def test_texts_to_tokenize_have_a_longest_length_too(http: httpx.Client) -> None
         assert error["code"] == "context_length_exceeded"
 
 
-def test_what_just_fits_runs(http: httpx.Client) -> None:
+def test_a_prompt_that_just_fits_runs(http: httpx.Client) -> None:
     for fields in ({"prompt": IDS[1:]}, {"prompt": IDS[1:], "max_tokens": 1}):
         assert http.post(COMPLETIONS, json=fields).status_code == 200
 
 
-def test_openais_client_sees_the_code(client: OpenAI) -> None:
+def test_openais_client_gets_the_code(client: OpenAI) -> None:
     messages: Any = LONG
     with pytest.raises(BadRequestError) as refused:
-        client.chat.completions.create(model="letters", messages=messages)
+        client.chat.completions.create(model="fake", messages=messages)
     assert refused.value.code == "context_length_exceeded"
     assert refused.value.param == "messages"
 
@@ -94,7 +94,7 @@ def test_openais_client_sees_the_code(client: OpenAI) -> None:
 @pytest.mark.parametrize(
     "value, message", [(0, "={} must be at least 1"), (5, "={} must be at most 3")]
 )
-def test_other_mistakes_blame_the_field_that_was_sent(field: str, value: int, message: str) -> None:
+def test_other_errors_name_the_field_that_was_sent(field: str, value: int, message: str) -> None:
     with running_server(max_output_tokens=3) as served, served.http() as http:
         error = error_of(http.post(CHAT, json={**HELLO, field: value}), 400)
     assert error["message"].startswith(field + message.format(value))

@@ -30,7 +30,7 @@ def small() -> FakeEngine:
     return FakeEngine(max_num_seqs=1)
 
 
-def test_a_full_queue_answers_429_while_those_inside_go_on() -> None:
+def test_a_full_queue_answers_429_and_running_requests_continue() -> None:
     with running_server(small, max_queue=2) as served, served.http() as http:
         served.hold()
         with ThreadPoolExecutor(3) as pool:
@@ -41,7 +41,7 @@ def test_a_full_queue_answers_429_while_those_inside_go_on() -> None:
             assert error["type"] == "rate_limit_error" and error["code"] == "queue_full"
             assert 1 <= int(refused.headers["retry-after"]) <= 60
             with served.openai() as client, pytest.raises(RateLimitError):
-                client.completions.create(model="letters", prompt="x", stream=True)
+                client.completions.create(model="fake", prompt="x", stream=True)
             assert http.get("/health").status_code == 200
             served.go_on()
             assert all(each.result().status_code == 200 for each in inside)
@@ -58,21 +58,21 @@ def test_a_request_that_takes_too_long_is_ended() -> None:
         error = error_of(http.post(CHAT, json=HELLO), 504)
         assert error["code"] == "timeout" and "0.3 s" in error["message"]
         with served.openai() as client, pytest.raises(InternalServerError) as ended:
-            client.completions.create(model="letters", prompt="x")
+            client.completions.create(model="fake", prompt="x")
         assert ended.value.response.headers["x-should-retry"] == "false"
         assert wait_until(lambda: served.engine.num_running == 0)
         served.go_on()
         served.engine.reply, served.engine.step_s = "x" * 300, 0.05
         with served.openai() as client, pytest.raises(APIError, match="longer than"):
             for _ in client.completions.create(
-                model="letters", prompt="x", max_tokens=300, stream=True
+                model="fake", prompt="x", max_tokens=300, stream=True
             ):
                 pass
         assert len(served.engine.gone) == 3
         assert 'outcome="timeout"' in http.get("/metrics").text
 
 
-def test_an_engine_that_dies_is_told_to_everyone_and_ends_the_server() -> None:
+def test_a_failed_engine_is_reported_to_every_client_and_ends_the_server() -> None:
     with running_server() as served, served.http() as http:
         served.hold()
         with ThreadPoolExecutor(2) as pool:
@@ -90,7 +90,7 @@ def test_an_engine_that_dies_is_told_to_everyone_and_ends_the_server() -> None:
         assert served.engine.is_closed
 
 
-def test_a_dead_engine_shows_in_health_and_refuses() -> None:
+def test_a_failed_engine_shows_in_health_and_refuses_requests() -> None:
     async def answers() -> list[httpx.Response]:
         from tpllm.server import build_app
 
@@ -115,23 +115,23 @@ def test_a_dead_engine_shows_in_health_and_refuses() -> None:
 def test_a_failure_in_the_middle_of_a_stream_is_an_event() -> None:
     with running_server() as served, served.openai() as client:
         served.engine.reply, served.engine.step_s = "x" * 300, 0.02
-        stream = client.completions.create(model="letters", prompt="x", max_tokens=300, stream=True)
+        stream = client.completions.create(model="fake", prompt="x", max_tokens=300, stream=True)
         next(iter(stream))
         served.call(served.engine.die)
         with pytest.raises(APIError, match="the engine has failed"):
             list(stream)
 
 
-def test_a_mistake_of_ours_is_told_without_its_insides(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_bug_of_the_server_is_reported_without_details(caplog: pytest.LogCaptureFixture) -> None:
     with running_server() as served, served.openai() as client:
         served.engine.generate = None
         with pytest.raises(InternalServerError, match="in an unexpected way") as failed:
-            client.completions.create(model="letters", prompt="x")
+            client.completions.create(model="fake", prompt="x")
         assert "NoneType" not in str(failed.value)
         assert "NoneType" in caplog.text
 
 
-def test_a_panic_in_rust_is_a_mistake_of_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_panic_in_rust_is_reported_as_a_bug(monkeypatch: pytest.MonkeyPatch) -> None:
     class Panic(BaseException):  # as pyo3_runtime.PanicException
         pass
 
@@ -146,7 +146,7 @@ def test_a_panic_in_rust_is_a_mistake_of_ours(monkeypatch: pytest.MonkeyPatch) -
         assert http.get("/health").status_code == 200
 
 
-def test_a_drain_lets_the_running_end_and_refuses_the_new() -> None:
+def test_a_drain_finishes_running_requests_and_refuses_new_ones() -> None:
     with running_server(drain_timeout_s=30) as served, served.http() as http:
         served.hold()
         with ThreadPoolExecutor(1) as pool:
@@ -202,14 +202,14 @@ PATIENT: dict[str, Any] = {"drain_timeout_s": 600, "client_timeout_s": 600}
 
 def large_answer(served: Served, *, stream: bool) -> socket.socket:
     """A connection with the first byte of an answer that is larger than all buffers on its way."""
-    served.engine.reply, served.engine.letters_per_step = "x" * 1900, 1900
+    served.engine.reply, served.engine.chars_per_step = "x" * 1900, 1900
     body = {"prompt": "x", "n": 60, "max_tokens": 1900, "logprobs": 5, "stream": stream}
     return begun_answer(served, body)
 
 
 def quick_answer(served: Served, *, stream: bool) -> socket.socket:
-    """The same, of 600 sequences: 14 MB that are soon made, 12 bytes of JSON for each letter."""
-    served.engine.reply, served.engine.letters_per_step = "\U0001f600" * 1900, 1900
+    """The same, of 600 sequences: 14 MB that are soon made, 12 bytes of JSON for each character."""
+    served.engine.reply, served.engine.chars_per_step = "\U0001f600" * 1900, 1900
     body = {"prompt": "x", "n": 600, "max_tokens": 1900, "stream": stream}
     return begun_answer(served, body)
 
@@ -332,7 +332,7 @@ def test_one_signal_drains_and_two_end_at_once(number: int, twice: bool) -> None
     assert (code, codes) == ((128 + number, [503]) if twice else (0, [200]))
 
 
-def test_retry_after_follows_the_pace_of_the_server() -> None:
+def test_retry_after_follows_the_speed_of_the_server() -> None:
     async def run() -> tuple[int, int]:
         admission = Admission(1, 60)
         slow = admission._retry_after_s()

@@ -132,7 +132,7 @@ def test_an_error_is_shown(page: Chromium, served: Served) -> None:
 
 
 def test_the_engine_is_watched_live(page: Chromium, served: Served) -> None:
-    assert page.text("#model") == "letters"
+    assert page.text("#model") == "fake"
     page.until("document.querySelectorAll('#ranks .good').length === 2")
     assert page.text("#running") == "0 of 4"
     assert page.text("#cache") == "25 %"
@@ -197,7 +197,7 @@ def test_the_key_is_asked_for_until_it_is_right(browser: Chromium) -> None:
         assert all("401" in line for line in browser.complaints)
 
 
-def test_a_server_that_is_gone_is_told(browser: Chromium, tmp_path: Path) -> None:
+def test_the_page_reports_a_server_that_is_gone(browser: Chromium, tmp_path: Path) -> None:
     with running_server(FakeEngine) as served:
         browser.open(f"{served.url}/")
         browser.until("document.getElementById('state').textContent === 'ready'")

@@ -21,9 +21,7 @@ def test_a_clients_id_comes_back(http: httpx.Client, sent: str) -> None:
 
 
 @pytest.mark.parametrize("sent", [None, "", "two words", "a\tb", "é", LONGEST + "x"])
-def test_an_id_is_made_where_there_is_none_to_be_logged(
-    http: httpx.Client, sent: str | None
-) -> None:
+def test_a_missing_or_invalid_id_is_replaced(http: httpx.Client, sent: str | None) -> None:
     headers = [] if sent is None else [(b"x-request-id", sent.encode())]
     ids = {http.get("/health", headers=headers).headers["x-request-id"] for _ in range(2)}
     assert len(ids) == 2 and all(each.startswith("req_") for each in ids)
@@ -53,7 +51,7 @@ def test_the_log_has_the_id_and_a_path_of_bounded_length(caplog: pytest.LogCaptu
     assert lines[1].startswith("method=HEAD path=/health status=200 outcome=ok ")
 
 
-def test_a_mistake_of_ours_is_logged_and_has_openais_shape(
+def test_a_bug_of_the_server_is_logged_and_has_openais_format(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     with running_server() as served, served.http() as http:

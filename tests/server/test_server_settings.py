@@ -10,7 +10,7 @@ from tpllm.errors import UnknownSettingError
 from tpllm.server import ServerSettings
 
 
-def test_the_defaults_let_nobody_else_in() -> None:
+def test_the_defaults_allow_no_other_machine() -> None:
     settings = ServerSettings()
     assert settings.host == "127.0.0.1" and settings.is_local
     assert settings.cors_origins == () and settings.log_requests is False
@@ -77,7 +77,7 @@ def test_an_unknown_setting_is_refused_with_the_nearest() -> None:
         ServerSettings(max_queues=1)  # type: ignore[call-arg]
 
 
-def test_what_a_request_leaves_open_is_the_models_advice() -> None:
+def test_fields_that_are_left_out_have_the_checkpoints_defaults() -> None:
     defaults = {"temperature": 0.6, "top_k": 20, "max_tokens": 50}
     chat = {"messages": [{"role": "user", "content": "hello"}]}
     with running_server(lambda: FakeEngine(defaults=defaults)) as served, served.http() as http:
@@ -93,16 +93,16 @@ def test_what_a_request_leaves_open_is_the_models_advice() -> None:
     assert {params.top_k for params in seen} == {20}
 
 
-def test_a_greedy_checkpoint_samples_where_several_answers_are_asked_for() -> None:
+def test_several_answers_are_sampled_even_if_the_checkpoint_is_greedy() -> None:
     with running_server(lambda: FakeEngine(defaults={"temperature": 0})) as served:
         with served.http() as http:
             for n in (1, 2):
-                body = {"model": "letters", "prompt": "a", "n": n}
+                body = {"model": "fake", "prompt": "a", "n": n}
                 assert http.post("/v1/completions", json=body).status_code == 200
         assert [params.temperature for _, params in served.engine.seen] == [0, 1]
 
 
-def test_the_models_advice_ends_where_the_server_s_limit_is() -> None:
+def test_the_servers_limit_applies_to_the_checkpoints_defaults() -> None:
     def engine() -> FakeEngine:
         return FakeEngine(defaults={"max_tokens": 50})
 
@@ -112,7 +112,7 @@ def test_the_models_advice_ends_where_the_server_s_limit_is() -> None:
         assert served.engine.seen[0][1].max_tokens == 3
 
 
-def test_answers_have_a_longest_length() -> None:
+def test_answers_have_a_maximum_length() -> None:
     with running_server(max_output_tokens=3) as served, served.http() as http:
         chat = {"messages": [{"role": "user", "content": "hello"}]}
         assert http.post("/v1/chat/completions", json=chat).status_code == 200

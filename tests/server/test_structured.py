@@ -44,7 +44,7 @@ FIELDS: list[tuple[dict[str, Any], dict[str, Any] | None]] = [
 
 
 @pytest.mark.parametrize("fields, form", FIELDS)
-def test_fields_become_the_form_that_they_name(
+def test_each_field_becomes_its_constraint(
     client: OpenAI, served: Served, fields: dict[str, Any], form: dict[str, Any] | None
 ) -> None:
     ask(client, **fields)
@@ -52,13 +52,13 @@ def test_fields_become_the_form_that_they_name(
     assert params.structured_outputs == (None if form is None else StructuredOutputsParams(**form))
 
 
-def test_completions_take_them_too(client: OpenAI, served: Served) -> None:
+def test_completions_have_the_same_fields(client: OpenAI, served: Served) -> None:
     extra = {"guided_choice": ["a"]}
-    client.completions.create(model="letters", prompt="x", extra_body=extra)
+    client.completions.create(model="fake", prompt="x", extra_body=extra)
     assert served.engine.seen[0][1].structured_outputs == StructuredOutputsParams(choice=["a"])
 
 
-def test_an_answer_with_a_form_holds_no_reasoning(client: OpenAI, served: Served) -> None:
+def test_a_structured_answer_has_no_reasoning(client: OpenAI, served: Served) -> None:
     served.engine.reply = '{"a": 1}'
     served.engine.tokenizer.template_end = "<think>\n"
     message = ask(client, response_format={"type": "json_object"}).choices[0].message
@@ -105,7 +105,7 @@ OTHER_CALL = '<tool_call>\n{"name": "über \\"it\\"", "arguments": {"n": 2}}\n</
         ({"tool_choice": NAMED}, [CALL], [OTHER_CALL, f"{CALL}\n{CALL}"]),
     ],
 )
-def test_a_required_call_has_the_form_of_a_tool(
+def test_a_required_call_follows_a_tools_schema(
     client: OpenAI,
     served: Served,
     fields: dict[str, Any],
@@ -220,7 +220,7 @@ def test_a_function_whose_arguments_are_no_object_is_refused(
         ),
     ],
 )
-def test_a_wrong_form_is_told_in_the_words_of_its_field(
+def test_an_error_of_a_constraint_names_the_field_that_was_sent(
     client: OpenAI, fields: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(BadRequestError) as refused:
@@ -237,7 +237,7 @@ def test_a_wrong_form_is_told_in_the_words_of_its_field(
         ": the request's other settings leave no token that fits",
     ],
 )
-def test_what_leaves_no_token_is_told_with_the_field_that_was_sent(words: str) -> None:
+def test_a_constraint_that_leaves_no_token_is_reported_by_its_field(words: str) -> None:
     request = ChatCompletionRequest(messages=HELLO, guided_choice=["a"])
     with pytest.raises(APIError) as refused, naming_the_field(request):
         raise ValueError(f"structured_outputs{words}")

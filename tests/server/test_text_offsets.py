@@ -30,7 +30,7 @@ END, OPEN = 4095, 4094  # <|im_end|>, <|im_start|>
 
 
 class ScriptedEngine(FakeEngine):
-    """Gives the tokens `script`, `letters_per_step` at a time, through the real tokenizer."""
+    """Gives the tokens `script`, `chars_per_step` at a time, through the real tokenizer."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -45,8 +45,8 @@ class ScriptedEngine(FakeEngine):
         request = processor.add(None, ids, sampling_params, request_id=request_id)
         script = self.script[: sampling_params.max_tokens]
         scores = PackedLogprobs(*(_packed(kind, ids[1:]) for kind in ("rank", "id", "logprob")))
-        for begin in range(0, len(script), self.letters_per_step):
-            part = script[begin : begin + self.letters_per_step]
+        for begin in range(0, len(script), self.chars_per_step):
+            part = script[begin : begin + self.chars_per_step]
             is_last = begin + len(part) == len(script)
             ends = "stop" if part[-1] == END else "length"
             update = RequestUpdate(
@@ -101,11 +101,11 @@ def both(
     engine: ScriptedEngine, http: httpx.Client, body: dict[str, Any]
 ) -> tuple[str, dict[str, Any]]:
     """Text and log-probabilities of a completion, which are the same whole and streamed."""
-    engine.letters_per_step = 1000
+    engine.chars_per_step = 1000
     answer = http.post(COMPLETIONS, json=body)
     assert answer.status_code == 200, answer.text
     choice = answer.json()["choices"][0]
-    engine.letters_per_step = 1
+    engine.chars_per_step = 1
     chunks = streamed(http, COMPLETIONS, body)
     assert "".join(chunk["text"] for chunk in chunks) == choice["text"]
     for name in ("tokens", "token_logprobs", "text_offset", "top_logprobs"):
@@ -156,7 +156,7 @@ def test_offsets_count_characters_of_the_text(
         assert echoed.startswith(prompt)
 
 
-def test_all_tokens_of_a_letter_begin_where_it_does(scripted: Any) -> None:
+def test_all_tokens_of_a_character_have_its_offset(scripted: Any) -> None:
     engine, http = scripted
     engine.script = ids = [*ids_of("a"), *ids_of("日"), *ids_of("b")]
     _, logprobs = both(engine, http, {"prompt": "x", "logprobs": 0})
@@ -192,7 +192,7 @@ def test_bytes_of_tokens_make_the_text(scripted: Any) -> None:
     engine, http = scripted
     engine.script = [*ids_of(MULTI_BYTE), END]
     body = {**HELLO, "logprobs": True, "top_logprobs": 2, "max_tokens": 500}
-    engine.letters_per_step = 1000
+    engine.chars_per_step = 1000
     [choice] = http.post(CHAT, json=body).json()["choices"]
     entries = choice["logprobs"]["content"]
     assert choice["message"]["content"] == MULTI_BYTE
@@ -202,7 +202,7 @@ def test_bytes_of_tokens_make_the_text(scripted: Any) -> None:
     for entry in entries:
         assert entry["top_logprobs"][0]["bytes"] == entry["bytes"]
         assert entry["top_logprobs"][1]["bytes"] == list(SHIPPED.token_bytes(5))
-    engine.letters_per_step = 1
+    engine.chars_per_step = 1
     chunks = streamed(http, CHAT, body)
     parts = [chunk["logprobs"]["content"] for chunk in chunks if chunk["logprobs"]]
     assert list(chain.from_iterable(parts)) == entries

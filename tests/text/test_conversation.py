@@ -89,19 +89,19 @@ def prints_all(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
                 "null",
                 "[" * 100_000,
                 '{"a":' * 400 + "1" + "}" * 400,
-                '{"a": "\\ud83d"}',  # half of a letter's two
+                '{"a": "\\ud83d"}',  # half of a surrogate pair
                 '{"a": ' + "1" * 5000 + "}",
             )
         ),
     ],
 )
-def test_arguments_are_their_object_or_else_their_text(arguments: Any, plain: Any) -> None:
+def test_arguments_become_an_object_or_stay_a_string(arguments: Any, plain: Any) -> None:
     assert arguments_of(with_arguments(arguments)) == plain
 
 
 @pytest.mark.parametrize("template", [QWEN3, ITEMS, METHOD, TOJSON])
 @pytest.mark.parametrize("arguments", [CUT, '["Ul"]', '"Ul"', "say Ul", '{"a": "Ul\\ud83d"}'])
-def test_no_template_breaks_on_arguments_that_are_no_object(
+def test_every_template_renders_arguments_that_are_no_object(
     tokenizer: Tokenizer, template: str, arguments: str
 ) -> None:
     text = tokenizer.render_chat(with_arguments(arguments), chat_template=template)
@@ -199,7 +199,7 @@ def test_arguments_reach_templates_as_objects(tokenizer: Tokenizer) -> None:
         ),
     ],
 )
-def test_a_message_is_brought_into_the_templates_form(
+def test_a_message_is_converted_for_the_template(
     message: dict[str, Any], plain: dict[str, Any]
 ) -> None:
     assert plain_messages([USER, message]) == [USER, plain]
@@ -247,13 +247,13 @@ def call(**fields: Any) -> dict[str, Any]:
         ),
     ],
 )
-def test_what_is_wrong_is_named_by_its_place(message: dict[str, Any], error: str) -> None:
+def test_an_error_names_the_path_of_the_wrong_value(message: dict[str, Any], error: str) -> None:
     with pytest.raises(ValueError) as refused:
         plain_messages([message])
     assert str(refused.value).startswith(error), refused.value
 
 
-def test_tools_have_what_describes_a_function() -> None:
+def test_tools_keep_only_the_keys_of_a_function() -> None:
     function = {"name": "f", "description": "d", "parameters": {"type": "object", "x-kept": 1}}
     tool = {"type": "function", "function": function}
     noisy = {**tool, "cache_control": {}, "function": {"strict": True, "x-a": 1, **function}}

@@ -73,7 +73,7 @@ any_id = st.integers(0, 300) | st.integers(4080, 4100) | st.integers(0, 4095)
 
 @SETTINGS
 @given(parts=parts_of(any_id), skip=st.booleans(), spaces=st.booleans())
-def test_any_ids_of_the_shipped_tokenizer_give_the_text_of_all_at_once(parts, skip, spaces):
+def test_any_ids_of_the_shipped_tokenizer_equal_the_text_of_one_decode(parts, skip, spaces):
     detokenizer = SHIPPED.detokenizer(skip, spaces)
     text = SHIPPED.decode(flat(parts), skip_special_tokens=skip)
     assert "".join(pieces_of(detokenizer, parts)) == text
@@ -81,7 +81,7 @@ def test_any_ids_of_the_shipped_tokenizer_give_the_text_of_all_at_once(parts, sk
 
 @SETTINGS
 @given(text=st.text() | st.just(MULTI_BYTE))
-def test_a_character_is_never_given_in_halves(text):
+def test_a_character_is_never_divided(text):
     text = unicodedata.normalize("NFC", text)  # as this tokenizer does
     ids = SHIPPED.encode_batch([text], add_special_tokens=False)[0]
     pieces = pieces_of(SHIPPED.detokenizer(skip_special_tokens=False), [[id_] for id_ in ids])
@@ -92,7 +92,7 @@ def test_a_character_is_never_given_in_halves(text):
 
 @SETTINGS
 @given(parts=parts_of(st.integers(0, 270)), skip=st.booleans(), spaces=st.booleans())
-def test_pieces_of_single_bytes_give_the_text_of_all_at_once(with_byte_pieces, parts, skip, spaces):
+def test_pieces_of_single_bytes_equal_the_text_of_one_decode(with_byte_pieces, parts, skip, spaces):
     detokenizer = with_byte_pieces.detokenizer(skip, spaces)
     text = with_byte_pieces.decode(flat(parts), skip_special_tokens=skip)
     assert "".join(pieces_of(detokenizer, parts)) == text
@@ -100,7 +100,7 @@ def test_pieces_of_single_bytes_give_the_text_of_all_at_once(with_byte_pieces, p
 
 @SETTINGS
 @given(parts=parts_of(st.integers(0, 4)), skip=st.booleans())
-def test_words_joined_by_spaces_give_the_text_of_all_at_once(of_words, parts, skip):
+def test_words_joined_by_spaces_equal_the_text_of_one_decode(of_words, parts, skip):
     text = of_words.decode(flat(parts), skip_special_tokens=skip)
     assert "".join(pieces_of(of_words.detokenizer(skip), parts)) == text
 

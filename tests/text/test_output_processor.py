@@ -131,7 +131,7 @@ def test_an_end_token_is_in_the_text_where_that_is_asked_for():
     assert engine.last.text == "Amen.<|im_end|>"
 
 
-def test_a_character_that_stays_half_is_told_at_the_end():
+def test_an_incomplete_character_is_returned_at_the_end():
     engine = Engine(output_kind=DELTA)
     half = ids_of("🙂")[:-1]
     assert half
@@ -146,7 +146,7 @@ def test_without_detokenizing_there_is_no_text():
         assert engine.last.token_ids == ids_of("Amen.")
 
 
-def test_news_after_the_end_is_passed_over():
+def test_updates_after_the_end_are_ignored():
     engine = Engine(stop="shall")
     engine.run(ids_of(" I shall"))
     num_outputs = len(engine.outputs)
@@ -160,7 +160,7 @@ def test_news_after_the_end_is_passed_over():
 
 @settings(deadline=None, derandomize=True, database=None, max_examples=150)
 @given(data=st.data(), kind=st.sampled_from(KINDS), includes=st.booleans())
-def test_a_stop_string_ends_the_text_wherever_the_borders_of_tokens_are(data, kind, includes):
+def test_a_stop_string_ends_the_text_at_any_token_boundary(data, kind, includes):
     text = "I shall not want. He maketh me — 日本 🙂 — to lie down"
     begin = data.draw(st.integers(0, len(text) - 1))
     stop = text[begin : data.draw(st.integers(begin + 1, min(len(text), begin + 12)))]
@@ -181,7 +181,7 @@ def test_a_stop_string_ends_the_text_wherever_the_borders_of_tokens_are(data, ki
     assert engine.aborted == [engine.request.engine_requests[0].request_id]
 
 
-def test_what_may_begin_a_stop_string_waits_and_comes_if_it_does_not():
+def test_a_possible_beginning_of_a_stop_string_is_held_back():
     engine = Engine(output_kind=DELTA, stop="not here")
     engine.run(ids_of("I shall not want"))
     texts = [output.outputs[0].text for output in engine.outputs]
@@ -192,13 +192,13 @@ def test_what_may_begin_a_stop_string_waits_and_comes_if_it_does_not():
     assert "not" not in "".join(texts[: held + 1]) and texts[-1].startswith("not")
 
 
-def test_an_end_while_text_is_held_back_tells_it():
+def test_text_that_is_held_back_is_returned_at_the_end():
     engine = Engine(output_kind=DELTA, stop="not here")
     engine.run(ids_of("I shall not"))
     assert engine.joined()[0] == "I shall not"
 
 
-def test_a_stop_string_before_min_tokens_is_passed_over():
+def test_a_stop_string_before_min_tokens_is_ignored():
     ids = ids_of("a b a b a b")
     engine = Engine(stop="b", min_tokens=3, max_tokens=30)
     engine.run(ids)
@@ -216,7 +216,7 @@ def test_the_last_token_may_complete_a_stop_string():
 
 
 @pytest.mark.parametrize("params", [{"stop": "x"}, {"bad_words": ["x"]}])
-def test_texts_to_look_for_need_a_tokenizer(params):
+def test_stop_strings_and_bad_words_need_a_tokenizer(params):
     with pytest.raises(ValueError, match=r"=\['x'\] needs a tokenizer, and this engine has none"):
         Engine(None, **params)
 
@@ -224,7 +224,7 @@ def test_texts_to_look_for_need_a_tokenizer(params):
 # ---- several continuations -----------------------------------------------------------------------
 
 
-def test_the_continuations_of_a_request_are_requests_with_seeds_of_their_own():
+def test_each_continuation_is_an_engine_request_with_its_own_seed():
     engine = Engine(n=3, seed=7)
     requests = engine.request.engine_requests
     assert len({each.request_id for each in requests}) == 3
@@ -245,7 +245,7 @@ def test_continuations_are_joined_and_the_last_end_is_the_request_s():
     assert texts == [(0, "first", "stop"), (1, "second", "length")]
 
 
-def test_a_delta_holds_the_continuations_with_news():
+def test_a_delta_holds_the_continuations_with_new_tokens():
     engine = Engine(n=3, output_kind=DELTA)
     engine.update(*ids_of("second"), child=1)
     engine.update(*ids_of("third"), child=2, end="length")
@@ -260,7 +260,7 @@ def test_final_only_waits_for_all_continuations():
     assert [each.index for each in engine.outputs[0].outputs] == [0, 1]
 
 
-def test_an_abort_ends_what_still_runs():
+def test_an_abort_ends_running_continuations():
     engine = Engine(n=2, output_kind=DELTA)
     engine.update(5, child=1, end="length")
     aborted = engine.processor.abort(engine.request.request_id)
@@ -322,17 +322,17 @@ def packed_logprobs(
     )
 
 
-def test_those_of_the_prompt_come_once_in_deltas_and_always_otherwise():
+def test_prompt_log_probabilities_come_once_in_deltas_and_always_otherwise():
     packed = packed_logprobs([2], [[2, 9]], [[-1.0, -0.5]])
     for kind, num_times in ((DELTA, 1), (CUMULATIVE, 2), (FINAL_ONLY, 1)):
         engine = Engine(prompt_logprobs=1, output_kind=kind)
         engine.update(5, prompt_logprobs=packed)
         engine.update(6, end="length")
-        told = [o.prompt_logprobs for o in engine.outputs if o.prompt_logprobs is not None]
-        assert len(told) == num_times
-        assert told[0][0] is None and told[0][1] is not None
-        assert list(told[0][1]) == [2, 9]
-        assert told[0][1][9] == Logprob(-0.5, 1, TOKENIZER.decode([9]))
+        reported = [o.prompt_logprobs for o in engine.outputs if o.prompt_logprobs is not None]
+        assert len(reported) == num_times
+        assert reported[0][0] is None and reported[0][1] is not None
+        assert list(reported[0][1]) == [2, 9]
+        assert reported[0][1][9] == Logprob(-0.5, 1, TOKENIZER.decode([9]))
 
 
 def test_entries_of_a_long_prompt_are_made_when_they_are_read(monkeypatch):
@@ -350,9 +350,9 @@ def test_entries_of_a_long_prompt_are_made_when_they_are_read(monkeypatch):
         5, prompt_logprobs=packed_logprobs([7] * (n - 1), ids, [[-0.5, -1.0, -2.0]] * (n - 1))
     )
     (output,) = engine.outputs
-    told = output.prompt_logprobs
-    assert told is not None and len(told) == n and made == []
-    assert told[-1] == {
+    reported = output.prompt_logprobs
+    assert reported is not None and len(reported) == n and made == []
+    assert reported[-1] == {
         48: Logprob(-0.5, 7, "48"),
         60: Logprob(-1.0, 1, "60"),
         61: Logprob(-2.0, 2, "61"),
@@ -360,18 +360,21 @@ def test_entries_of_a_long_prompt_are_made_when_they_are_read(monkeypatch):
     assert made == [48, 60, 61]
 
 
-def test_those_of_the_prompt_are_read_like_a_list():
+def test_prompt_log_probabilities_read_like_a_list():
     packed = packed_logprobs([1, 2], [[3, 3], [4, 3]], [[-0.5, -0.5], [-2.0, -0.25]])
     engine = Engine(prompt_logprobs=1, detokenize=False)
     engine.update(5, prompt_logprobs=packed)
-    told = engine.outputs[0].prompt_logprobs
-    assert told is not None
+    reported = engine.outputs[0].prompt_logprobs
+    assert reported is not None
     entries = [None, {3: Logprob(-0.5, 1)}, {4: Logprob(-2.0, 2), 3: Logprob(-0.25, 1)}]
-    assert told == entries and entries == told and list(told) == entries
-    assert told != entries[:2] and repr(told) == repr(entries)
-    assert told[1:] == entries[1:] and told[::-1] == entries[::-1] and told[-3] is None
+    assert reported == entries and entries == reported and list(reported) == entries
+    assert reported != entries[:2] and repr(reported) == repr(entries)
+    assert reported[1:] == entries[1:] and reported[::-1] == entries[::-1] and reported[-3] is None
     for index in (3, -4):
         with pytest.raises(IndexError):
-            told[index]
-    for copied in (pickle.loads(pickle.dumps(told)), asdict(engine.outputs[0])["prompt_logprobs"]):
+            reported[index]
+    for copied in (
+        pickle.loads(pickle.dumps(reported)),
+        asdict(engine.outputs[0])["prompt_logprobs"],
+    ):
         assert type(copied) is list and copied == entries

@@ -32,7 +32,7 @@ from tpllm.text.prompts import as_list, one_for_each
         ([[]], [[]]),  # an empty prompt is the engine's to refuse
     ],
 )
-def test_all_forms_become_texts_or_plain_ids(prompts, expected):
+def test_every_format_becomes_a_text_or_plain_ids(prompts, expected):
     result = as_list(prompts)
     assert result == expected
     assert all(
@@ -71,7 +71,7 @@ def test_all_forms_become_texts_or_plain_ids(prompts, expected):
         ({"prompt_token_ids": None}, "prompt 0 is {'prompt_token_ids': None}; give"),
     ],
 )
-def test_other_forms_are_refused(prompts, message):
+def test_other_formats_are_refused(prompts, message):
     with pytest.raises(ValueError, match=message):
         as_list(prompts)
 

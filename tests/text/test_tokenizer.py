@@ -111,7 +111,7 @@ def test_a_tokenizer_can_be_sent_to_other_processes(tokenizer):
     assert pickle.loads(pickle.dumps(tokenizer)).bad_word_ids(words) == expected
 
 
-def test_a_bad_word_that_spells_nothing_is_refused(tokenizer):
+def test_a_bad_word_without_tokens_is_refused(tokenizer):
     with pytest.raises(ValueError, match="bad_words holds ' ', which has no tokens"):
         tokenizer.bad_word_ids(["the", " "])
 
@@ -153,7 +153,7 @@ def test_wrong_messages_are_refused(tokenizer, messages, message):
 
 
 @pytest.mark.parametrize("name", ["tools", "messages", "conversation", "tokenize", "chat_template"])
-def test_what_has_a_way_of_its_own_is_no_option_of_the_template(tokenizer, name):
+def test_arguments_of_render_chat_are_not_template_options(tokenizer, name):
     with pytest.raises(ValueError, match=f"^chat_template_kwargs holds '{name}'"):
         tokenizer.render_chat(
             [{"role": "user", "content": "hi"}], chat_template_kwargs={name: None, "mood": "!"}
