@@ -33,7 +33,8 @@ import psutil
 
 from tpllm import LLM, RequestOutputKind, SamplingParams, __version__
 from tpllm.channel.ring import RingDescriptors, RingReader, RingWriter, create_ring
-from tpllm.channel.step_plan import ENTERING_WORDS, STEP, PlanLimits, StepPlan, StepResult
+from tpllm.channel.row_record import new_records
+from tpllm.channel.step_plan import STEP, PlanLimits, StepPlan, StepResult
 from tpllm.config.checkpoint import SHIPPED_MODEL
 from tpllm.engine.block_manager import BlockManager
 from tpllm.engine.request import AddRequest, RequestUpdate, Sequence
@@ -52,7 +53,7 @@ GOALS = {"hop_us": 50, "idle_cpu_percent": 1, "schedule_256_ms": 0.5, "detokeniz
 def decode_plan(num_seqs: int) -> StepPlan:
     """Return the plan of a step with one token for each of `num_seqs` sequences."""
     ones, empty = np.ones(num_seqs, dtype=np.int32), np.empty(0, dtype=np.int32)
-    entering, updates = empty.reshape(0, ENTERING_WORDS), empty.reshape(0, 2)
+    entering, updates = new_records(0), empty.reshape(0, 2)
     return StepPlan(0, num_seqs, ones, ones, ones, ones, entering, updates, empty, empty)
 
 

@@ -19,10 +19,9 @@ import xxhash
 from llguidance import LLTokenizer, TokenizerWrapper
 
 from tpllm.channel.logprob_records import LogprobBlock
-from tpllm.channel.row_options import RowOptions, read_records
+from tpllm.channel.row_record import new_records, read_tokens, split_lists
 from tpllm.channel.step_plan import (
     RESERVED_BLOCK,
-    ROW_STATE_WORDS,
     PlanLimits,
     StepMasks,
     StepPlan,
@@ -153,9 +152,8 @@ class SimulatedWorker:
         self._limits = limits
         self._truths = truths
         self._tables = np.zeros((limits.max_num_seqs, limits.max_blocks_per_seq), dtype=np.int32)
-        self._row_state = np.zeros((limits.max_num_seqs, ROW_STATE_WORDS), dtype=np.int32)
+        self._records = new_records(limits.max_num_seqs)
         self._last_tokens = [-1] * limits.max_num_seqs
-        self._options: dict[int, RowOptions] = {}
         self._waiting: StepPlan | None = None  # for its masks
         self._cache = [0] * (num_blocks * limits.block_size)
         self.written_blocks: set[int] = set()  # by the latest step
@@ -166,15 +164,13 @@ class SimulatedWorker:
         assert self._waiting is None, "the masks of a step come before any later step"
         plan = StepPlan.decode(payload)
         self._check_layout(plan)
-        for words in plan.entering:
-            self._row_state[words[0]] = words[1:]
-            self._options.pop(int(words[0]), None)
-        for row, options, tokens in read_records(plan.row_options):
-            assert row in plan.entering[:, 0]
-            self._options[row] = options
-            truth = self._truth(row, tokens.size)
-            assert tokens.tolist() == truth.tokens[: tokens.size]
-            assert options.num_prompt_tokens == truth.num_prompt_tokens
+        self._records[plan.entering["row"]] = plan.entering
+        lists = split_lists(plan.entering, plan.row_lists)
+        for record, each in zip(plan.entering, lists, strict=True):
+            truth = self._truth(record["row"], each["tokens"].size)
+            assert each["tokens"].tolist() == truth.tokens[: each["tokens"].size]
+            assert bool(each["tokens"].size) == read_tokens(record)
+            assert record["num_prompt_tokens"] == truth.num_prompt_tokens
         for position, block in plan.block_updates.tolist():
             self._tables.reshape(-1)[position] = block
         # as on a GPU, all rows store their keys and values before any row attends
@@ -182,7 +178,7 @@ class SimulatedWorker:
         self._attend(plan)
         self._note(plan, written_by)
         sampling_rows = plan.rows[plan.samples == 1].tolist()
-        if any(row in self._options and self._options[row].is_masked for row in sampling_rows):
+        if self._records["is_masked"][sampling_rows].any():
             self._waiting = plan
             return None
         return self._result(plan, {})
@@ -194,7 +190,7 @@ class SimulatedWorker:
         masks = StepMasks.decode(payload)
         assert masks.step == plan.step
         for i in masks.indices.tolist():
-            assert plan.samples[i] and self._options[int(plan.rows[i])].is_masked
+            assert plan.samples[i] and self._records["is_masked"][plan.rows[i]]
         pairs = zip(masks.indices.tolist(), masks.words, strict=True)
         return self._result(plan, {i: ids_of_mask(words) for i, words in pairs})
 
@@ -213,8 +209,8 @@ class SimulatedWorker:
         assert plan.samples[: plan.num_decode].all()
         assert plan.token_ids.size == plan.num_tokens[plan.num_decode :].sum()
         assert len(plan.block_updates) <= limits.max_block_updates
-        assert plan.row_options.size <= limits.max_option_words
-        assert set(plan.entering[:, 0].tolist()) <= set(plan.rows[plan.num_decode :].tolist())
+        assert plan.row_lists.size <= limits.max_row_list_words
+        assert set(plan.entering["row"].tolist()) <= set(plan.rows[plan.num_decode :].tolist())
         positions = plan.block_updates[:, 0].tolist()
         assert len(set(positions)) == len(positions)
 
@@ -224,7 +220,7 @@ class SimulatedWorker:
         return [table[p // size] * size + p % size for p in range(start, end)]
 
     def _truth(self, row: int, num_tokens: int) -> TrueSequence:
-        truth = self._truths[_seed_of(self._row_state[row])]
+        truth = self._truths[int(self._records["seed"][row])]
         truth.grow(num_tokens)
         return truth
 
@@ -262,12 +258,13 @@ class SimulatedWorker:
         for i, (row, start, num_tokens) in enumerate(_scheduled(plan)):
             if plan.samples[i]:
                 position = start + num_tokens
-                state = self._row_state[row]
+                record = self._records[row]
                 prefix = self._cache[self._slots(row, position - 1, position)[0]]
-                banned = set(state[4:].tolist()) if position < state[3] else set()
+                is_early = position < record["min_position"]
+                banned = set(record["stop_ids"].tolist()) if is_early else set()
                 banned |= set(range(VOCAB_SIZE)) - masks[i] if i in masks else set()
-                temperature = float(state[:1].view(np.float32)[0])
-                self._last_tokens[row] = sample_token(prefix, temperature, _seed_of(state), banned)
+                temperature, seed = float(record["temperature"]), int(record["seed"])
+                self._last_tokens[row] = sample_token(prefix, temperature, seed, banned)
                 sampled_ids.append(self._last_tokens[row])
         return np.array(sampled_ids, dtype=np.int32)
 
@@ -275,16 +272,14 @@ class SimulatedWorker:
         """Return log-probabilities of new tokens and of the prompt tokens of this step."""
         records = [np.empty(0, np.int32)]
         for i, (row, start, num_tokens) in enumerate(_scheduled(plan)):
-            options = self._options.get(row)
-            if options is None:
-                continue
+            record = self._records[row]
             end = start + num_tokens
             truth = self._truth(row, end + 1)
             spans = [
-                (start + 1, min(end + 1, truth.num_prompt_tokens), options.num_prompt_logprobs)
+                (start + 1, min(end + 1, truth.num_prompt_tokens), record["num_prompt_logprobs"])
             ]
             if plan.samples[i]:
-                spans.append((end, end + 1, options.num_logprobs))
+                spans.append((end, end + 1, record["num_logprobs"]))
             for begin, until, k in spans:
                 if k >= 0 and begin < until:
                     parts = [each for each in truth.logprobs(begin, until, k) if each is not None]
@@ -302,7 +297,7 @@ class SimulatedWorker:
 
     def _note(self, plan: StepPlan, written_by: dict[int, int]) -> None:
         size = self._limits.block_size
-        entering = set(plan.entering[:, 0].tolist())
+        entering = set(plan.entering["row"].tolist())
         for row, start, _ in _scheduled(plan):
             shared = self._tables[row, : start // size].tolist() if row in entering else []
             self.events["prefix hits"] += bool(shared)
@@ -538,8 +533,3 @@ def _bytes_of(record: StepPlan | StepMasks | StepResult) -> np.ndarray:
 def _scheduled(plan: StepPlan) -> Iterable[tuple[int, int, int]]:
     """Return row, start and number of tokens of each scheduled row."""
     return zip(plan.rows.tolist(), plan.starts.tolist(), plan.num_tokens.tolist(), strict=True)
-
-
-def _seed_of(state: np.ndarray) -> int:
-    low, high = state[1:3].view(np.uint32)
-    return int(low) + (int(high) << 32)

@@ -19,7 +19,7 @@ from hypothesis.stateful import (
 )
 
 from tests.engine.simulation import EOS, VOCAB_SIZE, SimulatedEngine, Watched
-from tpllm.channel.row_options import read_records
+from tpllm.channel.row_record import have_options, split_lists
 from tpllm.channel.step_plan import StepPlan, StepResult
 from tpllm.engine.request import RequestUpdate, Status
 from tpllm.sampling_params import SamplingParams
@@ -120,13 +120,13 @@ def test_a_row_that_enters_brings_its_sampling_settings():
     params = SamplingParams(temperature=0.7, max_tokens=5, min_tokens=2, stop_token_ids=[3, 5])
     request = engine.add(prompt_of(6), params)
     engine.add(prompt_of(6, first=2), SamplingParams(stop_token_ids=[3], max_tokens=1))
-    words, unmasked = send(engine).entering
-    assert words[0] == request.seq.row
-    assert words[1:2].view(np.float32)[0] == np.float32(0.7)
-    assert words[2:4].view(np.uint32).tolist() == [request.seq.seed % 2**32, request.seq.seed >> 32]
-    assert words[4] == 8  # position of the first token that may be an end token
-    assert words[5:].tolist() == [EOS, 3, 5] + [-1] * 13
-    assert unmasked[5:].tolist() == [-1] * 16  # without min_tokens no end token is masked
+    record, unmasked = send(engine).entering
+    assert record["row"] == request.seq.row
+    assert record["temperature"] == np.float32(0.7)
+    assert record["seed"] == request.seq.seed
+    assert record["min_position"] == 8  # of the first token that may be an end token
+    assert record["stop_ids"].tolist() == [EOS, 3, 5] + [-1] * 13
+    assert unmasked["stop_ids"].tolist() == [-1] * 16  # without min_tokens none is masked
     engine.run_to_end()
 
 
@@ -229,7 +229,9 @@ def test_a_row_without_options_carries_none():
     engine = SimulatedEngine()
     engine.add(prompt_of(6), SamplingParams(temperature=0.7, min_tokens=2, stop_token_ids=[3]))
     engine.add(prompt_of(6), SamplingParams(temperature=0, top_k=5, top_p=0.5, min_p=0.5))
-    assert send(engine).row_options.size == 0
+    plan = send(engine)
+    assert plan.row_lists.size == 0
+    assert not have_options(plan.entering).any()
     engine.run_to_end()
 
 
@@ -241,8 +243,9 @@ def test_a_row_carries_its_options_once_and_again_after_a_preemption():
     engine.run_to_end()
     assert engine.scheduler.stats.num_preemptions
     for plan in engine.plans:
-        rows = [each.row for each in read_records(plan.row_options)]
-        assert rows == plan.entering[:, 0].tolist()
+        assert have_options(plan.entering).all()
+        lists = split_lists(plan.entering, plan.row_lists)
+        assert all(each["tokens"].size >= 6 for each in lists)
 
 
 def test_prompt_logprobs_are_computed_from_the_first_token_on_whatever_the_cache_has():
@@ -262,27 +265,27 @@ def test_prompt_logprobs_that_were_returned_are_not_computed_again():
         engine.add(prompt_of(6, first=i + 1), generate(6, prompt_logprobs=2))
     engine.run_to_end()
     asked = [
-        each.options.num_prompt_logprobs
+        num_likeliest
         for plan in engine.plans
-        for each in read_records(plan.row_options)
+        for num_likeliest in plan.entering["num_prompt_logprobs"].tolist()
     ]
     assert sorted(asked) == [-1, 2, 2, 2]
 
 
 def test_a_step_never_carries_more_options_than_the_limit():
     engine = SimulatedEngine(
-        num_blocks=900, block_size=16, max_num_seqs=200, max_num_batched_tokens=200
+        num_blocks=900, block_size=48, max_num_seqs=200, max_num_batched_tokens=200
     )
-    limit = engine.limits.max_option_words
-    bias = dict.fromkeys(range(VOCAB_SIZE), 0.0)
+    limit = engine.limits.max_row_list_words
+    params = generate(1, repetition_penalty=1.5, logit_bias=dict.fromkeys(range(8), 0.0))
     first = engine.add(prompt_of(49), generate(1))
     while first.finish_reason is None:
         engine.step()
     for _ in range(200):  # each of one token to compute
-        engine.add(prompt_of(49), generate(1, repetition_penalty=1.5, logit_bias=bias))
+        engine.add(prompt_of(49), params)
     plan = send(engine)
-    num_words = plan.row_options.size // plan.rows.size
-    assert limit - num_words < plan.row_options.size <= limit
+    num_words = plan.row_lists.size // plan.rows.size
+    assert limit - num_words < plan.row_lists.size <= limit
     engine.run_to_end()
 
 
@@ -331,7 +334,7 @@ def test_the_latest_arrival_is_preempted_and_waits_first_in_line():
     assert engine.scheduler.stats.num_preemptions == 1
     engine.run_to_end()
     entering = np.concatenate([plan.entering for plan in engine.plans])
-    assert entering[:, 2].tolist() == [1, 2, 3, 3, 4]  # the seed's low word numbers the requests
+    assert entering["seed"].astype(np.uint32).tolist() == [1, 2, 3, 3, 4]  # numbers the requests
 
 
 def test_where_several_rows_lack_a_block_as_many_are_freed():
@@ -382,7 +385,7 @@ def test_a_preempted_request_finds_its_work_in_the_cache():
     engine.run_to_end()
     last_to_enter = next(plan for plan in reversed(engine.plans) if len(plan.entering))
     # it has 16 tokens now with the one that was in flight; its fourth block went to the first
-    assert rows(last_to_enter) == [(last_to_enter.entering[0, 0], 12, 4)]
+    assert rows(last_to_enter) == [(last_to_enter.entering["row"][0], 12, 4)]
 
 
 def test_a_preempted_request_may_come_back_at_once_to_share_what_it_had_computed_itself():

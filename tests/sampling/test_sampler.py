@@ -1,14 +1,17 @@
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
+from tests.sampling.records import sampled_rows
+from tpllm.channel.row_record import MAX_STOP_IDS, column
 from tpllm.parallel.group import TPGroup
 from tpllm.sampling import sampler
 from tpllm.sampling.gumbel import gumbel_reference, noise_bits_reference
+from tpllm.sampling.row_table import SampledRows
 from tpllm.sampling.sampler import (
-    SamplingBatch,
     best_candidate_reference,
     best_candidate_triton,
     local_candidates_reference,
@@ -19,7 +22,7 @@ from tpllm.sampling.sampler import (
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
 Where = tuple[torch.device, torch.dtype]
-Stages = tuple[Callable[[Tensor, SamplingBatch, int, int], Tensor], Callable[[Tensor], Tensor]]
+Stages = tuple[Callable[..., Tensor], Callable[[Tensor], Tensor]]
 
 
 @pytest.fixture(
@@ -41,15 +44,18 @@ def make_batch(
     temperatures: list[float] | float = 1.0,
     min_positions: list[int] | int = 0,
     stop_ids: list[list[int]] | None = None,
-) -> SamplingBatch:
-    """Return settings of rows with random seeds and positions; no stop ids by default."""
+) -> SampledRows:
+    """Return rows with random seeds and positions; no stop ids by default."""
     rng = torch.Generator().manual_seed(num_rows)
-    return SamplingBatch(
-        temperatures=torch.tensor(temperatures).expand(num_rows).contiguous().to(device),
-        seeds=torch.randint(-(2**31), 2**31, (num_rows, 2), generator=rng).int().to(device),
-        positions=torch.randint(1, 5000, (num_rows,), generator=rng).int().to(device),
-        min_positions=torch.tensor(min_positions).expand(num_rows).int().contiguous().to(device),
-        stop_ids=torch.tensor(stop_ids or [[]] * num_rows, dtype=torch.int32, device=device),
+    seeds = torch.randint(-(2**31), 2**31, (num_rows, 2), generator=rng).int().numpy()
+    positions = torch.randint(1, 5000, (num_rows,), generator=rng).int().to(device)
+    padded = [each + [-1] * (MAX_STOP_IDS - len(each)) for each in stop_ids or [[]] * num_rows]
+    return sampled_rows(
+        positions,
+        temperature=temperatures,
+        seed=seeds.view("<u8")[:, 0],
+        min_position=min_positions,
+        stop_ids=padded,
     )
 
 
@@ -59,7 +65,7 @@ def random_logits(num_rows: int, vocab_size: int, where: Where) -> Tensor:
     return (4 * torch.randn(num_rows, vocab_size, generator=rng)).to(device, dtype)
 
 
-def sample_through(stages: Stages, logits: Tensor, batch: SamplingBatch) -> list[int]:
+def sample_through(stages: Stages, logits: Tensor, batch: SampledRows) -> list[int]:
     """Sample from the whole vocabulary through the given stages."""
     local_candidates, best_candidate = stages
     return best_candidate(local_candidates(logits, batch, 0, logits.shape[1]))[1].tolist()
@@ -80,8 +86,10 @@ def test_the_sampled_id_has_the_highest_noisy_score(
     logits = random_logits(num_rows, vocab_size, device_and_dtype)
     temperatures = [0.0, 0.7, 1.0, 1.9, 0.2][:num_rows]
     batch = make_batch(num_rows, logits.device, temperatures)
-    noise = gumbel_reference(noise_bits_reference(batch.seeds, batch.positions, 0, vocab_size))
-    scores = logits.float() + batch.temperatures[:, None] * noise
+    noise = gumbel_reference(
+        noise_bits_reference(batch.column("seed"), batch.positions, 0, vocab_size)
+    )
+    scores = logits.float() + batch.column("temperature")[:, None] * noise
 
     ids = torch.tensor(sample_through(stages, logits, batch), device=logits.device)
 
@@ -261,7 +269,7 @@ def test_a_row_s_token_does_not_depend_on_its_batch(stages: Stages, device: torc
     batch = make_batch(6, device, [1.0, 0.0, 1.0, 1.3, 0.0, 0.9])
     sampled_ids = sample_through(stages, logits, batch)
     for row in range(6):
-        alone = SamplingBatch(**{k: v[row : row + 1].contiguous() for k, v in vars(batch).items()})
+        alone = batch.at(torch.tensor([row], device=device))
         assert sample_through(stages, logits[row : row + 1], alone) == [sampled_ids[row]]
 
 
@@ -273,20 +281,35 @@ def test_logits_rows_may_be_strided(stages: Stages, device: torch.device) -> Non
     )
 
 
+@pytest.mark.parametrize("local_candidates", [local_candidates_triton, local_candidates_reference])
+def test_rows_from_two_sources_sample_what_one_source_samples(
+    local_candidates: Callable[..., Tensor], device_and_dtype: Where
+) -> None:
+    """Rows 1, 4 and 2 from float32 logits of their own, the others from the model's."""
+    logits = random_logits(6, 2500, device_and_dtype)
+    batch = make_batch(6, logits.device, [1.0, 0.0, 1.0, 1.3, 0.0, 0.9])
+    changed, others = (torch.tensor(each, device=logits.device) for each in ([1, 4, 2], [0, 3, 5]))
+    whole = local_candidates(logits, batch, 0, 2500)
+    scores = logits[changed].float()
+    logits[changed] = torch.nan  # these are not read
+    candidates = local_candidates(logits, batch, 0, 2500, others)
+    both = local_candidates(scores, batch, 0, 2500, changed, is_compact=True, candidates=candidates)
+    assert torch.equal(both, whole)
+
+
 @pytest.mark.parametrize("vary", ["positions", "seeds"])
 @pytest.mark.parametrize("temperature", [0.6, 1.0])
 def test_samples_follow_the_softmax(vary: str, temperature: float, device: torch.device) -> None:
     """Chi-square over 20 ids, in 20,000 samples of one seed or of 20,000 neighbouring seeds."""
     num_samples, vocab_size = 20_000, 20
     logits = 0.8 * random_logits(1, vocab_size, (device, torch.float32)) / 4
-    batch = make_batch(num_samples, device, temperature)
     counter = torch.arange(num_samples, dtype=torch.int32, device=device)
-    batch.seeds.fill_(12345)
-    batch.positions.fill_(3)
+    position, seed = torch.full_like(counter, 3), 12345 * (1 + 2**32)
     if vary == "positions":
-        batch.positions.copy_(counter)
+        batch = sampled_rows(counter, temperature=temperature, seed=seed)
     else:
-        batch.seeds[:, 0] = counter
+        seeds = counter.cpu().numpy().astype(np.uint64) + 12345 * 2**32
+        batch = sampled_rows(position, temperature=temperature, seed=seeds)
     ids = sample(
         logits.expand(num_samples, -1).contiguous(), batch, 0, vocab_size, TPGroup.single(device)
     )
@@ -310,6 +333,7 @@ def test_a_captured_sample_follows_its_inputs() -> None:
         captured = sample(logits, batch, 0, 9000, tp)
     logits.copy_(logits.roll(17, dims=1))
     batch.positions += 1
-    batch.temperatures.copy_(torch.tensor([1.0, 0.0, 1.0, 0.0]))
+    temperatures = torch.tensor([1.0, 0.0, 1.0, 0.0], device=device)
+    batch.table[:, column("temperature")] = temperatures.view(torch.int32)
     graph.replay()
     assert captured.tolist() == sample(logits, batch, 0, 9000, tp).tolist()

@@ -8,9 +8,10 @@ from torch import Tensor
 
 from tests.marks import FOUR_GPUS
 from tests.ranks import run_ranks
+from tests.sampling.records import sampled_rows
 from tpllm.parallel.group import TPGroup
 from tpllm.sampling.logprobs import token_logprobs
-from tpllm.sampling.sampler import SamplingBatch, sample
+from tpllm.sampling.sampler import sample
 from tpllm.sampling.thresholds import Truncation
 from tpllm.sampling.token_order import scores_of
 from tpllm.sampling.truncation import drop_below_reference, drop_below_triton, truncate
@@ -180,13 +181,8 @@ def test_samples_follow_the_truncated_distribution(options: dict[str, list[float
     truncation = truncation_of(num_samples, temperatures=temperature, **repeated)
     scores = truncated(logits.expand(num_samples, -1), truncation, vocab_size=8)
     ones = torch.ones(num_samples, dtype=torch.int32)
-    batch = SamplingBatch(
-        temperatures=truncation.temperatures,
-        seeds=torch.stack([torch.arange(num_samples).int(), ones], dim=1),
-        positions=ones,
-        min_positions=0 * ones,
-        stop_ids=torch.empty(num_samples, 0, dtype=torch.int32),
-    )
+    seeds = torch.arange(num_samples).numpy() + 2**32
+    batch = sampled_rows(ones, temperature=temperature, seed=seeds)
     sampled_ids = sample(scores, batch, 0, 8, TPGroup.single(torch.device("cpu")))
     counts = torch.bincount(sampled_ids.long(), minlength=8).double()
     kept = kept_by_reference(
@@ -214,12 +210,10 @@ def shards_agree_with_one_rank(tp: TPGroup, num_rows: int) -> None:
         min_ps=([0.0, 0.0, 0.01, 0.3] * 3)[:num_rows],
     )
     ones = torch.ones(num_rows, dtype=torch.int32, device=tp.device)
-    batch = SamplingBatch(
-        truncation.temperatures,
-        torch.stack([ones.cumsum(0).int(), ones], dim=1),
+    batch = sampled_rows(
         ones,
-        0 * ones,
-        torch.empty(num_rows, 0, dtype=torch.int32, device=tp.device),
+        temperature=truncation.temperatures.cpu().numpy(),
+        seed=ones.cumsum(0).cpu().numpy() + 2**32,
     )
     alone = TPGroup.single(tp.device)
     local_size = -(-V // tp.size)

@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 import torch
 
-from tpllm.channel.step_plan import MAX_MASKED_STOP_IDS, ROW_STATE_WORDS
 from tpllm.worker.batch_state import (
     BatchState,
     gather_decode_inputs_reference,
@@ -18,45 +17,17 @@ DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 def filled_state(max_blocks: int, device: str) -> BatchState:
     """Return five rows and the padding row, where neighbouring words differ."""
     state = BatchState(5, max_blocks, 16, torch.device(device))
-    for tensor, start in ((state.block_tables, 100), (state.row_state, 5000)):
-        numbers = torch.arange(start, start + tensor.numel(), dtype=torch.int32)
-        tensor.copy_(numbers.view_as(tensor))
+    tables = state.block_tables
+    tables.copy_(torch.arange(100, 100 + tables.numel(), dtype=torch.int32).view_as(tables))
     state.last_tokens.copy_(torch.arange(7, 13, dtype=torch.int32))
     return state
 
 
 def test_deltas_reach_their_rows_and_no_others() -> None:
     state = BatchState(3, 4, 16, torch.device("cpu"))
-    words = torch.arange(1, 1 + ROW_STATE_WORDS, dtype=torch.int32)
-    entering = torch.cat([torch.tensor([2], dtype=torch.int32), words])
     updates = torch.tensor([2 * 4 + 0, 9, 2 * 4 + 3, 8, 0, 7], dtype=torch.int32)
-    state.apply(entering, updates)
-    assert state.row_state.tolist() == [[0] * ROW_STATE_WORDS] * 2 + [words.tolist()] + [
-        [0] * ROW_STATE_WORDS
-    ]
+    state.apply(updates)
     assert state.block_tables.tolist() == [[7, 0, 0, 0], [0] * 4, [9, 0, 0, 8], [0] * 4]
-
-
-def test_sampling_settings_are_copied_as_bits() -> None:
-    state = BatchState(2, 4, 16, torch.device("cpu"))
-    seed = np.array([2**64 - 3], dtype="<u8").view("<i4").tolist()
-    temperature = int(np.float32(0.6).view(np.int32))
-    stops = [5, 6] + [-1] * (MAX_MASKED_STOP_IDS - 2)
-    entering = torch.tensor([1, temperature, *seed, 40, *stops], dtype=torch.int32)
-    state.apply(entering, entering[:0])
-    batch = state.sampling(torch.tensor([1]), torch.tensor([39], dtype=torch.int32))
-    assert batch.temperatures.tolist() == [pytest.approx(0.6)]
-    assert batch.seeds.tolist() == [seed]
-    assert batch.min_positions.tolist() == [40]
-    assert batch.stop_ids.tolist() == [stops]
-
-
-@pytest.mark.parametrize("num_rows", [1, 3])
-def test_sampling_settings_are_contiguous_and_aligned(num_rows: int) -> None:
-    rows = torch.arange(num_rows)
-    batch = filled_state(4, "cpu").sampling(rows, rows.int())
-    for setting in (batch.temperatures, batch.seeds, batch.min_positions, batch.stop_ids):
-        assert setting.is_contiguous() and setting.data_ptr() % 16 == 0
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -72,18 +43,7 @@ def test_gather_matches_its_reference(max_blocks: int, device: str) -> None:
     def gathered(gather) -> list[torch.Tensor]:
         inputs = filled_state(max_blocks, device).decode_inputs(5)
         gather(state, rows, positions, inputs)
-        sampling = inputs.sampling
-        return [
-            inputs.input_ids,
-            inputs.slots,
-            inputs.context_lens,
-            inputs.block_tables,
-            sampling.temperatures.view(torch.int32),
-            sampling.seeds,
-            sampling.min_positions,
-            sampling.stop_ids,
-            sampling.positions,
-        ]
+        return [inputs.input_ids, inputs.slots, inputs.context_lens, inputs.block_tables]
 
     expected = gathered(gather_decode_inputs_reference)
     for ours, theirs in zip(gathered(gather_decode_inputs_triton), expected, strict=True):

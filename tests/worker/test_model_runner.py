@@ -16,6 +16,7 @@ from tests.layers.attention.split_schedules import assert_every_token_is_in_one_
 from tests.marks import FOUR_GPUS
 from tests.ranks import run_ranks
 from tests.reference import shipped_greedy
+from tpllm.channel.row_record import ROW
 from tpllm.channel.step_plan import PlanLimits, StepMasks, StepResult
 from tpllm.config.checkpoint import resolve_model
 from tpllm.config.engine_config import EngineConfig
@@ -274,7 +275,9 @@ def test_the_largest_step_leaves_no_options_in_the_table(device: str) -> None:
     assert output.tokens.tolist() == [0] * 3  # the only id that it allows
     assert sorted(each.words.shape for each in output.logprobs) == [(3, 43), (40, 43)]
     run_largest_steps(runner, StepMarks(tp.device))
-    assert not len(runner.options)
+    assert not runner.row_table.has_options
+    words = runner.row_table.words[runner.state.padding_row].cpu().numpy()
+    assert words.view(ROW)["top_k"] == 0 and not words.view(ROW)["list_sizes"].any()
 
 
 def test_graphs_are_captured_on_padding_after_any_earlier_upload() -> None:

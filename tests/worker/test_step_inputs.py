@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import numpy as np
 
+from tpllm.channel.row_record import new_records
 from tpllm.channel.step_plan import StepPlan
 from tpllm.layers.attention.split_schedule import SPLIT_WORDS, ContextSplit
 from tpllm.worker.cuda_graphs import MAX_CHUNKS, StepSize
@@ -34,10 +35,10 @@ PLAN = StepPlan(
     starts=int32(9, 5, 0, 8),
     num_tokens=int32(1, 1, 2, 2),
     samples=int32(1, 1, 1, 0),
-    entering=np.empty((0, 0), dtype=np.int32),
+    entering=new_records(0),
     block_updates=np.empty((0, 2), dtype=np.int32),
     token_ids=int32(30, 31, 40, 41),
-    row_options=int32(),
+    row_lists=int32(),
 )
 
 

@@ -16,8 +16,9 @@ from itertools import pairwise
 import numpy as np
 
 from tpllm.channel.logprob_records import BLOCK_HEADER_WORDS, position_words
+from tpllm.channel.row_record import ROW, row_words, words_of
 
-VERSION = 3
+VERSION = 4
 _HEADER_WORDS = 8  # int64: version, step, then up to six counts
 
 # kinds of record in a ring
@@ -28,13 +29,6 @@ MASKS = 4
 
 # The cache block that no sequence gets: the padding rows of a CUDA graph write there.
 RESERVED_BLOCK = 0
-
-# int32 words of a row that enters: its index, then its row state, which is its temperature (float32
-# bits), its seed (low word, high word), the position before which its end tokens are masked
-# (min_tokens), and these end tokens, padded with -1.
-MAX_MASKED_STOP_IDS = 16
-ROW_STATE_WORDS = 4 + MAX_MASKED_STOP_IDS
-ENTERING_WORDS = 1 + ROW_STATE_WORDS
 
 
 @dataclass
@@ -47,10 +41,10 @@ class StepPlan:
     starts: np.ndarray  # [S] tokens of the row already in the cache: where this step begins
     num_tokens: np.ndarray  # [S] tokens that this step computes; 1 for a decode row
     samples: np.ndarray  # [S] 1 if the row samples a token after its last one, 0 inside a prompt
-    entering: np.ndarray  # [n, ENTERING_WORDS] rows that a new sequence takes over
+    entering: np.ndarray  # [n] ROW, the records of rows that a new sequence takes over
     block_updates: np.ndarray  # [m, 2] (row * max_blocks_per_seq + index in the table, block id)
     token_ids: np.ndarray  # [sum of num_tokens of the prefill rows]
-    row_options: np.ndarray  # records of the entering rows that have one: see `row_options.py`
+    row_lists: np.ndarray  # the lists of the entering rows, in order: see `row_record.py`
 
     def buffers(self) -> list[np.ndarray]:
         """Return the record's arrays in order, for `RingWriter.try_send`."""
@@ -60,11 +54,11 @@ class StepPlan:
             len(self.entering),
             len(self.block_updates),
             self.token_ids.size,
-            self.row_options.size,
+            self.row_lists.size,
         )
         header = _write_header(self.step, counts)
         arrays = (self.rows, self.starts, self.num_tokens, self.samples)
-        deltas = (self.entering, self.block_updates, self.token_ids, self.row_options)
+        deltas = (words_of(self.entering), self.block_updates, self.token_ids, self.row_lists)
         return [header, *arrays, *deltas]
 
     @classmethod
@@ -74,11 +68,11 @@ class StepPlan:
         Raises:
             ValueError: another version of tpllm wrote it.
         """
-        step, S, num_decode, n, m, tokens, options = _read_header(payload)
+        step, S, num_decode, n, m, tokens, lists = _read_header(payload)
         words = payload[_HEADER_WORDS * 8 :].view("<i4")
-        sizes = [S, S, S, S, n * ENTERING_WORDS, m * 2, tokens, options]
+        sizes = [S, S, S, S, n * row_words(), m * 2, tokens, lists]
         bounds = np.cumsum([0, *sizes]).tolist()
-        rows, starts, num_tokens, samples, entering, updates, ids, row_options = (
+        rows, starts, num_tokens, samples, entering, updates, ids, row_lists = (
             words[begin:end] for begin, end in pairwise(bounds)
         )
         return cls(
@@ -88,16 +82,16 @@ class StepPlan:
             starts,
             num_tokens,
             samples,
-            entering.reshape(n, ENTERING_WORDS),
+            entering.view(ROW),
             updates.reshape(m, 2),
             ids,
-            row_options,
+            row_lists,
         )
 
 
 @dataclass
 class StepMasks:
-    """Which tokens the masked rows of a step may sample (see `RowOptions.is_masked`).
+    """Which tokens the masked rows of a step may sample (see `ROW`'s `is_masked`).
 
     This record follows the step's plan, before any later plan, and is sent even if m is 0. A masked
     row that is not among the m rows samples from all tokens; its request has ended.
@@ -161,10 +155,10 @@ class PlanLimits:
         return 3 * self.vocab_size + 8192  # some 5,000 bad words even with a small vocabulary
 
     @property
-    def max_option_words(self) -> int:
-        # the largest single record, and a step full of new rows with few options each
+    def max_row_list_words(self) -> int:
+        # the largest lists of one row, and a step full of new rows with short lists
         largest = self.max_list_words + self.max_tokens_per_seq
-        simple = self.max_num_seqs * 32 + self.max_num_batched_tokens
+        simple = self.max_num_seqs * 16 + self.max_num_batched_tokens
         return 32 + max(largest, simple)
 
     @property
@@ -175,9 +169,9 @@ class PlanLimits:
 
     @property
     def plan_bytes(self) -> int:
-        rows = self.max_num_seqs * (4 + ENTERING_WORDS)
+        rows = self.max_num_seqs * (4 + row_words())
         words = rows + 2 * self.max_block_updates + self.max_num_batched_tokens
-        words += self.max_option_words
+        words += self.max_row_list_words
         return _HEADER_WORDS * 8 + words * 4
 
     @property

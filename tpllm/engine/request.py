@@ -1,12 +1,13 @@
 """Requests and their updates as callers see them, and the engine's record of a request."""
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from enum import Enum
 from typing import NamedTuple
 
 from tpllm.channel.logprob_records import LogprobBlock
+from tpllm.channel.row_record import read_tokens
 from tpllm.engine.grammars import Grammar, Matcher
-from tpllm.engine.row_options import row_options
+from tpllm.engine.row_options import row_record
 from tpllm.engine.token_rules import TokenRules
 from tpllm.sampling_params import SamplingParams
 
@@ -114,6 +115,7 @@ class Sequence:
         "end_token_ids",
         "grammar",
         "ignores_eos",
+        "lists",
         "matcher",
         "max_total_tokens",
         "min_total_tokens",
@@ -122,16 +124,16 @@ class Sequence:
         "num_prompt_tokens",
         "num_registered_blocks",
         "num_steps_in_flight",
-        "options",
         "prefill_target",
         "prompt_logprobs",
+        "reads_tokens",
+        "record",
         "request_id",
         "row",
         "rules",
         "seed",
         "status",
         "stop_token_ids",
-        "temperature",
         "tokens",
     )
 
@@ -148,7 +150,6 @@ class Sequence:
         self.request_id = request.request_id
         self.tokens = list(request.prompt_token_ids)
         self.num_prompt_tokens = len(self.tokens)
-        self.temperature = params.temperature
         self.seed = seed
         self.stop_token_ids = frozenset(params.stop_token_ids)
         self.grammar = grammar
@@ -162,7 +163,10 @@ class Sequence:
         self.rules = TokenRules.from_params(params, request.bad_word_ids, self.end_token_ids)
         # with a grammar, its masks exclude end tokens
         masked = sorted(self.end_token_ids) if params.min_tokens and grammar is None else []
-        self.options = row_options(params, self.num_prompt_tokens, request.bad_word_ids, masked)
+        self.record, self.lists = row_record(
+            params, self.num_prompt_tokens, seed, request.bad_word_ids, masked
+        )
+        self.reads_tokens = bool(read_tokens(self.record)[0])
         # also None once they have been returned
         self.prompt_logprobs: LogprobBlock | None = None
         if (k := params.prompt_logprobs) is not None:
@@ -215,8 +219,8 @@ class Sequence:
         """Return the prompt's complete log-probabilities, and stop computing them."""
         complete, self.prompt_logprobs = self.prompt_logprobs, None
         assert complete is not None
-        if self.options is not None:
-            self.options = replace(self.options, num_prompt_logprobs=-1)
+        self.record["num_prompt_logprobs"] = -1
+        self.reads_tokens = bool(read_tokens(self.record)[0])
         return PackedLogprobs.from_block(complete)
 
     def reset(self) -> None:

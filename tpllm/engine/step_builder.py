@@ -2,11 +2,9 @@
 
 import numpy as np
 
-from tpllm.channel.row_options import record_words
-from tpllm.channel.step_plan import ENTERING_WORDS, MAX_MASKED_STOP_IDS, PlanLimits, StepPlan
+from tpllm.channel.row_record import list_sizes, new_records
+from tpllm.channel.step_plan import PlanLimits, StepPlan
 from tpllm.engine.request import Sequence
-
-_NO_WORDS = np.empty(0, dtype=np.int32)
 
 
 class StepBuilder:
@@ -25,7 +23,7 @@ class StepBuilder:
         self._limits = limits
         self._entering: list[Sequence] = []
         self._block_updates: list[int] = []  # flat (table position, block) pairs
-        self._num_option_words = 0
+        self._num_list_words = 0
 
     def add_block(self, seq: Sequence, block: int) -> None:
         """Add a block to the table of a decoding sequence."""
@@ -38,12 +36,12 @@ class StepBuilder:
         limits = self._limits
         if len(self._block_updates) // 2 + num_blocks > limits.max_block_updates:
             return False
-        return self._num_option_words + _num_option_words(seq) <= limits.max_option_words
+        return self._num_list_words + _num_list_words(seq) <= limits.max_row_list_words
 
     def add_entering(self, seq: Sequence) -> None:
         """Add a sequence that has just got its row and its blocks."""
         self._entering.append(seq)
-        self._num_option_words += _num_option_words(seq)
+        self._num_list_words += _num_list_words(seq)
         first = seq.row * self._limits.max_blocks_per_seq
         for index, block in enumerate(seq.block_table):
             self._block_updates += (first + index, block)
@@ -61,12 +59,7 @@ class StepBuilder:
             seq.num_computed_tokens += num_tokens
             seq.num_steps_in_flight += 1
             samples.append(seq.num_computed_tokens >= seq.prefill_target)
-        records = [
-            seq.options.record(seq.row, seq.tokens)
-            for seq in self._entering
-            if seq.options is not None
-        ]
-        entering = np.array([_entering_words(seq) for seq in self._entering], dtype=np.int32)
+        entering, row_lists = _records_of(self._entering)
         plan = StepPlan(
             step=number,
             num_decode=len(self.decode),
@@ -74,31 +67,27 @@ class StepBuilder:
             starts=np.array(starts, dtype=np.int32),
             num_tokens=np.array(lengths, dtype=np.int32),
             samples=np.array(samples, dtype=np.int32),
-            entering=entering.reshape(-1, ENTERING_WORDS),
+            entering=entering,
             block_updates=np.array(self._block_updates, dtype=np.int32).reshape(-1, 2),
             token_ids=np.array(token_ids, dtype=np.int32),
-            row_options=np.concatenate(records) if records else _NO_WORDS,
+            row_lists=row_lists,
         )
         return plan, seqs
 
 
-def _entering_words(seq: Sequence) -> list[int]:
-    masked = sorted(seq.end_token_ids) if seq.min_total_tokens > seq.num_prompt_tokens else []
-    if len(masked) > MAX_MASKED_STOP_IDS or seq.grammar is not None:
-        masked = []  # the row's options or its masks exclude them instead
-    padding = [-1] * (MAX_MASKED_STOP_IDS - len(masked))
-    temperature = int(np.float32(seq.temperature).view(np.int32))
-    seed_low, seed_high = np.array([seq.seed], dtype="<u8").view("<i4").tolist()
-    return [
-        seq.row,
-        temperature,
-        seed_low,
-        seed_high,
-        seq.min_total_tokens,
-        *masked,
-        *padding,
-    ]
+def _records_of(seqs: list[Sequence]) -> tuple[np.ndarray, np.ndarray]:
+    """Return the records of entering sequences [n], and their lists joined [m] int32."""
+    records = np.concatenate([new_records(0), *(seq.record for seq in seqs)])
+    records["row"] = [seq.row for seq in seqs]
+    lists = [np.empty(0, dtype=np.int32)]
+    num_tokens = list_sizes(records, "tokens")
+    for i, seq in enumerate(seqs):
+        lists += [each.view(np.int32) for each in seq.lists.values()]
+        if seq.reads_tokens:
+            num_tokens[i] = len(seq.tokens)
+            lists.append(np.array(seq.tokens, dtype=np.int32))
+    return records, np.concatenate(lists)
 
 
-def _num_option_words(seq: Sequence) -> int:
-    return 0 if seq.options is None else record_words(seq.options, len(seq.tokens))
+def _num_list_words(seq: Sequence) -> int:
+    return sum(map(len, seq.lists.values())) + (len(seq.tokens) if seq.reads_tokens else 0)

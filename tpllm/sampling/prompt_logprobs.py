@@ -6,7 +6,7 @@ import numpy as np
 from torch import Tensor
 
 from tpllm.channel.step_plan import StepPlan
-from tpllm.sampling.option_table import OptionTable, upload
+from tpllm.sampling.row_table import RowTable, upload
 from tpllm.sampling.token_sampler import LogprobWords, TokenSampler
 
 
@@ -14,7 +14,7 @@ def prompt_logprobs(
     plan: StepPlan,
     hidden: Tensor,
     compute_logits: Callable[[Tensor], Tensor],
-    options: OptionTable,
+    table: RowTable,
     sampler: TokenSampler,
 ) -> list[LogprobWords]:
     """Return log-probabilities of the prompt tokens that hidden states predict, if requested.
@@ -23,25 +23,23 @@ def prompt_logprobs(
         hidden: [N, E], possibly followed by padding
         compute_logits: [n, E] to this rank's logits [n, Vl]
     """
-    if not len(options):
+    if not table.has_options:
         return []
     blocks, indices, places = [], [], []
-    width = options.tokens.shape[1]
+    width = table.tokens.shape[1]
     first_tokens = np.cumsum(plan.num_tokens) - plan.num_tokens  # [S] in the step
-    for i in range(plan.num_decode, plan.rows.size):
+    records = table.records[plan.rows]
+    for i in np.flatnonzero(records["num_prompt_logprobs"] >= 0).tolist():
         row, start = int(plan.rows[i]), int(plan.starts[i])
-        of_row = options.of(row)
-        if of_row is None or of_row.num_prompt_logprobs < 0:
-            continue
-        n = min(int(plan.num_tokens[i]), of_row.num_prompt_tokens - 1 - start)
+        n = min(int(plan.num_tokens[i]), int(records["num_prompt_tokens"][i]) - 1 - start)
         if n > 0:  # otherwise the chunk is the prompt's last token, which predicts a new token
-            blocks.append((i, start + 1, n, of_row.num_prompt_logprobs))
+            blocks.append((i, start + 1, n, int(records["num_prompt_logprobs"][i])))
             indices.append(first_tokens[i] + np.arange(n, dtype=np.int64))
             places.append(row * width + start + 1 + np.arange(n, dtype=np.int64))
     if not blocks:
         return []
     where = upload(np.concatenate(indices), hidden.device)
-    tokens = options.tokens.view(-1)[upload(np.concatenate(places), hidden.device)]
+    tokens = table.tokens.view(-1)[upload(np.concatenate(places), hidden.device)]
     words = sampler.logprob_words(
         lambda begin, end: compute_logits(hidden[where[begin:end]]),
         tokens,

@@ -1,6 +1,6 @@
 """Sample the next token of every sequence from logits that are split over the ranks by vocabulary.
 
-S sequences, V vocab_size, Vl ids on this rank, M stop ids a sequence, C candidates.
+S rows, V vocab_size, Vl ids on this rank, C candidates.
 
 Temperature sampling uses the Gumbel-max trick: the id with the largest `logit + T * gumbel(seed,
 position, id)` is distributed as softmax(logits / T), and a maximum can be taken slice by slice.
@@ -14,13 +14,12 @@ Pairs travel as int32 [C, 2, S]: plane 0 holds the bits of the fp32 scores, plan
 Source: Maddison, Tarlow, Minka (2014), "A* Sampling", https://arxiv.org/abs/1411.0030, section 2
 """
 
-from dataclasses import dataclass
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from tpllm.channel.row_record import MAX_STOP_IDS, column
 from tpllm.parallel.collectives import all_gather
 from tpllm.parallel.group import TPGroup
 from tpllm.sampling.gumbel import (
@@ -29,47 +28,43 @@ from tpllm.sampling.gumbel import (
     noise_bits,
     noise_bits_reference,
 )
+from tpllm.sampling.row_table import SampledRows
 
 _TILE = 2048  # ids per program: 75 programs for one sequence of Qwen3, enough to fill a GPU
 _NO_ID = tl.constexpr(2**31 - 1)  # above every token id
 
 
-@dataclass
-class SamplingBatch:
-    """How to sample the next token of each of S sequences; all contiguous, equal on every rank.
-
-    Attributes:
-        temperatures: [S] fp32, 0 for greedy sampling
-        seeds: [S, 2] int32, low and high word of each sequence's 64-bit seed
-        positions: [S] int32, index of the sampled token in its sequence
-        min_positions: [S] int32; before this position the stop ids must not be sampled
-        stop_ids: [S, M] int32, padded with -1
-    """
-
-    temperatures: Tensor
-    seeds: Tensor
-    positions: Tensor
-    min_positions: Tensor
-    stop_ids: Tensor
-
-
 def local_candidates_reference(
-    logits: Tensor, batch: SamplingBatch, vocab_start: int, vocab_size: int
+    logits: Tensor,
+    rows: SampledRows,
+    vocab_start: int,
+    vocab_size: int,
+    where: Tensor | None = None,
+    *,
+    is_compact: bool = False,
+    candidates: Tensor | None = None,
 ) -> Tensor:
     """Plain torch version of `local_candidates_triton`, with the whole slice as one tile."""
+    if where is not None:
+        chosen = logits if is_compact else logits[where]
+        found = local_candidates_reference(chosen, rows.at(where), vocab_start, vocab_size)
+        if candidates is None:
+            candidates = found.new_empty(1, 2, rows.rows.numel())
+        candidates[:, :, where] = found
+        return candidates
     local_size = logits.shape[1]
     scores = logits.to(torch.float32, copy=True)  # [S, Vl]
-    random_rows = (batch.temperatures > 0).nonzero().squeeze(1)
+    temperatures = rows.column("temperature")
+    random_rows = (temperatures > 0).nonzero().squeeze(1)
     if random_rows.numel():
-        bits = noise_bits_reference(
-            batch.seeds[random_rows], batch.positions[random_rows], vocab_start, local_size
-        )
-        temperatures = batch.temperatures[random_rows].unsqueeze(1)
-        scores[random_rows] += temperatures * gumbel_reference(bits)
+        seeds, positions = rows.column("seed")[random_rows], rows.positions[random_rows]
+        bits = noise_bits_reference(seeds, positions, vocab_start, local_size)
+        scores[random_rows] += temperatures[random_rows].unsqueeze(1) * gumbel_reference(bits)
     scores[:, max(vocab_size - vocab_start, 0) :] = -torch.inf
-    early = (batch.positions < batch.min_positions).unsqueeze(1)  # [S, 1]
-    stop_cols = batch.stop_ids - vocab_start  # [S, M]
-    banned = early & (batch.stop_ids >= 0) & (stop_cols >= 0) & (stop_cols < local_size)
+    early = (rows.positions < rows.column("min_position")).unsqueeze(1)  # [S, 1]
+    stop_ids = rows.column("stop_ids")  # [S, MAX_STOP_IDS]
+    stop_cols = stop_ids - vocab_start
+    banned = early & (stop_ids >= 0) & (stop_cols >= 0) & (stop_cols < local_size)
     scores[banned.nonzero()[:, 0], stop_cols[banned]] = -torch.inf
     scores.masked_fill_(scores.isnan(), -torch.inf)
     best_scores, best_cols = scores.max(dim=1)  # the first of equal scores
@@ -102,43 +97,55 @@ def _store_pair(
 
 @triton.jit(do_not_specialize=["num_rows"])
 def _local_candidates_kernel(
-    logits_ptr: tl.tensor,  # [S, Vl]
-    temperatures_ptr: tl.tensor,  # [S]
-    seeds_ptr: tl.tensor,  # [S, 2]
+    logits_ptr: tl.tensor,  # [S, Vl]; [n, Vl] if compact
+    table_ptr: tl.tensor,  # [R, ROW_WORDS]
+    rows_ptr: tl.tensor,  # [S]
     positions_ptr: tl.tensor,  # [S]
-    min_positions_ptr: tl.tensor,  # [S]
-    stop_ids_ptr: tl.tensor,  # [S, M]
+    where_ptr: tl.tensor,  # [n] int64
     candidates_ptr: tl.tensor,  # [tiles, 2, S]
     logits_stride: tl.tensor,
     num_rows: tl.tensor,
     local_size: tl.tensor,  # Vl
-    num_stop_ids: tl.tensor,  # M
+    num_stop_ids: tl.tensor,
     aligned_start: tl.tensor,  # the rank's first id, rounded down to a multiple of 4
     shift: tl.tensor,  # ids between aligned_start and the rank's first id
     vocab_size: tl.tensor,
+    HAS_WHERE: tl.constexpr,
+    IS_COMPACT: tl.constexpr,
+    ROW_WORDS: tl.constexpr,
+    TEMPERATURE: tl.constexpr,  # first words of the record's fields, as the next three
+    SEED: tl.constexpr,
+    MIN_POSITION: tl.constexpr,
+    STOP_IDS: tl.constexpr,
     TILE: tl.constexpr,
 ) -> None:
     row, tile = tl.program_id(0), tl.program_id(1)
+    source = row
+    if HAS_WHERE:
+        row = tl.load(where_ptr + row).to(tl.int32)
+        if not IS_COMPACT:
+            source = row
+    record_ptr = table_ptr + tl.load(rows_ptr + row) * ROW_WORDS
     first_id = aligned_start + tile * TILE
     ids = first_id + tl.arange(0, TILE)  # [TILE]
     cols = tile * TILE + tl.arange(0, TILE) - shift
     mask = (cols >= 0) & (cols < local_size)
-    logits_row_ptr = logits_ptr + row.to(tl.int64) * logits_stride  # int64: S * Vl passes 2**31
+    logits_row_ptr = logits_ptr + source.to(tl.int64) * logits_stride  # int64: S * Vl passes 2**31
     scores = tl.load(logits_row_ptr + cols, mask=mask, other=-float("inf")).to(tl.float32)
 
     position = tl.load(positions_ptr + row)
-    temperature = tl.load(temperatures_ptr + row)
+    temperature = tl.load(record_ptr + TEMPERATURE).to(tl.float32, bitcast=True)
     if temperature > 0.0:  # uniform over the program: a greedy row computes no noise
-        seed_low, seed_high = tl.load(seeds_ptr + 2 * row), tl.load(seeds_ptr + 2 * row + 1)
+        seed_low, seed_high = tl.load(record_ptr + SEED), tl.load(record_ptr + SEED + 1)
         bits = noise_bits(seed_low, seed_high, position, first_id, TILE)
         scores += temperature * gumbel_from_bits(bits)
 
     # NaN counts as -inf: comparisons with NaN could leave no id at all.
     scores = tl.where((ids < vocab_size) & (scores == scores), scores, -float("inf"))
-    if position < tl.load(min_positions_ptr + row):
+    if position < tl.load(record_ptr + MIN_POSITION):
         i = 0
         while i < num_stop_ids:  # Triton's interpreter has no range() over an argument
-            stop_id = tl.load(stop_ids_ptr + row * num_stop_ids + i)
+            stop_id = tl.load(record_ptr + STOP_IDS + i)
             scores = tl.where(ids == stop_id, -float("inf"), scores)
             i += 1
     # Columns outside the slice are ids of other ranks: they must not win a tie of -inf either.
@@ -147,33 +154,52 @@ def _local_candidates_kernel(
 
 
 def local_candidates_triton(
-    logits: Tensor, batch: SamplingBatch, vocab_start: int, vocab_size: int
+    logits: Tensor,
+    rows: SampledRows,
+    vocab_start: int,
+    vocab_size: int,
+    where: Tensor | None = None,
+    *,
+    is_compact: bool = False,
+    candidates: Tensor | None = None,
 ) -> Tensor:
     """Return the best (score, id) of each tile of this rank's ids: [tiles, 2, S] int32.
 
     Column j of logits [S, Vl], last dimension contiguous, is the logit of id vocab_start + j. Ids
     from vocab_size on, stop ids before the minimum position, and NaN logits score -inf. Ties go to
     the lowest id.
+
+    Args:
+        where: [n] int64, the rows to compute; None for all of them
+        is_compact: whether logits holds the rows `where` alone: [n, Vl]
+        candidates: an earlier result, to which the rows `where` are added
     """
-    num_rows, local_size = logits.shape
+    local_size, num_rows = logits.shape[1], rows.rows.numel()
     shift = vocab_start % 4  # a Philox call makes the noise of 4 ids: tiles begin at multiples of 4
     num_tiles = triton.cdiv(local_size + shift, _TILE)
-    candidates = batch.stop_ids.new_empty(num_tiles, 2, num_rows)
-    _local_candidates_kernel[(num_rows, num_tiles)](
+    if candidates is None:
+        candidates = rows.rows.new_empty(num_tiles, 2, num_rows)
+    _local_candidates_kernel[(num_rows if where is None else where.numel(), num_tiles)](
         logits,
-        batch.temperatures,
-        batch.seeds,
-        batch.positions,
-        batch.min_positions,
-        batch.stop_ids,
+        rows.table,
+        rows.rows,
+        rows.positions,
+        rows.rows if where is None else where,
         candidates,
         logits.stride(0),
         num_rows,
         local_size,
-        batch.stop_ids.shape[1],
+        MAX_STOP_IDS,
         vocab_start - shift,
         shift,
         vocab_size,
+        HAS_WHERE=where is not None,
+        IS_COMPACT=is_compact,
+        ROW_WORDS=rows.table.shape[1],
+        TEMPERATURE=column("temperature"),
+        SEED=column("seed"),
+        MIN_POSITION=column("min_position"),
+        STOP_IDS=column("stop_ids"),
         TILE=_TILE,
     )
     return candidates
@@ -221,19 +247,38 @@ def best_candidate(candidates: Tensor) -> Tensor:
     return best(candidates)
 
 
-def sample(
-    logits: Tensor, batch: SamplingBatch, vocab_start: int, vocab_size: int, tp: TPGroup
+def local_candidates(
+    logits: Tensor,
+    rows: SampledRows,
+    vocab_start: int,
+    vocab_size: int,
+    where: Tensor | None = None,
+    *,
+    is_compact: bool = False,
+    candidates: Tensor | None = None,
 ) -> Tensor:
-    """Sample one token id for each sequence: [S] int32, the same on every rank.
+    """Run the kernel on a GPU and the reference elsewhere; see `local_candidates_triton`."""
+    find = local_candidates_triton if logits.is_cuda else local_candidates_reference
+    return find(
+        logits, rows, vocab_start, vocab_size, where, is_compact=is_compact, candidates=candidates
+    )
 
-    Args:
-        logits: [S, Vl] of any floating dtype, this rank's slice, last dimension contiguous
-        batch: sampling settings, equal on every rank
-        vocab_start: id of the slice's first column
-        vocab_size: V; ids from V on are padding and are never sampled
-    """
-    local_candidates = local_candidates_triton if logits.is_cuda else local_candidates_reference
-    candidates = local_candidates(logits, batch, vocab_start, vocab_size)  # [C, 2, S]
+
+def best_over_ranks(candidates: Tensor, tp: TPGroup) -> Tensor:
+    """Return the id of each row's best candidate [C, 2, S] of all ranks: [S] int32."""
     if tp.size > 1:
         candidates = all_gather(best_candidate(candidates), tp)  # [tp.size, 2, S]
     return best_candidate(candidates)[1]
+
+
+def sample(
+    logits: Tensor, rows: SampledRows, vocab_start: int, vocab_size: int, tp: TPGroup
+) -> Tensor:
+    """Sample one token id for each row: [S] int32, the same on every rank.
+
+    Args:
+        logits: [S, Vl] of any floating dtype, this rank's slice, last dimension contiguous
+        vocab_start: id of the slice's first column
+        vocab_size: V; ids from V on are padding and are never sampled
+    """
+    return best_over_ranks(local_candidates(logits, rows, vocab_start, vocab_size), tp)

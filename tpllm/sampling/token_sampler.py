@@ -2,10 +2,11 @@
 
 S sampled rows, P of them with changed logits, V vocab_size, Vl ids on this rank.
 
-All rows are first sampled from the model's logits, in the CUDA graph if there is one. Rows whose
-options change the logits, or that have masks, are sampled again from a float32 copy of their
-logits; the other rows have no extra cost. Masks may arrive while the device computes the logits.
-The noise depends on (seed, position, id) only, so a row's token does not depend on the other rows.
+Each row is sampled once. In most steps no row has options that change its logits, and `sample`, a
+CUDA graph behind the forward's, samples all rows by temperature. Otherwise `sample_changed` lets
+the processors change float32 copies of some rows' logits first; the other rows have no extra cost.
+Masks may arrive while the device computes the logits. The noise depends on (seed, position, id)
+only, so a row's token does not depend on the other rows.
 """
 
 from collections.abc import Callable
@@ -16,22 +17,18 @@ import torch
 from torch import Tensor
 
 from tpllm.channel.logprob_records import LogprobBlock
-from tpllm.channel.row_options import RowOptions
+from tpllm.channel.row_record import read_tokens
 from tpllm.channel.step_plan import StepMasks
 from tpllm.parallel.group import TPGroup
-from tpllm.sampling.logit_changes import add_at, ends_with, keep_only, penalize
 from tpllm.sampling.logprobs import token_logprobs
-from tpllm.sampling.option_table import OptionTable, RowLists, upload
-from tpllm.sampling.sampler import SamplingBatch, sample
-from tpllm.sampling.thresholds import Truncation
-from tpllm.sampling.token_masks import MASK_BITS, keep_masked
+from tpllm.sampling.processors import PROCESSORS, ChangedRows
+from tpllm.sampling.row_table import RowTable, SampledRows, upload
+from tpllm.sampling.sampler import best_over_ranks, local_candidates, sample
+from tpllm.sampling.token_masks import MASK_BITS
 from tpllm.sampling.token_order import scores_of
-from tpllm.sampling.truncation import truncate
 
 # Float32 scores that are made at once, 256 MiB; more rows are processed in pieces.
 MAX_ELEMENTS = 1 << 26
-# Tokens of rows with penalties that are processed at once, at about 30 bytes each.
-MAX_TOKENS = 1 << 22
 
 
 @dataclass
@@ -74,40 +71,42 @@ class RowsToSample:
         indices: [S] index of each row in the plan, on the host
         rows: [S], on the host
         positions: [S] position of each sampled token, on the host
-        batch: sampling settings of the same rows, on the device
+        on_device: the same rows, on the device
     """
 
     step: int
     indices: np.ndarray
     rows: np.ndarray
     positions: np.ndarray
-    batch: SamplingBatch
+    on_device: SampledRows
 
 
 class TokenSampler:
     """Samples tokens on one rank's slice of the vocabulary.
 
+    Every rank calls the same methods with the same rows, so all ranks run the same collectives.
+
     Args:
-        options: options of the rows; this class writes sampled tokens to it
+        table: what the rows ask for; this class writes sampled tokens to it
         vocab_start, vocab_size: id of the slice's first column, and V
         receive_masks: waits for the masks of a step
     """
 
     def __init__(
         self,
-        options: OptionTable,
+        table: RowTable,
         vocab_start: int,
         vocab_size: int,
         tp: TPGroup,
         receive_masks: Callable[[int], StepMasks],
     ) -> None:
-        self._options = options
+        self._table = table
         self._vocab_start = vocab_start
         self._vocab_size = vocab_size
         self._tp = tp
         self._receive_masks = receive_masks
 
-    def sample(self, logits: Tensor, batch: SamplingBatch) -> Tensor:
+    def sample(self, logits: Tensor, rows: SampledRows) -> Tensor:
         """Sample tokens [S] int32 by temperature alone.
 
         Reads no host data, so a CUDA graph can capture it.
@@ -115,52 +114,76 @@ class TokenSampler:
         Args:
             logits: [S, Vl]
         """
-        return sample(logits, batch, self._vocab_start, self._vocab_size, self._tp)
+        return sample(logits, rows, self._vocab_start, self._vocab_size, self._tp)
+
+    def sample_changed(self, logits: Tensor, to_sample: RowsToSample) -> Tensor | None:
+        """Sample tokens [S] int32 as the rows' options ask; None if none changes the logits.
+
+        Args:
+            logits: [S, Vl], the model's logits, which do not change
+        """
+        records = self._table.records[to_sample.rows]
+        asks = np.array([each.asks(records) for each in PROCESSORS])  # [processors, S]
+        changes = asks.any(axis=0)
+        if not changes.any():
+            return None
+        rows, vocab = to_sample.on_device, (self._vocab_start, self._vocab_size)
+        candidates = None
+        if not changes.all():
+            where = self._upload(np.flatnonzero(~changes))
+            candidates = local_candidates(logits, rows, *vocab, where)
+        masks = self._wait_for_masks(to_sample) if records["is_masked"].any() else {}
+        changed, size = np.flatnonzero(changes), max(1, MAX_ELEMENTS // logits.shape[1])
+        for piece in np.split(changed, range(size, len(changed), size)):
+            where = self._upload(piece)
+            scores = scores_of(logits, *vocab, where)  # [P, Vl]
+            changed_rows = ChangedRows(
+                scores,
+                records[piece],
+                to_sample.positions[piece],
+                {p: masks[i] for p, i in enumerate(piece.tolist()) if i in masks},
+                rows.at(where),
+                self._table,
+                self._vocab_start,
+                self._tp,
+            )
+            for processor, of_rows in zip(PROCESSORS, asks[:, piece], strict=True):
+                if of_rows.any():
+                    processor.apply(changed_rows, np.flatnonzero(of_rows))
+            candidates = local_candidates(
+                scores, rows, *vocab, where, is_compact=True, candidates=candidates
+            )
+        assert candidates is not None
+        return best_over_ranks(candidates, self._tp)
 
     def finish(self, logits: Tensor, tokens: Tensor, to_sample: RowsToSample) -> StepOutput:
-        """Apply the rows' options to what `sample` returned; changes `tokens` in place.
-
-        Every rank calls this with the same rows, so all ranks run the same collectives.
+        """Note the sampled tokens for the rows that read them; add requested log-probabilities.
 
         Args:
             logits: [S, Vl], the model's logits
-            tokens: [S], as `sample` returned them
+            tokens: [S], as sampled
         """
         output = StepOutput(tokens)
-        with_options = [
-            (i, options)
-            for i, row in enumerate(to_sample.rows.tolist())
-            if (options := self._options.of(row)) is not None
-        ]
-        masks = {}  # by index in `tokens`
-        if any(options.is_masked for _, options in with_options):
-            masks = self._wait_for_masks(to_sample)
-        changed = [
-            (i, options) for i, options in with_options if options.changes_logits or i in masks
-        ]
-        size = max(1, MAX_ELEMENTS // logits.shape[1])
-        for begin in range(0, len(changed), size):
-            self._resample(logits, tokens, to_sample, changed[begin : begin + size], masks)
-        with_tokens = [i for i, options in with_options if options.reads_tokens]
-        if with_tokens:
-            where = self._upload(with_tokens)
-            rows = self._upload(to_sample.rows[with_tokens])
-            positions = to_sample.batch.positions[where]
-            self._options.tokens[rows, positions.long()] = tokens[where]
-        with_logprobs = [
-            (i, each.num_logprobs) for i, each in with_options if each.num_logprobs >= 0
-        ]
-        if with_logprobs:
-            where = self._upload([i for i, _ in with_logprobs])
+        records = self._table.records[to_sample.rows]
+        reading = np.flatnonzero(read_tokens(records))
+        if reading.size:
+            where = self._upload(reading)
+            rows = to_sample.on_device.at(where)
+            self._table.tokens[rows.rows, rows.positions] = tokens[where]
+        reporting = np.flatnonzero(records["num_logprobs"] >= 0)
+        if reporting.size:
+            where = self._upload(reporting)
+            nums = records["num_logprobs"][reporting].tolist()
             words = self.logprob_words(
-                lambda begin, end: logits[where[begin:end]],
-                tokens[where],
-                max(k for _, k in with_logprobs),
+                lambda begin, end: logits[where[begin:end]], tokens[where], max(nums)
             )
-            blocks = [
-                (int(to_sample.indices[i]), int(to_sample.positions[i]), 1, k)
-                for i, k in with_logprobs
-            ]
+            places = zip(
+                to_sample.indices[reporting].tolist(),
+                to_sample.positions[reporting].tolist(),
+                nums,
+                strict=True,
+            )
+            blocks = [(index, position, 1, k) for index, position, k in places]
             output.logprobs.append(LogprobWords(words, blocks))
         return output
 
@@ -173,7 +196,7 @@ class TokenSampler:
             logits_of: returns the logits [end - begin, Vl] of positions begin .. end; it is called
                 for pieces of the positions to bound memory
         """
-        n, local_size = token_ids.shape[0], self._options.local_vocab_size
+        n, local_size = token_ids.shape[0], self._table.local_vocab_size
         size = max(1, MAX_ELEMENTS // (2 * local_size))  # twice, for their int64 keys
         words = []
         for begin in range(0, n, size):
@@ -183,104 +206,17 @@ class TokenSampler:
             words.append(token_logprobs(scores, ids, num_likeliest, self._vocab_start, self._tp))
         return torch.cat(words)
 
-    # ---- rows whose logits change ------------------------------------------------------------
-
     def _wait_for_masks(self, to_sample: RowsToSample) -> dict[int, np.ndarray]:
         """Return mask words [w] int32 that cover this rank's slice, by index of the sampled row."""
         masks = self._receive_masks(to_sample.step)
         first = self._vocab_start // MASK_BITS
-        last = -(-(self._vocab_start + self._options.local_vocab_size) // MASK_BITS)
+        last = -(-(self._vocab_start + self._table.local_vocab_size) // MASK_BITS)
         places = {index: i for i, index in enumerate(to_sample.indices.tolist())}
         words = masks.words[:, first:last]
         return {
             places[index]: row for index, row in zip(masks.indices.tolist(), words, strict=True)
         }
 
-    def _resample(
-        self,
-        logits: Tensor,
-        tokens: Tensor,
-        to_sample: RowsToSample,
-        changed: list[tuple[int, RowOptions]],
-        masks: dict[int, np.ndarray],
-    ) -> None:
-        """Sample the rows of `changed` from their changed logits."""
-        indices = [i for i, _ in changed]
-        where, rows = self._upload(indices), self._upload(to_sample.rows[indices])
-        batch = SamplingBatch(**{name: x[where] for name, x in vars(to_sample.batch).items()})
-        positions = batch.positions.long()
-        scores = scores_of(logits, self._vocab_start, self._vocab_size, where)  # [P, Vl]
-        masked = [p for p, i in enumerate(indices) if i in masks]
-        if masked:
-            words = upload(np.stack([masks[indices[p]] for p in masked]), self._tp.device)
-            keep_masked(scores, self._upload(masked), words, self._vocab_start % MASK_BITS)
-        if self._options.lists is not None:
-            with_allowed_ids = [p for p, (_, each) in enumerate(changed) if each.allowed_ids.size]
-            self._apply_lists(self._options.lists, scores, rows, positions, batch, with_allowed_ids)
-        penalized = [p for p, (_, each) in enumerate(changed) if each.has_penalties]
-        if penalized:
-            longest = int(to_sample.positions[[indices[p] for p in penalized]].max())
-            for here in self._upload(penalized).split(max(1, MAX_TOKENS // longest)):
-                penalize(
-                    scores,
-                    here,
-                    self._options.tokens[rows[here], :longest],
-                    positions[here],
-                    self._options.prompt_lengths(rows[here]),
-                    self._options.penalties(rows[here]),
-                    self._vocab_start,
-                )
-        if any(each.truncates for _, each in changed):
-            top_ks, top_ps, min_ps = self._options.truncations(rows)
-            truncation = Truncation(
-                batch.temperatures,
-                top_ks if any(each.top_k > 0 for _, each in changed) else None,
-                top_ps if any(each.top_p < 1 for _, each in changed) else None,
-                min_ps if any(each.min_p > 0 for _, each in changed) else None,
-            )
-            truncate(scores, truncation, self._vocab_start, self._tp)
-        tokens[where] = self.sample(scores, batch)
-
-    def _apply_lists(
-        self,
-        lists: RowLists,
-        scores: Tensor,
-        rows: Tensor,
-        positions: Tensor,
-        batch: SamplingBatch,
-        with_allowed_ids: list[int],
-    ) -> None:
-        """Apply allowed_token_ids, bad_words, min_tokens and logit_bias, in vLLM's order.
-
-        Args:
-            rows, positions: [P] int64, of the rows of `scores`
-            with_allowed_ids: indices of the rows that have allowed ids
-        """
-        num_rows = self._options.tokens.shape[0]
-        slots = rows.new_full((num_rows,), -1)
-        slots[rows] = torch.arange(len(rows), device=rows.device)
-        if with_allowed_ids:
-            keep_only(
-                scores, self._upload(with_allowed_ids), slots[lists.allowed[0]], lists.allowed[1]
-            )
-        if lists.words.shape[0]:
-            word_rows, last = lists.last_of_words
-            word_slots = slots[word_rows]
-            found = ends_with(
-                self._options.tokens,
-                word_rows,
-                positions[word_slots],  # of another row if the word's row is not in the step
-                self._options.prompt_lengths(word_rows),
-                lists.words,
-            )
-            add_at(scores, word_slots.masked_fill(~found, -1), last, -torch.inf)
-        if lists.banned[0].numel():
-            banned_slots = slots[lists.banned[0]]
-            early = (batch.positions < batch.min_positions)[banned_slots]
-            add_at(scores, banned_slots.masked_fill(~early, -1), lists.banned[1], -torch.inf)
-        if lists.bias_values.numel():
-            add_at(scores, slots[lists.bias[0]], lists.bias[1], lists.bias_values)
-
-    def _upload(self, indices: np.ndarray | list[int]) -> Tensor:
+    def _upload(self, indices: np.ndarray) -> Tensor:
         """Copy indices to the device as int64."""
-        return upload(np.array(indices, dtype=np.int64), self._tp.device)
+        return upload(indices.astype(np.int64), self._tp.device)

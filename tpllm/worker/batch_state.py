@@ -11,15 +11,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tpllm.channel.step_plan import MAX_MASKED_STOP_IDS, RESERVED_BLOCK, ROW_STATE_WORDS
-from tpllm.sampling.sampler import SamplingBatch
-
-# words of a row's state, as `step_plan` lays them out
-_TEMPERATURE, _SEED, _MIN_POSITION, _STOP_IDS = 0, 1, 3, 4
+from tpllm.channel.step_plan import RESERVED_BLOCK
 
 
 class BatchState:
-    """Block tables, sampling settings and last tokens of every row, on the device.
+    """Block tables and last tokens of every row, on the device.
 
     Args:
         num_rows: rows for sequences; one more row is reserved for padding.
@@ -33,7 +29,6 @@ class BatchState:
         self.padding_row = num_rows
         self.block_size = block_size
         self.block_tables = _zeros(num_rows + 1, max_blocks, device=device) + RESERVED_BLOCK
-        self.row_state = _zeros(num_rows + 1, ROW_STATE_WORDS, device=device)
         self.last_tokens = _zeros(num_rows + 1, device=device)
         self._decode_inputs = DecodeInputs.allocate(num_rows, max_blocks, device)
 
@@ -41,16 +36,8 @@ class BatchState:
         """Return the buffers of a decode step; all steps share the same ones."""
         return self._decode_inputs.first(num_rows)
 
-    def apply(self, entering: Tensor, block_updates: Tensor) -> None:
-        """Apply a plan's changes.
-
-        Args:
-            entering: flat [n * ENTERING_WORDS] int32; may be empty.
-            block_updates: flat [m * 2] int32; may be empty.
-        """
-        if entering.numel():
-            words = entering.view(-1, 1 + ROW_STATE_WORDS)
-            self.row_state.index_copy_(0, words[:, 0].long(), words[:, 1:])
+    def apply(self, block_updates: Tensor) -> None:
+        """Apply a plan's changes of block tables, flat [m * 2] int32; may be empty."""
         if block_updates.numel():
             pairs = block_updates.view(-1, 2)
             # entries of a row's last sequence remain beyond the new block table; an update
@@ -62,18 +49,6 @@ class BatchState:
         blocks = self.block_tables[rows, positions // self.block_size]
         return blocks * self.block_size + positions % self.block_size
 
-    def sampling(self, rows: Tensor, positions: Tensor) -> SamplingBatch:
-        """Return sampling settings of `rows` [S] for the tokens at `positions` [S]."""
-        state = self.row_state[rows]  # [S, words]
-        # copies, even of one row: kernels are compiled for addresses that 16 divides
-        return SamplingBatch(
-            temperatures=state[:, _TEMPERATURE].clone().view(torch.float32),
-            seeds=state[:, _SEED : _SEED + 2].clone(),
-            positions=positions,
-            min_positions=state[:, _MIN_POSITION].clone(),
-            stop_ids=state[:, _STOP_IDS:].clone(),
-        )
-
 
 @dataclass
 class DecodeInputs:
@@ -83,30 +58,19 @@ class DecodeInputs:
     slots: Tensor  # [S] int32
     context_lens: Tensor  # [S] int32, including the input token
     block_tables: Tensor  # [S, B] int32
-    sampling: SamplingBatch
 
     @classmethod
     def allocate(cls, num_rows: int, max_blocks: int, device: torch.device) -> "DecodeInputs":
-        context_lens = _zeros(num_rows, device=device)
         return cls(
             input_ids=_zeros(num_rows, device=device),
             slots=_zeros(num_rows, device=device),
-            context_lens=context_lens,
+            context_lens=_zeros(num_rows, device=device),
             block_tables=_zeros(num_rows, max_blocks, device=device),
-            sampling=SamplingBatch(
-                temperatures=torch.zeros(num_rows, device=device),
-                seeds=_zeros(num_rows, 2, device=device),
-                positions=context_lens,  # the new token's index is the number of tokens before it
-                min_positions=_zeros(num_rows, device=device),
-                stop_ids=_zeros(num_rows, MAX_MASKED_STOP_IDS, device=device),
-            ),
         )
 
     def first(self, num_rows: int) -> "DecodeInputs":
         """Return the buffers of fewer rows. Steps can share them: they run one after the other."""
-        fields = {name: x[:num_rows] for name, x in vars(self).items() if name != "sampling"}
-        sampling = {name: x[:num_rows] for name, x in vars(self.sampling).items()}
-        return DecodeInputs(**fields, sampling=SamplingBatch(**sampling))
+        return DecodeInputs(**{name: x[:num_rows] for name, x in vars(self).items()})
 
 
 def gather_decode_inputs_reference(
@@ -117,8 +81,6 @@ def gather_decode_inputs_reference(
     out.slots.copy_(state.slots(rows, positions))
     out.context_lens.copy_(positions + 1)
     out.block_tables.copy_(state.block_tables[rows])
-    for name, x in vars(state.sampling(rows, out.context_lens)).items():
-        getattr(out.sampling, name).copy_(x)
 
 
 @triton.jit
@@ -127,19 +89,12 @@ def _gather_decode_inputs_kernel(
     positions_ptr: tl.tensor,  # [S]
     last_tokens_ptr: tl.tensor,  # [R]
     tables_ptr: tl.tensor,  # [R, B]
-    state_ptr: tl.tensor,  # [R, STATE_WORDS]
     input_ids_ptr: tl.tensor,  # [S], like the pointers that follow
     slots_ptr: tl.tensor,
     context_lens_ptr: tl.tensor,
     out_tables_ptr: tl.tensor,  # [S, B]
-    temperatures_ptr: tl.tensor,
-    seeds_ptr: tl.tensor,  # [S, 2]
-    min_positions_ptr: tl.tensor,
-    stop_ids_ptr: tl.tensor,  # [S, STOP_IDS]
     max_blocks: tl.tensor,
     block_size: tl.tensor,
-    STATE_WORDS: tl.constexpr,
-    STOP_IDS: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
     """Copy the inputs of one row; one program per row of the batch."""
@@ -152,14 +107,6 @@ def _gather_decode_inputs_kernel(
     block = tl.load(table_ptr + position // block_size)
     tl.store(slots_ptr + s, block * block_size + position % block_size)
     tl.store(context_lens_ptr + s, position + 1)
-
-    row_state_ptr = state_ptr + row * STATE_WORDS
-    tl.store(temperatures_ptr + s, tl.load(row_state_ptr))  # copied as bits
-    tl.store(seeds_ptr + 2 * s, tl.load(row_state_ptr + 1))
-    tl.store(seeds_ptr + 2 * s + 1, tl.load(row_state_ptr + 2))
-    tl.store(min_positions_ptr + s, tl.load(row_state_ptr + 3))
-    stops = tl.arange(0, STOP_IDS)
-    tl.store(stop_ids_ptr + s * STOP_IDS + stops, tl.load(row_state_ptr + 4 + stops))
 
     first = 0
     while first < max_blocks:  # Triton's interpreter has no range() over an argument
@@ -179,19 +126,12 @@ def gather_decode_inputs_triton(
         positions,
         state.last_tokens,
         state.block_tables,
-        state.row_state,
         out.input_ids,
         out.slots,
         out.context_lens,
         out.block_tables,
-        out.sampling.temperatures.view(torch.int32),
-        out.sampling.seeds,
-        out.sampling.min_positions,
-        out.sampling.stop_ids,
         state.block_tables.shape[1],
         state.block_size,
-        STATE_WORDS=ROW_STATE_WORDS,
-        STOP_IDS=MAX_MASKED_STOP_IDS,
         BLOCK=128,
     )
 

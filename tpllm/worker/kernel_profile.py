@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch._C._autograd import DeviceType
 
+from tpllm.channel.row_record import new_records, words_of
+from tpllm.sampling.row_table import SampledRows, upload
 from tpllm.worker.cuda_graphs import GraphPool
 from tpllm.worker.model_runner import ModelRunner
 from tpllm.worker.step_times import StepMarks
@@ -105,13 +107,13 @@ def graph_sampling_ms(runner: ModelRunner, repeats: int = 20) -> float:
     of their own. Every rank calls this together.
     """
     size, lm_head = runner.limits.max_num_seqs, runner.model.lm_head.weight
-    rows = torch.full((size,), runner.state.padding_row, device=lm_head.device)
+    rows = torch.full((size,), size, dtype=torch.int32, device=lm_head.device)  # padding
     hidden = torch.ones(size, lm_head.shape[1]).to(lm_head)
-    batch = runner.state.sampling(rows, torch.zeros_like(rows, dtype=torch.int32))
-    batch.temperatures.fill_(1)  # the slower case: noise for every id
-    graph = GraphPool().capture(
-        lambda: runner.sample(runner.model.compute_logits(hidden), rows, batch)
-    )
+    records = new_records(size + 1)
+    records["temperature"] = 1  # the slower case: noise for every id
+    table = upload(words_of(records), lm_head.device)
+    sampled = SampledRows(table, rows, torch.zeros_like(rows))
+    graph = GraphPool().capture(lambda: runner.sample(runner.model.compute_logits(hidden), sampled))
     marks = StepMarks(lm_head.device)
     marks.begin()
     for _ in range(repeats):

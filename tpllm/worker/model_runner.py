@@ -9,14 +9,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tpllm.channel.step_plan import ENTERING_WORDS, PlanLimits, StepMasks, StepPlan
+from tpllm.channel.row_record import row_words
+from tpllm.channel.step_plan import PlanLimits, StepMasks, StepPlan
 from tpllm.layers.attention.attention import KVCache
 from tpllm.layers.attention.split_schedule import SPLIT_WORDS, ContextSplit, SplitSchedules
 from tpllm.models.decoder import Decoder
 from tpllm.parallel.group import TPGroup
-from tpllm.sampling.option_table import OptionTable
 from tpllm.sampling.prompt_logprobs import prompt_logprobs
-from tpllm.sampling.sampler import SamplingBatch
+from tpllm.sampling.row_table import RowTable, SampledRows
 from tpllm.sampling.token_sampler import RowsToSample, StepOutput, TokenSampler
 from tpllm.worker.batch_state import BatchState
 from tpllm.worker.cuda_graphs import (
@@ -85,9 +85,9 @@ class ModelRunner:
         S, N = limits.max_num_seqs, limits.max_num_batched_tokens
         self.state = BatchState(S, limits.max_blocks_per_seq, limits.block_size, tp.device)
         lm_head = model.lm_head
-        self.options = OptionTable(limits, lm_head.vocab_start, lm_head.local_vocab_size, tp.device)
+        self.row_table = RowTable(limits, lm_head.vocab_start, lm_head.local_vocab_size, tp.device)
         self._sampler = TokenSampler(
-            self.options, lm_head.vocab_start, vocab_size, tp, receive_masks
+            self.row_table, lm_head.vocab_start, vocab_size, tp, receive_masks
         )
         sizes = [StepSize(size, size, 0) for size in decode_sizes(S)] if padded_decode else []
         self._sizes = sorted(sizes + (mixed_sizes(N, S) if padded_mixed else []))
@@ -95,7 +95,7 @@ class ModelRunner:
         self._samplings: dict[StepSize, CapturedStep] = {}  # of decode steps
         # all graphs of decode steps write their logits here
         self._logits = lm_head.weight.new_empty(S if padded_decode else 0, lm_head.local_vocab_size)
-        words = 3 * N + 8 * (S + 1) + ENTERING_WORDS * S + 2 * limits.max_block_updates
+        words = 3 * N + 8 * (S + 1) + row_words() * S + 2 * limits.max_block_updates
         words += 3 * MAX_CHUNKS + 64 + SPLIT_WORDS * 2 * self._split.num_splits(S)
         self._staging = HostStaging(words, tp.device)
 
@@ -122,7 +122,7 @@ class ModelRunner:
             self._upload_padding(size)
             forward = self._forwards[size] = pool.capture(partial(self._forward, size))
             if not size.num_chunks:
-                sample = partial(self.sample, forward.result, *self._decode_rows(size))
+                sample = partial(self.sample, forward.result, self._decode_rows(size))
                 self._samplings[size] = pool.capture(sample)
             after_each()
 
@@ -138,7 +138,7 @@ class ModelRunner:
 
         The next step may overwrite the returned tokens: copy them on the current stream.
         """
-        self.options.enter(plan.entering[:, 0], plan.row_options)
+        self.row_table.enter(plan.entering, plan.row_lists)
         D = plan.num_decode
         step = StepSize(D + plan.token_ids.size, D, plan.rows.size - D)
         marks.is_decode = not step.num_chunks
@@ -147,7 +147,7 @@ class ModelRunner:
         if size is None and step.num_tokens >= (self.micro_batch_threshold or math.inf):
             plans = split_plan(plan)
         inputs = [array for each in plans for array in self._lay_out(each, size).arrays()]
-        changes = [plan.entering, plan.block_updates]
+        changes = [plan.entering.view(np.int32), plan.block_updates]
         sampled: np.ndarray = _NOTHING
         to_sample: list[np.ndarray] = []
         if not marks.is_decode:  # otherwise the rows and positions of the forward are sampled
@@ -159,7 +159,9 @@ class ModelRunner:
         # Most decode steps have no changes and no options. They create no views, because at batch
         # size 1 the host takes almost as long as the GPU.
         if any(array.size for array in changes):
-            self.state.apply(*self._views(slices[len(inputs) : len(inputs) + 2]))
+            entering, updates = self._views(slices[len(inputs) : len(inputs) + 2])
+            self.row_table.store(entering)
+            self.state.apply(updates)
         if size is None:
             hidden = self._run_eagerly(plans, self._views(slices[: len(inputs)]))
         elif graph := self._forwards.get(size):
@@ -215,38 +217,42 @@ class ModelRunner:
 
     # ---- sampling ----------------------------------------------------------------------------
 
-    def sample(self, logits: Tensor, rows: Tensor, batch: SamplingBatch) -> Tensor:
+    def sample(self, logits: Tensor, rows: SampledRows) -> Tensor:
         """Sample a token for each of `rows` [S] by temperature alone: [S] int32."""
-        tokens = self._sampler.sample(logits, batch)
-        self.state.last_tokens[rows] = tokens  # the next step's input stays on the device
+        tokens = self._sampler.sample(logits, rows)
+        self.state.last_tokens[rows.rows] = tokens  # the next step's input stays on the device
         return tokens
 
-    def _finish(
-        self, logits: Tensor, tokens: Tensor, rows: Tensor, to_sample: RowsToSample
+    def _sample_with_options(
+        self, logits: Tensor, to_sample: RowsToSample, sample: Callable[[], Tensor]
     ) -> StepOutput:
-        if not len(self.options):
-            return StepOutput(tokens)
-        output = self._sampler.finish(logits, tokens, to_sample)
-        self.state.last_tokens[rows] = output.tokens  # some were sampled again
-        return output
+        """Sample each row once: by temperature with `sample`, unless options change some logits."""
+        tokens = self._sampler.sample_changed(logits, to_sample)
+        if tokens is None:
+            tokens = sample()
+        else:
+            self.state.last_tokens[to_sample.on_device.rows] = tokens
+        return self._sampler.finish(logits, tokens, to_sample)
 
-    def _decode_rows(self, size: StepSize) -> tuple[Tensor, SamplingBatch]:
-        """Return rows and sampling settings of a decode step, in fixed buffers."""
+    def _decode_rows(self, size: StepSize) -> SampledRows:
+        """Return the rows of a decode step, in fixed buffers."""
         S = size.num_decode
-        return self._staging.buffer[:S], self.state.decode_inputs(S).sampling
+        # the new token's index is the number of tokens before it
+        positions = self.state.decode_inputs(S).context_lens
+        return SampledRows(self.row_table.words, self._staging.buffer[:S], positions)
 
     def _sample_decode(self, plan: StepPlan, size: StepSize, logits: Tensor) -> StepOutput:
         """Sample a token for each row of a decode step."""
-        S = plan.rows.size
-        if graph := self._samplings.get(size):
-            tokens = graph.replay()
-        else:
-            tokens = self.sample(logits, *self._decode_rows(size))
-        if not len(self.options):
-            return StepOutput(tokens[:S])
-        rows, batch = self._decode_rows(size)
-        to_sample = RowsToSample(plan.step, np.arange(S), plan.rows, plan.starts + 1, batch)
-        return self._finish(logits[:S], tokens[:S], rows[:S], to_sample)
+        S, graph = plan.rows.size, self._samplings.get(size)
+
+        def sample() -> Tensor:
+            return (graph.replay() if graph else self.sample(logits, self._decode_rows(size)))[:S]
+
+        if not self.row_table.has_options:
+            return StepOutput(sample())
+        rows = self._decode_rows(size).first(S)
+        to_sample = RowsToSample(plan.step, np.arange(S), plan.rows, plan.starts + 1, rows)
+        return self._sample_with_options(logits[:S], to_sample, sample)
 
     def _sample_mixed(
         self,
@@ -266,14 +272,18 @@ class ModelRunner:
                 its row, and the new token's position
         """
         compute_logits = self.model.compute_logits
-        logprobs = prompt_logprobs(plan, hidden, compute_logits, self.options, self._sampler)
+        logprobs = prompt_logprobs(plan, hidden, compute_logits, self.row_table, self._sampler)
         if not sampled.size:
             return StepOutput(last_tokens, logprobs)
         logits = compute_logits(hidden[last_tokens])  # [S, Vl]
-        batch = self.state.sampling(rows, positions)
-        tokens = self.sample(logits, rows, batch)
+        sampled_rows = SampledRows(self.row_table.words, rows, positions)
+        sample = partial(self.sample, logits, sampled_rows)
+        if not self.row_table.has_options:
+            return StepOutput(sample(), logprobs)
         ends = plan.starts + plan.num_tokens
-        to_sample = RowsToSample(plan.step, sampled, plan.rows[sampled], ends[sampled], batch)
-        output = self._finish(logits, tokens, rows, to_sample)
+        to_sample = RowsToSample(
+            plan.step, sampled, plan.rows[sampled], ends[sampled], sampled_rows
+        )
+        output = self._sample_with_options(logits, to_sample, sample)
         output.logprobs += logprobs
         return output

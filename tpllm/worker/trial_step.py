@@ -4,21 +4,20 @@ from dataclasses import replace
 
 import numpy as np
 
-from tpllm.channel.row_options import RowOptions
-from tpllm.channel.step_plan import ENTERING_WORDS, PlanLimits, StepPlan
+from tpllm.channel.row_record import LISTS, new_records, words_of
+from tpllm.channel.step_plan import PlanLimits, StepPlan
+from tpllm.sampling.row_table import upload
 from tpllm.sampling_params import MAX_LOGPROBS
 from tpllm.worker.model_runner import ModelRunner
 from tpllm.worker.step_times import StepMarks
 
-_ONE = np.zeros(1, dtype=np.int32)
 # All options that process whole rows of the vocabulary.
-_COSTLIEST = RowOptions(
-    num_prompt_tokens=2**31 - 1,
-    top_k=1,
-    top_p=0.5,
-    repetition_penalty=1.5,
-    allowed_ids=_ONE,
-)
+_COSTLIEST = {
+    "num_prompt_tokens": 2**31 - 1,
+    "top_k": 1,
+    "top_p": 0.5,
+    "repetition_penalty": 1.5,
+}
 
 
 def largest_step(limits: PlanLimits, row: int) -> StepPlan:
@@ -26,10 +25,13 @@ def largest_step(limits: PlanLimits, row: int) -> StepPlan:
     S = limits.max_num_seqs
     num_tokens = min(limits.max_num_batched_tokens, S * limits.max_tokens_per_seq)
     chunk, rest = divmod(num_tokens, S)
-    entering = np.zeros((1, ENTERING_WORDS), dtype=np.int32)
-    entering[0, 0] = row
-    most = min(MAX_LOGPROBS, limits.vocab_size)
-    costliest = replace(_COSTLIEST, num_logprobs=most, num_prompt_logprobs=most)
+    entering = new_records(1)
+    entering["row"] = row
+    for name, value in _COSTLIEST.items():
+        entering[name] = value
+    for name in ("num_logprobs", "num_prompt_logprobs"):
+        entering[name] = min(MAX_LOGPROBS, limits.vocab_size)
+    entering["list_sizes"][0, list(LISTS).index("allowed_ids")] = 1
     return StepPlan(
         step=-1,
         num_decode=0,
@@ -40,7 +42,7 @@ def largest_step(limits: PlanLimits, row: int) -> StepPlan:
         entering=entering,
         block_updates=np.empty((0, 2), dtype=np.int32),
         token_ids=np.zeros(num_tokens, dtype=np.int32),
-        row_options=costliest.record(row, []),
+        row_lists=np.zeros(1, dtype=np.int32),
     )
 
 
@@ -55,4 +57,7 @@ def run_largest_steps(runner: ModelRunner, marks: StepMarks) -> None:
         limits = replace(runner.limits, max_num_batched_tokens=size, max_num_seqs=num_seqs)
         plan = largest_step(limits, runner.state.padding_row)
         runner.run(plan, marks)
-        runner.options.enter(plan.entering[:, 0], plan.row_options[:0])
+        reset = new_records(1)
+        reset["row"] = runner.state.padding_row
+        runner.row_table.enter(reset, plan.row_lists[:0])
+        runner.row_table.store(upload(words_of(reset), runner.row_table.words.device))

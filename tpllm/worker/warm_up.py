@@ -21,7 +21,7 @@ import triton
 from torch import Tensor
 
 from tpllm.architectures.spec import LinearSpec
-from tpllm.channel.step_plan import MAX_MASKED_STOP_IDS
+from tpllm.channel.row_record import row_words
 from tpllm.config.engine_config import EngineConfig
 from tpllm.layers.activation import silu_and_mul
 from tpllm.layers.all_reduce.all_reduce_norm import all_reduce_norm
@@ -35,7 +35,8 @@ from tpllm.layers.norm import RMSNorm
 from tpllm.layers.rotary import QKNormRope
 from tpllm.parallel.group import TPGroup
 from tpllm.parallel.peer_memory import NUM_BUFFERS, WIDTH_MULTIPLE, PeerBuffers
-from tpllm.sampling.sampler import SamplingBatch, best_candidate, sample
+from tpllm.sampling.row_table import SampledRows
+from tpllm.sampling.sampler import best_candidate, local_candidates
 from tpllm.sampling.thresholds import Truncation, find_thresholds, likeliest
 from tpllm.sampling.token_order import keys_of, rank_and_mass, scores_of
 from tpllm.sampling.truncation import drop_below
@@ -214,19 +215,22 @@ class Kernels:
     def scores_of_all(self) -> None:
         scores_of(self.new(2, self.local_vocab_size), self.vocab_start, self.spec.vocab_size)
 
-    def sample(self, logits: Tensor | None = None) -> None:
-        logits = self.new(2, self.local_vocab_size) if logits is None else logits
-        S = len(logits)
-        integers = self.new(S, dtype=torch.int32)
-        seeds, stops = (self.new(S, n, dtype=torch.int32) for n in (2, MAX_MASKED_STOP_IDS))
-        temperatures = self.new(S, dtype=torch.float32)
-        batch = SamplingBatch(temperatures, seeds, integers, integers, stops)
-        alone = TPGroup.single(self.device)
-        sample(logits, batch, self.vocab_start, self.spec.vocab_size, alone)
-        best_candidate(self.new(self.tp.size, 2, S, dtype=torch.int32))  # one candidate per rank
+    def sample(self) -> None:
+        """Sample as a step without options; then, beside changed rows, the rows without."""
+        self.candidates(self.new(2, self.local_vocab_size), None)
+        where = self.new(2, dtype=torch.int64)
+        self.candidates(self.new(2, self.local_vocab_size), where)
+        best_candidate(self.new(self.tp.size, 2, 2, dtype=torch.int32))  # one candidate per rank
 
     def sample_changed(self) -> None:
-        self.sample(self.scores())
+        self.candidates(self.scores(), self.new(1, dtype=torch.int64), is_compact=True)
+
+    def candidates(self, logits: Tensor, where: Tensor | None, is_compact: bool = False) -> None:
+        rows = self.new(2, dtype=torch.int32)
+        table = self.new(1, row_words(), dtype=torch.int32)
+        sampled = SampledRows(table, rows, rows.clone())
+        vocab = (self.vocab_start, self.spec.vocab_size)
+        best_candidate(local_candidates(logits, sampled, *vocab, where, is_compact=is_compact))
 
     def find_thresholds(self) -> None:
         """Find thresholds of top-k and top-p together, as in Qwen3's defaults."""
