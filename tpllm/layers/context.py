@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from tpllm.layers.attention.attention import AttentionBackend, TorchAttentionBackend
+from tpllm.layers.attention.attention import AttentionBackend
 from tpllm.layers.linear.matmul import Matmul, plain_matmul
 from tpllm.layers.linear.weight_format import DenseWeight, LinearWeight
 from tpllm.parallel.group import TPGroup
@@ -24,7 +24,7 @@ class LayerContext:
     tp: TPGroup
     dtype: torch.dtype
     matmul: Matmul = plain_matmul
-    attention_backend: AttentionBackend = field(default_factory=TorchAttentionBackend)
+    attention_backend: AttentionBackend = field(default_factory=AttentionBackend)
     weight_format: type[LinearWeight] = DenseWeight
 
     def parameter(self, *shape: int) -> nn.Parameter:

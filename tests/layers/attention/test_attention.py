@@ -15,7 +15,6 @@ from tpllm.layers.attention.attention import (
     FlashAttention2Backend,
     PrefillBatch,
     SplitDecodeBackend,
-    TorchAttentionBackend,
     causal_attention,
     make_backend,
 )
@@ -44,11 +43,11 @@ class Setting:
 
 @pytest.fixture(
     params=[
-        Setting(TorchAttentionBackend, "cpu", torch.float32, 1),
-        Setting(TorchAttentionBackend, "cpu", torch.float32, 5),
-        Setting(TorchAttentionBackend, "cpu", torch.bfloat16, 16),
+        Setting(AttentionBackend, "cpu", torch.float32, 1),
+        Setting(AttentionBackend, "cpu", torch.float32, 5),
+        Setting(AttentionBackend, "cpu", torch.bfloat16, 16),
         pytest.param(
-            Setting(TorchAttentionBackend, "cuda", torch.float32, 16),
+            Setting(AttentionBackend, "cuda", torch.float32, 16),
             marks=needs_gpu,
         ),
         *(
@@ -187,7 +186,7 @@ def test_long_chunks_after_a_context_are_computed_in_bands(monkeypatch):
 def test_torch_backend_takes_any_head_dim(
     assert_as_accurate: Callable[[Tensor, Tensor, Tensor], None],
 ) -> None:
-    setting = Setting(TorchAttentionBackend, "cpu", torch.float32, 4)
+    setting = Setting(AttentionBackend, "cpu", torch.float32, 4)
     check_step(setting, 3, 1, 10, [5, 1], [(2, 6)], assert_as_accurate)
 
 
@@ -238,6 +237,6 @@ def test_captured_decode_follows_lengths_and_tables_changed_in_place() -> None:
     batch.split_schedule.copy_(schedule_of([1, 700, 256], 2))
     batch.block_tables.copy_(padded([[5], [7, 1, 2], [3]], 4, "cuda"))
     graph.replay()
-    reference = Attention(4, 2, 64, TorchAttentionBackend())
+    reference = Attention(4, 2, 64, AttentionBackend())
     expected = reference(qkv.float(), k_cache.float(), v_cache.float(), batch)
     torch.testing.assert_close(captured.float(), expected, atol=2e-2, rtol=2e-2)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from tests.layers.attention.split_schedules import schedule_of
 from tpllm.layers.attention import split_schedule
-from tpllm.layers.attention.attention import AttentionBatch, TorchAttentionBackend
+from tpllm.layers.attention.attention import AttentionBackend, AttentionBatch
 from tpllm.layers.attention.paged_decode import PagedDecode
 from tpllm.layers.attention.split_schedule import ContextSplit, SplitSchedules
 from tpllm.layers.rotary import QKNormRope, qk_norm_rope_store_reference, rotary_cos_sin
@@ -42,7 +42,7 @@ def plain_and_exact(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, batch: AttentionBatch
 ) -> tuple[Tensor, Tensor]:
     """Return plain torch's result in the same dtype, and in float64."""
-    decode = TorchAttentionBackend().decode
+    decode = AttentionBackend().decode
     exact = decode(q.double(), k_cache.double(), v_cache.double(), batch, 0.3)
     return decode(q, k_cache, v_cache, batch, 0.3), exact
 
@@ -122,7 +122,7 @@ def test_norms_rotates_and_stores_in_the_same_kernel(
         rotated, keys, values = (t.to(dtype, copy=True) for t in (qkv, k_cache, v_cache))
         qk_norm_rope_store_reference(rotated, rope, keys, values, slots)
         q = rotated.view(S, -1, D)[:, :H]
-        return TorchAttentionBackend().decode(q, keys, values, batch, 0.3), keys, values
+        return AttentionBackend().decode(q, keys, values, batch, 0.3), keys, values
 
     plain, plain_keys, plain_values = apart(dtype)
     exact, exact_keys, _ = apart(torch.float64)

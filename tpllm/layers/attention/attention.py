@@ -11,7 +11,6 @@ never used; they are -1, or blocks of the row's last owner.
 """
 
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -76,8 +75,10 @@ class AttentionBatch:
     prefill: PrefillBatch | None
 
 
-class AttentionBackend(Protocol):
-    """One implementation of attention for decode rows and for prefill chunks.
+class AttentionBackend:
+    """Attention in plain torch on gathered pages: the reference, and the CPU implementation.
+
+    Other backends replace its methods.
 
     Attributes:
         name: name for people
@@ -86,10 +87,9 @@ class AttentionBackend(Protocol):
         max_rope_rows: up to this many rows, `decode` with `rope` is faster than a separate kernel
     """
 
-    name: str
-    capturable: bool
-    prefill_capturable: bool
-    max_rope_rows: int
+    name = "torch"
+    capturable = prefill_capturable = False  # reads lengths on the host
+    max_rope_rows = 0
 
     def decode(
         self,
@@ -111,47 +111,6 @@ class AttentionBackend(Protocol):
         Returns:
             [S, H, D], or `out`.
         """
-        ...
-
-    def prefill(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        k_cache: Tensor,
-        v_cache: Tensor,
-        batch: PrefillBatch,
-        scale: float,
-    ) -> Tensor:
-        """Attend with chunks of queries, each causal within its sequence.
-
-        Args:
-            q: [N, H, D], all tokens of the step
-            k, v: [N, K, D], all tokens of the step; they are in the cache, too
-
-        Returns:
-            [N, H, D]; the rows of tokens in no chunk are undefined.
-        """
-        ...
-
-
-class TorchAttentionBackend:
-    """Attention in plain torch on gathered pages: the reference, and the CPU implementation."""
-
-    name = "torch"
-    capturable = prefill_capturable = False  # reads lengths on the host
-    max_rope_rows = 0
-
-    def decode(
-        self,
-        q: Tensor,
-        k_cache: Tensor,
-        v_cache: Tensor,
-        batch: AttentionBatch,
-        scale: float,
-        rope: QKNormRope | None = None,
-        out: Tensor | None = None,
-    ) -> Tensor:
         assert rope is None
         num_kv_heads, head_dim = k_cache.shape[2:]
         num_blocks = -(-int(batch.context_lens.max()) // k_cache.shape[1])
@@ -187,6 +146,15 @@ class TorchAttentionBackend:
         batch: PrefillBatch,
         scale: float,
     ) -> Tensor:
+        """Attend with chunks of queries, each causal within its sequence.
+
+        Args:
+            q: [N, H, D], all tokens of the step
+            k, v: [N, K, D], all tokens of the step; they are in the cache, too
+
+        Returns:
+            [N, H, D]; the rows of tokens in no chunk are undefined.
+        """
         out = torch.empty_like(q, memory_format=torch.contiguous_format)
         q_bounds, k_bounds = batch.cu_seqlens_q.tolist(), batch.cu_seqlens_k.tolist()
         for row in range(len(q_bounds) - 1):
@@ -202,7 +170,7 @@ class TorchAttentionBackend:
         return out
 
 
-class SplitDecodeBackend(TorchAttentionBackend):
+class SplitDecodeBackend(AttentionBackend):
     """Decode by our split-KV kernel in any dtype, and prefill by torch. It needs no flash-attn."""
 
     name = "split decode, torch prefill"
@@ -320,10 +288,10 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     return out.permute(2, 0, 1, 3).reshape(q_len, num_heads, head_dim)
 
 
-BACKENDS: dict[str, type[TorchAttentionBackend]] = {
+BACKENDS: dict[str, type[AttentionBackend]] = {
     "flash-attn": FlashAttention2Backend,
     "triton": SplitDecodeBackend,
-    "torch": TorchAttentionBackend,
+    "torch": AttentionBackend,
 }
 
 
