@@ -21,7 +21,7 @@ class SwiGLU(nn.Module):
 
     def forward(
         self, x: Tensor, residual: Tensor | None, context: BlockContext
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor | None]:
         x, residual = self.gate_up_proj(
             x,
             norm=self.norm,
@@ -29,5 +29,4 @@ class SwiGLU(nn.Module):
             activation=silu_and_mul,
             copy_stream=context.batch.copy_stream,
         )  # [N, I]
-        output: tuple[Tensor, Tensor] = self.down_proj(x, residual=residual)  # [N, E]
-        return output
+        return self.down_proj(x, residual=residual)  # [N, E]

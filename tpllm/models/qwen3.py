@@ -44,7 +44,7 @@ class Qwen3Attention(nn.Module):
 
     def forward(
         self, x: Tensor, residual: Tensor | None, context: BlockContext
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor | None]:
         batch = context.batch
         qkv, residual = self.qkv_proj(
             x, norm=self.norm, residual=residual, copy_stream=batch.copy_stream
@@ -52,8 +52,7 @@ class Qwen3Attention(nn.Module):
         q_norm, k_norm = self.q_norm, self.k_norm
         rope = QKNormRope(q_norm.weight, k_norm.weight, q_norm.eps, batch.positions, self.cos_sin)
         x = self.attention(qkv, *context.kv_caches[self.layer], batch.attention, rope)  # [N, H * D]
-        output: tuple[Tensor, Tensor] = self.o_proj(x, residual=residual)  # [N, E]
-        return output
+        return self.o_proj(x, residual=residual)  # [N, E]
 
 
 def blocks(spec: ModelSpec, context: LayerContext, max_positions: int) -> Iterator[nn.Module]:

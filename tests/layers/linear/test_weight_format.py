@@ -94,6 +94,7 @@ def one_row_is_that_row_of_many(tp: TPGroup) -> None:
                         activation=activation,
                     )
                     torch.testing.assert_close(one[0], several[row])
+                    assert total is not None and stream_of_all is not None
                     torch.testing.assert_close(total[0], stream_of_all[row])
 
 
