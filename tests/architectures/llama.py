@@ -3,7 +3,8 @@
 from typing import Any
 
 from tpllm.architectures.decoder import attention, decoder, swiglu
-from tpllm.architectures.family import Family, refuse
+from tpllm.architectures.hf_config import refuse
+from tpllm.architectures.registry import Family
 from tpllm.architectures.spec import BlockSpec, Dimensions, ModelSpec
 
 # Values of absent fields: the defaults of transformers' LlamaConfig.
@@ -31,12 +32,11 @@ def complete(where: str, config: dict[str, Any]) -> dict[str, Any]:
 
 
 def spec(dims: Dimensions) -> ModelSpec:
-    return decoder(dims, lambda dims, name: BlockSpec(attention(dims, name), swiglu(dims, name)))
+    return decoder(dims, lambda name: BlockSpec(attention(dims, name), swiglu(dims, name)))
 
 
 LLAMA = Family(
     architecture="LlamaForCausalLM",
-    without_head="LlamaModel",
     model_type="llama",
     blocks="tests.architectures.test_llama:layers",
     complete=complete,

@@ -17,9 +17,9 @@ from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
 from tests.checkpoints import shipped_config, write_config
+from tpllm.architectures.hf_config import MAX_SIZES
 from tpllm.config.checkpoint_files import INDEX_NAME, WEIGHTS_NAME
 from tpllm.config.engine_config import EngineConfig
-from tpllm.config.hf_config import MAX_SIZES
 from tpllm.config.model_config import ModelConfig
 
 SIZES = {"hidden_size": 8, "intermediate_size": 8, "vocab_size": 16, "num_hidden_layers": 1}

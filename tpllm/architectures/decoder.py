@@ -21,13 +21,13 @@ from tpllm.architectures.spec import (
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
-def decoder(dims: Dimensions, block: Callable[[Dimensions, str], BlockSpec]) -> ModelSpec:
+def decoder(dims: Dimensions, block: Callable[[str], BlockSpec]) -> ModelSpec:
     """Return a model of blocks that are all alike; `block` makes one from its name."""
     vocabulary = Sharding(0, dims.vocab_size, "vocab_size", uneven="pad")
     shape = (dims.vocab_size, dims.hidden_size)
     return ModelSpec(
         embedding=WeightSpec(EMBEDDING, shape, vocabulary),
-        blocks=tuple(block(dims, f"model.layers.{i}") for i in range(dims.num_hidden_layers)),
+        blocks=tuple(block(f"model.layers.{i}") for i in range(dims.num_hidden_layers)),
         norm=norm("model.norm", dims.hidden_size, dims),
         head=LinearSpec("lm_head", (WeightSpec(HEAD, shape, vocabulary),)),
         tied=dims.tie_word_embeddings,

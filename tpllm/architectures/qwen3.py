@@ -6,7 +6,7 @@ Source: Qwen3 Technical Report (2025), https://arxiv.org/abs/2505.09388
 from typing import Any
 
 from tpllm.architectures.decoder import attention, decoder, swiglu
-from tpllm.architectures.family import Family, refuse
+from tpllm.architectures.hf_config import refuse
 from tpllm.architectures.spec import BlockSpec, Dimensions, ModelSpec
 from tpllm.checks import check_int
 
@@ -43,20 +43,8 @@ def _slides(where: str, config: dict[str, Any]) -> bool:
 
 
 def spec(dims: Dimensions) -> ModelSpec:
-    return decoder(dims, _block)
+    def block(name: str) -> BlockSpec:
+        bias = dims.attention_bias
+        return BlockSpec(attention(dims, name, qk_norms=True, bias=bias), swiglu(dims, name))
 
-
-def _block(dims: Dimensions, name: str) -> BlockSpec:
-    return BlockSpec(
-        attention(dims, name, qk_norms=True, bias=dims.attention_bias), swiglu(dims, name)
-    )
-
-
-QWEN3 = Family(
-    architecture="Qwen3ForCausalLM",
-    without_head="Qwen3Model",
-    model_type="qwen3",
-    blocks="tpllm.models.qwen3:blocks",
-    complete=complete,
-    spec=spec,
-)
+    return decoder(dims, block)

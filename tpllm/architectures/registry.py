@@ -1,11 +1,42 @@
-"""The model families that tpllm runs."""
+"""The model families that tpllm runs, and what the package must know of each without its layers."""
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
-from tpllm.architectures.family import Family
-from tpllm.architectures.qwen3 import QWEN3
+from tpllm.architectures import qwen3
+from tpllm.architectures.spec import Dimensions, ModelSpec
 
-FAMILIES = [QWEN3]
+
+@dataclass(frozen=True)
+class Family:
+    """A model family, by the names in config.json.
+
+    Attributes:
+        architecture: in `architectures`
+        model_type: counts if no architecture is named
+        blocks: the module and the name of the function that makes its blocks; only a worker
+            imports it
+        complete: returns the content of config.json with the family's values of absent fields;
+            refuses what the family does not implement. Its first argument names the file
+        spec: states the model with these dimensions
+    """
+
+    architecture: str
+    model_type: str
+    blocks: str
+    complete: Callable[[str, dict[str, Any]], dict[str, Any]]
+    spec: Callable[[Dimensions], ModelSpec]
+
+    @property
+    def without_head(self) -> str:
+        """The name in `architectures` of the model without its LM head."""
+        return self.architecture.replace("ForCausalLM", "Model")
+
+
+FAMILIES = [
+    Family("Qwen3ForCausalLM", "qwen3", "tpllm.models.qwen3:blocks", qwen3.complete, qwen3.spec),
+]
 
 
 def family_of(where: str, config: dict[str, Any]) -> Family:

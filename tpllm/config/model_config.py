@@ -8,10 +8,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Self
 
+from tpllm.architectures.hf_config import read_fields, refuse_unimplemented
 from tpllm.architectures.registry import family_named, family_of
 from tpllm.architectures.spec import Dimensions, ModelSpec
 from tpllm.checks import read_json
-from tpllm.config.hf_config import read_fields, refuse_unimplemented
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,12 +1,12 @@
 """Read the fields of a Hugging Face config.json that all families share, and check each.
 
-A family adds the values of absent fields (`tpllm.architectures.family.Family.complete`).
+A family adds the values of absent fields (`tpllm.architectures.registry.Family.complete`).
 """
 
+import reprlib
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
-from tpllm.architectures.family import refuse
 from tpllm.checks import check_bool, check_choice, check_int, check_number, read_json
 
 DTYPES = ("float16", "bfloat16", "float32")
@@ -23,6 +23,16 @@ MAX_SIZES = {
     "max_position_embeddings": 2**28,
 }
 DEFAULT_ROPE_THETA = 10000.0  # of every family in transformers
+
+
+# Of fields that change a model: the values that we implement, and what that means.
+IMPLEMENTED: dict[str, tuple[list[Any], str]] = {
+    "quantization_config": ([None], "float checkpoints"),
+    "per_layer_config": ([None], "models whose layers are all alike"),
+    "transformers_weights": ([None], "model.safetensors, or what its index names"),
+    "hidden_act": (["silu", "swish"], "hidden_act='silu'"),  # two names for one function
+    "partial_rotary_factor": ([None, 1], "full rotary embeddings"),
+}
 
 
 def read_fields(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
@@ -52,23 +62,21 @@ def refuse_unimplemented(where: str, config: dict[str, Any]) -> None:
     Raises:
         ValueError: the model needs something that tpllm does not implement.
     """
-
-    if config.get("quantization_config") is not None:
-        refuse(where, config, "quantization_config", "float checkpoints")
-    if config.get("per_layer_config") is not None:
-        refuse(where, config, "per_layer_config", "models whose layers are all alike")
-    if config.get("transformers_weights") is not None:
-        refuse(where, config, "transformers_weights", "model.safetensors, or what its index names")
-    if config.get("hidden_act", "silu") not in ("silu", "swish"):  # two names for one function
-        refuse(where, config, "hidden_act", "hidden_act='silu'")
-    if config.get("partial_rotary_factor") not in (None, 1):
-        refuse(where, config, "partial_rotary_factor", "full rotary embeddings")
+    for field, (values, only) in IMPLEMENTED.items():
+        if field in config and config[field] not in values:
+            refuse(where, config, field, only)
     layer_types = config.get("layer_types")
     if layer_types is not None and not _are_full_attention(layer_types):
         refuse(where, config, "layer_types", "layers of full_attention")
     for field in ("rope_scaling", "rope_parameters"):
         if config.get(field) and not _is_plain_rope(config[field]):
             refuse(where, config, field, "rotary embeddings without scaling (rope_type='default')")
+
+
+def refuse(where: str, config: dict[str, Any], field: str, only: str) -> NoReturn:
+    """Refuse a field of config.json by name and value; `only` is what tpllm runs instead."""
+    short = reprlib.repr(config[field])  # a quantization_config can be pages long
+    raise ValueError(f"{where}: {field}={short} is not implemented; tpllm runs {only}")
 
 
 def _are_full_attention(layer_types: object) -> bool:
