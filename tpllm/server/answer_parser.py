@@ -9,8 +9,7 @@ The result does not depend on how the text is divided into pieces.
 import json
 import re
 from collections import deque
-from collections.abc import Iterator
-from enum import Enum
+from collections.abc import Callable, Iterator
 
 from tpllm.server.answer_pieces import (
     END_THINK,
@@ -32,16 +31,6 @@ SLICE_LENGTH = 4096
 # arguments can be streamed.
 _NAME = re.compile(r'\s*\{\s*"name"\s*:\s*("(?:[^"\\]|\\.)*")', re.DOTALL)
 _BEFORE_ARGUMENTS = re.compile(r'\s*,\s*"arguments"\s*:\s*')
-
-
-class _State(Enum):
-    START = 0
-    REASONING = 1
-    CONTENT = 2
-    CALL = 3  # after a tag that may begin a call
-    ARGUMENTS = 4
-    TAIL = 5  # between the arguments and the end of the call's object
-    AFTER_CALL = 6  # between the object and the closing tag
 
 
 class AnswerParser:
@@ -68,10 +57,11 @@ class AnswerParser:
         self._held = ""  # text that is being parsed; it may be the beginning of a tag
         self._unsure: list[str] = []  # whitespace that may belong to the next tag
         self._skip_space = thinking is Thinking.OPEN
+        # the method that makes the next transition; it returns False if it needs more text
         self._state = {
-            Thinking.OPEN: _State.REASONING,
-            Thinking.POSSIBLE: _State.START,
-            Thinking.NONE: _State.CONTENT,
+            Thinking.OPEN: self._reasoning,
+            Thinking.POSSIBLE: self._start,
+            Thinking.NONE: self._content,
         }[thinking]
         self._call: list[str] = []  # text of a call after its tag
         self._json = JsonScanner()
@@ -97,15 +87,15 @@ class AnswerParser:
         Args:
             is_cut: the answer is truncated, so a call that has begun is not content
         """
-        while self._state is _State.CALL:
+        while self._state == self._begin_call:
             if is_cut or self._only_calls:
                 self._cut_call()
             else:
                 self._no_call()
                 self._read()
-        if self._state is _State.REASONING:
+        if self._state == self._reasoning:
             self._emit(Reasoning(self._sure(self._held)))
-        elif self._state in (_State.START, _State.CONTENT):
+        elif self._state in (self._start, self._content):
             self._emit(Content(self._sure(self._held)))
         self._held = ""
         return self._take()
@@ -136,15 +126,15 @@ class AnswerParser:
                 pass
 
     def _advance(self) -> bool:
-        """Make one transition of the state machine; return False if it needs more text."""
+        """Make one transition, as `_state` does."""
         if self._skip_space:
             self._held = self._held.lstrip()
             if not self._held:
                 return False
             self._skip_space = False
-        return _TRANSITIONS[self._state](self)
+        return self._state()
 
-    def _enter(self, state: _State, rest: str, skip_space: bool = False) -> None:
+    def _enter(self, state: Callable[[], bool], rest: str, skip_space: bool = False) -> None:
         self._state, self._held, self._skip_space = state, rest, skip_space
 
     def _pass_on(self, text: str, kind: type[Reasoning] | type[Content]) -> None:
@@ -160,11 +150,11 @@ class AnswerParser:
         self._held = text
         if text.startswith(THINK):
             self._unsure.clear()
-            self._enter(_State.REASONING, text[len(THINK) :], skip_space=True)
+            self._enter(self._reasoning, text[len(THINK) :], skip_space=True)
             return True
         if THINK.startswith(text):
             return False
-        self._state = _State.CONTENT
+        self._state = self._content
         return True
 
     def _reasoning(self) -> bool:
@@ -172,7 +162,7 @@ class AnswerParser:
         if found:
             self._pass_on(text, Reasoning)
             self._unsure.clear()
-            self._enter(_State.CONTENT, rest, skip_space=True)
+            self._enter(self._content, rest, skip_space=True)
             return True
         sure = _sure_length(text, END_THINK)
         self._pass_on(text[:sure], Reasoning)
@@ -191,11 +181,11 @@ class AnswerParser:
             self._held = text[sure:]
             return False
         self._call, self._json, self._may_open = [], JsonScanner(), True
-        self._enter(_State.CALL, rest)
+        self._enter(self._begin_call, rest)
         return True
 
     def _begin_call(self) -> bool:
-        """Scan a call's object up to its arguments, or to its end."""
+        """After a tag that may begin a call: scan the object up to its arguments, or to its end."""
         for i, char in enumerate(self._held):
             if char == "{" and self._json.depth == 1 and not self._json.in_string:
                 if self._may_open and self._begin_arguments(i):
@@ -217,7 +207,7 @@ class AnswerParser:
             return False
         if not self._start_named(named):
             return False
-        self._enter(_State.ARGUMENTS, self._held[brace:])
+        self._enter(self._arguments, self._held[brace:])
         return True
 
     def _whole_call(self, end: int) -> bool:
@@ -230,7 +220,7 @@ class AnswerParser:
             arguments = json.dumps(arguments, ensure_ascii=False)
         self._start_call(call["name"])
         self._emit(CallArguments(self._num_calls - 1, arguments))
-        self._enter(_State.AFTER_CALL, self._held[end:])
+        self._enter(self._after_call, self._held[end:])
         return True
 
     def _no_call(self) -> bool:
@@ -241,7 +231,7 @@ class AnswerParser:
         """
         self._unread.extendleft(reversed([*self._call, self._held]))
         self._emit(Content(self._sure(CALL)))
-        self._enter(_State.CONTENT, "")
+        self._enter(self._content, "")
         return False
 
     def _cut_call(self) -> None:
@@ -250,7 +240,7 @@ class AnswerParser:
         if named:
             self._start_named(named)
         self._unsure.clear()
-        self._enter(_State.AFTER_CALL, "")
+        self._enter(self._after_call, "")
 
     def _start_named(self, named: re.Match[str]) -> bool:
         name = _load(named[1])
@@ -273,48 +263,39 @@ class AnswerParser:
             # models write line breaks in strings, which JSON must escape
             passed.append(json.dumps(char)[1:-1] if in_string and char < " " else char)
             if self._json.depth == 1:
-                self._state = _State.TAIL
+                self._state = self._tail
                 break
         self._held = text[len(passed) :]
         if passed:
             self._emit(CallArguments(self._num_calls - 1, "".join(passed)))
         if self._held.startswith(END_CALL):
-            self._state = _State.AFTER_CALL
-        return self._state is not _State.ARGUMENTS
+            self._state = self._after_call
+        return self._state != self._arguments
 
     def _tail(self) -> bool:
+        """Skip the text between the arguments and the end of the call's object."""
         for i, char in enumerate(self._held):
             fits = self._json.follow(char)
             if not fits or self._json.depth == 0:
                 end = i + 1 if fits else i
-                self._enter(_State.AFTER_CALL, self._held[end:])
+                self._enter(self._after_call, self._held[end:])
                 return True
         self._held = ""
         return False
 
     def _after_call(self) -> bool:
+        """Skip the closing tag."""
         rest = self._held.lstrip(SPACE + "]}")  # some models write too many closing brackets
         self._unsure.append(self._held[: len(self._held) - len(rest)])
         self._held = rest
         if rest.startswith(END_CALL):
             self._unsure.clear()
-            self._enter(_State.CONTENT, rest[len(END_CALL) :], skip_space=True)
+            self._enter(self._content, rest[len(END_CALL) :], skip_space=True)
             return True
         if END_CALL.startswith(rest):
             return False
-        self._state = _State.CONTENT
+        self._state = self._content
         return True
-
-
-_TRANSITIONS = {
-    _State.START: AnswerParser._start,
-    _State.REASONING: AnswerParser._reasoning,
-    _State.CONTENT: AnswerParser._content,
-    _State.CALL: AnswerParser._begin_call,
-    _State.ARGUMENTS: AnswerParser._arguments,
-    _State.TAIL: AnswerParser._tail,
-    _State.AFTER_CALL: AnswerParser._after_call,
-}
 
 
 def _slices(text: str) -> Iterator[str]:

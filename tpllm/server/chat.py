@@ -31,7 +31,7 @@ class Chat(Answerer[ChatCompletionRequest]):
         self._num_top = body.top_logprobs or 0
         self._tool_choice = tool_choice(body)
         self._thinking = Thinking.NONE
-        self._deltas: dict[int, _Deltas] = {}  # of a stream, by answer
+        self._parsers: dict[int, AnswerParser] = {}  # of a stream, by answer
 
     async def whole(self) -> dict[str, Any]:
         content = await super().whole()
@@ -64,19 +64,20 @@ class Chat(Answerer[ChatCompletionRequest]):
         choice = self._tool_choice
         return AnswerParser(self._thinking, bool(choice.tools), max_calls, choice.must_call)
 
-    @property
-    def _shows_reasoning(self) -> bool:
-        return self._body.include_reasoning is not False
+    def _pieces(self, parser: AnswerParser, part: Answer | CompletionOutput) -> list[Piece]:
+        """Return the new pieces that the client gets."""
+        pieces = parser.feed(part.text)
+        if part.finish_reason is not None:
+            pieces += parser.finish(part.finish_reason == "length")
+        if self._body.include_reasoning is False:
+            return [piece for piece in pieces if not isinstance(piece, Reasoning)]
+        return pieces
 
     async def _choice(self, prompt: PromptState, answer: Answer) -> dict[str, Any]:
         parser = self._parser()
-        is_cut = answer.finish_reason == "length"
-        pieces = [*parser.feed(answer.text), *parser.finish(is_cut)]
-        if not self._shows_reasoning:
-            pieces = [piece for piece in pieces if not isinstance(piece, Reasoning)]
         return {
             "index": answer.index,
-            "message": _message(pieces),
+            "message": _message(self._pieces(parser, answer)),
             "logprobs": self._logprobs(answer),
             "finish_reason": self._finish_reason(answer.finish_reason, parser),
             "stop_reason": answer.stop_reason,
@@ -86,10 +87,12 @@ class Chat(Answerer[ChatCompletionRequest]):
         self, prompt: PromptState, answer: Answer, part: CompletionOutput
     ) -> list[dict[str, Any]]:
         """Return choices for a part of an answer; none while it may be half a tag."""
-        if answer.index not in self._deltas:
-            self._deltas[answer.index] = _Deltas(self._parser(), self._shows_reasoning)
-        deltas = self._deltas[answer.index]
-        new = deltas.of(part)
+        new: list[dict[str, Any]] = []
+        if answer.index not in self._parsers:
+            self._parsers[answer.index] = self._parser()
+            new.append({"role": "assistant", "content": ""})
+        parser = self._parsers[answer.index]
+        new += map(_delta, self._pieces(parser, part))
         if not new and part.logprobs:
             new = [{"content": ""}]  # log-probabilities are sent even if the text is held back
         choices: list[dict[str, Any]] = [
@@ -99,7 +102,7 @@ class Chat(Answerer[ChatCompletionRequest]):
         if part.logprobs and choices:
             choices[-1]["logprobs"] = self._logprobs(part)
         if part.finish_reason is not None:
-            reason = self._finish_reason(part.finish_reason, deltas.parser)
+            reason = self._finish_reason(part.finish_reason, parser)
             last = {"index": answer.index, "delta": {}, "logprobs": None}
             choices.append({**last, "finish_reason": reason, "stop_reason": part.stop_reason})
         return choices
@@ -117,27 +120,6 @@ class Chat(Answerer[ChatCompletionRequest]):
             return None
         bytes_of = self._service.prompts.tokenizer.token_bytes
         return chat_logprobs(part.token_ids, part.logprobs or [], self._num_top, bytes_of)
-
-
-class _Deltas:
-    """Converts one streamed answer to the `delta` objects of OpenAI's chunks."""
-
-    def __init__(self, parser: AnswerParser, shows_reasoning: bool) -> None:
-        self.parser = parser
-        self._shows_reasoning = shows_reasoning
-        self._has_begun = False
-
-    def of(self, part: CompletionOutput) -> list[dict[str, Any]]:
-        """Return the deltas of a part. The first delta of an answer has its role."""
-        pieces = self.parser.feed(part.text)
-        if part.finish_reason is not None:
-            pieces += self.parser.finish(part.finish_reason == "length")
-        deltas = [] if self._has_begun else [{"role": "assistant", "content": ""}]
-        self._has_begun = True
-        for piece in pieces:
-            if not isinstance(piece, Reasoning) or self._shows_reasoning:
-                deltas.append(_delta(piece))
-        return deltas
 
 
 def _delta(piece: Piece) -> dict[str, Any]:
