@@ -85,8 +85,8 @@ def rows_of(table: Keywords) -> list[str]:
     """The rows of the page for a table of missing keywords."""
     rows = []
     for name, missing in table.items():
-        passes = ", ".join(f"`{value!r}`" for value in (None, *missing.ignored))
-        rows.append(f"| `{name}` | {passes} | {missing.instead} |")
+        accepted = ", ".join(f"`{value!r}`" for value in (None, *missing.ignored))
+        rows.append(f"| `{name}` | {accepted} | {missing.instead} |")
     return rows
 
 
