@@ -17,9 +17,10 @@ import random
 from dataclasses import replace
 from typing import Any
 
-from bench_tp import environment
+from engine_flags import parse_with_engine_flags
 
 from tpllm import LLM, SamplingParams
+from tpllm.cli.bench.workloads import environment
 from tpllm.engine.request import AddRequest
 
 PROMPT_LENGTH = 32
@@ -65,20 +66,13 @@ def measure(llm: LLM, each: list[SamplingParams], num_steps: int) -> dict[str, f
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--model", help="folder or Hugging Face id (default: the shipped model)")
-    parser.add_argument("--tp", type=int, default=1, metavar="N", help="tensor_parallel_size")
     parser.add_argument("--num-seqs", type=int, default=256, help="sequences in the batch")
     parser.add_argument("--num-steps", type=int, default=100, help="decode steps that are timed")
-    parser.add_argument("--load-format", default="auto", help='"dummy" needs only a config.json')
-    parser.add_argument("--device", default="auto")
-    args = parser.parse_args()
+    args = parse_with_engine_flags(parser, "max_model_len", "max_num_seqs")
 
     num_tokens = NUM_WARM_UP + args.num_steps + 16
     with LLM(
-        args.model,
-        tensor_parallel_size=args.tp,
-        load_format=args.load_format,
-        device=args.device,
+        **args.settings,
         max_model_len=PROMPT_LENGTH + num_tokens,
         max_num_seqs=args.num_seqs,
         skip_tokenizer_init=True,
@@ -88,7 +82,7 @@ def main() -> None:
         options = options_of(llm.config.model_config.vocab_size, num_tokens)
         batches = {name: [replace(plain, **each)] * args.num_seqs for name, each in options.items()}
         batches["one row top_p=0.95"] = [plain] * (args.num_seqs - 1) + [replace(plain, top_p=0.95)]
-        print(f"{args.model or 'shipped model'}, tp={args.tp}, {args.num_seqs} sequences")
+        print(f"{llm.config.model_config.name}, tp={args.tp}, {args.num_seqs} sequences")
         result["options"] = {}
         for name, params in batches.items():
             figures = measure(llm, params, args.num_steps)

@@ -26,6 +26,8 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from engine_flags import parse_with_engine_flags
+
 from tpllm import LLM, SamplingParams
 from tpllm.cli.bench.prompts import random_prompt, single_token_words
 from tpllm.cli.bench.report import print_curve
@@ -85,11 +87,10 @@ class Server:
     """A `tpllm serve` process with these settings on a free port; SIGTERM ends it."""
 
     def __init__(self, settings: dict[str, Any], log: Path) -> None:
+        config = log.with_name("settings.yaml")
+        config.write_text(json.dumps(settings))  # JSON is YAML
         flags = [sys.executable, "-m", "tpllm", "serve", "--port", "0", "--no-page"]
-        if model := settings.pop("model", None):
-            flags.insert(4, str(model))
-        for name, value in settings.items():
-            flags += [f"--{name.replace('_', '-')}", str(value)]
+        flags += ["--config", str(config)]
         with log.open("w") as out:
             self._process = subprocess.Popen(flags, stdout=out, stderr=subprocess.STDOUT)
         while not (found := READY.search(log.read_text())):
@@ -118,24 +119,18 @@ class Server:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--model", help="folder or Hugging Face id (default: the shipped model)")
-    parser.add_argument("--tp", type=int, default=1, metavar="N", help="tensor_parallel_size")
-    parser.add_argument("--load-format", default="auto", help='"dummy" needs only a config.json')
-    parser.add_argument("--device", default="auto")
     parser.add_argument("--rates", nargs="+", default=["4", "8", "16", "24", "32", "40"])
     parser.add_argument("--seconds", type=float, default=8, help="duration of arrivals")
     parser.add_argument("--input-len", type=int, default=512, metavar="TOKENS")
     parser.add_argument("--output-len", type=int, default=128, metavar="TOKENS")
     parser.add_argument("--streams", type=int, default=256, help="open at once in the first run")
     parser.add_argument("--stream-len", type=int, default=512, metavar="TOKENS")
-    args = parser.parse_args()
+    args = parse_with_engine_flags(parser, "max_model_len")
 
     with tempfile.TemporaryDirectory() as folder:
         settings: dict[str, Any] = {
-            "model": with_tokenizer(args.model, Path(folder) / "model"),
-            "tensor_parallel_size": args.tp,
-            "load_format": args.load_format,
-            "device": args.device,
+            **args.settings,
+            "model": with_tokenizer(args.settings.get("model"), Path(folder) / "model"),
             "max_model_len": args.input_len + max(args.output_len, args.stream_len),
         }
         result: dict[str, Any] = {"arguments": vars(args), "offline": offline(settings, args)}

@@ -24,10 +24,11 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
-from bench_tp import environment
+from engine_flags import parse_with_engine_flags
 from limit import Limit, measured_rates
 
 from tpllm import LLM, SamplingParams
+from tpllm.cli.bench.workloads import environment
 from tpllm.engine.coordinator import MAX_STEPS_IN_FLIGHT
 from tpllm.engine.request import AddRequest
 from tpllm.offline.profiler import NUM_REFILL, Profiler
@@ -121,10 +122,6 @@ def print_row(point: dict[str, Any]) -> None:
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--model", help="folder or Hugging Face id (default: the shipped model)")
-    parser.add_argument("--tp", type=int, default=1, metavar="N", help="tensor_parallel_size")
-    parser.add_argument("--load-format", default="auto", help='"dummy" needs only a config.json')
-    parser.add_argument("--device", default="auto")
     parser.add_argument("--quick", action="store_true", help="only a few points")
     for name, values in FULL.items():
         words = " ".join(map(str, values))
@@ -132,7 +129,9 @@ def parse_arguments() -> argparse.Namespace:
         parser.add_argument(flag, type=int, nargs="+", metavar="N", help=f"default: {words}")
     parser.add_argument("--batch-context", type=int, default=512, help="tokens, for --batches")
     parser.add_argument("--num-steps", type=int, default=12, help="steps timed at each point")
-    args = parser.parse_args()
+    args = parse_with_engine_flags(
+        parser, "max_num_seqs", "max_num_batched_tokens", "gpu_memory_utilization"
+    )
     for name, values in (QUICK if args.quick else FULL).items():
         if getattr(args, name) is None:
             setattr(args, name, values)
@@ -154,14 +153,11 @@ def batches_by_context(args: argparse.Namespace) -> dict[int, list[int]]:
 
 def main() -> None:
     args = parse_arguments()
-    rates = measured_rates() if args.device != "cpu" else None
+    rates = measured_rates() if args.settings.get("device") != "cpu" else None
     max_batch_tokens = max(args.batches) * args.batch_context
     begin = time.perf_counter()
     with LLM(
-        args.model,
-        tensor_parallel_size=args.tp,
-        load_format=args.load_format,
-        device=args.device,
+        **args.settings,
         max_num_seqs=max(args.batches + args.context_batches),
         max_num_batched_tokens=STEP_TOKENS,
         gpu_memory_utilization=0.95,  # at 0.9 an 8B model on one H200 has no room for 1,536

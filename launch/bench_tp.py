@@ -11,6 +11,7 @@ import json
 import time
 from typing import Any
 
+from engine_flags import parse_with_engine_flags
 from limit import Limit, measured_rates, seed_limit
 
 from tpllm import LLM
@@ -19,40 +20,25 @@ from tpllm.cli.bench.workloads import MEASURES, environment, print_table
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--model", help="folder or Hugging Face id (default: the shipped model)")
-    parser.add_argument("--tp", type=int, default=1, metavar="N", help="tensor_parallel_size")
     parser.add_argument("--workload", choices=("seed", "latency", "both"), default="both")
     parser.add_argument("--repeats", type=int, default=3, help="timed runs; the median counts")
-    parser.add_argument("--load-format", default="auto", help='"dummy" needs only a config.json')
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--dtype", default="auto")
-    parser.add_argument("--max-model-len", type=int, default=4096)
-    parser.add_argument("--enforce-eager", action="store_true", help="no CUDA graphs")
-    parser.add_argument("--disable-custom-matmul", action="store_true", help="use torch's matmuls")
     parser.add_argument("--breakdown", action="store_true", help="where a step's time goes")
     parser.add_argument("--no-probe", action="store_true", help="do not measure the GPU itself")
-    args = parser.parse_args()
+    args = parse_with_engine_flags(parser)
+    settings = {"max_model_len": 4096, **args.settings}
 
     result: dict[str, Any] = {"arguments": vars(args)}
-    if not args.no_probe and args.device != "cpu":
+    if not args.no_probe and settings.get("device") != "cpu":
         result["hardware"] = measured_rates()
         print(f"hardware {result['hardware']}", flush=True)
     begin = time.perf_counter()
-    with LLM(
-        args.model,
-        tensor_parallel_size=args.tp,
-        load_format=args.load_format,
-        device=args.device,
-        dtype=args.dtype,
-        max_model_len=args.max_model_len,
-        enforce_eager=args.enforce_eager,
-        disable_custom_matmul=args.disable_custom_matmul,
-        skip_tokenizer_init=True,
-    ) as llm:
+    with LLM(**settings, skip_tokenizer_init=True) as llm:
         result["startup_s"] = round(time.perf_counter() - begin, 2)
         result |= environment(llm)
-        model = args.model or "shipped model"
-        print(f"{model}, tp={args.tp}, start to ready {result['startup_s']} s", flush=True)
+        print(
+            f"{llm.config.model_config.name}, tp={args.tp}, start to ready {result['startup_s']} s",
+            flush=True,
+        )
         for name, measure in MEASURES.items():
             if args.workload not in (name, "both"):
                 continue
