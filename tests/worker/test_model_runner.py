@@ -286,7 +286,7 @@ def test_graphs_are_captured_on_padding_after_any_earlier_upload() -> None:
     runner = make_runner(model, tp, limits, padded=True)
     split = ContextSplit(model.local_num_kv_heads)
     for size in runner.graph_sizes:
-        runner._staging.upload([np.full(512, 99_999, dtype=np.int32)])
+        runner._staging.send([np.full(512, 99_999, dtype=np.int32)])
         runner._upload_padding(size)
         rows, *rest = runner._staging.views(upload_sizes(size, split))
         assert set(rows.tolist()) == {20}

@@ -37,12 +37,11 @@ class BatchState:
         return self._decode_inputs.first(num_rows)
 
     def apply(self, block_updates: Tensor) -> None:
-        """Apply a plan's changes of block tables, flat [m * 2] int32; may be empty."""
-        if block_updates.numel():
-            pairs = block_updates.view(-1, 2)
-            # entries of a row's last sequence remain beyond the new block table; an update
-            # overwrites them before they are read
-            self.block_tables.view(-1).index_copy_(0, pairs[:, 0].long(), pairs[:, 1])
+        """Apply a plan's changes of block tables, flat [m * 2] int32."""
+        pairs = block_updates.view(-1, 2)
+        # entries of a row's last sequence remain beyond the new block table; an update
+        # overwrites them before they are read
+        self.block_tables.view(-1).index_copy_(0, pairs[:, 0].long(), pairs[:, 1])
 
     def slots(self, rows: Tensor, positions: Tensor) -> Tensor:
         """Return the cache slot of each token: rows [N], positions [N] -> [N] int32."""

@@ -93,6 +93,7 @@ class ModelRunner:
         self._sizes = sorted(sizes + (mixed_sizes(N, S) if padded_mixed else []))
         self._forwards: dict[StepSize, CapturedStep] = {}
         self._samplings: dict[StepSize, CapturedStep] = {}  # of decode steps
+        self._sampled_rows: dict[StepSize, SampledRows] = {}
         # all graphs of decode steps write their logits here
         self._logits = lm_head.weight.new_empty(S if padded_decode else 0, lm_head.local_vocab_size)
         words = 3 * N + 8 * (S + 1) + row_words() * S + 2 * limits.max_block_updates
@@ -147,21 +148,18 @@ class ModelRunner:
         if size is None and step.num_tokens >= (self.micro_batch_threshold or math.inf):
             plans = split_plan(plan)
         inputs = [array for each in plans for array in self._lay_out(each, size).arrays()]
-        changes = [plan.entering.view(np.int32), plan.block_updates]
-        sampled: np.ndarray = _NOTHING
-        to_sample: list[np.ndarray] = []
-        if not marks.is_decode:  # otherwise the rows and positions of the forward are sampled
-            sampled = np.flatnonzero(plan.samples)
+        sampled = plan.samples.nonzero()[0]
+        more: list[np.ndarray] = []  # a decode step samples the rows of its forward
+        if not marks.is_decode:
             last_tokens, ends = np.cumsum(plan.num_tokens) - 1, plan.starts + plan.num_tokens
-            to_sample = [array[sampled] for array in (last_tokens, plan.rows, ends)]
+            more = [plan.entering.view(np.int32)]
+            more += [array[sampled] for array in (last_tokens, plan.rows, ends)]
         marks.begin()
-        slices = self._staging.send([*inputs, *changes, *to_sample])
-        # Most decode steps have no changes and no options. They create no views, because at batch
+        slices = self._staging.send([*inputs, plan.block_updates, *more])
+        # Most decode steps have no updates and no options. They create no views, because at batch
         # size 1 the host takes almost as long as the GPU.
-        if any(array.size for array in changes):
-            entering, updates = self._views(slices[len(inputs) : len(inputs) + 2])
-            self.row_table.store(entering)
-            self.state.apply(updates)
+        if plan.block_updates.size:
+            self.state.apply(self._staging.buffer[slices[len(inputs)]])
         if size is None:
             hidden = self._run_eagerly(plans, self._views(slices[: len(inputs)]))
         elif graph := self._forwards.get(size):
@@ -170,9 +168,18 @@ class ModelRunner:
             hidden = self._forward(size, marks.sample)
         if marks.is_decode:
             assert size and not len(plan.entering), "a row enters with a prefill chunk"
-            return self._sample_decode(plan, size, hidden)
+            return self._sample(plan, sampled, hidden, self._decode_rows(size), size)
         marks.sample()
-        return self._sample_mixed(plan, sampled, hidden, *self._views(slices[-3:]))
+        entering, where, rows, positions = self._views(slices[-4:])
+        self.row_table.store(entering)
+        compute_logits = self.model.compute_logits
+        logprobs = prompt_logprobs(plan, hidden, compute_logits, self.row_table, self._sampler)
+        if not sampled.size:  # no row reaches the end of its prompt
+            return StepOutput(where, logprobs)
+        sampled_rows = SampledRows(self.row_table.words, rows, positions)
+        output = self._sample(plan, sampled, compute_logits(hidden[where]), sampled_rows, size)
+        output.logprobs += logprobs
+        return output
 
     def _views(self, slices: list[slice]) -> list[Tensor]:
         return [self._staging.buffer[where] for where in slices]
@@ -223,67 +230,39 @@ class ModelRunner:
         self.state.last_tokens[rows.rows] = tokens  # the next step's input stays on the device
         return tokens
 
-    def _sample_with_options(
-        self, logits: Tensor, to_sample: RowsToSample, sample: Callable[[], Tensor]
-    ) -> StepOutput:
-        """Sample each row once: by temperature with `sample`, unless options change some logits."""
-        tokens = self._sampler.sample_changed(logits, to_sample)
-        if tokens is None:
-            tokens = sample()
-        else:
-            self.state.last_tokens[to_sample.on_device.rows] = tokens
-        return self._sampler.finish(logits, tokens, to_sample)
-
-    def _decode_rows(self, size: StepSize) -> SampledRows:
-        """Return the rows of a decode step, in fixed buffers."""
-        S = size.num_decode
-        # the new token's index is the number of tokens before it
-        positions = self.state.decode_inputs(S).context_lens
-        return SampledRows(self.row_table.words, self._staging.buffer[:S], positions)
-
-    def _sample_decode(self, plan: StepPlan, size: StepSize, logits: Tensor) -> StepOutput:
-        """Sample a token for each row of a decode step."""
-        S, graph = plan.rows.size, self._samplings.get(size)
-
-        def sample() -> Tensor:
-            return (graph.replay() if graph else self.sample(logits, self._decode_rows(size)))[:S]
-
-        if not self.row_table.has_options:
-            return StepOutput(sample())
-        rows = self._decode_rows(size).first(S)
-        to_sample = RowsToSample(plan.step, np.arange(S), plan.rows, plan.starts + 1, rows)
-        return self._sample_with_options(logits[:S], to_sample, sample)
-
-    def _sample_mixed(
+    def _sample(
         self,
         plan: StepPlan,
         sampled: np.ndarray,
-        hidden: Tensor,
-        last_tokens: Tensor,
-        rows: Tensor,
-        positions: Tensor,
+        logits: Tensor,
+        rows: SampledRows,
+        size: StepSize | None,
     ) -> StepOutput:
-        """Sample a token for each row of a mixed step that is not inside its prompt.
+        """Sample a token for each of S rows once: by temperature, or as their options ask.
 
         Args:
-            sampled: indices of these rows in the plan
-            hidden: [N, E], possibly followed by padding
-            last_tokens, rows, positions: of each sampled row, its last token's index in the step,
-                its row, and the new token's position
+            sampled: [S] indices of the rows in the plan
+            logits, rows: of these rows, possibly followed by padding
         """
-        compute_logits = self.model.compute_logits
-        logprobs = prompt_logprobs(plan, hidden, compute_logits, self.row_table, self._sampler)
-        if not sampled.size:
-            return StepOutput(last_tokens, logprobs)
-        logits = compute_logits(hidden[last_tokens])  # [S, Vl]
-        sampled_rows = SampledRows(self.row_table.words, rows, positions)
-        sample = partial(self.sample, logits, sampled_rows)
+        S, graph = sampled.size, self._samplings.get(size) if size else None
+        sample = graph.replay if graph else partial(self.sample, logits, rows)
         if not self.row_table.has_options:
-            return StepOutput(sample(), logprobs)
-        ends = plan.starts + plan.num_tokens
-        to_sample = RowsToSample(
-            plan.step, sampled, plan.rows[sampled], ends[sampled], sampled_rows
-        )
-        output = self._sample_with_options(logits, to_sample, sample)
-        output.logprobs += logprobs
-        return output
+            return StepOutput(sample()[:S])
+        ends, rows = plan.starts + plan.num_tokens, rows.first(S)
+        to_sample = RowsToSample(plan.step, sampled, plan.rows[sampled], ends[sampled], rows)
+        tokens = self._sampler.sample_changed(logits[:S], to_sample)
+        if tokens is None:
+            tokens = sample()[:S]
+        else:
+            self.state.last_tokens[rows.rows] = tokens
+        return self._sampler.finish(logits[:S], tokens, to_sample)
+
+    def _decode_rows(self, size: StepSize) -> SampledRows:
+        """Return the rows of a decode step, in fixed buffers; made once for each size."""
+        if size not in self._sampled_rows:
+            S = size.num_decode
+            # the new token's index is the number of tokens before it
+            positions = self.state.decode_inputs(S).context_lens
+            rows = SampledRows(self.row_table.words, self._staging.buffer[:S], positions)
+            self._sampled_rows[size] = rows
+        return self._sampled_rows[size]

@@ -1,5 +1,7 @@
 """Upload of the integers of a step to the device, in one copy."""
 
+from itertools import accumulate
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -32,10 +34,6 @@ class HostStaging:
         self._done = [torch.cuda.Event() for _ in range(_NUM_BUFFERS)] if on_cuda else []
         self._turn = 0
 
-    def upload(self, arrays: list[np.ndarray]) -> list[Tensor]:
-        """Copy `arrays` to the device; return them as flat views of `buffer`."""
-        return [self.buffer[where] for where in self.send(arrays)]
-
     def send(self, arrays: list[np.ndarray]) -> list[slice]:
         """Copy `arrays` to the device; return the slice of `buffer` that holds each."""
         turn = self._turn
@@ -47,7 +45,7 @@ class HostStaging:
             where = slice(offset, offset + array.size)
             host[where] = array.reshape(-1)
             slices.append(where)
-            offset = aligned(where.stop)
+            offset = _aligned(where.stop)
         self.buffer[:offset].copy_(self._buffers[turn][:offset], non_blocking=True)
         if self._done:
             self._done[turn].record()
@@ -55,13 +53,13 @@ class HostStaging:
 
     def views(self, sizes: list[int]) -> list[Tensor]:
         """Return the views of `buffer` that an upload of arrays of these sizes begins with."""
-        views, offset = [], 0
-        for size in sizes:
-            views.append(self.buffer[offset : offset + size])
-            offset = aligned(offset + size)
-        return views
+        offsets = accumulate(map(_aligned, sizes), initial=0)
+        return [
+            self.buffer[offset : offset + size]
+            for offset, size in zip(offsets, sizes, strict=False)
+        ]
 
 
-def aligned(num_words: int) -> int:
+def _aligned(num_words: int) -> int:
     """Round up to the offset at which the next array of an upload begins."""
     return -(-num_words // _ALIGN) * _ALIGN

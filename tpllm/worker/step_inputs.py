@@ -125,6 +125,8 @@ def padded(
 
 
 def _padded(array: np.ndarray, num_words: int, fill: int) -> np.ndarray:
+    if array.size == num_words:
+        return array
     out = np.full(num_words, fill, dtype=np.int32)
     out[: array.size] = array
     return out
