@@ -9,7 +9,7 @@ from concurrent.futures import Future
 from contextlib import AbstractAsyncContextManager, suppress
 from dataclasses import replace
 from itertools import count
-from typing import Any, Self
+from typing import Any
 
 from tpllm.engine.stats import EngineStats
 from tpllm.outputs import RequestOutput
@@ -152,9 +152,6 @@ class AsyncLLM(Frontend[EngineClient], AbstractAsyncContextManager["AsyncLLM"]):
         """Do as `close`, for callers without an event loop; wait until every process has ended."""
         self._client.close()
         self._streams.thread.join()
-
-    async def __aenter__(self) -> Self:
-        return self
 
     async def __aexit__(self, *exception: object) -> None:
         await self.close()

@@ -2,7 +2,7 @@
 
 from collections.abc import Generator, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import Any, Self
+from typing import Any
 
 from tqdm import tqdm
 
@@ -245,9 +245,6 @@ class LLM(Frontend[Coordinator], AbstractContextManager["LLM"]):
         A call that runs in another thread ends with a RuntimeError.
         """
         self._coordinator.close()
-
-    def __enter__(self) -> Self:
-        return self
 
     def __exit__(self, *exception: object) -> None:
         self.close()

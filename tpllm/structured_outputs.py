@@ -130,11 +130,6 @@ def _check_rules(name: str, number: int) -> None:
         )
 
 
-def _check_references(name: str, schema: object) -> None:
-    text = json.dumps(schema, default=str)  # dumped anew, since escapes can hide a reference
-    _check_rules(name, len(_REFERENCE.findall(text)))
-
-
 def _check_choice(value: object) -> tuple[str, ...]:
     if isinstance(value, str | bytes) or not isinstance(value, Iterable):
         raise ValueError(f"choice={value!r} must be a list of strings")
@@ -175,7 +170,8 @@ def compilable_schema(text: str) -> str:
 
 def _compilable(name: str, schema: Any) -> str:
     try:
-        _check_references(name, schema)
+        # dumped again, since escapes can hide a reference
+        _check_rules(name, len(_REFERENCE.findall(json.dumps(schema, default=str))))
         _check_multiples(name, schema)
         return to_text(normalized(schema))
     except RecursionError:

@@ -117,10 +117,12 @@ class Generation:
                     answer.add(part)
                     self.num_new_tokens += len(part.token_ids)
                     if part.token_ids:
-                        self._metrics.tokens(now - last[answer.index], is_first)
+                        metrics = self._metrics
+                        histogram = metrics.first_token_s if is_first else metrics.between_tokens_s
+                        histogram.observe(now - last[answer.index])
                         last[answer.index] = now
                     yield prompt, answer, part
-        self._metrics.finished(time.perf_counter() - begin)
+        self._metrics.request_s.observe(time.perf_counter() - begin)
 
 
 async def _merged(

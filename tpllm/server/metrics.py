@@ -17,21 +17,21 @@ class Metrics:
 
     def __init__(self) -> None:
         self._registry = CollectorRegistry()
-        self._requests = Counter(
+        self.requests = Counter(
             "tpllm_requests",
             "HTTP requests answered, by path and outcome",
             ("path", "outcome"),
             registry=self._registry,
         )
-        self._first_token_s = self._histogram(
+        self.first_token_s = self._histogram(
             "tpllm_time_to_first_token_seconds",
             "Time from the engine's receiving a request to each answer's first token",
             FIRST_TOKEN_S,
         )
-        self._between_tokens_s = self._histogram(
+        self.between_tokens_s = self._histogram(
             "tpllm_inter_token_seconds", "Time between two parts of an answer", BETWEEN_TOKENS_S
         )
-        self._request_s = self._histogram(
+        self.request_s = self._histogram(
             "tpllm_request_seconds",
             "Time from the engine's receiving a request to its last token",
             REQUEST_S,
@@ -39,18 +39,6 @@ class Metrics:
 
     def _histogram(self, name: str, words: str, buckets: Iterable[float]) -> Histogram:
         return Histogram(name, words, buckets=tuple(buckets), registry=self._registry)
-
-    def answered(self, path: str, outcome: str) -> None:
-        """Count a request that was answered or aborted."""
-        self._requests.labels(path, outcome).inc()
-
-    def tokens(self, seconds: float, is_first: bool) -> None:
-        """Record tokens of an answer, `seconds` after the previous ones or the beginning."""
-        (self._first_token_s if is_first else self._between_tokens_s).observe(seconds)
-
-    def finished(self, seconds: float) -> None:
-        """Record a finished request, `seconds` after its beginning."""
-        self._request_s.observe(seconds)
 
     def text(self, engine: Iterable[Metric]) -> bytes:
         """Return all metrics in Prometheus' text format."""

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 from pydantic import BaseModel
 
 from tpllm.server.errors import APIError, context_exceeded, from_value_error, invalid
-from tpllm.server.protocol import Conversation, TokenizeRequest
+from tpllm.server.protocol import ChatCompletionRequest, TokenizeRequest
 from tpllm.server.text_offsets import TextOffsets
 from tpllm.text.tokenizer import Tokenizer
 
@@ -88,7 +88,7 @@ class Prompts:
                 "prompt",
             )
 
-    async def render(self, body: Conversation | TokenizeRequest) -> tuple[str, list[int]]:
+    async def render(self, body: ChatCompletionRequest | TokenizeRequest) -> tuple[str, list[int]]:
         """Return a conversation as rendered by the chat template, and its token ids.
 
         Raises:
@@ -161,7 +161,7 @@ class Prompts:
             raise from_value_error(error) from None
 
 
-def _size(body: Conversation | TokenizeRequest) -> int:
+def _size(body: ChatCompletionRequest | TokenizeRequest) -> int:
     """Estimate the number of characters in a conversation, counting up to SHORT."""
     size = 0
     rest: list[object] = [body.messages, body.tools, body.chat_template_kwargs]

@@ -268,15 +268,10 @@ class TemplateOptions(Body):
     enable_thinking: bool | None = None
 
 
-class Conversation(TemplateOptions):
-    """All inputs of the chat template."""
-
-    messages: Messages
-
-
-class ChatCompletionRequest(GenerationRequest, Conversation):
+class ChatCompletionRequest(GenerationRequest, TemplateOptions):
     """POST /v1/chat/completions."""
 
+    messages: Messages
     max_completion_tokens: Length = None
     logprobs: bool | None = None
     top_logprobs: int | None = None

@@ -60,7 +60,7 @@ class RequestLog:
         path = scope["path"]
         outcome = scope["state"]["outcome"] or _outcome(status)
         if path in COUNTED_PATHS:
-            self._service.metrics.answered(path, outcome)
+            self._service.metrics.requests.labels(path, outcome).inc()
         if self._service.settings.log_requests:
             shown = path[:MAX_SHOWN]
             shown = shown if shown.isprintable() else repr(shown)
