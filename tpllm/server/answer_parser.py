@@ -22,6 +22,7 @@ from tpllm.server.answer_pieces import (
     Thinking,
 )
 from tpllm.server.json_scanner import SPACE, JsonScanner
+from tpllm.text.stop_strings import num_undecided
 
 CALL, END_CALL = "<tool_call>", "</tool_call>"
 
@@ -164,7 +165,7 @@ class AnswerParser:
             self._unsure.clear()
             self._enter(self._content, rest, skip_space=True)
             return True
-        sure = _sure_length(text, END_THINK)
+        sure = len(text) - num_undecided(text, [END_THINK])
         self._pass_on(text[:sure], Reasoning)
         self._held = text[sure:]
         return False
@@ -175,7 +176,7 @@ class AnswerParser:
             self._held = ""
             return False
         text, found, rest = self._held.partition(CALL)
-        sure = len(text) if found else _sure_length(text, CALL)
+        sure = len(text) - (0 if found else num_undecided(text, [CALL]))
         self._pass_on(text[:sure], Content)
         if not found:
             self._held = text[sure:]
@@ -300,14 +301,6 @@ class AnswerParser:
 
 def _slices(text: str) -> Iterator[str]:
     return (text[i : i + SLICE_LENGTH] for i in range(0, len(text), SLICE_LENGTH))
-
-
-def _sure_length(text: str, tag: str) -> int:
-    """Return the number of characters before a possible beginning of `tag` at the end of `text`."""
-    for length in range(min(len(tag) - 1, len(text)), 0, -1):
-        if text.endswith(tag[:length]):
-            return len(text) - length
-    return len(text)
 
 
 def _load(text: str) -> object:

@@ -57,7 +57,8 @@ class Answerer(ABC, Generic[B]):
         """Return the whole answer, once it is complete."""
         with naming_the_field(self._body):
             generation = await self._begin()
-            await generation.run()
+            async for _ in generation.parts():  # they are added to the answers
+                pass
         choices = [
             await self._choice(prompt, answer)
             for prompt in generation.prompts

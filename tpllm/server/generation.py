@@ -83,12 +83,6 @@ class Generation:
             "prompt_tokens_details": {"cached_tokens": self._num_cached_tokens},
         }
 
-    async def run(self) -> None:
-        """Run until all answers are complete."""
-        async with aclosing(self.parts()) as parts:
-            async for _ in parts:
-                pass
-
     async def parts(
         self,
     ) -> AsyncGenerator[tuple[PromptState, Answer, CompletionOutput], None]:
