@@ -12,6 +12,7 @@ from tpllm.sampling import sampler
 from tpllm.sampling.gumbel import gumbel_reference, noise_bits_reference
 from tpllm.sampling.row_table import SampledRows
 from tpllm.sampling.sampler import (
+    Subset,
     best_candidate_reference,
     best_candidate_triton,
     local_candidates_reference,
@@ -292,8 +293,8 @@ def test_rows_from_two_sources_sample_what_one_source_samples(
     whole = local_candidates(logits, batch, 0, 2500)
     scores = logits[changed].float()
     logits[changed] = torch.nan  # these are not read
-    candidates = local_candidates(logits, batch, 0, 2500, others)
-    both = local_candidates(scores, batch, 0, 2500, changed, is_compact=True, candidates=candidates)
+    candidates = local_candidates(logits, batch, 0, 2500, Subset(others))
+    both = local_candidates(scores, batch, 0, 2500, Subset(changed, True, candidates))
     assert torch.equal(both, whole)
 
 

@@ -291,7 +291,7 @@ def test_no_row_is_sampled_twice(monkeypatch: pytest.MonkeyPatch) -> None:
     sampled: list[int] = []
 
     def count(*args: Any, **options: Any) -> Tensor:
-        where = args[4] if len(args) > 4 else torch.arange(len(args[0]))
+        where = args[4].where if len(args) > 4 else torch.arange(len(args[0]))
         sampled.extend(where.tolist())
         return local_candidates(*args, **options)
 

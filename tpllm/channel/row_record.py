@@ -72,15 +72,26 @@ def row_words() -> int:
     return ROW.itemsize // 4
 
 
+def field(name: str) -> tuple[int, np.dtype]:
+    """Return the index of a field's first word in a record, and the field's type."""
+    assert ROW.fields is not None
+    dtype, offset = ROW.fields[name][:2]
+    return offset // 4, dtype
+
+
 def column(name: str) -> int:
     """Return the index of a field's first word in a record."""
-    assert ROW.fields is not None
-    return int(ROW.fields[name][1]) // 4
+    return field(name)[0]
 
 
 def words_of(records: np.ndarray) -> np.ndarray:
     """Return records [n] as words: a view [n, row_words()] int32."""
     return np.ascontiguousarray(records).view(np.int32).reshape(len(records), row_words())
+
+
+def records_of(words: np.ndarray) -> np.ndarray:
+    """Return the records [n] that flat int32 words hold: a view."""
+    return words.view(ROW)
 
 
 def list_sizes(records: np.ndarray, name: str) -> np.ndarray:

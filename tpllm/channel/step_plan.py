@@ -16,7 +16,7 @@ from itertools import pairwise
 import numpy as np
 
 from tpllm.channel.logprob_records import BLOCK_HEADER_WORDS, position_words
-from tpllm.channel.row_record import ROW, row_words, words_of
+from tpllm.channel.row_record import records_of, row_words, words_of
 
 VERSION = 4
 _HEADER_WORDS = 8  # int64: version, step, then up to six counts
@@ -82,7 +82,7 @@ class StepPlan:
             starts,
             num_tokens,
             samples,
-            entering.view(ROW),
+            records_of(entering),
             updates.reshape(m, 2),
             ids,
             row_lists,

@@ -9,7 +9,6 @@ from tpllm.channel.row_record import (
     DEFAULTS,
     LISTS,
     MAX_STOP_IDS,
-    ROW,
     TRUNCATIONS,
     Lists,
     differ,
@@ -34,7 +33,7 @@ def row_record(
         early_end_ids: the end tokens that `min_tokens` excludes.
     """
     record = new_records(1)
-    for name in ROW.names or ():
+    for name in record.dtype.names or ():
         if hasattr(params, name):
             record[name] = getattr(params, name) or 0
     record["seed"] = seed

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from tpllm.channel.row_record import (
-    ROW,
     Lists,
     column,
+    field,
     have_options,
     new_records,
     split_lists,
@@ -45,8 +45,8 @@ class SampledRows:
 
     def column(self, name: str) -> Tensor:
         """Return a field of each row, contiguous: [S], or [S, n] int32 if it has n words."""
-        dtype = ROW[name]
-        words = self.table[self.rows, column(name) : column(name) + dtype.itemsize // 4]
+        first, dtype = field(name)
+        words = self.table[self.rows, first : first + dtype.itemsize // 4]
         values = words.contiguous().view(torch.float32 if dtype == np.float32 else torch.int32)
         return values.squeeze(1) if dtype.itemsize == 4 else values
 

@@ -14,6 +14,8 @@ Pairs travel as int32 [C, 2, S]: plane 0 holds the bits of the fp32 scores, plan
 Source: Maddison, Tarlow, Minka (2014), "A* Sampling", https://arxiv.org/abs/1411.0030, section 2
 """
 
+from dataclasses import dataclass
+
 import torch
 import triton
 import triton.language as tl
@@ -34,19 +36,32 @@ _TILE = 2048  # ids per program: 75 programs for one sequence of Qwen3, enough t
 _NO_ID = tl.constexpr(2**31 - 1)  # above every token id
 
 
+@dataclass(frozen=True)
+class Subset:
+    """Rows whose candidates are found alone, because their logits come from elsewhere.
+
+    Attributes:
+        where: [n] int64, indices of the rows
+        is_compact: whether the logits are those of these rows alone, [n, Vl]; otherwise [S, Vl]
+        candidates: of all rows, from an earlier call, to which those of these rows are added
+    """
+
+    where: Tensor
+    is_compact: bool = False
+    candidates: Tensor | None = None
+
+
 def local_candidates_reference(
     logits: Tensor,
     rows: SampledRows,
     vocab_start: int,
     vocab_size: int,
-    where: Tensor | None = None,
-    *,
-    is_compact: bool = False,
-    candidates: Tensor | None = None,
+    subset: Subset | None = None,
 ) -> Tensor:
     """Plain torch version of `local_candidates_triton`, with the whole slice as one tile."""
-    if where is not None:
-        chosen = logits if is_compact else logits[where]
+    if subset is not None:
+        where, candidates = subset.where, subset.candidates
+        chosen = logits if subset.is_compact else logits[where]
         found = local_candidates_reference(chosen, rows.at(where), vocab_start, vocab_size)
         if candidates is None:
             candidates = found.new_empty(1, 2, rows.rows.numel())
@@ -158,33 +173,26 @@ def local_candidates_triton(
     rows: SampledRows,
     vocab_start: int,
     vocab_size: int,
-    where: Tensor | None = None,
-    *,
-    is_compact: bool = False,
-    candidates: Tensor | None = None,
+    subset: Subset | None = None,
 ) -> Tensor:
     """Return the best (score, id) of each tile of this rank's ids: [tiles, 2, S] int32.
 
     Column j of logits [S, Vl], last dimension contiguous, is the logit of id vocab_start + j. Ids
     from vocab_size on, stop ids before the minimum position, and NaN logits score -inf. Ties go to
     the lowest id.
-
-    Args:
-        where: [n] int64, the rows to compute; None for all of them
-        is_compact: whether logits holds the rows `where` alone: [n, Vl]
-        candidates: an earlier result, to which the rows `where` are added
     """
     local_size, num_rows = logits.shape[1], rows.rows.numel()
     shift = vocab_start % 4  # a Philox call makes the noise of 4 ids: tiles begin at multiples of 4
     num_tiles = triton.cdiv(local_size + shift, _TILE)
+    where, candidates = (subset.where, subset.candidates) if subset else (rows.rows, None)
     if candidates is None:
         candidates = rows.rows.new_empty(num_tiles, 2, num_rows)
-    _local_candidates_kernel[(num_rows if where is None else where.numel(), num_tiles)](
+    _local_candidates_kernel[(where.numel(), num_tiles)](
         logits,
         rows.table,
         rows.rows,
         rows.positions,
-        rows.rows if where is None else where,
+        where,
         candidates,
         logits.stride(0),
         num_rows,
@@ -193,8 +201,8 @@ def local_candidates_triton(
         vocab_start - shift,
         shift,
         vocab_size,
-        HAS_WHERE=where is not None,
-        IS_COMPACT=is_compact,
+        HAS_WHERE=subset is not None,
+        IS_COMPACT=subset is not None and subset.is_compact,
         ROW_WORDS=rows.table.shape[1],
         TEMPERATURE=column("temperature"),
         SEED=column("seed"),
@@ -252,16 +260,11 @@ def local_candidates(
     rows: SampledRows,
     vocab_start: int,
     vocab_size: int,
-    where: Tensor | None = None,
-    *,
-    is_compact: bool = False,
-    candidates: Tensor | None = None,
+    subset: Subset | None = None,
 ) -> Tensor:
     """Run the kernel on a GPU and the reference elsewhere; see `local_candidates_triton`."""
     find = local_candidates_triton if logits.is_cuda else local_candidates_reference
-    return find(
-        logits, rows, vocab_start, vocab_size, where, is_compact=is_compact, candidates=candidates
-    )
+    return find(logits, rows, vocab_start, vocab_size, subset)
 
 
 def best_over_ranks(candidates: Tensor, tp: TPGroup) -> Tensor:

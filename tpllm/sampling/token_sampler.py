@@ -23,7 +23,7 @@ from tpllm.parallel.group import TPGroup
 from tpllm.sampling.logprobs import token_logprobs
 from tpllm.sampling.processors import PROCESSORS, ChangedRows
 from tpllm.sampling.row_table import RowTable, SampledRows, upload
-from tpllm.sampling.sampler import best_over_ranks, local_candidates, sample
+from tpllm.sampling.sampler import Subset, best_over_ranks, local_candidates, sample
 from tpllm.sampling.token_masks import MASK_BITS
 from tpllm.sampling.token_order import scores_of
 
@@ -131,7 +131,7 @@ class TokenSampler:
         candidates = None
         if not changes.all():
             where = self._upload(np.flatnonzero(~changes))
-            candidates = local_candidates(logits, rows, *vocab, where)
+            candidates = local_candidates(logits, rows, *vocab, Subset(where))
         masks = self._wait_for_masks(to_sample) if records["is_masked"].any() else {}
         changed, size = np.flatnonzero(changes), max(1, MAX_ELEMENTS // logits.shape[1])
         for piece in np.split(changed, range(size, len(changed), size)):
@@ -150,9 +150,8 @@ class TokenSampler:
             for processor, of_rows in zip(PROCESSORS, asks[:, piece], strict=True):
                 if of_rows.any():
                     processor.apply(changed_rows, np.flatnonzero(of_rows))
-            candidates = local_candidates(
-                scores, rows, *vocab, where, is_compact=True, candidates=candidates
-            )
+            subset = Subset(where, is_compact=True, candidates=candidates)
+            candidates = local_candidates(scores, rows, *vocab, subset)
         assert candidates is not None
         return best_over_ranks(candidates, self._tp)
 

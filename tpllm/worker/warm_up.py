@@ -36,7 +36,7 @@ from tpllm.layers.rotary import QKNormRope
 from tpllm.parallel.group import TPGroup
 from tpllm.parallel.peer_memory import NUM_BUFFERS, WIDTH_MULTIPLE, PeerBuffers
 from tpllm.sampling.row_table import SampledRows
-from tpllm.sampling.sampler import best_candidate, local_candidates
+from tpllm.sampling.sampler import Subset, best_candidate, local_candidates
 from tpllm.sampling.thresholds import Truncation, find_thresholds, likeliest
 from tpllm.sampling.token_order import keys_of, rank_and_mass, scores_of
 from tpllm.sampling.truncation import drop_below
@@ -218,8 +218,7 @@ class Kernels:
     def sample(self) -> None:
         """Sample as a step without options; then, beside changed rows, the rows without."""
         self.candidates(self.new(2, self.local_vocab_size), None)
-        where = self.new(2, dtype=torch.int64)
-        self.candidates(self.new(2, self.local_vocab_size), where)
+        self.candidates(self.new(2, self.local_vocab_size), self.new(2, dtype=torch.int64))
         best_candidate(self.new(self.tp.size, 2, 2, dtype=torch.int32))  # one candidate per rank
 
     def sample_changed(self) -> None:
@@ -230,7 +229,8 @@ class Kernels:
         table = self.new(1, row_words(), dtype=torch.int32)
         sampled = SampledRows(table, rows, rows.clone())
         vocab = (self.vocab_start, self.spec.vocab_size)
-        best_candidate(local_candidates(logits, sampled, *vocab, where, is_compact=is_compact))
+        subset = None if where is None else Subset(where, is_compact)
+        best_candidate(local_candidates(logits, sampled, *vocab, subset))
 
     def find_thresholds(self) -> None:
         """Find thresholds of top-k and top-p together, as in Qwen3's defaults."""
