@@ -33,13 +33,16 @@ from tpllm.sampling.token_order import (
     ID_BITS,
     LARGEST,
     LOWEST_KEY,
-    UNIT,
     keys_in_kernel,
     keys_of,
     sortable,
     weights_in_kernel,
     weights_of,
 )
+
+# constants for kernels, which can read only globals of this type
+_ID_BITS, _LAST_ID = tl.constexpr(ID_BITS), tl.constexpr(2**ID_BITS - 1)
+_LARGEST = tl.constexpr(LARGEST)
 
 _POINTS = 8
 _TILE = 1024  # tokens of a row at a time
@@ -113,9 +116,9 @@ def _load_tile(
 
 
 @triton.jit
-def _score_of(key: tl.tensor, ID_BITS: tl.constexpr) -> tl.tensor:
+def _score_of(key: tl.tensor) -> tl.tensor:
     """Return the score in a key."""
-    bits = (key >> ID_BITS).to(tl.int32)
+    bits = (key >> _ID_BITS).to(tl.int32)
     return (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
 
 
@@ -129,9 +132,6 @@ def _sums_from(
     largest: tl.tensor,
     temperature: tl.tensor,
     WEIGHTED: tl.constexpr,
-    ID_BITS: tl.constexpr,
-    UNIT: tl.constexpr,
-    LARGEST: tl.constexpr,
     POINTS: tl.constexpr,
     TILE: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor]:
@@ -141,11 +141,11 @@ def _sums_from(
     for shard in tl.range(0, num_shards):
         for first in tl.range(0, shard_size, TILE, num_stages=4):
             scores, ids, mask = _load_tile(row_ptr, shard, first, shard_stride, shard_size, TILE)
-            keys = keys_in_kernel(scores, ids, ID_BITS)
+            keys = keys_in_kernel(scores, ids)
             hit = (keys[None, :] >= points[:, None]) & mask[None, :]
             counts += hit.to(tl.int32)
             if WEIGHTED:
-                weights = weights_in_kernel(scores, largest, temperature, UNIT, LARGEST)
+                weights = weights_in_kernel(scores, largest, temperature)
                 sums += tl.where(hit, weights[None, :], 0)
     num_tokens = tl.sum(counts, axis=1).to(tl.int64)
     total = num_tokens
@@ -159,20 +159,18 @@ def _between(
     low: tl.tensor,
     high: tl.tensor,
     by_logit: tl.tensor,
-    ID_BITS: tl.constexpr,
-    LARGEST: tl.constexpr,
     POINTS: tl.constexpr,
 ) -> tl.tensor:
     """Return points between two keys, evenly spaced by logit if `by_logit`, else by key."""
     share = tl.arange(0, POINTS) + 1
     weight = share.to(tl.float32) / (POINTS + 1)
-    low_score = tl.minimum(tl.maximum(_score_of(low, ID_BITS), -LARGEST), LARGEST)
-    high_score = tl.minimum(tl.maximum(_score_of(high - 1, ID_BITS), -LARGEST), LARGEST)
+    low_score = tl.minimum(tl.maximum(_score_of(low), -_LARGEST), _LARGEST)
+    high_score = tl.minimum(tl.maximum(_score_of(high - 1), -_LARGEST), _LARGEST)
     scores = low_score * (1.0 - weight) + high_score * weight
-    by_score = keys_in_kernel(scores, (1 << ID_BITS) - 1, ID_BITS)  # the last id of this logit
+    by_score = keys_in_kernel(scores, _LAST_ID)  # the last id of this logit
     by_key = low + (high - low) // (POINTS + 1) * share
     # By key if the interval is too narrow, or if rounding puts a point outside of it.
-    usable = by_logit & ((high - low) >> ID_BITS > 4096) & (by_score > low) & (by_score < high)
+    usable = by_logit & ((high - low) >> _ID_BITS > 4096) & (by_score > low) & (by_score < high)
     return tl.where(usable, by_score, by_key)
 
 
@@ -189,9 +187,6 @@ def _threshold_of(
     largest: tl.tensor,
     temperature: tl.tensor,
     WEIGHTED: tl.constexpr,
-    ID_BITS: tl.constexpr,
-    UNIT: tl.constexpr,
-    LARGEST: tl.constexpr,
     POINTS: tl.constexpr,
     TILE: tl.constexpr,
     CAPACITY: tl.constexpr,
@@ -201,10 +196,10 @@ def _threshold_of(
     distances = tl.exp2(point.to(tl.float32) - 2.0)  # 1/4 to 16; the last one is not used
     if WEIGHTED:
         distances *= temperature
-    points = keys_in_kernel(largest - distances, (1 << ID_BITS) - 1, ID_BITS)
+    points = keys_in_kernel(largest - distances, _LAST_ID)
     points = tl.maximum(tl.where(point == POINTS - 1, floor, points), floor)
     low = floor
-    high = tl.maximum(keys_in_kernel(largest, 0, ID_BITS), floor) + 1  # above every key
+    high = tl.maximum(keys_in_kernel(largest, 0), floor) + 1  # above every key
     # Tokens at or above `low` and `high`, and the sum over those at or above `high`.
     num_low, num_high, beyond = tl.zeros_like(low), tl.zeros_like(low), tl.zeros_like(low)
     is_first, by_logit = True, False
@@ -218,9 +213,6 @@ def _threshold_of(
             largest,
             temperature,
             WEIGHTED,
-            ID_BITS,
-            UNIT,
-            LARGEST,
             POINTS,
             TILE,
         )
@@ -242,14 +234,14 @@ def _threshold_of(
         # Even spacing by logit fits the distribution of tokens. Every other pass spaces points by
         # key, which ends early if many logits tie: near zero, spacing by logit hardly converges.
         by_logit = not by_logit
-        points = _between(low, high, by_logit, ID_BITS, LARGEST, POINTS)
+        points = _between(low, high, by_logit, POINTS)
         is_first = False
     # Gather the tokens from `low` to `high`; their order does not matter.
     counter_ptrs = counter_ptr + tl.zeros([TILE], dtype=tl.int32)
     for shard in tl.range(0, num_shards):
         for first in tl.range(0, shard_size, TILE, num_stages=4):
             scores, ids, mask = _load_tile(row_ptr, shard, first, shard_stride, shard_size, TILE)
-            keys = keys_in_kernel(scores, ids, ID_BITS)
+            keys = keys_in_kernel(scores, ids)
             hit = (keys >= low) & (keys < high) & mask
             place = tl.atomic_add(counter_ptrs, 1, mask=hit, sem="relaxed")
             tl.store(gathered_ptr + place, keys, mask=hit)
@@ -258,7 +250,7 @@ def _threshold_of(
     present = place < num_low - num_high
     keys = tl.load(gathered_ptr + place, mask=present, other=0)
     if WEIGHTED:
-        weights = weights_in_kernel(_score_of(keys, ID_BITS), largest, temperature, UNIT, LARGEST)
+        weights = weights_in_kernel(_score_of(keys), largest, temperature)
     else:
         weights = tl.full([CAPACITY], 1, dtype=tl.int64)
     weights = tl.where(present, weights, 0)
@@ -290,9 +282,6 @@ def _find_thresholds_kernel(
     HAS_TOP_K: tl.constexpr,
     HAS_TOP_P: tl.constexpr,
     HAS_MIN_P: tl.constexpr,
-    ID_BITS: tl.constexpr,
-    UNIT: tl.constexpr,
-    LARGEST: tl.constexpr,
     POINTS: tl.constexpr,
     TILE: tl.constexpr,
     CAPACITY: tl.constexpr,
@@ -309,14 +298,12 @@ def _find_thresholds_kernel(
             highest = tl.maximum(highest, scores)
     largest = tl.max(highest, axis=0)
     none = tl.full([], -float("inf"), dtype=tl.float32)
-    lowest = keys_in_kernel(none, (1 << ID_BITS) - 1, ID_BITS)  # at or below every token's key
+    lowest = keys_in_kernel(none, _LAST_ID)  # at or below every token's key
     threshold = lowest
     if HAS_MIN_P:
         log_min_p = tl.load(log_min_ps_ptr + row)
         if log_min_p > -float("inf"):
-            threshold = keys_in_kernel(
-                largest + temperature * log_min_p, (1 << ID_BITS) - 1, ID_BITS
-            )
+            threshold = keys_in_kernel(largest + temperature * log_min_p, _LAST_ID)
     if HAS_TOP_K:
         top_k = tl.load(top_ks_ptr + row)
         if top_k > 0:
@@ -332,9 +319,6 @@ def _find_thresholds_kernel(
                 largest,
                 temperature,
                 False,
-                ID_BITS,
-                UNIT,
-                LARGEST,
                 POINTS,
                 TILE,
                 CAPACITY,
@@ -355,9 +339,6 @@ def _find_thresholds_kernel(
                 largest,
                 temperature,
                 True,
-                ID_BITS,
-                UNIT,
-                LARGEST,
                 POINTS,
                 TILE,
                 CAPACITY,
@@ -394,9 +375,6 @@ def find_thresholds_triton(scores: Tensor, truncation: Truncation) -> Tensor:
         HAS_TOP_K=top_ks is not None,
         HAS_TOP_P=top_ps is not None,
         HAS_MIN_P=min_ps is not None,
-        ID_BITS=ID_BITS,
-        UNIT=UNIT,
-        LARGEST=LARGEST,
         POINTS=_POINTS,
         TILE=_TILE,
         CAPACITY=_CAPACITY,
@@ -428,14 +406,13 @@ def _gather_from_kernel(
     local_size: tl.tensor,
     num_tokens: tl.tensor,
     vocab_start: tl.tensor,
-    ID_BITS: tl.constexpr,
     TILE: tl.constexpr,
 ) -> None:
     row = tl.program_id(0).to(tl.int64)
     cols = tl.program_id(1) * TILE + tl.arange(0, TILE)
     mask = cols < local_size
     scores = tl.load(scores_ptr + row * scores_stride + cols, mask=mask, other=-float("inf"))
-    keys = keys_in_kernel(scores, cols, ID_BITS)
+    keys = keys_in_kernel(scores, cols)
     hit = (keys >= tl.load(thresholds_ptr + row)) & mask
     counter_ptrs = counters_ptr + row + tl.zeros([TILE], dtype=tl.int32)
     place = tl.atomic_add(counter_ptrs, 1, mask=hit, sem="relaxed")
@@ -459,7 +436,6 @@ def likeliest_triton(scores: Tensor, num_tokens: int, vocab_start: int) -> Tenso
         local_size,
         num_tokens,
         vocab_start,
-        ID_BITS=ID_BITS,
         TILE=_GATHER_TILE,
     )
     return keys.sort(dim=1, descending=True).values

@@ -27,6 +27,9 @@ UNIT = 2.0**40  # the weight of the likeliest token
 _LAST_ID = 2**ID_BITS - 1
 _SIGN_MASK = 0x7FFFFFFF
 LARGEST = torch.finfo(torch.float32).max  # bounds the subtrahend, because inf - inf is NaN
+# the same for kernels, which can read only globals of this type
+_ID_BITS, _LAST_KERNEL_ID = tl.constexpr(ID_BITS), tl.constexpr(_LAST_ID)
+_UNIT, _LARGEST = tl.constexpr(UNIT), tl.constexpr(LARGEST)
 
 _TILE = 4096  # ids per program
 
@@ -157,12 +160,12 @@ def weights_of(scores: Tensor, largest: Tensor, temperatures: Tensor) -> Tensor:
 
 
 @triton.jit
-def keys_in_kernel(scores: tl.tensor, ids: tl.tensor, ID_BITS: tl.constexpr) -> tl.tensor:
+def keys_in_kernel(scores: tl.tensor, ids: tl.tensor) -> tl.tensor:
     """Return the int64 keys of scores and ids, as `keys_of`."""
     scores = tl.where(scores == 0.0, 0.0, scores)  # -0 is 0
     bits = scores.to(tl.int32, bitcast=True)
     bits = bits ^ ((bits >> 31) & 0x7FFFFFFF)
-    return (bits.to(tl.int64) << ID_BITS) + ((1 << ID_BITS) - 1 - ids)
+    return (bits.to(tl.int64) << _ID_BITS) + (_LAST_KERNEL_ID - ids)
 
 
 @triton.jit
@@ -170,13 +173,11 @@ def weights_in_kernel(
     scores: tl.tensor,
     largest: tl.tensor,
     temperature: tl.tensor,
-    UNIT: tl.constexpr,
-    LARGEST: tl.constexpr,
 ) -> tl.tensor:
     """Return probabilities as multiples of 1 / UNIT of the likeliest token's: int64."""
-    largest = tl.minimum(tl.maximum(largest, -LARGEST), LARGEST)
+    largest = tl.minimum(tl.maximum(largest, -_LARGEST), _LARGEST)
     below = tl.minimum((scores - largest) / temperature, 0.0)
-    return (tl.exp(below) * UNIT).to(tl.int64)
+    return (tl.exp(below) * _UNIT).to(tl.int64)
 
 
 @triton.jit
@@ -188,9 +189,6 @@ def _rank_and_mass_kernel(
     scores_stride: tl.tensor,
     local_size: tl.tensor,  # Vl
     vocab_start: tl.tensor,
-    ID_BITS: tl.constexpr,
-    UNIT: tl.constexpr,
-    LARGEST: tl.constexpr,
     TILE: tl.constexpr,
 ) -> None:
     row = tl.program_id(0)
@@ -198,8 +196,8 @@ def _rank_and_mass_kernel(
     mask = cols < local_size
     score_ptrs = scores_ptr + row.to(tl.int64) * scores_stride + cols
     scores = tl.load(score_ptrs, mask=mask, other=-float("inf"))
-    hit = (keys_in_kernel(scores, vocab_start + cols, ID_BITS) >= tl.load(keys_ptr + row)) & mask
-    weights = weights_in_kernel(scores, tl.load(largest_ptr + row), 1.0, UNIT, LARGEST)
+    hit = (keys_in_kernel(scores, vocab_start + cols) >= tl.load(keys_ptr + row)) & mask
+    weights = weights_in_kernel(scores, tl.load(largest_ptr + row), 1.0)
     # integers, so the order of these additions does not matter
     tl.atomic_add(out_ptr + 2 * row, tl.sum(hit.to(tl.int64), axis=0))
     tl.atomic_add(out_ptr + 2 * row + 1, tl.sum(tl.where(mask, weights, 0), axis=0))
@@ -217,9 +215,6 @@ def rank_and_mass_triton(scores: Tensor, keys: Tensor, largest: Tensor, vocab_st
         scores.stride(0),
         local_size,
         vocab_start,
-        ID_BITS=ID_BITS,
-        UNIT=UNIT,
-        LARGEST=LARGEST,
         TILE=_TILE,
         num_warps=8,
     )

@@ -18,7 +18,7 @@ from torch import Tensor
 from tpllm.parallel.collectives import all_gather, all_to_all
 from tpllm.parallel.group import TPGroup
 from tpllm.sampling.thresholds import Truncation, find_thresholds
-from tpllm.sampling.token_order import ID_BITS, keys_in_kernel, keys_of
+from tpllm.sampling.token_order import keys_in_kernel, keys_of
 
 _TILE = 2048
 
@@ -56,14 +56,13 @@ def _drop_below_kernel(
     scores_stride: tl.tensor,
     local_size: tl.tensor,
     vocab_start: tl.tensor,
-    ID_BITS: tl.constexpr,
     TILE: tl.constexpr,
 ) -> None:
     row = tl.program_id(0)
     cols = tl.program_id(1) * TILE + tl.arange(0, TILE)
     mask = cols < local_size
     score_ptrs = scores_ptr + row.to(tl.int64) * scores_stride + cols
-    keys = keys_in_kernel(tl.load(score_ptrs, mask=mask, other=0.0), vocab_start + cols, ID_BITS)
+    keys = keys_in_kernel(tl.load(score_ptrs, mask=mask, other=0.0), vocab_start + cols)
     below = keys < tl.load(threshold_ptr + row)
     tl.store(score_ptrs, tl.full([TILE], -float("inf"), tl.float32), mask=mask & below)
 
@@ -77,7 +76,6 @@ def drop_below_triton(scores: Tensor, threshold: Tensor, vocab_start: int) -> No
         scores.stride(0),
         local_size,
         vocab_start,
-        ID_BITS=ID_BITS,
         TILE=_TILE,
     )
 
