@@ -101,6 +101,7 @@ class Kernels:
         self.dtype: torch.dtype = getattr(torch, config.dtype)
         self.tp = TPGroup(rank, world_size, device, process_group=None)  # only for its sizes
         self.context = LayerContext(self.tp, self.dtype, Matmul({}, gemv))
+        self.new = partial(torch.zeros, dtype=self.dtype, device=device)
         self.width = spec.hidden_size
         self.norm = RMSNorm(spec.norm, self.context)
         self.norm.weight.zero_()
@@ -115,15 +116,9 @@ class Kernels:
         """Return the launches of all-reduce kernels, which are compiled for one rank."""
         if not self.has_peer_memory:
             return []
-        calls: list[Callable[[], object]] = [
-            partial(self.all_reduce_norm, N, one_shot_rows)
-            for N, one_shot_rows in (
-                (1, 2),  # in one shot, launched early
-                (2, 2),  # in one shot
-                (2, 1),  # in two shots, a program for each row
-                (3, 1),  # in two shots, groups of rows for each program
-            )
-        ]
+        # one-shot, launched early and not; two-shot, a program for each row and for groups of rows
+        sizes = [(1, 2), (2, 2), (2, 1), (3, 1)]
+        calls: list[Callable[[], object]] = [partial(self.all_reduce_norm, *each) for each in sizes]
         if micro_batch_threshold(self.config, self.dtype):
             calls.append(self.overlapped_all_reduce)
         return calls
@@ -148,7 +143,8 @@ class Kernels:
         if not self.has_peer_memory:
             rows = [self.new(1, self.width) for _ in range(2)]
             calls += [partial(self.norm, rows[0]), partial(self.norm, *rows)]
-        return [*calls, self.swiglu]
+        gate_up = self.new(2, self.block.mlp.gate_up.local_shape(self.tp.size)[0])
+        return [*calls, partial(silu_and_mul, gate_up)]
 
     def projections(self) -> list[Callable[[], object]]:
         """Return the launches of linear layers on a single row, with what is fused into them."""
@@ -166,9 +162,6 @@ class Kernels:
             ]
         # a layer with a bias takes torch's matmul
         return [partial(self.project, **each) for linear, each in fused if not linear.biases]
-
-    def new(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
-        return torch.zeros(shape, dtype=dtype or self.dtype, device=self.device)
 
     def attend(self, S: int) -> None:
         H, K, D = self.num_heads, self.num_kv_heads, self.spec.head_dim
@@ -203,9 +196,6 @@ class Kernels:
         x, out = self.new(1, self.width), self.new(1, self.width)
         partial_sums = self.new(self.tp.size, 1, self.width)
         reduce_and_norm(x, partial_sums, None, self.norm.weight, out, 1e-6, self.tp)
-
-    def swiglu(self) -> None:
-        silu_and_mul(self.new(2, self.block.mlp.gate_up.local_shape(self.tp.size)[0]))
 
     def scores(self) -> Tensor:
         rows = self.new(1, dtype=torch.int64)
