@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, fields
 from functools import cache
 from numbers import Integral, Real
@@ -126,4 +127,7 @@ def _plain(value: object) -> object:
         return os.fspath(value)
     if isinstance(value, Mapping):
         return {_plain(key): _plain(item) for key, item in value.items()}
-    return tuple(map(_plain, value)) if isinstance(value, Iterable) else value
+    if isinstance(value, Iterable):
+        with suppress(TypeError):  # an array without dimensions only looks iterable
+            return tuple(map(_plain, value))
+    return value
