@@ -14,6 +14,7 @@ import random
 import statistics
 import subprocess
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -70,9 +71,8 @@ def measure_seed(llm: LLM, repeats: int, breakdown: bool) -> dict[str, Any]:
     }
     if breakdown:
         figures["breakdown"] = profiler.step_times()
-        figures["kernels"] = profiler.decode_kernels(
-            lambda: run_once(llm, prompts, params), skip=300
-        )
+        run = partial(run_once, llm, prompts, params)
+        figures["kernels"] = profiler.decode_kernels(run, skip=300)
     return figures
 
 
@@ -92,9 +92,8 @@ def measure_latency(llm: LLM, repeats: int, breakdown: bool) -> dict[str, Any]:
     }
     if breakdown:
         figures["breakdown"] = profiler.step_times()
-        figures["kernels"] = profiler.decode_kernels(
-            lambda: run_once(llm, prompts, params), skip=100
-        )
+        run = partial(run_once, llm, prompts, params)
+        figures["kernels"] = profiler.decode_kernels(run, skip=100)
     return figures
 
 
