@@ -86,6 +86,7 @@ class SocketHost:
     def __init__(self, launch: Launch, ranks: range, processes: ChildProcesses) -> None:
         self._ranks = ranks
         self._beats = 0
+        self.workers: list[AgentsWorker] = []
         self._answers: SimpleQueue[Message | None] = SimpleQueue()  # None: the agent is gone
         flags = os.EFD_CLOEXEC | os.EFD_SEMAPHORE
         self.replies = [Replies(processes.keep(os.eventfd(0, flags))) for _ in ranks]
@@ -97,8 +98,7 @@ class SocketHost:
         self._reader = Thread(target=self._read, name="tpllm-socket-host", daemon=True)
         processes.keep_open(self)
         self._reader.start()
-        pids = self._answer()["pids"]
-        self.workers = [AgentsWorker(pid) for pid in pids]
+        assert self._answers.get(timeout=_DEADLINE_S) is not None, "the agent has ended"
         self.plans = self
 
     def try_send(self, kind: int, buffers: Sequence[Buffer]) -> bool:
@@ -125,11 +125,6 @@ class SocketHost:
         self._connection.close()
         self._reader.join()
 
-    def _answer(self) -> Message:
-        answer = self._answers.get(timeout=_DEADLINE_S)
-        assert answer is not None, "the agent has ended"
-        return answer
-
     def _read(self) -> None:
         """Run the thread that receives what the agent sends."""
         try:
@@ -151,6 +146,8 @@ class SocketHost:
         elif message["type"] == "beats":
             self._beats = message["beats"]
         else:
+            if message["type"] == "pids":  # here: the next message may be of an exit
+                self.workers = [AgentsWorker(pid) for pid in message["pids"]]
             self._answers.put(message)
 
 
