@@ -36,10 +36,10 @@ from tpllm.parallel.collectives import with_copy_streams, with_peer_memory
 from tpllm.parallel.group import TPGroup
 from tpllm.sampling_params import SamplingParams
 from tpllm.worker import batch_state, micro_batches, model_runner, step_inputs
-from tpllm.worker.cuda_graphs import decode_sizes
+from tpllm.worker.cuda_graphs import StepSize, decode_sizes, mixed_sizes
 from tpllm.worker.kv_cache import CacheShape
 from tpllm.worker.model_runner import ModelRunner
-from tpllm.worker.step_inputs import upload_sizes
+from tpllm.worker.step_inputs import StepInputs, upload_sizes
 from tpllm.worker.step_times import StepMarks
 from tpllm.worker.trial_step import largest_step, run_largest_steps
 from tpllm.worker.worker import Worker
@@ -181,18 +181,55 @@ def test_the_split_schedule_matches_the_context_lengths(monkeypatch, settings) -
     assert max(num_rows) > 1
 
 
-def test_padded_steps_change_nothing(monkeypatch) -> None:
+@pytest.mark.parametrize("max_step_tokens", [64, 512])  # at 512, 20 prompts at once fit no size
+def test_padded_steps_change_nothing(monkeypatch, max_step_tokens: int) -> None:
     """Run on the CPU, with an interpreted kernel, what a GPU runs without graphs."""
     if torch.cuda.is_available():
         pytest.skip("with a CUDA device the kernel is compiled for it")
     with monkeypatch.context() as patched:
         gather = batch_state.gather_decode_inputs_triton
         patched.setattr(step_inputs, "gather_decode_inputs", gather)
-        padded_tokens, padded_cache = run_all("cpu", torch.float32)
-    plain_tokens, plain_cache = run_all("cpu", torch.float32, padded=False)
+        padded_tokens, padded_cache = run_all("cpu", torch.float32, max_step_tokens=max_step_tokens)
+    plain_tokens, plain_cache = run_all(
+        "cpu", torch.float32, padded=False, max_step_tokens=max_step_tokens
+    )
     assert padded_tokens == plain_tokens
     assert len(padded_tokens) == MAX_SEQS
     torch.testing.assert_close(padded_cache, plain_cache, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="its kernels would run on CPU memory")
+@pytest.mark.parametrize(
+    "padded, max_step_tokens, expected",
+    [
+        (True, 64, {("decode", True), ("mixed", True)}),
+        (True, 512, {("decode", True), ("mixed", False)}),  # 20 prompts at once fit no size
+        (False, 64, {("decode", False), ("mixed", False)}),
+    ],
+)
+def test_every_step_is_made_of_step_inputs(
+    monkeypatch, padded: bool, max_step_tokens: int, expected: set[tuple[str, bool]]
+) -> None:
+    """Decode and mixed steps, padded (True) and of true size."""
+    sizes = [StepSize(size, size, 0) for size in decode_sizes(MAX_SEQS)] if padded else []
+    sizes += mixed_sizes(max_step_tokens, MAX_SEQS) if padded else []
+    found, made, forward = set(), [], Decoder.forward
+
+    def make(inputs: StepInputs[Tensor], *args: Any) -> MicroBatch:
+        made.append(step_inputs.micro_batch(inputs, *args))
+        N, chunks = len(inputs.token_rows), inputs.chunks
+        size = (N, N, 0) if chunks is None else (N, len(chunks.context_lens), len(chunks.rows))
+        found.add(("decode" if chunks is None else "mixed", size in sizes))
+        return made[-1]
+
+    def checked(model: Decoder, batches: list[MicroBatch], caches: list[KVCache]) -> Tensor:
+        assert batches == [made.pop()] and not made
+        return forward(model, batches, caches)
+
+    monkeypatch.setattr(model_runner, "micro_batch", make)
+    monkeypatch.setattr(Decoder, "forward", checked)
+    run_all("cpu", torch.float32, padded=padded, max_step_tokens=max_step_tokens)
+    assert found == expected
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="its kernels would run on CPU memory")

@@ -120,7 +120,7 @@ class AttentionBackend:
         # the query heads of one key/value head become its queries: [S, K, H / K, D]
         grouped = q.reshape(q.shape[0], num_kv_heads, -1, head_dim)
         attended = torch.empty_like(grouped)
-        rows_at_once = max(1, _GATHERED_TOKENS // num_slots)
+        rows_at_once = max(1, _GATHERED_TOKENS // max(1, num_slots))  # 0: all rows are padding
         for first in range(0, q.shape[0], rows_at_once):
             rows = slice(first, first + rows_at_once)
             unseen = ~seen[rows, :, None, None]  # [s, num_slots, 1, 1]
