@@ -38,7 +38,7 @@ def spec(dims: Dimensions) -> ModelSpec:
 LLAMA = Family(
     architecture="LlamaForCausalLM",
     model_type="llama",
-    blocks="tests.architectures.test_llama:layers",
+    blocks="tests.models.llama_blocks:blocks",
     complete=complete,
     spec=spec,
 )

@@ -2,7 +2,6 @@
 
 import json
 import math
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,19 +9,15 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch import nn
 
 from launch.limit import Limit
 from tests.architectures.llama import LLAMA
 from tpllm.architectures import registry
-from tpllm.architectures.spec import ModelSpec
 from tpllm.config.checkpoint import check_checkpoint
 from tpllm.config.devices import Gpu
 from tpllm.config.engine_config import EngineConfig
 from tpllm.config.model_config import ModelConfig
-from tpllm.layers.all_reduce.all_reduce_norm import AllReduceRMSNorm
 from tpllm.layers.context import LayerContext
-from tpllm.layers.linear.linear import Linear
 from tpllm.models.checkpoint_weights import SafetensorsWeights
 from tpllm.models.decoder import make_model
 from tpllm.parallel.group import TPGroup
@@ -36,13 +31,6 @@ SIZES: dict[str, Any] = {
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
 }
-
-
-def layers(spec: ModelSpec, context: LayerContext, max_positions: int) -> Iterator[nn.Module]:
-    """Yield the layers of the blocks, to be loaded; `max_positions` is for rotary embeddings."""
-    for block in spec.blocks:
-        yield from (AllReduceRMSNorm(norm, context) for norm in block.norms())
-        yield from (Linear(linear, context) for linear in block.linears())
 
 
 @pytest.fixture(autouse=True)
