@@ -6,6 +6,8 @@ kernels read a field at its `column`. So a new option is a field here, its check
 `SamplingParams`, and what reads it: see `sampling/processors.py`.
 """
 
+from functools import cache
+
 import numpy as np
 
 # End tokens that fit in a record, where excluding them takes the sampling kernel no time.
@@ -61,10 +63,15 @@ PENALTIES = ("repetition_penalty", "frequency_penalty", "presence_penalty")
 
 def new_records(num_rows: int) -> np.ndarray:
     """Return records [num_rows] of greedy rows without options."""
-    records = np.zeros(num_rows, ROW)
+    return _default_record(ROW).repeat(num_rows)
+
+
+@cache
+def _default_record(dtype: np.dtype) -> np.ndarray:
+    record = np.zeros(1, dtype)
     for name, value in DEFAULTS.items():
-        records[name] = value
-    return records
+        record[name] = value
+    return record
 
 
 def row_words() -> int:

@@ -24,7 +24,7 @@ def row_record(
     bad_word_ids: Sequence[Sequence[int]] = (),
     early_end_ids: Collection[int] = (),
 ) -> tuple[np.ndarray, Lists]:
-    """Return the record [1] of a row, and its lists without the sequence's tokens.
+    """Return the record [1] of a row, and its lists that are not empty, without the tokens.
 
     A field is that of `params` with the same name, if there is one.
 
@@ -61,4 +61,4 @@ def row_record(
         "bad_word_ends": list(accumulate(map(len, bad_word_ids))),
     }
     record["list_sizes"][0, : len(lists)] = [len(each) for each in lists.values()]
-    return record, {name: np.array(list(each), LISTS[name]) for name, each in lists.items()}
+    return record, {name: np.array(list(x), LISTS[name]) for name, x in lists.items() if x}
