@@ -1,4 +1,4 @@
-"""Numbers in JSON schemas: never an answer outside of its bounds, and no end of the process."""
+"""Numbers in JSON schemas: no answer is outside of its bounds, and none crashes the process."""
 
 import json
 from decimal import Decimal

@@ -1,4 +1,4 @@
-"""Objects get no properties that their schema does not name, where none may be missing then."""
+"""Objects have only the properties that their schema names, if these suffice."""
 
 import copy
 from typing import Any

@@ -1,4 +1,4 @@
-"""Which parts of JSON Schema work and which are refused, as docs/structured-outputs.md tells."""
+"""The parts of JSON Schema that work or are refused, as listed in docs/structured-outputs.md."""
 
 import json
 from typing import Any

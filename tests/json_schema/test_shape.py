@@ -1,4 +1,4 @@
-"""A keyword whose value is not of its kind is refused by its place, in our own words."""
+"""A keyword whose value has the wrong type is refused by its path."""
 
 import pytest
 

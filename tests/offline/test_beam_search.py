@@ -98,7 +98,7 @@ def test_an_unknown_keyword_gives_the_nearest_known_one():
 
 
 def test_an_end_token_beyond_the_best_candidates_completes_nothing():
-    """A candidate beyond `beam_width` only fills up the unfinished beams, as in transformers."""
+    """A candidate beyond `beam_width` only extends unfinished beams, as in transformers."""
     beams = Beams([1], BeamSearchParams(beam_width=2, max_tokens=9), end_token_ids=[7, 8])
     logprobs = {5: -0.1, 7: -0.2, 8: -0.3, 6: -0.4}
     beams.extend([{token_id: Logprob(value, 1) for token_id, value in logprobs.items()}])

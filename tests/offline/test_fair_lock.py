@@ -25,7 +25,7 @@ def test_threads_get_the_lock_in_the_order_of_their_calls():
             thread.start()
             assert wait_until(partial(is_long, i + 2))
         had.append("mine")
-    with lock.hold():  # behind those that asked before
+    with lock.hold():  # after those that asked before
         had.append("mine")
     for thread in threads:
         thread.join()

@@ -1,4 +1,4 @@
-"""A headless Chromium, driven by its DevTools protocol over a pipe: no port and no package."""
+"""A headless Chromium, controlled by its DevTools protocol over a pipe: no port, no package."""
 
 import base64
 import itertools
@@ -23,7 +23,7 @@ class Chromium:
     """One page in a browser of its own. Usable as a context manager.
 
     Attributes:
-        complaints: what the console and the page's errors said
+        complaints: errors of the console and of the page
     """
 
     def __init__(self, path: str, profile: Path, width: int = 1280, height: int = 800) -> None:
@@ -52,7 +52,7 @@ class Chromium:
                 "R": str(to_read),
                 "W": str(to_write),
                 "HOME": str(profile),
-                # it starts and ends processes as it likes: they are no leak of ours
+                # it starts and ends its own processes, which are not leaks
                 "TMPDIR": str(profile),
             },
             pass_fds=(to_read, to_write),
@@ -77,7 +77,7 @@ class Chromium:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        os.close(self._write)  # it ends when nobody holds the pipe any more
+        os.close(self._write)  # it ends when the pipe is closed
         try:
             self._process.wait(10)
         except subprocess.TimeoutExpired:
@@ -125,7 +125,7 @@ class Chromium:
         return found
 
     def type(self, text: str) -> None:
-        """Into what has the focus, as by keys."""
+        """Type into the element with the focus."""
         self.call("Input.insertText", text=text)
 
     def press(self, key: str) -> None:

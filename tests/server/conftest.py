@@ -64,11 +64,11 @@ class Served:
         return f"http://127.0.0.1:{self.port}"
 
     def call(self, function: Callable[[], Any]) -> None:
-        """Call in the server's thread: asyncio's objects belong to it."""
+        """Call in the server's thread, which owns asyncio's objects."""
         self.loop.call_soon_threadsafe(function)
 
     def hold(self) -> None:
-        """Let every answer wait for `go_on`."""
+        """Make every answer wait for `go_on`."""
         self.call(self.engine.hold.clear)
 
     def go_on(self) -> None:
@@ -107,14 +107,14 @@ def running_server(
 
 @pytest.fixture(scope="module")
 def shared() -> Iterator[Served]:
-    """A server with default settings, for tests that leave it as it was."""
+    """A server with default settings, for tests that do not change it."""
     with running_server() as served:
         yield served
 
 
 @pytest.fixture
 def served(shared: Served) -> Iterator[Served]:
-    """The shared server, its engine as new."""
+    """The shared server, with its engine reset."""
     engine = shared.engine
     engine.reply, engine.chars_per_step, engine.step_s = None, 3, 0.0
     engine.tokenizer.template_end = ""

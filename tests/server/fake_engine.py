@@ -1,4 +1,4 @@
-"""A stand-in for AsyncLLM in plain Python: its answers are scripted, and it can be slow or die.
+"""A stand-in for AsyncLLM in plain Python: its answers are scripted, and it can be slow or fail.
 
 Its tokenizer makes each character a token, whose id is its code point.
 """
@@ -66,7 +66,7 @@ class FakeEngine:
     """Gives `reply` to every prompt, `chars_per_step` at a time.
 
     Attributes:
-        reply: the text of every answer; None for the prompt, turned round
+        reply: the text of every answer; None for the reversed prompt
         hold: an answer waits before each part while this is not set
         gone: requests whose generator was closed before its end: aborted
         seen: prompts and parameters, in the order in which they came

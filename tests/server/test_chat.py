@@ -24,7 +24,7 @@ def ask(client: OpenAI, **fields: Any) -> Any:
 
 
 def put_together(chunks: list[Any]) -> dict[str, Any]:
-    """What the deltas of a stream of one answer come to."""
+    """The message that a stream's deltas add up to."""
     message: dict[str, Any] = {"content": "", "reasoning_content": "", "calls": []}
     for chunk in chunks:
         for choice in chunk.choices:

@@ -50,7 +50,7 @@ def real(forked_engines: None) -> Iterator[Served]:
         return AsyncLLM(device="cpu", num_kv_blocks=300, max_num_seqs=8)
 
     with running_server(engine, served_model_name="tiny") as served:
-        with served.http() as http:  # starts the process that tries forms, which stays
+        with served.http() as http:  # starts the sandbox process, which stays
             form = {"structured_outputs": {"regex": "a"}}
             http.post("/v1/completions", json={"prompt": "x", **form}).raise_for_status()
         yield served

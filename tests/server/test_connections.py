@@ -31,7 +31,7 @@ def chunk(data: bytes) -> bytes:
 
 
 def read_answer(sock: socket.socket) -> bytes:
-    """One answer with a length, and nothing of the next."""
+    """Read one answer by its Content-Length, and nothing after it."""
     answer = b""
     while b"\r\n\r\n" not in answer:
         answer += sock.recv(1)

@@ -1,4 +1,4 @@
-"""What docs/server.md says of metrics and fields is what there is."""
+"""docs/server.md lists every metric and field."""
 
 import re
 from pathlib import Path

@@ -51,7 +51,7 @@ class Server:
         return httpx.Client(base_url=self.url, timeout=60, verify=False)
 
     def end(self, number: int | None = None) -> int:
-        """Send it a signal, and give its exit code."""
+        """Send a signal, and return the exit code."""
         if number is not None:
             self.process.send_signal(number)
         _, rest = self.process.communicate(timeout=60)
@@ -68,11 +68,11 @@ class Server:
 def server() -> Iterator[Server]:
     server = Server()
     try:
-        with server.http() as http:  # the process that tries forms is started before any test
+        with server.http() as http:  # the sandbox process is started before any test
             body = {"prompt": "a", "max_tokens": 1, "guided_regex": "a"}
             assert http.post("/v1/completions", json=body).status_code == 200
         yield server
-        if server.process.poll() is None:  # the last test has been left out
+        if server.process.poll() is None:  # the last test has been deselected
             assert server.end(signal.SIGTERM) == 0, server.log
     finally:
         server.kill()

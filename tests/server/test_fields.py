@@ -1,4 +1,4 @@
-"""Bodies as other clients send them: what passes, and in which words the rest is refused."""
+"""Bodies of many clients: which fields are accepted, and the errors for all others."""
 
 import json
 import re

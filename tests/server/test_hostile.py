@@ -1,4 +1,4 @@
-"""Requests that would keep the server to themselves, and that other clients must not feel."""
+"""Requests that try to occupy the server; other clients must not notice them."""
 
 import socket
 from typing import Any

@@ -1,4 +1,4 @@
-"""What raw HTTP gets: bad bodies, keys, limits, slow and half-closed clients."""
+"""Raw HTTP: wrong bodies, keys, limits, slow and half-closed clients."""
 
 import json
 import logging
@@ -23,7 +23,7 @@ STATUS = re.compile(rb"HTTP/1\.1 \d{3}")
 
 
 def error_of(response: httpx.Response, status: int) -> dict[str, Any]:
-    """The error of an answer, which has OpenAI's shape and this status."""
+    """The error of an answer, which must have OpenAI's format and this status."""
     assert response.status_code == status, response.text
     error: dict[str, Any] = response.json()["error"]
     assert set(error) == {"message", "type", "param", "code"}
@@ -38,7 +38,7 @@ def head(path: str, length: int) -> bytes:
 
 
 def read_all(sock: socket.socket) -> bytes:
-    """What comes until the server closes the connection."""
+    """Read until the server closes the connection."""
     data = b""
     with suppress(ConnectionResetError):
         while more := sock.recv(65536):

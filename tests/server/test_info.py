@@ -160,7 +160,7 @@ def test_the_openapi_document_describes_the_endpoints(http: httpx.Client) -> Non
         assert "422" not in operation["responses"]
         content = operation["responses"][status]["content"]["application/json"]
         assert content["schema"] == {"$ref": "#/components/schemas/ErrorBody"}
-    # the pages that show it would load scripts from elsewhere
+    # the pages that show it would load scripts from other sites
     assert http.get("/docs").status_code == http.get("/redoc").status_code == 404
 
 

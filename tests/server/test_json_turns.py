@@ -1,4 +1,4 @@
-"""Long answers are made and encoded in turns, and come to the same JSON."""
+"""Long answers are encoded piece by piece, and the JSON is the same."""
 
 import asyncio
 import json
@@ -18,7 +18,7 @@ POSITIONS = [{i: Logprob(-1.0, 2, "a"), -1: Logprob(-0.5, 1, "b")} for i in IDS]
 
 
 class Counted(list[Any]):
-    """Counts its entries as they are read, by the turn of the event loop in which they are."""
+    """Counts its entries by the turn of the event loop in which they are read."""
 
     def __init__(self, entries: list[Any]) -> None:
         super().__init__(entries)
@@ -35,7 +35,7 @@ class Counted(list[Any]):
 
 
 def in_turns(work: Coroutine[Any, Any, Any], counted: Counted) -> Any:
-    """What comes of `work`, beside a task that counts turns."""
+    """The result of `work`, beside a task that counts turns."""
 
     async def count() -> None:
         while True:

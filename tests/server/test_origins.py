@@ -82,7 +82,7 @@ def test_a_request_has_one_host(served: Served) -> None:
 
 
 def statuses(hosts: list[str], **settings: Any) -> list[int]:
-    """What an application with these settings answers to a GET by each name."""
+    """The statuses of a GET by each host name, with these settings."""
 
     async def ask() -> list[int]:
         engine: Any = FakeEngine()
@@ -221,6 +221,6 @@ def test_every_origin_may_be_allowed() -> None:
         assert answer.status_code == 200
         assert answer.headers["access-control-allow-origin"] == "*"
         assert http.options(CHAT, headers={**anyone, **PREFLIGHT}).status_code == 200
-        # which does not open the door to a page that calls the server by a name of its own
+        # this does not allow a page that has its own name for the server
         rebound = http.get("/v1/models", headers={**anyone, "host": "any.example"})
         assert error_of(rebound, 403)["code"] == "host_not_allowed"

@@ -1,4 +1,4 @@
-"""A request beyond the model's context: the words, code and field by which clients know it."""
+"""A request beyond the model's context: the message, code and field that clients look for."""
 
 from typing import Any
 
@@ -19,7 +19,7 @@ IDS = [97] * MAX_MODEL_LEN
 
 @pytest.fixture(autouse=True)
 def no_threads(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Those for long texts would outlive the test."""
+    """Threads for long texts would outlive the test."""
     monkeypatch.setattr(prompts, "SHORT", 2**30)
 
 

@@ -1,4 +1,4 @@
-"""A full queue, requests that take too long, an engine that dies, and the quiet end."""
+"""A full queue, requests that take too long, a failed engine, and shutdown."""
 
 import asyncio
 import json
@@ -208,7 +208,7 @@ def large_answer(served: Served, *, stream: bool) -> socket.socket:
 
 
 def quick_answer(served: Served, *, stream: bool) -> socket.socket:
-    """The same, of 600 sequences: 14 MB that are soon made, 12 bytes of JSON for each character."""
+    """The same, of 600 sequences: 14 MB, quickly generated: 12 bytes of JSON for each character."""
     served.engine.reply, served.engine.chars_per_step = "\U0001f600" * 1900, 1900
     body = {"prompt": "x", "n": 600, "max_tokens": 1900, "stream": stream}
     return begun_answer(served, body)
@@ -243,7 +243,7 @@ def test_a_drain_waits_for_a_client_that_reads_slowly(monkeypatch: pytest.Monkey
         answer, begin = bytearray(), time.monotonic()
         while part := sock.recv(1 << 14):
             answer += part
-            if time.monotonic() - begin < 2.5:  # twice as long as a client may stand still
+            if time.monotonic() - begin < 2.5:  # twice as long as a client may pause
                 time.sleep(0.02)
         assert answer.endswith(b"}}}")
         assert served.exit_code.result(60) == 0

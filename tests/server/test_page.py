@@ -39,14 +39,14 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Chromium]:
 
 @pytest.fixture
 def served() -> Iterator[Served]:
-    """A server for each test: the browser keeps its connections as long as it can."""
+    """A server for each test, since the browser keeps its connections open."""
     with running_server(FakeEngine) as served:
         yield served
 
 
 @pytest.fixture
 def page(browser: Chromium, served: Served) -> Iterator[Chromium]:
-    """The page, which is ready; its console must stay quiet."""
+    """The page, once it is ready; its console must have no errors."""
     browser.complaints.clear()
     browser.open(f"{served.url}/")
     browser.until("document.getElementById('state').textContent === 'ready'")
@@ -80,8 +80,8 @@ def test_an_answer_streams_with_its_thinking_apart(page: Chromium, served: Serve
     assert page.text(".facts").startswith(f"{tokens} tokens · ")
     ask(page, "And then?")
     answered(page, 2)
-    said = served.engine.tokenizer.rendered[1]["messages"]
-    assert [message["role"] for message in said] == ["user", "assistant", "user"]
+    sent = served.engine.tokenizer.rendered[1]["messages"]
+    assert [message["role"] for message in sent] == ["user", "assistant", "user"]
     page.click("#new")
     assert page.js("document.querySelectorAll('.turn').length") == 0
 

@@ -1,4 +1,4 @@
-"""Ids of requests, which answers and the log have."""
+"""Ids of requests, in answers and in the log."""
 
 import logging
 

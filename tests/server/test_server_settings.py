@@ -1,4 +1,4 @@
-"""ServerSettings: what is taken, what is refused, and what a model advises."""
+"""ServerSettings: accepted and refused values, and the checkpoint's defaults."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""From a request's fields to the form that the engine is asked for, and what that lets pass."""
+"""Fields of a request become a constraint of the engine, which accepts the right answers."""
 
 import json
 from typing import Any
@@ -66,13 +66,13 @@ def test_a_structured_answer_has_no_reasoning(client: OpenAI, served: Served) ->
 
 
 def compiled(served: Served) -> Grammar:
-    """The form that the engine was asked for."""
+    """The constraint that the engine got."""
     form = served.engine.seen[0][1].structured_outputs
     return shipped_grammars().compile(form)
 
 
 def fits(grammar: Grammar, text: str) -> bool:
-    """Whether an answer may be `text`."""
+    """Whether the constraint accepts `text`."""
     matcher = grammar.start()
     if not all(matcher.advance(id_) for id_ in grammar._tokenizer.tokenize_str(text)):
         return False

@@ -1,4 +1,4 @@
-"""Log-probabilities beside their text: bytes of tokens, and where each of them begins."""
+"""Log-probabilities and their text: bytes and offsets of tokens."""
 
 import array
 import json
@@ -65,7 +65,7 @@ class ScriptedEngine(FakeEngine):
 
 
 def _packed(kind: str, ids: list[int]) -> bytes:
-    """Of a prompt, with one token beside each of its own."""
+    """Log-probabilities of a prompt, with one more token at each position."""
     values: dict[str, list[Any]] = {
         "rank": [1] * len(ids),
         "id": [each for id_ in ids for each in (id_, 5)],

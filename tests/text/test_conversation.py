@@ -1,4 +1,4 @@
-"""One reading of conversations, for `LLM.chat` and for the server."""
+"""Conversations mean the same to `LLM.chat` and to the server."""
 
 import asyncio
 import json
@@ -58,7 +58,7 @@ def tokenizer() -> Tokenizer:
 
 @pytest.fixture(scope="module")
 def prints_all(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
-    """A tokenizer whose own template prints all that it is given."""
+    """A tokenizer whose template prints all of its inputs."""
     folder: Path = tmp_path_factory.mktemp("prints-all")
     shutil.copy(resolve_model(None) / "tokenizer.json", folder)
     config = json.loads((resolve_model(None) / "tokenizer_config.json").read_text())

@@ -1,4 +1,4 @@
-"""Text as tokens come is the text of all tokens at once, whatever the tokens."""
+"""The pieces of text add up to the text of one decode, for any tokens."""
 
 import unicodedata
 from collections.abc import Sequence
@@ -59,7 +59,7 @@ def pieces_of(detokenizer: Detokenizer, parts: Sequence[Sequence[int]]) -> list[
 
 
 def parts_of(token_id: st.SearchStrategy[int]) -> st.SearchStrategy[list[list[int]]]:
-    """Ids as they may come: mostly one by one."""
+    """Ids in random pieces, mostly one by one."""
     one = st.lists(token_id, min_size=1, max_size=1)
     return st.lists(one | st.lists(token_id, max_size=4), max_size=40)
 

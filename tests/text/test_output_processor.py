@@ -1,4 +1,4 @@
-"""Tokens of an engine that is played here, and what callers read of them."""
+"""The outputs that callers read of the tokens of a simulated engine."""
 
 import pickle
 from collections.abc import Sequence
@@ -32,7 +32,7 @@ def ids_of(text: str) -> list[int]:
 
 
 class Engine:
-    """One request, and the engine's part for it."""
+    """One request, and a simulation of its engine."""
 
     def __init__(self, tokenizer: Tokenizer | None = TOKENIZER, **params: Any) -> None:
         self.processor = OutputProcessor(tokenizer)
@@ -59,7 +59,7 @@ class Engine:
         return self.outputs[-1].outputs[0]
 
     def joined(self) -> tuple[str, list[int]]:
-        """What a reader of deltas has."""
+        """The deltas joined."""
         each = [output.outputs[0] for output in self.outputs]
         return "".join(o.text for o in each), [id_ for o in each for id_ in o.token_ids]
 

@@ -1,4 +1,4 @@
-"""Prompts in every form that callers use, and in those they should not."""
+"""Prompts in every format: accepted ones and refused ones."""
 
 import numpy as np
 import pytest

@@ -8,7 +8,7 @@ short = st.text("ab", min_size=1, max_size=4)
 
 
 def first_met(text: str, num_old: int, stops: list[str]) -> tuple[str, int, int] | None:
-    """What reading on, character by character, meets first."""
+    """The stop string that a search character by character finds first."""
     for end in range(num_old + 1, len(text) + 1):
         for stop in stops:
             if text[:end].endswith(stop):

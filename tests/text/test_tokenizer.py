@@ -66,7 +66,7 @@ def test_bad_words_are_spelled_at_the_beginning_of_a_text_and_after_a_space(toke
 
 @pytest.mark.parametrize("word", ["not", "want", "shepherd", "e.g.", "日本", "a b"])
 def test_every_spelling_of_a_bad_word_is_banned(tokenizer, word):
-    """However its bytes are divided: compared with all divisions there are."""
+    """Compare with all divisions of its bytes."""
     pieces: dict[bytes, int] = {}
     for id_ in range(4096):
         piece = tokenizer._byte_level_pieces.get(id_)

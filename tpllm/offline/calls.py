@@ -126,7 +126,7 @@ class Calls:
                     raise copy.copy(self._failure)  # each call adds its own outputs to the error
                 self._refuse_if_closed()
                 self._step()
-                interrupts.check()  # Ctrl-C comes between two steps, with the books in order
+                interrupts.check()  # Ctrl-C comes between two steps, with all records consistent
                 if self._ended_calls or self._lock.has_waiters:
                     break
             return call.take()

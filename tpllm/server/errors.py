@@ -118,7 +118,7 @@ def context_exceeded(limit: int, what: str, param: str) -> APIError:
 
     Args:
         limit: most tokens of a prompt and its answer
-        what: what is too long, and the mend
+        what: what is too long, and how to shorten it
     """
     return APIError(
         400,
