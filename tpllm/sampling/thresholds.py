@@ -43,8 +43,8 @@ from tpllm.sampling.token_order import (
 # constants for kernels, which can read only globals of this type
 _ID_BITS, _LAST_ID = tl.constexpr(ID_BITS), tl.constexpr(2**ID_BITS - 1)
 _LARGEST = tl.constexpr(LARGEST)
+_POINTS = tl.constexpr(8)
 
-_POINTS = 8
 _TILE = 1024  # tokens of a row at a time
 _CAPACITY = 2048  # tokens that are gathered for the bisection
 _GATHER_TILE = 4096
@@ -99,16 +99,15 @@ def find_thresholds_reference(scores: Tensor, truncation: Truncation) -> Tensor:
     return threshold
 
 
+# Below, `row` is a row of the scores: its address, the stride of its shards, their number and size.
+
+
 @triton.jit
 def _load_tile(
-    row_ptr: tl.tensor,
-    shard: tl.tensor,
-    first: tl.tensor,
-    shard_stride: tl.tensor,
-    shard_size: tl.tensor,
-    TILE: tl.constexpr,
+    row: tl.tuple, shard: tl.tensor, first: tl.tensor, TILE: tl.constexpr
 ) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
     """Return scores and ids of a tile of a row, and the mask of valid ones: [TILE] each."""
+    row_ptr, shard_stride, _, shard_size = row
     cols = first + tl.arange(0, TILE)
     mask = cols < shard_size
     scores = tl.load(row_ptr + shard * shard_stride + cols, mask=mask, other=-float("inf"))
@@ -124,23 +123,20 @@ def _score_of(key: tl.tensor) -> tl.tensor:
 
 @triton.jit
 def _sums_from(
-    row_ptr: tl.tensor,
-    shard_stride: tl.tensor,
-    num_shards: tl.tensor,
-    shard_size: tl.tensor,
-    points: tl.tensor,  # [POINTS] int64
+    row: tl.tuple,
+    points: tl.tensor,  # [_POINTS] int64
     largest: tl.tensor,
     temperature: tl.tensor,
     WEIGHTED: tl.constexpr,
-    POINTS: tl.constexpr,
     TILE: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor]:
-    """Return the number of tokens at or above each point, and their weight: [POINTS] int64 each."""
-    counts = tl.zeros([POINTS, TILE], dtype=tl.int32)
-    sums = tl.zeros([POINTS, TILE], dtype=tl.int64)
+    """Return the number of tokens at or above each point, and their weight: [_POINTS] int64."""
+    _, _, num_shards, shard_size = row
+    counts = tl.zeros([_POINTS, TILE], dtype=tl.int32)
+    sums = tl.zeros([_POINTS, TILE], dtype=tl.int64)
     for shard in tl.range(0, num_shards):
         for first in tl.range(0, shard_size, TILE, num_stages=4):
-            scores, ids, mask = _load_tile(row_ptr, shard, first, shard_stride, shard_size, TILE)
+            scores, ids, mask = _load_tile(row, shard, first, TILE)
             keys = keys_in_kernel(scores, ids)
             hit = (keys[None, :] >= points[:, None]) & mask[None, :]
             counts += hit.to(tl.int32)
@@ -155,20 +151,15 @@ def _sums_from(
 
 
 @triton.jit
-def _between(
-    low: tl.tensor,
-    high: tl.tensor,
-    by_logit: tl.tensor,
-    POINTS: tl.constexpr,
-) -> tl.tensor:
+def _between(low: tl.tensor, high: tl.tensor, by_logit: tl.tensor) -> tl.tensor:
     """Return points between two keys, evenly spaced by logit if `by_logit`, else by key."""
-    share = tl.arange(0, POINTS) + 1
-    weight = share.to(tl.float32) / (POINTS + 1)
+    share = tl.arange(0, _POINTS) + 1
+    weight = share.to(tl.float32) / (_POINTS + 1)
     low_score = tl.minimum(tl.maximum(_score_of(low), -_LARGEST), _LARGEST)
     high_score = tl.minimum(tl.maximum(_score_of(high - 1), -_LARGEST), _LARGEST)
     scores = low_score * (1.0 - weight) + high_score * weight
     by_score = keys_in_kernel(scores, _LAST_ID)  # the last id of this logit
-    by_key = low + (high - low) // (POINTS + 1) * share
+    by_key = low + (high - low) // (_POINTS + 1) * share
     # By key if the interval is too narrow, or if rounding puts a point outside of it.
     usable = by_logit & ((high - low) >> _ID_BITS > 4096) & (by_score > low) & (by_score < high)
     return tl.where(usable, by_score, by_key)
@@ -176,10 +167,7 @@ def _between(
 
 @triton.jit
 def _threshold_of(
-    row_ptr: tl.tensor,
-    shard_stride: tl.tensor,
-    num_shards: tl.tensor,
-    shard_size: tl.tensor,
+    row: tl.tuple,
     gathered_ptr: tl.tensor,  # [CAPACITY] int64
     counter_ptr: tl.tensor,  # int32, zero
     floor: tl.tensor,  # tokens with smaller keys do not count
@@ -187,35 +175,23 @@ def _threshold_of(
     largest: tl.tensor,
     temperature: tl.tensor,
     WEIGHTED: tl.constexpr,
-    POINTS: tl.constexpr,
     TILE: tl.constexpr,
     CAPACITY: tl.constexpr,
 ) -> tl.tensor:
     """Return the largest key at which the sum reaches `wanted`; `floor` if none does."""
-    point = tl.arange(0, POINTS)
+    point = tl.arange(0, _POINTS)
     distances = tl.exp2(point.to(tl.float32) - 2.0)  # 1/4 to 16; the last one is not used
     if WEIGHTED:
         distances *= temperature
     points = keys_in_kernel(largest - distances, _LAST_ID)
-    points = tl.maximum(tl.where(point == POINTS - 1, floor, points), floor)
+    points = tl.maximum(tl.where(point == _POINTS - 1, floor, points), floor)
     low = floor
     high = tl.maximum(keys_in_kernel(largest, 0), floor) + 1  # above every key
     # Tokens at or above `low` and `high`, and the sum over those at or above `high`.
     num_low, num_high, beyond = tl.zeros_like(low), tl.zeros_like(low), tl.zeros_like(low)
     is_first, by_logit = True, False
     while is_first | (num_low - num_high > CAPACITY):
-        counts, sums = _sums_from(
-            row_ptr,
-            shard_stride,
-            num_shards,
-            shard_size,
-            points,
-            largest,
-            temperature,
-            WEIGHTED,
-            POINTS,
-            TILE,
-        )
+        counts, sums = _sums_from(row, points, largest, temperature, WEIGHTED, TILE)
         if is_first:
             num_low = tl.max(counts, axis=0)  # at or above `floor`
         if WEIGHTED:
@@ -234,13 +210,14 @@ def _threshold_of(
         # Even spacing by logit fits the distribution of tokens. Every other pass spaces points by
         # key, which ends early if many logits tie: near zero, spacing by logit hardly converges.
         by_logit = not by_logit
-        points = _between(low, high, by_logit, POINTS)
+        points = _between(low, high, by_logit)
         is_first = False
     # Gather the tokens from `low` to `high`; their order does not matter.
+    _, _, num_shards, shard_size = row
     counter_ptrs = counter_ptr + tl.zeros([TILE], dtype=tl.int32)
     for shard in tl.range(0, num_shards):
         for first in tl.range(0, shard_size, TILE, num_stages=4):
-            scores, ids, mask = _load_tile(row_ptr, shard, first, shard_stride, shard_size, TILE)
+            scores, ids, mask = _load_tile(row, shard, first, TILE)
             keys = keys_in_kernel(scores, ids)
             hit = (keys >= low) & (keys < high) & mask
             place = tl.atomic_add(counter_ptrs, 1, mask=hit, sem="relaxed")
@@ -282,69 +259,60 @@ def _find_thresholds_kernel(
     HAS_TOP_K: tl.constexpr,
     HAS_TOP_P: tl.constexpr,
     HAS_MIN_P: tl.constexpr,
-    POINTS: tl.constexpr,
     TILE: tl.constexpr,
     CAPACITY: tl.constexpr,
 ) -> None:
-    row = tl.program_id(0).to(tl.int64)
-    row_ptr = scores_ptr + row * row_stride
-    gathered_ptr += row * CAPACITY
-    temperature = tl.load(temperatures_ptr + row)
+    index = tl.program_id(0).to(tl.int64)
+    row = (scores_ptr + index * row_stride, shard_stride, num_shards, shard_size)
+    gathered_ptr += index * CAPACITY
+    temperature = tl.load(temperatures_ptr + index)
     temperature = tl.where(temperature > 0, temperature, 1.0)
     highest = tl.full([TILE], -float("inf"), dtype=tl.float32)
     for shard in tl.range(0, num_shards):
         for first in tl.range(0, shard_size, TILE, num_stages=4):
-            scores, _, _ = _load_tile(row_ptr, shard, first, shard_stride, shard_size, TILE)
+            scores, _, _ = _load_tile(row, shard, first, TILE)
             highest = tl.maximum(highest, scores)
     largest = tl.max(highest, axis=0)
     none = tl.full([], -float("inf"), dtype=tl.float32)
     lowest = keys_in_kernel(none, _LAST_ID)  # at or below every token's key
     threshold = lowest
     if HAS_MIN_P:
-        log_min_p = tl.load(log_min_ps_ptr + row)
+        log_min_p = tl.load(log_min_ps_ptr + index)
         if log_min_p > -float("inf"):
             threshold = keys_in_kernel(largest + temperature * log_min_p, _LAST_ID)
     if HAS_TOP_K:
-        top_k = tl.load(top_ks_ptr + row)
+        top_k = tl.load(top_ks_ptr + index)
         if top_k > 0:
             found = _threshold_of(
-                row_ptr,
-                shard_stride,
-                num_shards,
-                shard_size,
+                row,
                 gathered_ptr,
-                counters_ptr + row * 2,
+                counters_ptr + index * 2,
                 lowest,
                 tl.minimum(top_k, num_shards * shard_size).to(tl.int64),
                 largest,
                 temperature,
-                False,
-                POINTS,
-                TILE,
-                CAPACITY,
+                WEIGHTED=False,
+                TILE=TILE,
+                CAPACITY=CAPACITY,
             )
             threshold = tl.maximum(threshold, found)
     if HAS_TOP_P:
-        top_p = tl.load(top_ps_ptr + row)
+        top_p = tl.load(top_ps_ptr + index)
         if top_p < 1:
             found = _threshold_of(
-                row_ptr,
-                shard_stride,
-                num_shards,
-                shard_size,
+                row,
                 gathered_ptr,
-                counters_ptr + row * 2 + 1,
+                counters_ptr + index * 2 + 1,
                 threshold,
                 top_p.to(tl.float64),
                 largest,
                 temperature,
-                True,
-                POINTS,
-                TILE,
-                CAPACITY,
+                WEIGHTED=True,
+                TILE=TILE,
+                CAPACITY=CAPACITY,
             )
             threshold = tl.maximum(threshold, found)
-    tl.store(thresholds_ptr + row, threshold)
+    tl.store(thresholds_ptr + index, threshold)
 
 
 def find_thresholds_triton(scores: Tensor, truncation: Truncation) -> Tensor:
@@ -375,7 +343,6 @@ def find_thresholds_triton(scores: Tensor, truncation: Truncation) -> Tensor:
         HAS_TOP_K=top_ks is not None,
         HAS_TOP_P=top_ps is not None,
         HAS_MIN_P=min_ps is not None,
-        POINTS=_POINTS,
         TILE=_TILE,
         CAPACITY=_CAPACITY,
         num_warps=16,

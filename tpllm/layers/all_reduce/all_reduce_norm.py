@@ -75,19 +75,21 @@ def receive(row_ptrs: tl.tensor, mask: tl.tensor) -> tl.tensor:
     return row
 
 
+# Below, `buffer_row` names a row of the peer buffers: the address of the ranks' addresses, the
+# index of the buffer, the row in it, and the rows of a buffer.
+
+
 @triton.jit
-def _peer_buffer(
-    peer_buffer_ptrs: tl.tensor,
+def _row_ptr(
+    buffer_row: tl.tuple,
     rank: tl.tensor,
     sender: tl.tensor,
-    buffer_index: tl.tensor,
-    row: tl.tensor,
-    max_rows: tl.tensor,
     dtype: tl.constexpr,
     E: tl.constexpr,
     SIZE: tl.constexpr,
 ) -> tl.tensor:
     """Return a pointer to the first element of a row in `rank`'s peer buffer for `sender`."""
+    peer_buffer_ptrs, buffer_index, row, max_rows = buffer_row
     peer_buffers = tl.load(peer_buffer_ptrs.to(tl.pointer_type(tl.uint64)) + rank)
     offset = ((buffer_index * SIZE + sender).to(tl.int64) * max_rows + row) * E
     return tl.multiple_of(peer_buffers.to(tl.pointer_type(dtype)), 16) + tl.multiple_of(offset, 8)
@@ -101,49 +103,29 @@ def _send(row_ptrs: tl.tensor, row: tl.tensor, mask: tl.tensor) -> None:
 
 @triton.jit
 def _send_to_all(
-    x: tl.tensor,
-    mask: tl.tensor,
-    cols: tl.tensor,
-    peer_buffer_ptrs: tl.tensor,
-    buffer_index: tl.tensor,
-    row: tl.tensor,
-    max_rows: tl.tensor,
-    E: tl.constexpr,
-    RANK: tl.constexpr,
-    SIZE: tl.constexpr,
+    x: tl.tensor, buffer_row: tl.tuple, E: tl.constexpr, RANK: tl.constexpr, SIZE: tl.constexpr
 ) -> None:
-    """Send x to this row of every peer's peer buffer."""
+    """Send x [BLOCK] to this row of every peer's peer buffer."""
+    cols = tl.arange(0, x.shape[0])
     for peer in tl.static_range(SIZE):
         if peer != RANK:
-            buffer_ptr = _peer_buffer(
-                peer_buffer_ptrs, peer, RANK, buffer_index, row, max_rows, x.dtype, E, SIZE
-            )
-            _send(buffer_ptr + cols, x, mask)
+            row_ptr = _row_ptr(buffer_row, peer, RANK, x.dtype, E, SIZE)
+            _send(row_ptr + cols, x, cols < E)
 
 
 @triton.jit
 def _poll(
-    x: tl.tensor,
-    mask: tl.tensor,
-    cols: tl.tensor,
-    peer_buffer_ptrs: tl.tensor,
-    buffer_index: tl.tensor,
-    row: tl.tensor,
-    max_rows: tl.tensor,
-    E: tl.constexpr,
-    RANK: tl.constexpr,
-    SIZE: tl.constexpr,
+    x: tl.tensor, buffer_row: tl.tuple, E: tl.constexpr, RANK: tl.constexpr, SIZE: tl.constexpr
 ) -> tuple[tl.tensor, tl.tensor]:
     """Return the sum of x and the peer buffers' rows, and a positive number if some are missing."""
+    cols = tl.arange(0, x.shape[0])
     missing = tl.zeros(x.shape, dtype=tl.int32)
     total = tl.zeros(x.shape, dtype=tl.float32)
     for peer in tl.static_range(SIZE):
         partial_sum = x
         if peer != RANK:
-            buffer_ptr = _peer_buffer(
-                peer_buffer_ptrs, RANK, peer, buffer_index, row, max_rows, x.dtype, E, SIZE
-            )
-            partial_sum = tl.load(buffer_ptr + cols, mask=mask, other=0.0, volatile=True)
+            row_ptr = _row_ptr(buffer_row, RANK, peer, x.dtype, E, SIZE)
+            partial_sum = tl.load(row_ptr + cols, mask=cols < E, other=0.0, volatile=True)
             missing += _is_missing(partial_sum)
         total += partial_sum.to(tl.float32)
     return total, tl.max(missing, axis=0)
@@ -151,35 +133,21 @@ def _poll(
 
 @triton.jit
 def _reduce_partial_sums(
-    x: tl.tensor,
-    mask: tl.tensor,
-    cols: tl.tensor,
-    peer_buffer_ptrs: tl.tensor,
-    buffer_index: tl.tensor,
-    row: tl.tensor,
-    max_rows: tl.tensor,
-    E: tl.constexpr,
-    RANK: tl.constexpr,
-    SIZE: tl.constexpr,
+    x: tl.tensor, buffer_row: tl.tuple, E: tl.constexpr, RANK: tl.constexpr, SIZE: tl.constexpr
 ) -> tl.tensor:
     """Return the sum of x and of every peer's partial sum, added in rank order, in fp32.
 
     All peers' rows are polled together, where `receive` polls one: each poll costs a memory access
     and a reduction over the program's threads.
     """
-    total, num_missing = _poll(
-        x, mask, cols, peer_buffer_ptrs, buffer_index, row, max_rows, E, RANK, SIZE
-    )
+    total, num_missing = _poll(x, buffer_row, E, RANK, SIZE)
     while num_missing != 0:
-        total, num_missing = _poll(
-            x, mask, cols, peer_buffer_ptrs, buffer_index, row, max_rows, E, RANK, SIZE
-        )
+        total, num_missing = _poll(x, buffer_row, E, RANK, SIZE)
+    cols = tl.arange(0, x.shape[0])
     for peer in tl.static_range(SIZE):
         if peer != RANK:
-            buffer_ptr = _peer_buffer(
-                peer_buffer_ptrs, RANK, peer, buffer_index, row, max_rows, x.dtype, E, SIZE
-            )
-            _clear(buffer_ptr + cols, x, mask)
+            row_ptr = _row_ptr(buffer_row, RANK, peer, x.dtype, E, SIZE)
+            _clear(row_ptr + cols, x, cols < E)
     return total
 
 
@@ -219,13 +187,12 @@ def _all_reduce_norm_one_shot(
         gdc_wait()
     x = tl.load(x_ptr + offsets, mask=mask, other=0.0)
     buffer_index = tl.load(buffer_indices_ptr + row)
-    _send_to_all(x, mask, cols, peer_buffer_ptrs, buffer_index, row, max_rows, E, RANK, SIZE)
+    buffer_row = (peer_buffer_ptrs, buffer_index, row, max_rows)
+    _send_to_all(x, buffer_row, E, RANK, SIZE)
     if PDL:
         gdc_launch_dependents()
     residual = tl.load(residual_ptr + offsets, mask=mask & (has_residual != 0), other=0.0)
-    total = _reduce_partial_sums(
-        x, mask, cols, peer_buffer_ptrs, buffer_index, row, max_rows, E, RANK, SIZE
-    )
+    total = _reduce_partial_sums(x, buffer_row, E, RANK, SIZE)
     # safe here: the reduction over threads in `_poll` is a barrier, so all threads have read it
     tl.store(buffer_indices_ptr + row, (buffer_index + 1) % _NUM_BUFFERS)
     total, normed = add_and_norm(total, residual.to(tl.float32), weight, dtype, eps, E)
@@ -268,56 +235,33 @@ def _all_reduce_norm_two_shot(
     )
     first = program * ROWS
     while first < num_rows:
+        partial_sums_row = (peer_buffer_ptrs, buffer_index, program, max_rows)
+        outputs_row = (peer_buffer_ptrs, result_buffer, result_row, max_rows)
         for i in tl.static_range(ROWS):
             row = first + i
             owner = row % SIZE
             if (row < num_rows) & (owner != RANK):
                 x = tl.load(x_ptr + row.to(tl.int64) * E + cols, mask=mask, other=0.0)
-                buffer_ptr = _peer_buffer(
-                    peer_buffer_ptrs, owner, RANK, buffer_index, program, max_rows, dtype, E, SIZE
-                )
-                _send(buffer_ptr + cols, x, mask)
+                row_ptr = _row_ptr(partial_sums_row, owner, RANK, dtype, E, SIZE)
+                _send(row_ptr + cols, x, mask)
         ours = first if ROWS == 1 else first + RANK
         if (ours < num_rows) & (ours % SIZE == RANK):
             offsets = ours.to(tl.int64) * E + cols
             x = tl.load(x_ptr + offsets, mask=mask, other=0.0)
             residual = tl.load(residual_ptr + offsets, mask=mask & (has_residual != 0), other=0.0)
-            total = _reduce_partial_sums(
-                x, mask, cols, peer_buffer_ptrs, buffer_index, program, max_rows, E, RANK, SIZE
-            )
+            total = _reduce_partial_sums(x, partial_sums_row, E, RANK, SIZE)
             total, normed = add_and_norm(total, residual.to(tl.float32), weight, dtype, eps, E)
             normed = sendable(normed.to(dtype))  # on this rank too: all ranks have the same bits
-            _send_to_all(
-                normed,
-                mask,
-                cols,
-                peer_buffer_ptrs,
-                result_buffer,
-                result_row,
-                max_rows,
-                E,
-                RANK,
-                SIZE,
-            )
+            _send_to_all(normed, outputs_row, E, RANK, SIZE)
             tl.store(residual_ptr + offsets, total, mask=mask)
             tl.store(out_ptr + offsets, normed, mask=mask)
         for i in tl.static_range(ROWS):
             row = first + i
             owner = row % SIZE
             if (row < num_rows) & (owner != RANK):
-                buffer_ptr = _peer_buffer(
-                    peer_buffer_ptrs,
-                    RANK,
-                    owner,
-                    result_buffer,
-                    result_row,
-                    max_rows,
-                    dtype,
-                    E,
-                    SIZE,
-                )
+                row_ptr = _row_ptr(outputs_row, RANK, owner, dtype, E, SIZE)
                 out_ptrs = out_ptr + row.to(tl.int64) * E + cols
-                tl.store(out_ptrs, receive(buffer_ptr + cols, mask), mask=mask)
+                tl.store(out_ptrs, receive(row_ptr + cols, mask), mask=mask)
         # The cleared rows must be visible to all GPUs before the next rows allow a peer to send to
         # the same buffer again.
         _fence()
