@@ -94,6 +94,8 @@ def test_only_what_runs_an_engine_reaches_its_coordinator():
     runs_it |= {*(PACKAGE / "supervision").glob("*.py")}
     for file in {*PACKAGE.rglob("*.py"), *(PACKAGE.parent / "launch").glob("*.py")} - runs_it:
         assert not re.search(r"\w\._?coordinator\b(?! import)", file.read_text()), file
+    for file in runs_it:  # `LLM.coordinator` is for programs of others
+        assert not re.search(r"\w\.coordinator\b(?! import)", file.read_text()), file
 
 
 def loaded_by(statement: str) -> set[str]:

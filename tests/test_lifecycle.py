@@ -202,13 +202,13 @@ print(llm.generate([[1, 2, 3]], SamplingParams(temperature=0, max_tokens=4)))
 
 def test_two_engines_at_once_and_the_death_of_one(llm):
     with make_llm(tensor_parallel_size=1) as other:
-        assert not {*other._coordinator.worker_pids} & {*llm._coordinator.worker_pids}
+        assert not {*other.worker_pids} & {*llm.worker_pids}
         thread = threading.Thread(target=assert_right, args=(other,))
         thread.start()
         assert_right(llm)
         thread.join()
 
-        os.kill(other._coordinator.worker_pids[0], signal.SIGKILL)  # while it is idle
+        os.kill(other.worker_pids[0], signal.SIGKILL)  # while it is idle
         with pytest.raises(WorkerError, match="worker rank 0 was killed by SIGKILL") as raised:
             assert_right(other)
         assert raised.value.rank == 0
@@ -219,7 +219,7 @@ def test_two_engines_at_once_and_the_death_of_one(llm):
 
 def test_a_worker_killed_while_it_runs_is_named(nothing_left):
     llm = make_llm()
-    victim = llm._coordinator.worker_pids[1]
+    victim = llm.worker_pids[1]
     with (
         while_generating(llm, lambda: os.kill(victim, signal.SIGKILL)),
         pytest.raises(WorkerError, match=r"^worker rank 1 was killed by SIGKILL in step \d+"),

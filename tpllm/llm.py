@@ -233,6 +233,16 @@ class LLM(Frontend[Coordinator], AbstractContextManager["LLM"]):
         return Profiler(self._coordinator)
 
     @property
+    def coordinator(self) -> Coordinator:
+        """The engine itself, for programs that look at its processes."""
+        return self._coordinator
+
+    @property
+    def worker_pids(self) -> list[int]:
+        """The process id of each rank's worker, a child of this process."""
+        return self._coordinator.worker_pids
+
+    @property
     def closed(self) -> bool:
         """Whether the engine has ended."""
         return self._coordinator.closed

@@ -34,7 +34,7 @@ def test_finished_and_unfinished_outputs_come_with_the_error(monkeypatch, nothin
 
     def kill_worker() -> None:
         assert wait_until(lambda: llm.stats().num_steps > 20)
-        os.kill(llm._coordinator.worker_pids[0], signal.SIGKILL)
+        os.kill(llm.worker_pids[0], signal.SIGKILL)
 
     thread = threading.Thread(target=kill_worker)
     thread.start()

@@ -83,9 +83,9 @@ def test_an_idle_engine_never_wakes_up(trials):
         ]
 
     def is_quiet(llm: LLM) -> bool:
-        before = [wake_ups(pid) for pid in llm._coordinator.worker_pids]
+        before = [wake_ups(pid) for pid in llm.worker_pids]
         time.sleep(0.3)
-        return before == [wake_ups(pid) for pid in llm._coordinator.worker_pids]
+        return before == [wake_ups(pid) for pid in llm.worker_pids]
 
     with LLM(device="cpu", skip_tokenizer_init=True) as llm:
         llm.generate([1, 2, 3], use_tqdm=False)

@@ -215,7 +215,7 @@ def test_a_worker_that_dies_is_reported_to_every_call_with_its_own_outputs():
         params = [GREEDY, ENDLESS]
         call = pool.submit(llm.generate, PROMPTS[1:3], params, use_tqdm=False)
         assert wait_until(lambda: llm.stats().num_steps > 3 * NUM_TOKENS)
-        os.kill(llm._coordinator.worker_pids[0], signal.SIGKILL)
+        os.kill(llm.worker_pids[0], signal.SIGKILL)
         with pytest.raises(WorkerError, match="rank 0 was killed by SIGKILL") as raised:
             call.result(30)
         assert [ids_of([each]) for each in raised.value.outputs] == [expected(PROMPTS[1])]
