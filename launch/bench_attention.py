@@ -54,7 +54,7 @@ def measure(contexts: Tensor, num_heads: int, num_kv_heads: int, width: int, rop
     if rope:
         weight = torch.ones(HEAD_DIM, dtype=torch.bfloat16, device="cuda")
         cos_sin = torch.ones(int(contexts.max()), HEAD_DIM, device="cuda")
-        qk_norm_rope = QKNormRope(weight, weight, 1e-6, lengths - 1, cos_sin)
+        qk_norm_rope = QKNormRope(lengths - 1, cos_sin, (weight, weight), 1e-6)
     kernels: dict[str, Callable] = {
         "split": lambda k, v: split(q, k, v, tables, schedule, scale, qk_norm_rope)
     }

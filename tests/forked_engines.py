@@ -30,7 +30,7 @@ def engines_are_forked() -> Iterator[None]:
     """
     with pytest.MonkeyPatch.context() as patch:
         if not torch.cuda.is_available():
-            import tpllm.models.qwen3
+            import tpllm.models.dense
             import tpllm.worker.worker  # noqa: F401
 
             Tokenizer(SHIPPED_MODEL).load()

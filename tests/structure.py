@@ -21,7 +21,7 @@ PACKAGE = Path(__file__).parents[1] / "tpllm"
 ENTRY_POINTS = (
     "tpllm.llm",
     "tpllm.worker.__main__",
-    "tpllm.models.qwen3",
+    "tpllm.models.dense",
     "tpllm.supervision.guard",
 )
 

@@ -87,7 +87,7 @@ def test_a_config_without_dtype_leaves_it_to_the_weights(tmp_path):
         ("partial_rotary_factor", 0.5),
         ("per_layer_config", [{}]),
         ("transformers_weights", "other.safetensors"),
-        ("model_type", "llama"),
+        ("model_type", "gemma2"),
         ("model_type", ["qwen3"]),
     ],
 )

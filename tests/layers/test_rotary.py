@@ -43,7 +43,12 @@ class Case:
 
 
 def random_case(
-    num_tokens: int, num_heads: int, num_kv_heads: int, head_dim: int, where: Where
+    num_tokens: int,
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    where: Where,
+    has_norms: bool = True,
 ) -> Case:
     device, dtype = where
     rng = torch.Generator().manual_seed(num_tokens * 1000 + num_heads * 10 + head_dim)
@@ -54,11 +59,15 @@ def random_case(
             device, dtype
         ),
         QKNormRope(
-            (torch.rand(head_dim, generator=rng) + 0.5).to(device, dtype),
-            (torch.rand(head_dim, generator=rng) + 0.5).to(device, dtype),
-            EPS,
             torch.randint(MAX_POSITIONS, (num_tokens,), generator=rng).int().to(device),
             rotary_cos_sin(head_dim, MAX_POSITIONS, 10_000.0, device),
+            (
+                (torch.rand(head_dim, generator=rng) + 0.5).to(device, dtype),
+                (torch.rand(head_dim, generator=rng) + 0.5).to(device, dtype),
+            )
+            if has_norms
+            else None,
+            EPS,
         ),
         torch.full(cache_shape, torch.nan, dtype=dtype, device=device),
         torch.full(cache_shape, torch.nan, dtype=dtype, device=device),
@@ -66,11 +75,14 @@ def random_case(
     )
 
 
-def plain_norm_and_rope(x: Tensor, weight: Tensor, positions: Tensor, cos_sin: Tensor) -> Tensor:
+def plain_norm_and_rope(
+    x: Tensor, weight: Tensor | None, positions: Tensor, cos_sin: Tensor
+) -> Tensor:
     """Norm and rotate x [N, heads, D] with every operation in x's own dtype."""
-    normed = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + EPS) * weight
+    if weight is not None:
+        x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + EPS) * weight.to(x.dtype)
     cos, sin = cos_sin.to(x.dtype)[positions].unsqueeze(1).chunk(2, dim=-1)
-    low, high = normed.chunk(2, dim=-1)
+    low, high = x.chunk(2, dim=-1)
     return torch.cat([low * cos - high * sin, high * cos + low * sin], dim=-1)
 
 
@@ -78,9 +90,11 @@ def plain_norm_and_rope(x: Tensor, weight: Tensor, positions: Tensor, cos_sin: T
     "num_tokens, num_heads, num_kv_heads, head_dim",
     [(1, 1, 1, 2), (1, 2, 1, 64), (5, 4, 4, 20), (3, 12, 2, 128), (7, 9, 3, 6)],
 )
+@pytest.mark.parametrize("has_norms", [True, False])
 @pytest.mark.parametrize("apply", IMPLEMENTATIONS)
 def test_queries_and_keys_are_as_accurate_as_plain_torch(
     apply: Callable[..., None],
+    has_norms: bool,
     num_tokens: int,
     num_heads: int,
     num_kv_heads: int,
@@ -88,13 +102,13 @@ def test_queries_and_keys_are_as_accurate_as_plain_torch(
     device_and_dtype: Where,
     assert_as_accurate: Callable[[Tensor, Tensor, Tensor], None],
 ) -> None:
-    case = random_case(num_tokens, num_heads, num_kv_heads, head_dim, device_and_dtype)
+    case = random_case(num_tokens, num_heads, num_kv_heads, head_dim, device_and_dtype, has_norms)
     q, k, v = case.heads()
     plain, exact = [], []
     positions, cos_sin = case.rope.positions, case.rope.cos_sin
-    for x, weight in ((q, case.rope.q_weight), (k, case.rope.k_weight)):
+    for x, weight in zip((q, k), case.rope.norm_weights or (None, None), strict=True):
         plain.append(plain_norm_and_rope(x, weight, positions, cos_sin))
-        exact.append(plain_norm_and_rope(x.double(), weight.double(), positions, cos_sin))
+        exact.append(plain_norm_and_rope(x.double(), weight, positions, cos_sin))
     v_before = v.clone()
 
     case.run(apply)
@@ -128,7 +142,8 @@ def test_rotation_multiplies_pairs_by_a_complex_phase(
     q, _, _ = case.heads()
     low, high = q.double().chunk(2, dim=-1)
     scale = torch.rsqrt(q.double().square().mean(-1, keepdim=True) + EPS)
-    low_weight, high_weight = case.rope.q_weight.double().chunk(2)
+    assert case.rope.norm_weights is not None
+    low_weight, high_weight = case.rope.norm_weights[0].double().chunk(2)
     pairs = torch.complex(low * scale * low_weight, high * scale * high_weight)
     frequencies = 10_000.0 ** (-torch.arange(0, 16, 2, device=device).double() / 16)
     angles = case.rope.positions.double()[:, None, None] * frequencies

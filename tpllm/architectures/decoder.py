@@ -38,9 +38,14 @@ def decoder(dims: Dimensions, block: Callable[[str], BlockSpec]) -> ModelSpec:
 
 
 def attention(
-    dims: Dimensions, block: str, *, qk_norms: bool = False, bias: bool = False
+    dims: Dimensions,
+    block: str,
+    *,
+    qk_norms: bool = False,
+    qkv_bias: bool = False,
+    o_bias: bool = False,
 ) -> AttentionSpec:
-    """Return grouped-query attention; `bias` means one for each of the four projections."""
+    """Return grouped-query attention; the projections have biases if the flags say so."""
     H, K, D = dims.num_attention_heads, dims.num_key_value_heads, dims.head_dim
     E, name = dims.hidden_size, f"{block}.self_attn"
     heads = Sharding(0, H, "num_attention_heads")
@@ -54,23 +59,25 @@ def attention(
         qkv=linear(
             "qkv",
             [(f"{name}.{k}_proj", (size, E), split) for k, (size, split) in projections.items()],
-            bias=bias,
+            bias=qkv_bias,
         ),
-        o=linear("o", [(f"{name}.o_proj", (E, H * D), replace(heads, dim=1))], bias=bias),
+        o=linear("o", [(f"{name}.o_proj", (E, H * D), replace(heads, dim=1))], bias=o_bias),
         qk_norms=(norm(f"{name}.q_norm", D, dims), norm(f"{name}.k_norm", D, dims))
         if qk_norms
         else None,
     )
 
 
-def swiglu(dims: Dimensions, block: str) -> MLPSpec:
-    """Return the MLP `down(silu(gate(x)) * up(x))`."""
+def swiglu(dims: Dimensions, block: str, *, bias: bool = False) -> MLPSpec:
+    """Return the MLP `down(silu(gate(x)) * up(x))`; `bias` means one for each projection."""
     E, I, name = dims.hidden_size, dims.intermediate_size, f"{block}.mlp"
     column, row = Sharding(0, I, "intermediate_size"), Sharding(1, I, "intermediate_size")
     return MLPSpec(
         norm=norm(f"{block}.post_attention_layernorm", E, dims),
-        gate_up=linear("gate_up", [(f"{name}.{k}_proj", (I, E), column) for k in ("gate", "up")]),
-        down=linear("down", [(f"{name}.down_proj", (E, I), row)]),
+        gate_up=linear(
+            "gate_up", [(f"{name}.{k}_proj", (I, E), column) for k in ("gate", "up")], bias=bias
+        ),
+        down=linear("down", [(f"{name}.down_proj", (E, I), row)], bias=bias),
     )
 
 

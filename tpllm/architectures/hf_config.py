@@ -50,10 +50,20 @@ def read_fields(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
         "rope_theta": _read_rope_theta(where, config),
         "tie_word_embeddings": _flag(where, config, "tie_word_embeddings"),
         "attention_bias": _flag(where, config, "attention_bias"),
+        "mlp_bias": _flag(where, config, "mlp_bias"),
         "initializer_range": _positive(where, "initializer_range", config["initializer_range"]),
         "dtype": _read_dtype(where, config),
         "eos_token_ids": _read_eos_token_ids(folder, config, sizes["vocab_size"]),
     }
+
+
+def with_head_dim(where: str, config: dict[str, Any]) -> dict[str, Any]:
+    """Return the config with a head_dim; if absent, it is hidden_size / num_attention_heads."""
+    if config["head_dim"] is not None:
+        return config
+    fields = ("hidden_size", "num_attention_heads")
+    width, heads = (check_int(f"{where}: {field}", config[field], 1) for field in fields)
+    return config | {"head_dim": width // heads}
 
 
 def refuse_unimplemented(where: str, config: dict[str, Any]) -> None:

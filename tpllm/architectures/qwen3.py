@@ -45,6 +45,7 @@ def _slides(where: str, config: dict[str, Any]) -> bool:
 def spec(dims: Dimensions) -> ModelSpec:
     def block(name: str) -> BlockSpec:
         bias = dims.attention_bias
-        return BlockSpec(attention(dims, name, qk_norms=True, bias=bias), swiglu(dims, name))
+        each = attention(dims, name, qk_norms=True, qkv_bias=bias, o_bias=bias)
+        return BlockSpec(each, swiglu(dims, name))
 
     return decoder(dims, block)

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from tpllm.architectures import qwen3
+from tpllm.architectures import llama, qwen3
 from tpllm.architectures.spec import Dimensions, ModelSpec
 
 
@@ -35,7 +35,8 @@ class Family:
 
 
 FAMILIES = [
-    Family("Qwen3ForCausalLM", "qwen3", "tpllm.models.qwen3:blocks", qwen3.complete, qwen3.spec),
+    Family("Qwen3ForCausalLM", "qwen3", "tpllm.models.dense:blocks", qwen3.complete, qwen3.spec),
+    Family("LlamaForCausalLM", "llama", "tpllm.models.dense:blocks", llama.complete, llama.spec),
 ]
 
 
@@ -52,13 +53,16 @@ def family_of(where: str, config: dict[str, Any]) -> Family:
             f"{where}: model_type={model_type!r} is not implemented; tpllm runs "
             f"{', '.join(by_type)}"
         )
+    possible = FAMILIES if model_type is None else [by_type[model_type]]
     if not named and model_type is not None:
-        return by_type[model_type]
+        return possible[0]
     for architecture in named if isinstance(named, list) else []:
-        for family in FAMILIES:
+        for family in possible:
             if architecture in (family.architecture, family.without_head):
                 return family
-    known = ", ".join(family.architecture for family in FAMILIES)
+    known = ", ".join(family.architecture for family in possible)
+    if model_type is not None:
+        known += f" for model_type={model_type!r}"
     raise ValueError(f"{where}: architectures={named!r} is not implemented; tpllm runs {known}")
 
 

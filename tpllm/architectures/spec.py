@@ -33,6 +33,7 @@ class Dimensions:
     max_position_embeddings: int
     tie_word_embeddings: bool
     attention_bias: bool
+    mlp_bias: bool
     initializer_range: float
 
 
@@ -123,6 +124,13 @@ class LinearSpec:
     name: str
     weights: tuple[WeightSpec, ...]
     biases: tuple[WeightSpec, ...] = ()
+
+    def has_bias(self, rank: int) -> bool:
+        """Whether a rank adds a bias. Rank 0 alone adds that of partial sums.
+
+        If every rank added it, the all-reduce would count it several times.
+        """
+        return any(bias.sharding or rank == 0 for bias in self.biases)
 
     def local_shape(self, size: int) -> tuple[int, int]:
         """Return [out_features, in_features] of the joined weight on each of `size` ranks."""

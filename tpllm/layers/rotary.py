@@ -1,7 +1,8 @@
 """The steps between QKV projection and attention: QK-norm, rotary embedding, KV cache store.
 
-They are one kernel with one pass over memory. N tokens, H query heads, K key/value heads,
-D head_dim, L positions.
+They are one kernel with one pass over memory. Some families have no QK-norm.
+
+N tokens, H query heads, K key/value heads, D head_dim, L positions.
 
 Sources: RoFormer (2021), https://arxiv.org/abs/2104.09864, in the "rotate half" pairing of
 GPT-NeoX; per-head norms of q and k as in the Qwen3 Technical Report, https://arxiv.org/abs/2505.09388
@@ -36,17 +37,16 @@ class QKNormRope:
     """Norms and rotation that attention applies to a step's raw queries and keys.
 
     Attributes:
-        q_weight, k_weight: [D], scales of the norms
-        eps: added to the mean square
         positions: [N] int32, each token's index in its sequence, below L
         cos_sin: [L, D] fp32, from `rotary_cos_sin`
+        norm_weights: [D] each, scales of the queries' and the keys' norm; None to rotate alone
+        eps: added to the norm's mean square
     """
 
-    q_weight: Tensor
-    k_weight: Tensor
-    eps: float
     positions: Tensor
     cos_sin: Tensor
+    norm_weights: tuple[Tensor, Tensor] | None = None
+    eps: float = 0.0
 
 
 def qk_norm_rope_store_reference(
@@ -56,10 +56,12 @@ def qk_norm_rope_store_reference(
     H, K, D = _heads(qkv, k_cache)
     q, k, v = qkv.view(qkv.shape[0], H + 2 * K, D).split([H, K, K], dim=1)  # views of qkv
     cos, sin = rope.cos_sin[rope.positions].unsqueeze(1).chunk(2, dim=-1)  # [N, 1, D/2] each
-    for x, weight in ((q, rope.q_weight), (k, rope.k_weight)):
+    for i, x in enumerate((q, k)):
         x_fp32 = x.float()
-        normed = x_fp32 * torch.rsqrt(x_fp32.square().mean(-1, keepdim=True) + rope.eps)
-        low, high = (normed * weight.float()).chunk(2, dim=-1)
+        if rope.norm_weights is not None:
+            scale = torch.rsqrt(x_fp32.square().mean(-1, keepdim=True) + rope.eps)
+            x_fp32 = x_fp32 * scale * rope.norm_weights[i].float()
+        low, high = x_fp32.chunk(2, dim=-1)
         x.copy_(torch.cat([low * cos - high * sin, high * cos + low * sin], dim=-1))
     k_cache.view(-1, K, D)[slot_mapping] = k
     v_cache.view(-1, K, D)[slot_mapping] = v
@@ -74,7 +76,7 @@ def _heads(qkv: Tensor, k_cache: Tensor) -> tuple[int, int, int]:
 @triton.jit
 def _qk_norm_rope_store_kernel(
     qkv_ptr: tl.tensor,  # [N, (H + 2K) * D]
-    q_weight_ptr: tl.tensor,  # [D]
+    q_weight_ptr: tl.tensor,  # [D], this, the next and eps only if HAS_NORM
     k_weight_ptr: tl.tensor,  # [D]
     positions_ptr: tl.tensor,  # [N]
     cos_sin_ptr: tl.tensor,  # [L, D]
@@ -83,6 +85,7 @@ def _qk_norm_rope_store_kernel(
     slot_mapping_ptr: tl.tensor,  # [N]
     qkv_stride: tl.tensor,
     eps: tl.tensor,
+    HAS_NORM: tl.constexpr,
     H: tl.constexpr,
     K: tl.constexpr,
     D: tl.constexpr,
@@ -104,22 +107,23 @@ def _qk_norm_rope_store_kernel(
     low = tl.load(low_ptrs, mask=mask, other=0.0).to(tl.float32)
     high = tl.load(high_ptrs, mask=mask, other=0.0).to(tl.float32)
 
-    mean_square = (tl.sum(low * low, axis=1) + tl.sum(high * high, axis=1)) / D  # [HEADS]
-    scale = tl.rsqrt(mean_square + eps)[:, None]
-    q_weight = q_weight_ptr + col
-    k_weight = k_weight_ptr + col
-    weight_low = tl.where(
-        is_key,
-        tl.load(k_weight, mask=in_half, other=0.0).to(tl.float32),
-        tl.load(q_weight, mask=in_half, other=0.0).to(tl.float32),
-    )
-    weight_high = tl.where(
-        is_key,
-        tl.load(k_weight + D // 2, mask=in_half, other=0.0).to(tl.float32),
-        tl.load(q_weight + D // 2, mask=in_half, other=0.0).to(tl.float32),
-    )
-    low = low * scale * weight_low
-    high = high * scale * weight_high
+    if HAS_NORM:
+        mean_square = (tl.sum(low * low, axis=1) + tl.sum(high * high, axis=1)) / D  # [HEADS]
+        scale = tl.rsqrt(mean_square + eps)[:, None]
+        q_weight = q_weight_ptr + col
+        k_weight = k_weight_ptr + col
+        weight_low = tl.where(
+            is_key,
+            tl.load(k_weight, mask=in_half, other=0.0).to(tl.float32),
+            tl.load(q_weight, mask=in_half, other=0.0).to(tl.float32),
+        )
+        weight_high = tl.where(
+            is_key,
+            tl.load(k_weight + D // 2, mask=in_half, other=0.0).to(tl.float32),
+            tl.load(q_weight + D // 2, mask=in_half, other=0.0).to(tl.float32),
+        )
+        low = low * scale * weight_low
+        high = high * scale * weight_high
 
     cos_ptrs = cos_sin_ptr + tl.load(positions_ptr + token).to(tl.int64) * D + col
     cos = tl.load(cos_ptrs, mask=in_half, other=0.0)
@@ -146,12 +150,13 @@ def qk_norm_rope_store_triton(
     """Launch the kernel; see `qk_norm_rope_store`."""
     assert k_cache.is_contiguous() and v_cache.is_contiguous()
     H, K, D = _heads(qkv, k_cache)
+    q_weight, k_weight = rope.norm_weights or (qkv, qkv)
     heads_per_program = min(_MAX_HEADS_PER_PROGRAM, triton.next_power_of_2(H + K))
     grid = (qkv.shape[0], triton.cdiv(H + K, heads_per_program))
     _qk_norm_rope_store_kernel[grid](
         qkv,
-        rope.q_weight,
-        rope.k_weight,
+        q_weight,
+        k_weight,
         rope.positions,
         rope.cos_sin,
         k_cache,
@@ -159,6 +164,7 @@ def qk_norm_rope_store_triton(
         slot_mapping,
         qkv.stride(0),
         rope.eps,
+        HAS_NORM=rope.norm_weights is not None,
         H=H,
         K=K,
         D=D,
@@ -172,8 +178,8 @@ def qk_norm_rope_store(
 ) -> None:
     """Norm and rotate the queries and keys in qkv in place, and store keys and values in the cache.
 
-    Each head's D elements are RMS-normalised, scaled by its weight and rotated by the token's
-    position. This is computed in fp32, with one rounding to qkv's dtype at the end.
+    Each head's D elements are RMS-normalised and scaled by its weight, if there is one, and rotated
+    by the token's position. This is computed in fp32, with one rounding to qkv's dtype at the end.
 
     Args:
         qkv: [N, (H + 2K) * D], queries | keys | values, contiguous; changed in place

@@ -160,8 +160,11 @@ class Kernels:
                 (attention.qkv, added),
                 (mlp.gate_up, added | swiglu),
             ]
-        # a layer with a bias takes torch's matmul
-        return [partial(self.project, **each) for linear, each in fused if not linear.biases]
+        elif attention.qkv.biases:
+            fused.append((attention.qkv, {}))
+        return [
+            partial(self.project, linear.has_bias(self.tp.rank), **each) for linear, each in fused
+        ]
 
     def attend(self, S: int) -> None:
         H, K, D = self.num_heads, self.num_kv_heads, self.spec.head_dim
@@ -172,14 +175,14 @@ class Kernels:
         plan = self.new(self.split.num_splits(S), SPLIT_WORDS, dtype=torch.int32)
         batch = AttentionBatch(nothing, S, nothing, tables, plan, None)
         cos_sin = self.new(1, D, dtype=torch.float32)
-        rope = None  # without norms, the model rotates
-        if self.block.attention.qk_norms:
-            rope = QKNormRope(self.new(D), self.new(D), 1e-6, nothing, cos_sin)
+        norm_weights = (self.new(D), self.new(D)) if self.block.attention.qk_norms else None
+        rope = QKNormRope(nothing, cos_sin, norm_weights, 1e-6)
         attention(self.new(S, (H + 2 * K) * D), *caches, batch, rope)
 
-    def project(self, **fused: Any) -> None:
+    def project(self, has_bias: bool, **fused: Any) -> None:
         weight = self.context.weight_format(32, self.width, self.context)
-        weight.project(self.new(1, self.width), **fused)
+        bias = self.new(32) if has_bias else None
+        weight.project(self.new(1, self.width), bias=bias, **fused)
 
     def all_reduce_norm(self, N: int, one_shot_rows: int) -> None:
         """All-reduce N rows, in one shot up to `one_shot_rows`; the peer buffers are full."""

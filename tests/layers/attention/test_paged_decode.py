@@ -68,7 +68,7 @@ def division(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
         ([130, 1, 64, 65, 200], 2, 3, 32, 16),
         ([300, 7], 1, 8, 48, 256),
         ([129, 260, 64], 1, 2, 16, 64),  # each tile has a page of its own
-        ([97, 32, 33], 2, 1, 16, 32),
+        ([97, 32, 33], 2, 7, 16, 32),
     ],
 )
 def test_matches_plain_torch(
@@ -98,10 +98,11 @@ def test_a_context_in_one_split_needs_no_scratch(device) -> None:
 @pytest.mark.usefixtures("division")
 @pytest.mark.parametrize(
     "contexts, K, G, D, block_size",
-    [([1], 1, 1, 16, 4), ([130, 1, 64, 65, 200], 2, 3, 32, 16), ([300, 7], 1, 8, 48, 256)],
+    [([1], 1, 1, 16, 4), ([130, 1, 64, 65, 200], 2, 3, 32, 16), ([300, 7], 1, 7, 48, 256)],
 )
+@pytest.mark.parametrize("has_norms", [True, False])
 def test_norms_rotates_and_stores_in_the_same_kernel(
-    contexts, K, G, D, block_size, device_and_dtype, assert_as_accurate
+    has_norms, contexts, K, G, D, block_size, device_and_dtype, assert_as_accurate
 ) -> None:
     """The result equals the store's kernel followed by attention."""
     device, dtype = device_and_dtype
@@ -116,7 +117,7 @@ def test_norms_rotates_and_stores_in_the_same_kernel(
     slots = pages * block_size + positions % block_size
     k_cache.view(-1, K, D)[slots] = v_cache.view(-1, K, D)[slots] = torch.nan  # the newest token's
 
-    rope = QKNormRope(q_weight, k_weight, 1e-6, positions, cos_sin)
+    rope = QKNormRope(positions, cos_sin, (q_weight, k_weight) if has_norms else None, 1e-6)
 
     def apart(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
         rotated, keys, values = (t.to(dtype, copy=True) for t in (qkv, k_cache, v_cache))

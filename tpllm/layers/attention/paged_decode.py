@@ -50,6 +50,7 @@ def _norm_and_rotate(
     dims: tl.tensor,  # [D]
     mask: tl.tensor,  # [R, D]
     eps: tl.tensor,
+    HAS_NORM: tl.constexpr,
     D: tl.constexpr,
 ) -> tl.tensor:
     """Norm, scale and rotate heads as `qk_norm_rope_store` does: [R, D] fp32."""
@@ -57,13 +58,16 @@ def _norm_and_rotate(
     in_head = dims < D
     x = tl.load(row_ptrs + dims, mask=mask, other=0.0).to(tl.float32)
     pair = tl.load(row_ptrs + other, mask=mask, other=0.0).to(tl.float32)
-    scale = tl.rsqrt(tl.sum(x * x, axis=1) / D + eps)[:, None]
-    weight = tl.load(weight_ptr + dims, mask=in_head, other=0.0).to(tl.float32)
-    pair_weight = tl.load(weight_ptr + other, mask=in_head, other=0.0).to(tl.float32)
+    if HAS_NORM:
+        scale = tl.rsqrt(tl.sum(x * x, axis=1) / D + eps)[:, None]
+        weight = tl.load(weight_ptr + dims, mask=in_head, other=0.0).to(tl.float32)
+        pair_weight = tl.load(weight_ptr + other, mask=in_head, other=0.0).to(tl.float32)
+        x = x * scale * weight[None, :]
+        pair = pair * scale * pair_weight[None, :]
     cos = tl.load(rotation_ptr + dims % (D // 2), mask=in_head, other=0.0)
     sin = tl.load(rotation_ptr + D // 2 + dims % (D // 2), mask=in_head, other=0.0)
     sin = tl.where(dims < D // 2, -sin, sin)
-    return x * scale * weight[None, :] * cos[None, :] + pair * scale * pair_weight[None, :] * sin
+    return x * cos[None, :] + pair * sin
 
 
 @triton.jit
@@ -85,9 +89,9 @@ def _paged_decode_kernel(
     max_blocks: tl.tensor,
     block_size: tl.tensor,
     scale: tl.tensor,  # softmax scale times log2(e)
-    q_norm_ptr: tl.tensor,  # [D]; this and the next three only if ROPE
+    cos_sin_ptr: tl.tensor,  # [L, D], only if ROPE
+    q_norm_ptr: tl.tensor,  # [D]; this and the next two only if HAS_NORM
     k_norm_ptr: tl.tensor,  # [D]
-    cos_sin_ptr: tl.tensor,  # [L, D]
     eps: tl.tensor,
     NUM_KV_HEADS: tl.constexpr,
     G: tl.constexpr,
@@ -97,6 +101,7 @@ def _paged_decode_kernel(
     BLOCK_N: tl.constexpr,
     ALIGNED: tl.constexpr,  # BLOCK_N divides block_size, so a tile lies in one page
     ROPE: tl.constexpr,
+    HAS_NORM: tl.constexpr,  # only with ROPE
     PDL: tl.constexpr,
 ) -> None:
     kv_head = tl.program_id(0)
@@ -127,14 +132,16 @@ def _paged_decode_kernel(
     if ROPE:
         newest = context_len - 1
         rotation_ptr = cos_sin_ptr + newest.to(tl.int64) * D
-        q = _norm_and_rotate(head_ptrs, q_norm_ptr, rotation_ptr, dims, head_mask, eps, D)
+        q = _norm_and_rotate(head_ptrs, q_norm_ptr, rotation_ptr, dims, head_mask, eps, HAS_NORM, D)
         q = q.to(q_ptr.dtype.element_ty)
         if end == context_len:  # the newest token is in this program's split
             block = tl.load(table_ptr + newest // block_size).to(tl.int64)
             slot = block * block_size + newest % block_size
             first_row = (heads == 0)[:, None] & (dims < D)[None, :]  # [G, D], as q's tile
             key_ptrs = qkv_ptr + (NUM_KV_HEADS * G + kv_head) * D + heads[:, None] * 0
-            key = _norm_and_rotate(key_ptrs, k_norm_ptr, rotation_ptr, dims, first_row, eps, D)
+            key = _norm_and_rotate(
+                key_ptrs, k_norm_ptr, rotation_ptr, dims, first_row, eps, HAS_NORM, D
+            )
             value_ptrs = key_ptrs + NUM_KV_HEADS * D + dims
             value = tl.load(value_ptrs, mask=first_row, other=0.0)
             cached = (slot * NUM_KV_HEADS + kv_head) * D + dims[None, :] + heads[:, None] * 0
@@ -234,9 +241,9 @@ class PagedDecode:
 
         Args:
             q: [S, H, D], heads and their elements contiguous. With `rope`, the raw keys and values
-                of the newest token follow the queries in each row. Queries and keys are normed and
-                rotated at the last position of the context, and keys and values are stored in the
-                cache
+                of the newest token follow the queries in each row. Queries and keys are normed (if
+                it has norms) and rotated at the last position of the context, and keys and values
+                are stored in the cache
             k_cache, v_cache: [num_blocks, block_size, K, D], contiguous
             block_tables: [S, B] int32
             split_schedule: [P, SPLIT_WORDS] int32, of the context lengths, by `ContextSplit(K)`
@@ -278,7 +285,9 @@ class PagedDecode:
             block_tables.stride(0),
             block_size,
             scale * 1.4426950408889634,
-            *((rope.q_weight, rope.k_weight, rope.cos_sin, rope.eps) if rope else (q, q, q, 0.0)),
+            rope.cos_sin if rope else q,
+            *((rope and rope.norm_weights) or (q, q)),
+            rope.eps if rope else 0.0,
             NUM_KV_HEADS=K,
             G=G,
             G_PADDED=max(16, triton.next_power_of_2(G)),
@@ -286,6 +295,7 @@ class PagedDecode:
             D_PADDED=D_padded,
             ALIGNED=block_size % shape["BLOCK_N"] == 0,
             ROPE=rope is not None,
+            HAS_NORM=rope is not None and rope.norm_weights is not None,
             num_stages=min(_MAX_STAGES, 1 + memory // (shape["BLOCK_N"] * token_bytes)),
             **shape,
             **(dependent_launch(q.device, S) if rope else {"PDL": False}),

@@ -29,6 +29,7 @@ def gemv_reference(
     *,
     norm: tuple[Tensor, float] | None = None,
     residual: Tensor | None = None,
+    bias: Tensor | None = None,
     swiglu: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Compute `gemv` in plain torch."""
@@ -36,7 +37,7 @@ def gemv_reference(
     if norm is not None:
         norm_weight, eps = norm
         x = F.rms_norm(total.float(), total.shape[-1:], norm_weight.float(), eps).to(x.dtype)
-    y = F.linear(x, weight)
+    y = F.linear(x, weight, bias)
     return (silu_and_mul_reference(y) if swiglu else y), total
 
 
@@ -46,6 +47,7 @@ def _gemv_kernel(
     residual_ptr: tl.tensor,  # [K]
     norm_weight_ptr: tl.tensor,  # [K]
     weight_ptr: tl.tensor,  # [N, K]; where SWIGLU [2 * N, K], gate and up
+    bias_ptr: tl.tensor,  # [N] or [2 * N]
     out_ptr: tl.tensor,  # [N]
     total_ptr: tl.tensor,  # [K], x + residual
     N: tl.tensor,
@@ -53,6 +55,7 @@ def _gemv_kernel(
     eps: tl.tensor,
     HAS_NORM: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
     SWIGLU: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -101,8 +104,13 @@ def _gemv_kernel(
     if HAS_NORM:
         scale = tl.rsqrt(tl.sum(squares, axis=0) / K + eps)
     y = tl.sum(acc, axis=1) * scale  # [BLOCK_N]
+    if HAS_BIAS:
+        y += tl.load(bias_ptr + n, mask=n < N, other=0.0).to(tl.float32)
     if SWIGLU:
-        y = y * tl.sigmoid(y) * (tl.sum(up_acc, axis=1) * scale)
+        up = tl.sum(up_acc, axis=1) * scale
+        if HAS_BIAS:
+            up += tl.load(bias_ptr + N + n, mask=n < N, other=0.0).to(tl.float32)
+        y = y * tl.sigmoid(y) * up
     tl.store(out_ptr + n, y, mask=n < N)
 
 
@@ -112,6 +120,7 @@ def gemv_triton(
     *,
     norm: tuple[Tensor, float] | None = None,
     residual: Tensor | None = None,
+    bias: Tensor | None = None,
     swiglu: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Launch the kernel; see `gemv`."""
@@ -127,6 +136,7 @@ def gemv_triton(
         x if residual is None else residual,
         norm_weight,
         weight,
+        weight if bias is None else bias,
         y,
         total,
         N,
@@ -134,6 +144,7 @@ def gemv_triton(
         eps,
         HAS_NORM=norm is not None,
         HAS_RESIDUAL=residual is not None,
+        HAS_BIAS=bias is not None,
         SWIGLU=swiglu,
         BLOCK_N=block_n,
         BLOCK_K=_BLOCK_K,
@@ -149,15 +160,17 @@ def gemv(
     *,
     norm: tuple[Tensor, float] | None = None,
     residual: Tensor | None = None,
+    bias: Tensor | None = None,
     swiglu: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Compute `weight @ x` for a single row, fused with norm and activation.
+    """Compute `weight @ x + bias` for a single row, fused with norm and activation.
 
     Args:
         x: [1, K] contiguous
         weight: [N, K] contiguous; with SwiGLU [2 * N, K], the gate's rows first
         norm: weight [K] and epsilon of the RMSNorm before the matmul; None for no norm
         residual: [1, K], only with `norm`: added to x before the norm, and not changed
+        bias: as many elements as the weight has rows; added before the activation
         swiglu: whether the result is `silu(gate) * up` of the two halves of the output
 
     Returns:
@@ -165,4 +178,4 @@ def gemv(
     """
     assert residual is None or norm is not None
     compute = gemv_triton if x.is_cuda else gemv_reference
-    return compute(x, weight, norm=norm, residual=residual, swiglu=swiglu)
+    return compute(x, weight, norm=norm, residual=residual, bias=bias, swiglu=swiglu)

@@ -50,10 +50,7 @@ class Linear(Layer):
         out_features, in_features = spec.local_shape(self.tp.size)
         self.weight = context.weight_format(out_features, in_features, context)
         self._project = self.weight.project
-        # The bias of partial sums is added by rank 0. If every rank added it, the all-reduce would
-        # count it tp.size times.
-        has_bias = any(bias.sharding or self.tp.rank == 0 for bias in spec.biases)
-        self.bias = context.parameter(out_features) if has_bias else None
+        self.bias = context.parameter(out_features) if spec.has_bias(self.tp.rank) else None
 
     def forward(
         self,

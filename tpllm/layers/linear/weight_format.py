@@ -74,7 +74,7 @@ class DenseWeight(LinearWeight):
     """A weight in the dtype of the activations: `values` [N, K].
 
     A single row takes one kernel with everything around it, if the context's matmul has one. Other
-    rows take the context's matmul, and a layer with a bias takes torch's.
+    rows take the context's matmul, and torch's where there is a bias.
     """
 
     def __init__(self, out_features: int, in_features: int, context: "LayerContext") -> None:
@@ -107,12 +107,13 @@ class DenseWeight(LinearWeight):
         bias: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         gemv = self._matmul.gemv
-        fusible = x.shape[0] == 1 and bias is None and activation in (None, silu_and_mul)
+        fusible = x.shape[0] == 1 and activation in (None, silu_and_mul)
         if gemv is None or not fusible:
             return super().project(
                 x, norm=norm, residual=residual, activation=activation, bias=bias
             )
         swiglu = activation is not None
         if norm is None:
-            return gemv(x, self.values, swiglu=swiglu)[0], residual
-        return gemv(x, self.values, norm=(norm.weight, norm.eps), residual=residual, swiglu=swiglu)
+            return gemv(x, self.values, bias=bias, swiglu=swiglu)[0], residual
+        around = (norm.weight, norm.eps)
+        return gemv(x, self.values, norm=around, residual=residual, bias=bias, swiglu=swiglu)

@@ -1,8 +1,9 @@
-"""Qwen3, dense: grouped-query attention with a norm of each query and key head, and SwiGLU.
+"""The blocks of dense decoders, such as Qwen3 and Llama: grouped-query attention and SwiGLU.
 
 N tokens, E hidden_size, D head_dim; H query heads and K key/value heads of this rank.
 
-Source: Qwen3 Technical Report (2025), https://arxiv.org/abs/2505.09388
+Sources: LLaMA (2023), https://arxiv.org/abs/2302.13971; the norms of queries and keys as in the
+Qwen3 Technical Report (2025), https://arxiv.org/abs/2505.09388
 """
 
 from collections.abc import Iterator
@@ -20,8 +21,10 @@ from tpllm.models.micro_batch import BlockContext
 from tpllm.models.mlp import SwiGLU
 
 
-class Qwen3Attention(nn.Module):
-    """Norm, QKV projection, norm and rotation of q and k, KV store, attention, projection.
+class SelfAttention(nn.Module):
+    """Norm, QKV projection, rotation of q and k, KV store, attention, projection.
+
+    In some families q and k are normed before the rotation.
 
     Args:
         layer: index of its KV cache
@@ -32,12 +35,13 @@ class Qwen3Attention(nn.Module):
         self, spec: AttentionSpec, layer: int, cos_sin: Tensor, context: LayerContext
     ) -> None:
         super().__init__()
-        assert spec.qk_norms is not None
         self.layer = layer
         self.cos_sin = cos_sin
         self.norm = AllReduceRMSNorm(spec.norm, context)
         self.qkv_proj = Linear(spec.qkv, context)
-        self.q_norm, self.k_norm = (RMSNorm(each, context) for each in spec.qk_norms)
+        norms = spec.qk_norms
+        self.q_norm = RMSNorm(norms[0], context) if norms else None
+        self.k_norm = RMSNorm(norms[1], context) if norms else None
         heads = spec.local_heads(context.tp.size)
         self.attention = Attention(*heads, spec.head_dim, context.attention_backend)
         self.o_proj = Linear(spec.o, context)
@@ -49,8 +53,10 @@ class Qwen3Attention(nn.Module):
         qkv, residual = self.qkv_proj(
             x, norm=self.norm, residual=residual, copy_stream=batch.copy_stream
         )  # [N, (H + 2K) * D]
-        q_norm, k_norm = self.q_norm, self.k_norm
-        rope = QKNormRope(q_norm.weight, k_norm.weight, q_norm.eps, batch.positions, self.cos_sin)
+        rope = QKNormRope(batch.positions, self.cos_sin)
+        if self.q_norm is not None and self.k_norm is not None:
+            weights = (self.q_norm.weight, self.k_norm.weight)
+            rope = QKNormRope(batch.positions, self.cos_sin, weights, self.q_norm.eps)
         x = self.attention(qkv, *context.kv_caches[self.layer], batch.attention, rope)  # [N, H * D]
         return self.o_proj(x, residual=residual)  # [N, E]
 
@@ -59,5 +65,5 @@ def blocks(spec: ModelSpec, context: LayerContext, max_positions: int) -> Iterat
     """Yield the blocks of a model for sequences of at most `max_positions` tokens."""
     cos_sin = rotary_cos_sin(spec.head_dim, max_positions, spec.rope_theta, context.tp.device)
     for layer, block in enumerate(spec.blocks):
-        yield Qwen3Attention(block.attention, layer, cos_sin, context)
+        yield SelfAttention(block.attention, layer, cos_sin, context)
         yield SwiGLU(block.mlp, context)
