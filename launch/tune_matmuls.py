@@ -17,6 +17,7 @@ from itertools import product as pairs
 from pathlib import Path
 
 import torch
+from cublaslt_queries import suggestions, tiles
 from probe import graph_us
 from torch import Tensor
 
@@ -105,11 +106,11 @@ def fastest(bench: Bench, seeds: Iterable[Algorithm]) -> tuple[Algorithm, float,
     def best(number: int) -> list[Algorithm]:
         return sorted(tried, key=lambda algorithm: tried[algorithm])[:number]
 
-    try_all([*bench.problem.suggestions(), *seeds])
+    try_all([*suggestions(bench.problem), *seeds])
     (first,) = best(1)
     for cluster, custom in pairs({first.cluster_shape, 2, 3}, {first.custom, 0}):
         shaped = first._replace(cluster_shape=cluster, custom=custom)
-        try_all(shaped._replace(tile=tile) for tile in bench.problem.tiles(first))
+        try_all(shaped._replace(tile=tile) for tile in tiles(bench.problem, first))
     for algorithm in best(4):
         try_all(algorithm._replace(cluster_shape=cluster) for cluster in CLUSTERS)
         try_all(algorithm._replace(split_k=split, reduction=0) for split in SPLITS)

@@ -18,8 +18,6 @@ WORKSPACE_BYTES = 32 << 20
 _R_32F, _R_16F, _R_16BF = 0, 2, 14  # cudaDataType
 _COMPUTE_32F = 68
 _TRANSPOSE_A, _OP_T = 3, 1
-_MAX_WORKSPACE = 1
-_TILE_IDS = 6
 DTYPES = {torch.float16: _R_16F, torch.bfloat16: _R_16BF}
 
 
@@ -38,16 +36,16 @@ class Algorithm(NamedTuple):
 
 
 # The attributes are numbered in the order of the fields; these are 16 bits wide, the others 32.
-_SHORT_FIELDS = ("inner_shape", "cluster_shape")
+SHORT_FIELDS = ("inner_shape", "cluster_shape")
 
 
-class _Algo(ctypes.Structure):
+class Algo(ctypes.Structure):
     _fields_ = [("data", c_uint64 * 8)]
 
 
-class _Heuristic(ctypes.Structure):
+class Heuristic(ctypes.Structure):
     _fields_ = [
-        ("algo", _Algo),
+        ("algo", Algo),
         ("workspace_bytes", c_size_t),
         ("state", c_int),
         ("waves", c_float),
@@ -56,7 +54,7 @@ class _Heuristic(ctypes.Structure):
 
 
 @cache
-def _library() -> ctypes.CDLL:
+def library() -> ctypes.CDLL:
     assert torch.version.cuda is not None
     # A name without a path gives the library that torch has loaded.
     lt = ctypes.CDLL(f"libcublasLt.so.{torch.version.cuda.split('.')[0]}")
@@ -66,10 +64,10 @@ def _library() -> ctypes.CDLL:
 
 
 @cache
-def _handle() -> c_void_p:
-    handle = c_void_p()
-    _check(_library().cublasLtCreate(byref(handle)))
-    return handle
+def handle() -> c_void_p:
+    created = c_void_p()
+    check(library().cublasLtCreate(byref(created)))
+    return created
 
 
 @cache
@@ -78,14 +76,14 @@ def _workspace(device: torch.device) -> Tensor:
     return torch.empty(WORKSPACE_BYTES, dtype=torch.uint8, device=device)
 
 
-def _check(status: int) -> None:
+def check(status: int) -> None:
     if status:
         raise RuntimeError(f"cuBLASLt returned status {status}")
 
 
 def version() -> int:
     """Return cuBLASLt's version, as major * 10000 + minor * 100 + patch."""
-    return int(_library().cublasLtGetVersion())
+    return int(library().cublasLtGetVersion())
 
 
 class Problem:
@@ -97,13 +95,13 @@ class Problem:
     """
 
     def __init__(self, M: int, N: int, K: int, dtype: torch.dtype, device: torch.device) -> None:
-        lt = _library()
+        lt = library()
         self._data_type = DTYPES[dtype]
         self._device = device
         self._desc = c_void_p()
-        _check(lt.cublasLtMatmulDescCreate(byref(self._desc), _COMPUTE_32F, _R_32F))
+        check(lt.cublasLtMatmulDescCreate(byref(self._desc), _COMPUTE_32F, _R_32F))
         transpose = c_int(_OP_T)
-        _check(
+        check(
             lt.cublasLtMatmulDescSetAttribute(
                 self._desc, _TRANSPOSE_A, byref(transpose), c_size_t(4)
             )
@@ -112,68 +110,39 @@ class Problem:
         self._weight = self._layout(K, N)
         self._x = self._layout(K, M)
         self._result = self._layout(N, M)
-        self._operands = (self._desc, self._weight, self._x, self._result, self._result)
+        self.operands = (self._desc, self._weight, self._x, self._result, self._result)
 
     def _layout(self, rows: int, cols: int) -> c_void_p:
         layout = c_void_p()
-        lt = _library()
+        lt = library()
         sizes = c_uint64(rows), c_uint64(cols), c_int64(rows)
-        _check(lt.cublasLtMatrixLayoutCreate(byref(layout), self._data_type, *sizes))
+        check(lt.cublasLtMatrixLayoutCreate(byref(layout), self._data_type, *sizes))
         return layout
-
-    def suggestions(self) -> list[Algorithm]:
-        """Return the algorithms that cuBLAS would try, its first choice first."""
-        lt, max_algorithms = _library(), 64
-        preference, limit = c_void_p(), c_size_t(WORKSPACE_BYTES)
-        _check(lt.cublasLtMatmulPreferenceCreate(byref(preference)))
-        _check(
-            lt.cublasLtMatmulPreferenceSetAttribute(
-                preference, _MAX_WORKSPACE, byref(limit), c_size_t(8)
-            )
-        )
-        found, number = (_Heuristic * max_algorithms)(), c_int()
-        _check(
-            lt.cublasLtMatmulAlgoGetHeuristic(
-                _handle(), *self._operands, preference, max_algorithms, found, byref(number)
-            )
-        )
-        _check(lt.cublasLtMatmulPreferenceDestroy(preference))
-        return [_settings(found[i].algo) for i in range(number.value) if found[i].state == 0]
-
-    def tiles(self, algorithm: Algorithm) -> list[int]:
-        """Return the tile sizes of an algorithm."""
-        found, num_bytes = (ctypes.c_uint32 * 1024)(), c_size_t()
-        algo = self._init(algorithm.id)
-        _check(
-            _library().cublasLtMatmulAlgoCapGetAttribute(
-                byref(algo), _TILE_IDS, found, c_size_t(ctypes.sizeof(found)), byref(num_bytes)
-            )
-        )
-        return list(found[: num_bytes.value // 4])
 
     def matmul(self, algorithm: Algorithm) -> "CublasLtMatmul | None":
         """Return the matmul by this algorithm, or None if the algorithm cannot do it here."""
-        lt = _library()
-        algo = self._init(algorithm.id)
+        lt = library()
+        algo = self.init(algorithm.id)
         for attribute, (field, value) in enumerate(algorithm._asdict().items()):
             if field == "id":
                 continue
-            number = c_uint16(value) if field in _SHORT_FIELDS else ctypes.c_uint32(value)
+            number = c_uint16(value) if field in SHORT_FIELDS else ctypes.c_uint32(value)
             size = c_size_t(ctypes.sizeof(number))
             if lt.cublasLtMatmulAlgoConfigSetAttribute(byref(algo), attribute, byref(number), size):
                 return None
-        result = _Heuristic()
-        status = lt.cublasLtMatmulAlgoCheck(_handle(), *self._operands, byref(algo), byref(result))
+        result = Heuristic()
+        status = lt.cublasLtMatmulAlgoCheck(handle(), *self.operands, byref(algo), byref(result))
         if status or result.state or result.workspace_bytes > WORKSPACE_BYTES:
             return None
         return CublasLtMatmul(self, algo)
 
-    def _init(self, algorithm_id: int) -> _Algo:
-        algo = _Algo()
+    def init(self, algorithm_id: int) -> Algo:
+        """Return an algorithm with its default settings."""
+        algo = Algo()
         types = [self._data_type] * 4
-        _check(
-            _library().cublasLtMatmulAlgoInit(
-                _handle(), _COMPUTE_32F, _R_32F, *types, algorithm_id, byref(algo)
+        check(
+            library().cublasLtMatmulAlgoInit(
+                handle(), _COMPUTE_32F, _R_32F, *types, algorithm_id, byref(algo)
             )
         )
         return algo
@@ -182,17 +151,17 @@ class Problem:
 class CublasLtMatmul:
     """`out = x @ weight.T` of a problem's shape, by one algorithm, on the current stream."""
 
-    def __init__(self, problem: Problem, algo: _Algo) -> None:
+    def __init__(self, problem: Problem, algo: Algo) -> None:
         self._problem = problem  # keeps its descriptors alive
         self._algo = algo
         self._one, self._zero = c_float(1), c_float(0)
-        self._matmul = _library().cublasLtMatmul
+        self._matmul = library().cublasLtMatmul
         self._workspace = _workspace(problem._device)
 
     def __call__(self, x: Tensor, weight: Tensor, out: Tensor) -> None:
         problem = self._problem
         status = self._matmul(
-            _handle(),
+            handle(),
             problem._desc,
             ctypes.addressof(self._one),
             weight.data_ptr(),
@@ -209,19 +178,4 @@ class CublasLtMatmul:
             WORKSPACE_BYTES,
             torch.cuda.current_stream().cuda_stream,
         )
-        _check(status)
-
-
-def _settings(algo: _Algo) -> Algorithm:
-    """Read the settings out of cuBLASLt's opaque record."""
-    lt, values = _library(), []
-    for attribute, field in enumerate(Algorithm._fields):
-        number = c_uint16() if field in _SHORT_FIELDS else ctypes.c_uint32()
-        size, written = c_size_t(ctypes.sizeof(number)), c_size_t()
-        _check(
-            lt.cublasLtMatmulAlgoConfigGetAttribute(
-                byref(algo), attribute, byref(number), size, byref(written)
-            )
-        )
-        values.append(number.value)
-    return Algorithm(*values)
+        check(status)
