@@ -9,7 +9,7 @@ import signal
 
 import numpy as np
 
-# A rank writes its Python stacks when it receives this signal; see `tpllm.worker.stacks`.
+# A rank writes its Python stacks when it receives this signal; see `tpllm.worker.__main__`.
 STACK_SIGNAL = signal.SIGUSR2
 
 _WORDS = 8  # int64 words per rank: one cache line

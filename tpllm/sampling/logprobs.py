@@ -18,7 +18,6 @@ from tpllm.sampling.token_order import (
     UNIT,
     keys_of,
     logits_and_ids,
-    max_over_ranks,
     rank_and_mass,
 )
 
@@ -42,7 +41,7 @@ def token_logprobs(
     inside = cols.clamp(0, local_size - 1)
     own = scores.gather(1, inside.unsqueeze(1)).squeeze(1)
     own = own.masked_fill(cols != inside, -torch.inf)
-    largest, own = max_over_ranks(torch.stack([scores.amax(dim=1), own]), tp)
+    largest, own = all_gather(torch.stack([scores.amax(dim=1), own]), tp).amax(dim=0)
 
     own_keys = keys_of(own, token_ids.long())
     sums = all_reduce(rank_and_mass(scores, own_keys, largest, vocab_start), tp)

@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tpllm.channel.row_record import MAX_STOP_IDS, column
+from tpllm.channel.row_record import MAX_STOP_IDS, column, row_words
 from tpllm.parallel.collectives import all_gather
 from tpllm.parallel.group import TPGroup
 from tpllm.sampling.gumbel import (
@@ -34,6 +34,10 @@ from tpllm.sampling.row_table import SampledRows
 
 _TILE = 2048  # ids per program: 75 programs for one sequence of Qwen3, enough to fill a GPU
 _NO_ID = tl.constexpr(2**31 - 1)  # above every token id
+# words of a row's record, and the first words of its fields
+_ROW_WORDS = tl.constexpr(row_words())
+_TEMPERATURE, _SEED = tl.constexpr(column("temperature")), tl.constexpr(column("seed"))
+_MIN_POSITION, _STOP_IDS = tl.constexpr(column("min_position")), tl.constexpr(column("stop_ids"))
 
 
 @dataclass(frozen=True)
@@ -113,7 +117,7 @@ def _store_pair(
 @triton.jit(do_not_specialize=["num_rows"])
 def _local_candidates_kernel(
     logits_ptr: tl.tensor,  # [S, Vl]; [n, Vl] if compact
-    table_ptr: tl.tensor,  # [R, ROW_WORDS]
+    table_ptr: tl.tensor,  # [R, _ROW_WORDS]
     rows_ptr: tl.tensor,  # [S]
     positions_ptr: tl.tensor,  # [S]
     where_ptr: tl.tensor,  # [n] int64
@@ -127,11 +131,6 @@ def _local_candidates_kernel(
     vocab_size: tl.tensor,
     HAS_WHERE: tl.constexpr,
     IS_COMPACT: tl.constexpr,
-    ROW_WORDS: tl.constexpr,
-    TEMPERATURE: tl.constexpr,  # first words of the record's fields, as the next three
-    SEED: tl.constexpr,
-    MIN_POSITION: tl.constexpr,
-    STOP_IDS: tl.constexpr,
     TILE: tl.constexpr,
 ) -> None:
     row, tile = tl.program_id(0), tl.program_id(1)
@@ -140,7 +139,7 @@ def _local_candidates_kernel(
         row = tl.load(where_ptr + row).to(tl.int32)
         if not IS_COMPACT:
             source = row
-    record_ptr = table_ptr + tl.load(rows_ptr + row) * ROW_WORDS
+    record_ptr = table_ptr + tl.load(rows_ptr + row) * _ROW_WORDS
     first_id = aligned_start + tile * TILE
     ids = first_id + tl.arange(0, TILE)  # [TILE]
     cols = tile * TILE + tl.arange(0, TILE) - shift
@@ -149,18 +148,18 @@ def _local_candidates_kernel(
     scores = tl.load(logits_row_ptr + cols, mask=mask, other=-float("inf")).to(tl.float32)
 
     position = tl.load(positions_ptr + row)
-    temperature = tl.load(record_ptr + TEMPERATURE).to(tl.float32, bitcast=True)
+    temperature = tl.load(record_ptr + _TEMPERATURE).to(tl.float32, bitcast=True)
     if temperature > 0.0:  # uniform over the program: a greedy row computes no noise
-        seed_low, seed_high = tl.load(record_ptr + SEED), tl.load(record_ptr + SEED + 1)
+        seed_low, seed_high = tl.load(record_ptr + _SEED), tl.load(record_ptr + _SEED + 1)
         bits = noise_bits(seed_low, seed_high, position, first_id, TILE)
         scores += temperature * gumbel_from_bits(bits)
 
     # NaN counts as -inf: comparisons with NaN could leave no id at all.
     scores = tl.where((ids < vocab_size) & (scores == scores), scores, -float("inf"))
-    if position < tl.load(record_ptr + MIN_POSITION):
+    if position < tl.load(record_ptr + _MIN_POSITION):
         i = 0
         while i < num_stop_ids:  # Triton's interpreter has no range() over an argument
-            stop_id = tl.load(record_ptr + STOP_IDS + i)
+            stop_id = tl.load(record_ptr + _STOP_IDS + i)
             scores = tl.where(ids == stop_id, -float("inf"), scores)
             i += 1
     # Columns outside the slice are ids of other ranks: they must not win a tie of -inf either.
@@ -203,11 +202,6 @@ def local_candidates_triton(
         vocab_size,
         HAS_WHERE=subset is not None,
         IS_COMPACT=subset is not None and subset.is_compact,
-        ROW_WORDS=rows.table.shape[1],
-        TEMPERATURE=column("temperature"),
-        SEED=column("seed"),
-        MIN_POSITION=column("min_position"),
-        STOP_IDS=column("stop_ids"),
         TILE=_TILE,
     )
     return candidates

@@ -17,9 +17,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tpllm.parallel.collectives import all_gather
-from tpllm.parallel.group import TPGroup
-
 ID_BITS = 20
 KEY_BITS = 32 + ID_BITS
 LOWEST_KEY = -(2 ** (KEY_BITS - 1))  # at or below every token's key
@@ -134,11 +131,6 @@ def logits_and_ids(keys: Tensor) -> tuple[Tensor, Tensor]:
     bits = keys >> ID_BITS
     logits = (bits ^ ((bits >> 31) & _SIGN_MASK)).int().view(torch.float32)
     return logits, (_LAST_ID - (keys & _LAST_ID)).int()
-
-
-def max_over_ranks(values: Tensor, tp: TPGroup) -> Tensor:
-    """Return the elementwise maximum over the ranks."""
-    return all_gather(values, tp).amax(dim=0)
 
 
 def rank_and_mass_reference(

@@ -6,6 +6,7 @@ opens the channel, so that it can report every later failure. Only then it impor
 takes seconds.
 """
 
+import faulthandler
 import os
 import stat
 import traceback
@@ -13,11 +14,10 @@ from collections.abc import Callable
 from typing import Any, NoReturn
 
 from tpllm.channel.child_process import begin_child
-from tpllm.channel.progress import Progress
+from tpllm.channel.progress import STACK_SIGNAL, Progress
 from tpllm.channel.ring import RingDescriptors, RingReader, RingWriter
 from tpllm.errors import SettingError
 from tpllm.worker.replies import Replies
-from tpllm.worker.stacks import dump_stacks_on_signal
 
 Spec = dict[str, Any]
 Serve = Callable[[Spec, RingReader, Replies], None]
@@ -39,7 +39,11 @@ def main(serve: Serve = serve) -> NoReturn:
     """Join the engine and run `serve`; tests pass a smaller `serve`."""
     spec = begin_child()
     os.set_inheritable(spec["lifeline"], False)  # a compiler that torch starts is no worker
-    dump_stacks_on_signal(spec["stacks"])
+    # All threads' stacks, written on a crash and when the coordinator requests them. The handler is
+    # written in C: it needs neither the interpreter's lock nor a responsive main thread. It writes
+    # files, lines and names of functions, but no values.
+    faulthandler.enable(file=spec["stacks"])
+    faulthandler.register(STACK_SIGNAL, file=spec["stacks"])
     exit_code = 1
     try:
         replies = Replies(RingWriter(RingDescriptors.from_list(spec["replies"])))

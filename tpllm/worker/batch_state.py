@@ -5,6 +5,7 @@ padding rows use this row and the reserved cache block, and need no special case
 """
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import triton
@@ -28,13 +29,17 @@ class BatchState:
     ) -> None:
         self.padding_row = num_rows
         self.block_size = block_size
-        self.block_tables = _zeros(num_rows + 1, max_blocks, device=device) + RESERVED_BLOCK
-        self.last_tokens = _zeros(num_rows + 1, device=device)
-        self._decode_inputs = DecodeInputs.allocate(num_rows, max_blocks, device)
+        zeros = partial(torch.zeros, dtype=torch.int32, device=device)
+        self.block_tables = zeros(num_rows + 1, max_blocks) + RESERVED_BLOCK
+        self.last_tokens = zeros(num_rows + 1)
+        tables = zeros(num_rows, max_blocks)
+        self._decode_inputs = DecodeInputs(
+            zeros(num_rows), zeros(num_rows), zeros(num_rows), tables
+        )
 
     def decode_inputs(self, num_rows: int) -> "DecodeInputs":
-        """Return the buffers of a decode step; all steps share the same ones."""
-        return self._decode_inputs.first(num_rows)
+        """Return the buffers of a decode step. All steps share them: they run one by one."""
+        return DecodeInputs(*(x[:num_rows] for x in vars(self._decode_inputs).values()))
 
     def apply(self, block_updates: Tensor) -> None:
         """Apply a plan's changes of block tables, flat [m * 2] int32."""
@@ -57,19 +62,6 @@ class DecodeInputs:
     slots: Tensor  # [S] int32
     context_lens: Tensor  # [S] int32, including the input token
     block_tables: Tensor  # [S, B] int32
-
-    @classmethod
-    def allocate(cls, num_rows: int, max_blocks: int, device: torch.device) -> "DecodeInputs":
-        return cls(
-            input_ids=_zeros(num_rows, device=device),
-            slots=_zeros(num_rows, device=device),
-            context_lens=_zeros(num_rows, device=device),
-            block_tables=_zeros(num_rows, max_blocks, device=device),
-        )
-
-    def first(self, num_rows: int) -> "DecodeInputs":
-        """Return the buffers of fewer rows. Steps can share them: they run one after the other."""
-        return DecodeInputs(**{name: x[:num_rows] for name, x in vars(self).items()})
 
 
 def gather_decode_inputs_reference(
@@ -141,7 +133,3 @@ def gather_decode_inputs(
     """Run the kernel on a GPU and the reference elsewhere; see `gather_decode_inputs_triton`."""
     gather = gather_decode_inputs_triton if rows.is_cuda else gather_decode_inputs_reference
     gather(state, rows, positions, out)
-
-
-def _zeros(*shape: int, device: torch.device) -> Tensor:
-    return torch.zeros(shape, dtype=torch.int32, device=device)

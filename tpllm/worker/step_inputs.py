@@ -176,38 +176,32 @@ def micro_batch(inputs: StepInputs[Tensor], state: BatchState, lengths: ChunkLen
     is as short as a dozen kernels.
     """
     rows, positions, chunks = inputs.token_rows, inputs.positions, inputs.chunks
-    split_schedule = inputs.split_schedule.view(-1, SPLIT_WORDS)
-    if chunks is None:
-        S = rows.numel()
-        gathered = state.decode_inputs(S)
-        gather_decode_inputs(state, rows, positions, gathered)
-        batch = AttentionBatch(
-            slot_mapping=gathered.slots,
-            num_decode=S,
-            context_lens=gathered.context_lens,
-            block_tables=gathered.block_tables,
-            split_schedule=split_schedule,
-            prefill=None,
-        )
-        return MicroBatch(gathered.input_ids, positions, batch)
-    D = chunks.context_lens.numel()
     prefill = None
-    if chunks.rows.numel():
-        prefill = PrefillBatch(
-            cu_seqlens_q=chunks.cu_seqlens_q,
-            cu_seqlens_k=chunks.cu_seqlens_k,
-            block_tables=state.block_tables[chunks.rows],
-            **vars(lengths),
-        )
+    if chunks is None:
+        D = rows.numel()
+        gathered = state.decode_inputs(D)
+        gather_decode_inputs(state, rows, positions, gathered)
+        input_ids, slots = gathered.input_ids, gathered.slots
+        context_lens, block_tables = gathered.context_lens, gathered.block_tables
+    else:
+        D = chunks.context_lens.numel()
+        if chunks.rows.numel():
+            prefill = PrefillBatch(
+                cu_seqlens_q=chunks.cu_seqlens_q,
+                cu_seqlens_k=chunks.cu_seqlens_k,
+                block_tables=state.block_tables[chunks.rows],
+                **vars(lengths),
+            )
+        is_last = chunks.token_ids == LAST_TOKEN
+        input_ids = torch.where(is_last, state.last_tokens[rows], chunks.token_ids)
+        slots = state.slots(rows, positions)
+        context_lens, block_tables = chunks.context_lens, state.block_tables[rows[:D]]
     batch = AttentionBatch(
-        slot_mapping=state.slots(rows, positions),
+        slot_mapping=slots,
         num_decode=D,
-        context_lens=chunks.context_lens,
-        block_tables=state.block_tables[rows[:D]],
-        split_schedule=split_schedule,
+        context_lens=context_lens,
+        block_tables=block_tables,
+        split_schedule=inputs.split_schedule.view(-1, SPLIT_WORDS),
         prefill=prefill,
-    )
-    input_ids = torch.where(
-        chunks.token_ids == LAST_TOKEN, state.last_tokens[rows], chunks.token_ids
     )
     return MicroBatch(input_ids, positions, batch)

@@ -1,60 +1,61 @@
 """The time of a step on a worker: preparation on the host, computing, sampling, idling."""
 
 import time
+from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import torch
+
+
+class _HostEvent:
+    """An event on the host's clock, for a CPU: it works synchronously."""
+
+    def record(self) -> None:
+        self._time_s = time.perf_counter()
+
+    def synchronize(self) -> None:
+        pass
+
+    def elapsed_time(self, end: "_HostEvent") -> float:
+        return (end._time_s - self._time_s) * 1e3
 
 
 class StepMarks:
     """Times of one step on the device's clock: its begin, the begin of sampling, its end.
 
-    A CPU works synchronously, so the host's clock is used there. `wait_end` sleeps until the step
-    is computed and its tokens are copied to the host.
+    `wait_end` sleeps until the step is computed and its tokens are copied to the host.
     """
 
     def __init__(self, device: torch.device) -> None:
-        self._on_cuda = device.type == "cuda"
-        if self._on_cuda:
+        make_event: Callable[[], Any] = _HostEvent
+        if device.type == "cuda":
             # blocking: the waiting thread sleeps and does not hold the interpreter
-            self._begin = torch.cuda.Event(enable_timing=True)
-            self._sample = torch.cuda.Event(enable_timing=True)
-            self._end = torch.cuda.Event(enable_timing=True, blocking=True)
-        else:
-            self._times = [0.0, 0.0, 0.0]
+            make_event = partial(torch.cuda.Event, enable_timing=True, blocking=True)
+        self._begin, self._sample, self._end = make_event(), make_event(), make_event()
         self.is_decode = True
         self.has_sample = True  # False for a CUDA graph, which cannot contain a mark
         self.prepare_ms = 0.0
 
     def begin(self) -> None:
         self.has_sample = False
-        self._mark(0)
+        self._begin.record()
 
     def sample(self) -> None:
         self.has_sample = True
-        self._mark(1)
+        self._sample.record()
 
     def end(self) -> None:
-        self._mark(2)
-
-    def _mark(self, index: int) -> None:
-        if self._on_cuda:
-            (self._begin, self._sample, self._end)[index].record()
-        else:
-            self._times[index] = time.perf_counter()
+        self._end.record()
 
     def wait_end(self) -> None:
-        if self._on_cuda:
-            self._end.synchronize()
+        self._end.synchronize()
 
     def spans_ms(self, previous: "StepMarks | None") -> tuple[float, float, float]:
         """Return milliseconds of the step, of sampling, and of idling since `previous` ended."""
-        if self._on_cuda:
-            idle = previous._end.elapsed_time(self._begin) if previous else 0.0
-            sample_ms = self._sample.elapsed_time(self._end) if self.has_sample else 0.0
-            return self._begin.elapsed_time(self._end), sample_ms, idle
-        begin, sample, end = self._times
-        idle = begin - previous._times[2] if previous else 0.0
-        return (end - begin) * 1e3, (end - sample) * 1e3, idle * 1e3
+        idle_ms = previous._end.elapsed_time(self._begin) if previous else 0.0
+        sample_ms = self._sample.elapsed_time(self._end) if self.has_sample else 0.0
+        return self._begin.elapsed_time(self._end), sample_ms, idle_ms
 
 
 class StepTimes:

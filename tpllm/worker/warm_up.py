@@ -29,7 +29,7 @@ from tpllm.layers.all_reduce.overlapped import reduce_and_norm
 from tpllm.layers.attention.attention import BACKENDS, Attention, AttentionBatch, make_backend
 from tpllm.layers.attention.split_schedule import SPLIT_WORDS, ContextSplit
 from tpllm.layers.context import LayerContext
-from tpllm.layers.linear.gemv import gemv
+from tpllm.layers.linear.gemv import gemv_triton
 from tpllm.layers.linear.matmul import Matmul
 from tpllm.layers.norm import RMSNorm
 from tpllm.layers.rotary import QKNormRope
@@ -100,7 +100,7 @@ class Kernels:
         self.config, self.device = config, device
         self.dtype: torch.dtype = getattr(torch, config.dtype)
         self.tp = TPGroup(rank, world_size, device, process_group=None)  # only for its sizes
-        self.context = LayerContext(self.tp, self.dtype, Matmul({}, gemv))
+        self.context = LayerContext(self.tp, self.dtype, Matmul({}, gemv_triton))
         self.new = partial(torch.zeros, dtype=self.dtype, device=device)
         self.width = spec.hidden_size
         self.norm = RMSNorm(spec.norm, self.context)
@@ -181,6 +181,8 @@ class Kernels:
 
     def project(self, has_bias: bool, **fused: Any) -> None:
         weight = self.context.weight_format(32, self.width, self.context)
+        for parameter in weight.parameters():
+            parameter.zero_()  # Triton's interpreter warns of NaN
         bias = self.new(32) if has_bias else None
         weight.project(self.new(1, self.width), bias=bias, **fused)
 

@@ -32,7 +32,7 @@ def gemv_reference(
     bias: Tensor | None = None,
     swiglu: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Compute `gemv` in plain torch."""
+    """Compute `gemv_triton` in plain torch."""
     total = x if residual is None else x + residual
     if norm is not None:
         norm_weight, eps = norm
@@ -123,7 +123,20 @@ def gemv_triton(
     bias: Tensor | None = None,
     swiglu: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Launch the kernel; see `gemv`."""
+    """Compute `weight @ x + bias` for a single row, fused with norm and activation.
+
+    Args:
+        x: [1, K] contiguous
+        weight: [N, K] contiguous; with SwiGLU [2 * N, K], the gate's rows first
+        norm: weight [K] and epsilon of the RMSNorm before the matmul; None for no norm
+        residual: [1, K], only with `norm`: added to x before the norm, and not changed
+        bias: as many elements as the weight has rows; added before the activation
+        swiglu: whether the result is `silu(gate) * up` of the two halves of the output
+
+    Returns:
+        The result [1, N], and x with the residual added [1, K] (x itself without a residual).
+    """
+    assert residual is None or norm is not None
     norm_weight, eps = norm or (x, 0.0)
     K = x.shape[1]
     N = weight.shape[0] // 2 if swiglu else weight.shape[0]
@@ -152,30 +165,3 @@ def gemv_triton(
         **dependent_launch(x.device, 1),
     )
     return y, total
-
-
-def gemv(
-    x: Tensor,
-    weight: Tensor,
-    *,
-    norm: tuple[Tensor, float] | None = None,
-    residual: Tensor | None = None,
-    bias: Tensor | None = None,
-    swiglu: bool = False,
-) -> tuple[Tensor, Tensor]:
-    """Compute `weight @ x + bias` for a single row, fused with norm and activation.
-
-    Args:
-        x: [1, K] contiguous
-        weight: [N, K] contiguous; with SwiGLU [2 * N, K], the gate's rows first
-        norm: weight [K] and epsilon of the RMSNorm before the matmul; None for no norm
-        residual: [1, K], only with `norm`: added to x before the norm, and not changed
-        bias: as many elements as the weight has rows; added before the activation
-        swiglu: whether the result is `silu(gate) * up` of the two halves of the output
-
-    Returns:
-        The result [1, N], and x with the residual added [1, K] (x itself without a residual).
-    """
-    assert residual is None or norm is not None
-    compute = gemv_triton if x.is_cuda else gemv_reference
-    return compute(x, weight, norm=norm, residual=residual, bias=bias, swiglu=swiglu)

@@ -18,11 +18,11 @@ from torch import Tensor
 
 from tpllm.layers.linear import cublaslt
 from tpllm.layers.linear.cublaslt import Algorithm, CublasLtMatmul, Problem
-from tpllm.layers.linear.gemv import gemv
+from tpllm.layers.linear.gemv import gemv_reference, gemv_triton
 from tpllm.layers.linear.matmul_algorithms import table_path
 
 Shape = tuple[int, int, int]  # M, N, K
-GemvResult = tuple[Tensor, Tensor]  # see `gemv`
+GemvResult = tuple[Tensor, Tensor]  # see `gemv_triton`
 
 
 class Matmul:
@@ -71,7 +71,7 @@ def fast_matmul(dtype: torch.dtype, device: torch.device) -> Matmul:
     algorithms = {}
     if device.type == "cuda" and dtype in cublaslt.DTYPES:
         algorithms = load_table(torch.cuda.get_device_name(device))
-    return Matmul(algorithms, gemv)
+    return Matmul(algorithms, gemv_triton if device.type == "cuda" else gemv_reference)
 
 
 plain_matmul = Matmul({})
