@@ -1,6 +1,7 @@
 """Shared by all commands: how a command is declared, and how it starts its engine."""
 
 import sys
+import time
 from argparse import (
     ArgumentParser,
     Namespace,
@@ -14,7 +15,6 @@ from typing import TypeAlias
 
 import tpllm
 from tpllm.cli.options import add_flags, given_flags
-from tpllm.cli.progress import StartupProgress
 from tpllm.cli.sources import Given, collect
 from tpllm.config.settings import Settings
 
@@ -103,7 +103,28 @@ def engine_settings(args: Namespace, defaults: Mapping[str, object] = NO_DEFAULT
 @contextmanager
 def engine(args: Namespace, given: Given) -> Iterator["tpllm.LLM"]:
     """Run an engine within the block, and report the phases of its start on stderr."""
-    with StartupProgress(sys.stderr, quiet=args.quiet) as progress, given.named_in_errors():
-        llm = tpllm.LLM(**given.values, on_phase=progress.on_phase)
+    on_phase = phase_printer(args.quiet)
+    with given.named_in_errors():
+        llm = tpllm.LLM(**given.values, on_phase=on_phase)
+    on_phase(0, "ready")
     with llm:
         yield llm
+
+
+def phase_printer(quiet: bool) -> Callable[[int, str], None]:
+    """Return an `on_phase(rank, phase)` that prints each phase of a start on stderr.
+
+    All ranks go through the same phases; a phase is printed when the first rank begins it, with the
+    seconds since this call.
+    """
+    begin = time.perf_counter()
+    printed: set[str] = set()
+
+    def on_phase(rank: int, phase: str) -> None:
+        if not quiet and phase not in printed:
+            printed.add(phase)
+            seconds = time.perf_counter() - begin
+            print(f"tpllm: {seconds:5.1f} s  {phase}", file=sys.stderr, flush=True)
+
+    on_phase(0, "starting")
+    return on_phase

@@ -2,8 +2,7 @@
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from itertools import combinations
 from typing import Any
@@ -12,24 +11,6 @@ from tpllm.config.devices import Gpu, visible_gpus
 
 # Values of nvmlGpuP2PCapsIndex_t: in the binding, the constant for the first is a tuple by mistake.
 _P2P_READ, _P2P_NVLINK = 0, 2
-
-
-@dataclass(frozen=True)
-class GpuFacts:
-    """A GPU as the workers will see it; rank r takes the r-th.
-
-    Attributes:
-        memory_bytes, free_bytes: of the device; None if NVML does not report them, as on a machine
-            whose GPU and CPU share memory
-        num_nvlinks: NVLinks that are up; None if NVML does not report it
-    """
-
-    name: str
-    uuid: str
-    capability: str
-    memory_bytes: int | None
-    free_bytes: int | None
-    num_nvlinks: int | None
 
 
 @dataclass(frozen=True)
@@ -52,13 +33,15 @@ class Hardware:
 
     Attributes:
         driver: the NVIDIA driver's version; None without one
-        gpus: the visible ones, in order
+        gpus: the visible ones; rank r takes the r-th
+        num_nvlinks: NVLinks that are up, by GPU; None if NVML does not report them
         links: one for every pair of GPUs
         why_no_gpu: the reason if there is no GPU
     """
 
     driver: str | None
-    gpus: list[GpuFacts]
+    gpus: list[Gpu]
+    num_nvlinks: list[int | None]
     links: list[Link]
     why_no_gpu: str | None
 
@@ -70,58 +53,62 @@ class Hardware:
         try:
             pynvml.nvmlInit()
         except pynvml.NVMLError as error:
-            return cls(None, [], [], f"no NVIDIA driver answers ({error})")
+            return cls(None, [], [], [], f"no NVIDIA driver answers ({error})")
         try:
             driver: str = pynvml.nvmlSystemGetDriverVersion()
-            visible = visible_gpus()
-            handles = [pynvml.nvmlDeviceGetHandleByUUID(gpu.uuid) for gpu in visible]
-            gpus = [
-                _facts(pynvml, gpu, handle) for gpu, handle in zip(visible, handles, strict=True)
-            ]
+            gpus = visible_gpus()
+            handles = [pynvml.nvmlDeviceGetHandleByUUID(gpu.uuid) for gpu in gpus]
+            num_nvlinks = [_num_nvlinks(pynvml, handle) for handle in handles]
             links = [_link(pynvml, pair, handles) for pair in combinations(range(len(gpus)), 2)]
-            return cls(driver, gpus, links, None if gpus else _why_none_is_visible(pynvml))
+            why = None if gpus else _why_none_is_visible(pynvml)
+            return cls(driver, gpus, num_nvlinks, links, why)
         finally:
             pynvml.nvmlShutdown()
 
-
-def _facts(pynvml: Any, gpu: Gpu, handle: Any) -> GpuFacts:
-    memory = _query(pynvml, lambda: pynvml.nvmlDeviceGetMemoryInfo(handle))
-    return GpuFacts(
-        name=gpu.name,
-        uuid=gpu.uuid,
-        capability=gpu.capability,
-        memory_bytes=None if memory is None else memory.total,
-        free_bytes=None if memory is None else memory.free,
-        num_nvlinks=_num_nvlinks(pynvml, handle),
-    )
+    def as_json(self) -> dict[str, Any]:
+        """Return everything, for scripts."""
+        gpus = [
+            {
+                "name": gpu.name,
+                "uuid": gpu.uuid,
+                "capability": gpu.capability,
+                "memory_bytes": gpu.total_bytes,
+                "free_bytes": gpu.free_bytes,
+                "num_nvlinks": num_nvlinks,
+            }
+            for gpu, num_nvlinks in zip(self.gpus, self.num_nvlinks, strict=True)
+        ]
+        links = [asdict(link) for link in self.links]
+        return {
+            "driver": self.driver,
+            "gpus": gpus,
+            "links": links,
+            "why_no_gpu": self.why_no_gpu,
+        }
 
 
 def _link(pynvml: Any, ranks: tuple[int, int], handles: list[Any]) -> Link:
     def status(capability: int) -> bool | None:
         a, b = (handles[rank] for rank in ranks)
-        code = _query(pynvml, lambda: pynvml.nvmlDeviceGetP2PStatus(a, b, capability))
+        code = _query(pynvml, pynvml.nvmlDeviceGetP2PStatus, a, b, capability)
         return None if code is None else code == pynvml.NVML_P2P_STATUS_OK
 
-    return Link(
-        ranks,
-        nvlink=status(_P2P_NVLINK),
-        peer_access=status(_P2P_READ),
-    )
+    return Link(ranks, nvlink=status(_P2P_NVLINK), peer_access=status(_P2P_READ))
 
 
 def _num_nvlinks(pynvml: Any, handle: Any) -> int | None:
     states = [
-        _query(pynvml, partial(pynvml.nvmlDeviceGetNvLinkState, handle, number))
+        _query(pynvml, pynvml.nvmlDeviceGetNvLinkState, handle, number)
         for number in range(pynvml.NVML_NVLINK_MAX_LINKS)
     ]
     known = [state for state in states if state is not None]
     return sum(state == pynvml.NVML_FEATURE_ENABLED for state in known) if known else None
 
 
-def _query(pynvml: Any, call: Callable[[], Any]) -> Any:
+def _query(pynvml: Any, call: Callable[..., Any], *args: Any) -> Any:
     """Return the result of a call of NVML; None if this GPU or driver does not support it."""
     try:
-        return call()
+        return call(*args)
     except pynvml.NVMLError:
         return None
 

@@ -5,13 +5,12 @@ import os
 import platform
 import sys
 from argparse import Namespace
-from dataclasses import asdict
 from typing import Any
 
 import tpllm
 from tpllm.cli.choices import explain
 from tpllm.cli.command import Commands, add_command, add_engine_flags, engine_settings
-from tpllm.cli.hardware import GpuFacts, Hardware, Link, installed
+from tpllm.cli.hardware import Hardware, Link, installed
 
 VERSIONS = ("torch", "triton", "transformers", "tokenizers", "numpy")
 # The use of a backend, and the packages that it needs.
@@ -48,7 +47,7 @@ def run(args: Namespace) -> int:
             name: {package: installed(package) for package in packages}
             for name, (_, packages) in BACKENDS.items()
         },
-        "hardware": asdict(hardware),
+        "hardware": hardware.as_json(),
     }
     error: Exception | None = None
     try:
@@ -78,7 +77,9 @@ def _show(facts: dict[str, Any], hardware: Hardware) -> None:
         print(f"  {name:<20}{found} ({BACKENDS[name][0]})")
     print(f"\nGPUs{f', driver {hardware.driver}' if hardware.driver else ''}")
     for rank, gpu in enumerate(hardware.gpus):
-        print(f"  {rank:<3}{_gpu_line(gpu)}")
+        nvlinks = hardware.num_nvlinks[rank]
+        print(f"  {rank:<3}{gpu.name}, capability {gpu.capability}, {gpu.memory_text()}", end="")
+        print(f", {nvlinks} NVLinks" if nvlinks else "")
     if hardware.why_no_gpu:
         print(f"  none: {hardware.why_no_gpu}")
     for link in hardware.links:
@@ -87,14 +88,6 @@ def _show(facts: dict[str, Any], hardware: Hardware) -> None:
         print("\nAn engine with these settings would use")
         for name, chosen in facts["choices"].items():
             print(f"  {name:<20}{chosen['choice']} ({chosen['why']})")
-
-
-def _gpu_line(gpu: GpuFacts) -> str:
-    links = "" if not gpu.num_nvlinks else f", {gpu.num_nvlinks} NVLinks"
-    memory = "memory unknown"
-    if gpu.memory_bytes is not None and gpu.free_bytes is not None:
-        memory = f"{gpu.free_bytes / 2**30:.1f} of {gpu.memory_bytes / 2**30:.1f} GiB free"
-    return f"{gpu.name}, capability {gpu.capability}, {memory}{links}"
 
 
 def _link_line(link: Link) -> str:

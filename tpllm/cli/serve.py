@@ -1,11 +1,15 @@
 """`tpllm serve`: a model behind an OpenAI-compatible HTTP server."""
 
-import sys
 from argparse import Namespace
 
-from tpllm.cli.command import Commands, add_command, add_engine_flags, engine_settings
+from tpllm.cli.command import (
+    Commands,
+    add_command,
+    add_engine_flags,
+    engine_settings,
+    phase_printer,
+)
 from tpllm.cli.options import add_flags, given_flags
-from tpllm.cli.progress import StartupProgress
 from tpllm.cli.sources import collect
 from tpllm.server import ServerSettings
 
@@ -34,8 +38,7 @@ def run(args: Namespace) -> int:
         from tpllm.server import run as serve  # needs the packages of the extra `server`
     except ImportError as error:
         raise ValueError(str(error)) from error
-    progress = StartupProgress(sys.stderr, quiet=args.quiet)
-    progress.write("starting")  # the server itself reports when it is ready
-    engine = {**given.values, "on_phase": progress.on_phase}
+    # the server itself reports when it is ready
+    engine = {**given.values, "on_phase": phase_printer(args.quiet)}
     with given.named_in_errors(), server.named_in_errors():
         return serve(engine.pop("model", None), engine, settings)

@@ -2,7 +2,7 @@
 
 A general HTTP library spends several times as much on each piece of a stream (docs/cli.md has the
 figures). At 256 streams it would need more than one CPU core, and measure itself. This one does the
-least: one connection for each request, and the bytes are read where they arrive.
+least: one connection for each request, and a parser in C reads the bytes where they arrive.
 """
 
 import asyncio
@@ -13,6 +13,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
+
+from httptools import HttpParserError, HttpParserUpgrade, HttpResponseParser
 
 import tpllm
 
@@ -127,10 +129,10 @@ class Exchange(asyncio.Protocol):
 
     def __init__(self, on_data: OnData | None) -> None:
         self._on_data = on_data
-        self._buffer = bytearray()
+        self._parser = HttpResponseParser(self)
+        self._now = 0.0  # when the newest bytes were read
         self._status: int | None = None
-        self._chunked = False
-        self._left: int | None = None  # bytes of a body whose length was announced
+        self._has_end = False  # whether the head says where the body ends
         self._transport: asyncio.Transport | None = None
         self._done: asyncio.Future[int] = asyncio.get_running_loop().create_future()
 
@@ -155,81 +157,39 @@ class Exchange(asyncio.Protocol):
         self._transport = transport
 
     def data_received(self, data: bytes) -> None:
-        now = time.perf_counter()
+        self._now = time.perf_counter()
         if self._done.done():
             return
-        self._buffer += data
         try:
-            if self._status is None and not self._take_head():
-                return
-            self._take_body(now)
-        except ValueError as error:
-            self._fail(f"the server's answer is not HTTP/1.1 ({error})")
+            self._parser.feed_data(data)
+        except (HttpParserError, HttpParserUpgrade) as error:
+            self._fail(f"the server's answer is not HTTP/1.1 ({error}: {data[:40]!r})")
 
     def connection_lost(self, error: Exception | None) -> None:
-        if self._done.done():
-            return
-        if self._status is not None and not self._chunked and self._left is None:
-            self._done.set_result(self._status)  # a body that ends with its connection
+        if self._status is not None and not self._has_end:  # the body ends with its connection
+            self.on_message_complete()
         else:
             self._fail(f"the server closed the connection early ({error or 'no reason given'})")
 
-    # ---- inside ------------------------------------------------------------------------------
-
-    def _take_head(self) -> bool:
-        """Read status and headers once they are complete."""
-        head, blank, rest = bytes(self._buffer).partition(b"\r\n\r\n")
-        if not blank:
-            return False
-        lines = head.decode("latin-1").split("\r\n")
-        version, _, rest_of_line = lines[0].partition(" ")
-        if not version.startswith("HTTP/1."):
-            raise ValueError(lines[0][:40])
-        self._status = int(rest_of_line[:3])
-        for line in lines[1:]:
-            name, _, value = line.partition(":")
-            if name.lower() == "transfer-encoding":
-                self._chunked = "chunked" in value.lower()
-            elif name.lower() == "content-length":
-                self._left = int(value)
-        self._buffer = bytearray(rest)
-        return True
-
-    def _take_body(self, now: float) -> None:
-        if self._chunked:
-            self._take_chunks(now)
-            return
-        data = bytes(self._buffer)
-        self._buffer.clear()
-        if self._left is not None:
-            data = data[: self._left]
-            self._left -= len(data)
-        if data and self._on_data is not None:
-            self._on_data(data, now)
-        if self._left == 0:
-            self._finish()
-
-    def _take_chunks(self, now: float) -> None:
-        """Each chunk is its size in hexadecimal, a line end, the bytes, a line end."""
-        buffer = self._buffer
-        while (end := buffer.find(b"\r\n")) >= 0:
-            size = int(buffer[:end].partition(b";")[0], 16)
-            begin = end + 2
-            if len(buffer) < begin + size + 2:
-                return
-            data = bytes(buffer[begin : begin + size])
-            del buffer[: begin + size + 2]
-            if size == 0:
-                self._finish()
-                return
-            if self._on_data is not None:
-                self._on_data(data, now)
-
-    def _finish(self) -> None:
-        assert self._status is not None
-        self._done.set_result(self._status)
+    def _fail(self, message: str) -> None:
+        if not self._done.done():
+            self._done.set_exception(ConnectionError(message))
         self.close()
 
-    def _fail(self, message: str) -> None:
-        self._done.set_exception(ConnectionError(message))
+    # ---- the parser calls these --------------------------------------------------------------
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        self._has_end |= name.lower() in (b"content-length", b"transfer-encoding")
+
+    def on_headers_complete(self) -> None:
+        self._status = self._parser.get_status_code()
+
+    def on_body(self, data: bytes) -> None:
+        if self._on_data is not None and not self._done.done():
+            self._on_data(data, self._now)
+
+    def on_message_complete(self) -> None:
+        if not self._done.done():
+            assert self._status is not None
+            self._done.set_result(self._status)
         self.close()
