@@ -59,6 +59,7 @@ DEFAULTS = {
 }
 TRUNCATIONS = ("top_k", "top_p", "min_p")
 PENALTIES = ("repetition_penalty", "frequency_penalty", "presence_penalty")
+TOKEN_READERS = (*PENALTIES, "num_prompt_logprobs")  # and bad words
 
 
 def new_records(num_rows: int) -> np.ndarray:
@@ -125,7 +126,7 @@ def have_options(records: np.ndarray) -> np.ndarray:
 
 def read_tokens(records: np.ndarray) -> np.ndarray:
     """Return which records have options that read the sequence's tokens: [n] bool."""
-    result = differ(records, (*PENALTIES, "num_prompt_logprobs"))
+    result = differ(records, TOKEN_READERS)
     result |= list_sizes(records, "bad_word_ids") > 0
     return result
 

@@ -5,9 +5,9 @@ from enum import Enum
 from typing import NamedTuple
 
 from tpllm.channel.logprob_records import LogprobBlock
-from tpllm.channel.row_record import read_tokens
+from tpllm.channel.row_record import TOKEN_READERS
 from tpllm.engine.grammars import Grammar, Matcher
-from tpllm.engine.row_options import row_record
+from tpllm.engine.row_options import asks_for, row_fields
 from tpllm.engine.token_rules import TokenRules
 from tpllm.sampling_params import SamplingParams
 
@@ -127,9 +127,9 @@ class Sequence:
         "prefill_target",
         "prompt_logprobs",
         "reads_tokens",
-        "record",
         "request_id",
         "row",
+        "row_fields",
         "rules",
         "seed",
         "status",
@@ -163,10 +163,10 @@ class Sequence:
         self.rules = TokenRules.from_params(params, request.bad_word_ids, self.end_token_ids)
         # with a grammar, its masks exclude end tokens
         masked = sorted(self.end_token_ids) if params.min_tokens and grammar is None else []
-        self.record, self.lists = row_record(
+        self.row_fields, self.lists = row_fields(
             params, self.num_prompt_tokens, seed, request.bad_word_ids, masked
         )
-        self.reads_tokens = bool(read_tokens(self.record)[0])
+        self._note_readers()
         # also None once they have been returned
         self.prompt_logprobs: LogprobBlock | None = None
         if (k := params.prompt_logprobs) is not None:
@@ -219,9 +219,13 @@ class Sequence:
         """Return the prompt's complete log-probabilities, and stop computing them."""
         complete, self.prompt_logprobs = self.prompt_logprobs, None
         assert complete is not None
-        self.record["num_prompt_logprobs"] = -1
-        self.reads_tokens = bool(read_tokens(self.record)[0])
+        self.row_fields["num_prompt_logprobs"] = -1
+        self._note_readers()
         return PackedLogprobs.from_block(complete)
+
+    def _note_readers(self) -> None:
+        readers = asks_for(self.row_fields, TOKEN_READERS)
+        self.reads_tokens = readers or "bad_word_ids" in self.lists
 
     def reset(self) -> None:
         """Return to the state of a waiting sequence, with nothing in the KV cache."""

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from tpllm.channel.row_record import list_sizes, new_records
+from tpllm.channel.row_record import new_records
 from tpllm.channel.step_plan import PlanLimits, StepPlan
 from tpllm.engine.request import Sequence
 
@@ -77,14 +77,15 @@ class StepBuilder:
 
 def _records_of(seqs: list[Sequence]) -> tuple[np.ndarray, np.ndarray]:
     """Return the records of entering sequences [n], and their lists joined [m] int32."""
-    records = np.concatenate([new_records(0), *(seq.record for seq in seqs)])
+    records = new_records(len(seqs))
     records["row"] = [seq.row for seq in seqs]
+    for name in seqs[0].row_fields if seqs else ():
+        records[name] = [seq.row_fields[name] for seq in seqs]
     lists = [np.empty(0, dtype=np.int32)]
-    num_tokens = list_sizes(records, "tokens")
     for i, seq in enumerate(seqs):
         lists += [each.view(np.int32) for each in seq.lists.values()]
         if seq.reads_tokens:
-            num_tokens[i] = len(seq.tokens)
+            records["list_sizes"][i, -1] = len(seq.tokens)
             lists.append(np.array(seq.tokens, dtype=np.int32))
     return records, np.concatenate(lists)
 
