@@ -6,26 +6,20 @@ It can therefore run inside the caller's process, as `LLM` does, or in a separat
 """
 
 import time
-from collections.abc import Collection, Iterable
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-import numpy as np
 import xxhash
 
-from tpllm.channel.step_plan import (
-    MASKS,
-    RESULT,
-    STEP,
-    StepResult,
-)
-from tpllm.checks import short
+from tpllm.channel.step_plan import MASKS, RESULT, STEP, StepResult
 from tpllm.config.engine_config import EngineConfig
 from tpllm.engine.block_manager import BlockManager
 from tpllm.engine.grammars import Grammars
 from tpllm.engine.request import AddRequest, RequestUpdate, Sequence
+from tpllm.engine.request_checks import check_first_tokens, check_request
 from tpllm.engine.scheduler import Scheduler, SchedulerStats
-from tpllm.engine.stats import TOTALS, EngineStats
+from tpllm.engine.stats import EngineStats
 from tpllm.engine.step_histogram import StepHistogram
 from tpllm.engine.transport import Transport
 from tpllm.errors import SettingError
@@ -58,12 +52,7 @@ class Coordinator:
         WorkerError: a worker failed, at start or later; all processes of the engine have ended.
     """
 
-    def __init__(
-        self,
-        config: EngineConfig,
-        workers: Transport,
-        grammars: Grammars,
-    ) -> None:
+    def __init__(self, config: EngineConfig, workers: Transport, grammars: Grammars) -> None:
         self.config = config
         self._workers = workers
         self._grammars = grammars
@@ -129,80 +118,26 @@ class Coordinator:
         Raises:
             ValueError: the error names what is wrong with the prompt or its sampling parameters.
         """
-        prompt, params = request.prompt_token_ids, request.sampling_params
-        config = self.config
-        if not prompt:
-            raise ValueError("the prompt is empty; give at least one token")
-        if len(prompt) >= config.max_model_len:
-            raise ValueError(
-                f"the prompt has {len(prompt)} tokens, which leaves no room for an answer in "
-                f"max_model_len={config.max_model_len}; shorten it or raise max_model_len"
-            )
-        if len(prompt) >= self.max_total_tokens:
-            raise ValueError(
-                f"the prompt has {len(prompt)} tokens, which leaves no room for an answer in the "
-                f"KV cache ({self._blocks.num_usable_blocks} blocks of {config.kv_block_size} "
-                "tokens); raise num_kv_blocks or gpu_memory_utilization"
-            )
-        vocab_size = config.model_config.vocab_size
-        for token_id in (min(prompt), max(prompt)):
-            if not 0 <= token_id < vocab_size:
-                raise ValueError(
-                    f"the prompt holds token id {token_id}, outside the vocabulary of {vocab_size} "
-                    "tokens; encode the text with this model's tokenizer"
-                )
-        # a row's lists also hold the model's end tokens
-        max_words = self.limits.max_list_words - len(config.model_config.eos_token_ids)
-        _check_against_vocabulary(request, vocab_size, max_words)
-        if len(prompt) + params.min_tokens > self.max_total_tokens:
-            raise ValueError(
-                f"min_tokens={params.min_tokens} after a prompt of {len(prompt)} tokens is more "
-                f"than the {self.max_total_tokens} tokens that a sequence may have; lower it, or "
-                "raise max_model_len and num_kv_blocks"
-            )
-        if params.allowed_token_ids is not None:
-            self._check_allowed_tokens(request, params.allowed_token_ids)
-        if params.structured_outputs is not None:
-            grammar = self._grammars.compile(params.structured_outputs)
-            _check_first_tokens(request, grammar.first_mask)
-
-    def _check_allowed_tokens(self, request: AddRequest, allowed: Collection[int]) -> None:
-        """Raise a ValueError if other settings exclude every allowed first token."""
-        params = request.sampling_params
-        excluded = {word[0] for word in request.bad_word_ids if len(word) == 1}
-        names = ["bad_words"] if excluded else []
-        if params.min_tokens > 0:
-            names.append(f"min_tokens={params.min_tokens}")
-            excluded.update(params.stop_token_ids)
-            if not params.ignore_eos:
-                excluded.update(self.config.model_config.eos_token_ids)
-        if excluded.issuperset(allowed):
-            raise ValueError(
-                f"allowed_token_ids={short(list(allowed))} leaves no token to sample, because "
-                f"{' and '.join(names)} excludes these; allow another token, or remove one of "
-                "these settings"
-            )
+        capacity = f"{self._blocks.num_usable_blocks} blocks of {self.config.kv_block_size}"
+        check_request(request, self.config, self.max_total_tokens, capacity)
+        if (params := request.sampling_params.structured_outputs) is not None:
+            check_first_tokens(request, self._grammars.compile(params).first_mask)
 
     def add(self, requests: list[AddRequest]) -> None:
         """Queue requests that `check` has accepted; later calls of `step` return their tokens."""
         for request in requests:
-            self._queue(request)
-
-    def _queue(self, request: AddRequest) -> None:
-        seed = request.sampling_params.seed
-        if seed is None:  # equal prompts must not be sampled with equal noise
-            words = f"{self.config.seed}/{self._num_requests}".encode()
-            seed = xxhash.xxh64_intdigest(words)
-        self._num_requests += 1
-        params = request.sampling_params.structured_outputs
-        seq = Sequence(
-            request,
-            seed=seed % 2**64,
-            eos_token_ids=self.config.model_config.eos_token_ids,
-            max_total_tokens=self.max_total_tokens,
-            grammar=None if params is None else self._grammars.compile(params),
-        )
-        self._scheduler.add(seq)
+            seed, outputs = request.sampling_params.seed, request.sampling_params.structured_outputs
+            if seed is None:  # equal prompts must not be sampled with equal noise
+                seed = xxhash.xxh64_intdigest(f"{self.config.seed}/{self._num_requests}".encode())
+            self._num_requests += 1
+            seq = Sequence(
+                request,
+                seed=seed % 2**64,
+                eos_token_ids=self.config.model_config.eos_token_ids,
+                max_total_tokens=self.max_total_tokens,
+                grammar=None if outputs is None else self._grammars.compile(outputs),
+            )
+            self._scheduler.add(seq)
 
     def abort(self, request_ids: Iterable[str]) -> list[RequestUpdate]:
         """End requests. Their blocks become free as soon as no step in flight writes to them."""
@@ -268,7 +203,7 @@ class Coordinator:
             step_s=self._step_times.total_s,
             step_buckets=self._step_times.buckets(),
             health=self._workers.health(),
-            **{name: totals[name] for name in TOTALS},
+            **{each.name: totals[each.name] for each in fields(EngineStats) if each.name in totals},
         )
 
     def reset_prefix_cache(self) -> None:
@@ -300,62 +235,3 @@ class Coordinator:
         """Kill the workers instead of shutting them down: for an engine in an unknown state."""
         self._grammars.close()
         self._workers.kill()
-
-
-def _check_first_tokens(request: AddRequest, first_mask: bytes) -> None:
-    """Raise a ValueError if other settings exclude every first token that the grammar allows."""
-    allowed = request.sampling_params.allowed_token_ids
-    banned = {word[0] for word in request.bad_word_ids if len(word) == 1}
-    if allowed is None and not banned:
-        return
-    bits = np.unpackbits(np.frombuffer(first_mask, np.uint8), bitorder="little")
-    left = set(np.flatnonzero(bits).tolist()) - banned
-    if allowed is not None:
-        left &= set(allowed)
-    if not left:
-        names = ["allowed_token_ids"] if allowed is not None else []
-        names += ["bad_words"] if banned else []
-        raise ValueError(
-            f"structured_outputs has no first token that {' and '.join(names)} allows; allow the "
-            "tokens that its grammar needs, or remove one of these settings"
-        )
-
-
-def _check_against_vocabulary(request: AddRequest, vocab_size: int, max_words: int) -> None:
-    """Check the token ids of a request, and that its lists fit into a step's plan.
-
-    Raises:
-        ValueError: an id is not in the vocabulary, or a list is too long; the error names the
-            setting.
-    """
-    params = request.sampling_params
-    lists = {
-        "stop_token_ids": params.stop_token_ids,
-        "logit_bias": tuple(params.logit_bias or ()),
-        "allowed_token_ids": params.allowed_token_ids or (),
-        "bad_words": tuple(id_ for word in request.bad_word_ids for id_ in word),
-    }
-    for name, ids in lists.items():
-        for token_id in ids:
-            if not 0 <= token_id < vocab_size:
-                raise ValueError(
-                    f"{name} holds {token_id}, outside the vocabulary of {vocab_size} tokens; "
-                    "leave it out"
-                )
-    if (params.bad_words and not request.bad_word_ids) or not all(request.bad_word_ids):
-        raise ValueError(
-            f"bad_words={list(params.bad_words)} needs a tokenizer, and this engine has none; name "
-            "one with tokenizer=, or leave bad_words out"
-        )
-    for name in ("logprobs", "prompt_logprobs"):
-        if (getattr(params, name) or 0) > vocab_size:
-            raise ValueError(
-                f"{name}={getattr(params, name)} is more than the {vocab_size} tokens of the "
-                "vocabulary; lower it"
-            )
-    num_words = sum(map(len, lists.values())) + len(lists["logit_bias"]) + len(request.bad_word_ids)
-    if num_words > max_words:
-        raise ValueError(
-            f"{max(lists, key=lambda name: len(lists[name]))} and the other lists of token ids "
-            f"take {num_words} words together, and a request may have {max_words}; shorten them"
-        )

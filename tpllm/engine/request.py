@@ -72,6 +72,10 @@ class PackedLogprobs(NamedTuple):
             [memoryview(self.ranks).cast("i")[index], *range(1, width)],
         )
 
+    def unpack(self) -> list[TokenLogprobs]:
+        """Return the log-probabilities at all positions."""
+        return [self.position(index) for index in range(self.num_positions)]
+
 
 class RequestUpdate(NamedTuple):
     """What is new of one request: tokens sampled since the last update, and how it ended."""

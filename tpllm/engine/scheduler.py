@@ -19,11 +19,11 @@ from itertools import islice
 
 import numpy as np
 
+from tpllm.channel.logprob_records import read_blocks
 from tpllm.channel.step_plan import PlanLimits, StepMasks, StepPlan, StepResult
 from tpllm.engine.block_manager import BlockManager
 from tpllm.engine.grammars import fill_masks
-from tpllm.engine.logprob_results import take_logprobs
-from tpllm.engine.request import RequestUpdate, Sequence, Status, TokenLogprobs
+from tpllm.engine.request import PackedLogprobs, RequestUpdate, Sequence, Status, TokenLogprobs
 from tpllm.engine.step_builder import StepBuilder
 
 
@@ -242,13 +242,18 @@ class Scheduler:
         assert result.step == step, f"result of step {result.step}, expected step {step}"
         updates = []
         token_ids = iter(result.token_ids.tolist())
-        new_logprobs = take_logprobs(seqs, result.logprobs)
+        new_logprobs: dict[int, list[TokenLogprobs]] = {}  # by index of the row
+        for block in read_blocks(result.logprobs):
+            seq = seqs[block.index]
+            if block.first_position >= seq.num_prompt_tokens:
+                new_logprobs[block.index] = PackedLogprobs.from_block(block).unpack()
+            elif seq.prompt_logprobs is not None:
+                seq.prompt_logprobs.put(block)
         for i, (seq, num_yielded) in enumerate(zip(seqs, result.num_yielded.tolist(), strict=True)):
             seq.num_steps_in_flight -= 1
             for token_id in islice(token_ids, num_yielded):
                 if seq.status is not Status.FINISHED:  # else the token is dropped
-                    logprobs = new_logprobs.get(i) if new_logprobs else None
-                    updates.append(self._append(seq, token_id, logprobs))
+                    updates.append(self._append(seq, token_id, new_logprobs.get(i)))
             if seq.num_steps_in_flight == 0 and seq in self._releasing:
                 self._release(seq)
         return updates

@@ -3,19 +3,6 @@
 from dataclasses import dataclass, field
 from typing import Any
 
-# fields that the coordinator and its scheduler count under the same names
-TOTALS = (
-    "num_preemptions",
-    "num_steps",
-    "num_prompt_tokens",
-    "num_cached_tokens",
-    "num_generated_tokens",
-    "schedule_s",
-    "broadcast_s",
-    "wait_s",
-    "collect_s",
-)
-
 
 @dataclass(frozen=True, kw_only=True)
 class EngineStats:
