@@ -35,9 +35,9 @@ def main() -> NoReturn:
         coordinator = start_engine(
             config,
             grammars=grammars,
-            on_phase=lambda *phase: _send_phase(connection, *phase),
+            on_phase=lambda rank, phase: connection.send(messages.phase(rank, phase)),
         )
-        _run(coordinator, compiling, connection)
+        _Engine(coordinator, compiling, connection).run()
         exit_code = 0
     except EOFError:  # the caller has ended
         pass
@@ -47,68 +47,65 @@ def main() -> NoReturn:
     os._exit(exit_code)  # without destructors: all resources have been released
 
 
-def _send_phase(connection: Connection, rank: int, phase: str) -> None:
-    connection.send({"type": "phase", "rank": rank, "phase": phase})
+class _Engine:
+    """Serves the messages of one connection."""
 
+    def __init__(
+        self, coordinator: Coordinator, compiling: CompilingRequests, connection: Connection
+    ) -> None:
+        self._coordinator = coordinator
+        self._compiling = compiling
+        self._connection = connection
 
-def _run(coordinator: Coordinator, compiling: CompilingRequests, connection: Connection) -> None:
-    try:
-        connection.send(messages.ready(coordinator.worker_pids, coordinator.max_total_tokens))
-        while True:
-            if not (coordinator.num_unfinished or coordinator.num_in_flight):
-                coordinator.sleep_until_readable(connection.fileno(), compiling.fileno())
-            for message in connection.receive(timeout_s=0):
-                if message["type"] == "shutdown":
-                    return
-                _handle(message, coordinator, compiling, connection)
-            for requests, error in compiling.take():
-                if error is None:
-                    _add(requests, coordinator, connection)
-                else:
-                    _refuse(requests, error, connection)
-            updates = coordinator.step()
-            if updates:
-                connection.send(messages.updates(updates))
-    finally:
-        coordinator.close()
+    def run(self) -> None:
+        """Run steps, and handle messages between them, until the caller shuts the engine down."""
+        engine, compiling, connection = self._coordinator, self._compiling, self._connection
+        try:
+            connection.send(messages.ready(engine.worker_pids, engine.max_total_tokens))
+            while True:
+                if not (engine.num_unfinished or engine.num_in_flight):
+                    engine.sleep_until_readable(connection.fileno(), compiling.fileno())
+                for message in connection.receive(timeout_s=0):
+                    if message["type"] == "shutdown":
+                        return
+                    self._handle(message)
+                for requests, error in compiling.take():
+                    self._add(requests, error)
+                if updates := engine.step():
+                    connection.send(messages.updates(updates))
+        finally:
+            engine.close()
 
-
-def _handle(
-    message: Message,
-    coordinator: Coordinator,
-    compiling: CompilingRequests,
-    connection: Connection,
-) -> None:
-    kind = message["type"]
-    if kind == "add":
-        requests = messages.read_add(message)
-        params = requests[0].sampling_params.structured_outputs
-        if params is None:
-            _add(requests, coordinator, connection)
+    def _handle(self, message: Message) -> None:
+        kind = message["type"]
+        if kind == "add":
+            requests = messages.read_add(message)
+            params = requests[0].sampling_params.structured_outputs
+            if params is None:
+                self._add(requests)
+            else:
+                self._compiling.add(requests, params)
+        elif kind == "abort":  # the caller expects no updates of these
+            self._compiling.abort(message["request_ids"])
+            self._coordinator.abort(message["request_ids"])
+        elif kind == "alive":
+            self._connection.send(message)
         else:
-            compiling.add(requests, params)
-    elif kind == "abort":
-        compiling.abort(message["request_ids"])
-        coordinator.abort(message["request_ids"])  # the caller expects no updates of these
-    elif kind == "alive":
-        connection.send(message)
-    else:
-        assert kind == "stats", f"a message of unknown type {kind!r}"
-        connection.send(messages.stats(message["number"], coordinator.engine_stats()))
+            assert kind == "stats", f"a message of unknown type {kind!r}"
+            stats = self._coordinator.engine_stats()
+            self._connection.send(messages.stats(message["number"], stats))
 
-
-def _add(requests: list[AddRequest], coordinator: Coordinator, connection: Connection) -> None:
-    try:
-        coordinator.check(requests[0])  # the others differ only in their seeds
-    except ValueError as error:
-        _refuse(requests, str(error), connection)
-    else:
-        coordinator.add(requests)
-
-
-def _refuse(requests: list[AddRequest], error: str, connection: Connection) -> None:
-    ids = [request.request_id for request in requests]  # all requests of one prompt
-    connection.send({"type": "refused", "request_ids": ids, "error": error})
+    def _add(self, requests: list[AddRequest], error: str | None = None) -> None:
+        """Add all requests of one prompt, or refuse them: because of `error`, if it is known."""
+        try:
+            if error is not None:
+                raise ValueError(error)
+            self._coordinator.check(requests[0])  # the others differ only in their seeds
+        except ValueError as refusal:
+            ids = [request.request_id for request in requests]
+            self._connection.send({"type": "refused", "request_ids": ids, "error": str(refusal)})
+        else:
+            self._coordinator.add(requests)
 
 
 if __name__ == "__main__":

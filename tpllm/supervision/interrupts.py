@@ -3,7 +3,6 @@
 import signal
 import threading
 from contextlib import AbstractContextManager
-from types import FrameType, TracebackType
 from typing import Self
 
 
@@ -26,16 +25,11 @@ class Interrupts(AbstractContextManager["Interrupts"]):
             self._active = True
         return self
 
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, error: object, *rest: object) -> None:
         if self._active:
             signal.signal(signal.SIGINT, signal.default_int_handler)
             self._active = False
-        if exc is None:
+        if error is None:
             self.check()
 
     def check(self) -> None:
@@ -44,7 +38,7 @@ class Interrupts(AbstractContextManager["Interrupts"]):
             self._pending = False
             raise KeyboardInterrupt
 
-    def _handle(self, signum: int, frame: FrameType | None) -> None:
+    def _handle(self, *signal_and_frame: object) -> None:
         if self._pending:
             raise KeyboardInterrupt
         self._pending = True

@@ -79,6 +79,10 @@ def _read_params(changed: dict[str, Any]) -> SamplingParams:
     return SamplingParams(**changed, structured_outputs=outputs)
 
 
+def phase(rank: int, begun: str) -> Message:
+    return {"type": "phase", "rank": rank, "phase": begun}
+
+
 def ready(worker_pids: list[int], max_total_tokens: int) -> Message:
     return {"type": "ready", "worker_pids": worker_pids, "max_total_tokens": max_total_tokens}
 
@@ -88,26 +92,17 @@ def updates(each: list[RequestUpdate]) -> Message:
 
 
 def read_updates(message: Message) -> list[RequestUpdate]:
-    return [_read_update(*row) for row in message["updates"]]
+    return [_with_logprobs(RequestUpdate(*row)) for row in message["updates"]]
 
 
-def _read_update(
-    request_id: str,
-    new_token_ids: list[int],
-    finish_reason: str | None,
-    stop_reason: int | str | None,
-    num_cached_tokens: int,
-    logprobs: list[list[Any]] | None,
-    prompt_logprobs: list[bytes] | None,
-) -> RequestUpdate:
-    return RequestUpdate(
-        request_id,
-        new_token_ids,
-        finish_reason,
-        stop_reason,
-        num_cached_tokens,
-        None if logprobs is None else [TokenLogprobs(*each) for each in logprobs],
-        None if prompt_logprobs is None else PackedLogprobs(*prompt_logprobs),
+def _with_logprobs(update: RequestUpdate) -> RequestUpdate:
+    """Return an update with its log-probabilities as tuples with names again."""
+    new, of_prompt = update.logprobs, update.prompt_logprobs
+    if new is None and of_prompt is None:
+        return update
+    return update._replace(
+        logprobs=None if new is None else [TokenLogprobs(*each) for each in new],
+        prompt_logprobs=None if of_prompt is None else PackedLogprobs(*of_prompt),
     )
 
 
@@ -135,11 +130,9 @@ def error(raised: BaseException) -> Message:
 
 def read_error(message: Message) -> Exception:
     """Return the exception that an error message holds."""
-    text = message["error"]
-    if message["kind"] == "setting":
-        return SettingError(text)
-    if message["kind"] == "value":
-        return ValueError(text)
+    text, kind = message["error"], message["kind"]
+    if kind != "worker":
+        return SettingError(text) if kind == "setting" else ValueError(text)
     details = message["details"]
     if details.get("report") is not None:
         details["report"] = Path(details["report"])
