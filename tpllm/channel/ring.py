@@ -74,7 +74,8 @@ def create_ring(num_readers: int, num_slots: int, slot_bytes: int) -> RingDescri
     Raises:
         OSError: the process has no descriptors left; the ring's descriptors are closed again.
     """
-    line_bytes = _round_up_to_cache_lines(_RECORD_HEADER_BYTES + slot_bytes)
+    num_lines = -(-(_RECORD_HEADER_BYTES + slot_bytes) // _CACHE_LINE_BYTES)
+    line_bytes = num_lines * _CACHE_LINE_BYTES  # a slot begins at a cache line
     size = _HEADER_BYTES + num_readers * _CACHE_LINE_BYTES + num_slots * line_bytes
     opened = [os.memfd_create("tpllm-ring", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)]
     try:
@@ -234,7 +235,3 @@ def _take_count(eventfd: int) -> int:
 
 def _as_bytes(array: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(array).reshape(-1).view(np.uint8)
-
-
-def _round_up_to_cache_lines(size: int) -> int:
-    return -(-size // _CACHE_LINE_BYTES) * _CACHE_LINE_BYTES

@@ -72,21 +72,11 @@ class StepPlan:
         words = payload[_HEADER_WORDS * 8 :].view("<i4")
         sizes = [S, S, S, S, n * row_words(), m * 2, tokens, lists]
         bounds = np.cumsum([0, *sizes]).tolist()
-        rows, starts, num_tokens, samples, entering, updates, ids, row_lists = (
+        *of_rows, entering, updates, token_ids, row_lists = (
             words[begin:end] for begin, end in pairwise(bounds)
         )
-        return cls(
-            step,
-            num_decode,
-            rows,
-            starts,
-            num_tokens,
-            samples,
-            records_of(entering),
-            updates.reshape(m, 2),
-            ids,
-            row_lists,
-        )
+        deltas = [records_of(entering), updates.reshape(m, 2), token_ids, row_lists]
+        return cls(step, num_decode, *of_rows, *deltas)
 
 
 @dataclass

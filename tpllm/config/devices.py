@@ -43,7 +43,7 @@ def visible_gpus() -> list[Gpu]:
     except pynvml.NVMLError:
         return []
     try:
-        handles = [pynvml.nvmlDeviceGetHandleByIndex(i) for i in range(_count(pynvml))]
+        handles = [pynvml.nvmlDeviceGetHandleByIndex(i) for i in range(pynvml.nvmlDeviceGetCount())]
         gpus = [_describe(pynvml, handle) for handle in handles]
         wanted = os.environ.get("CUDA_VISIBLE_DEVICES")
         return gpus if wanted is None else _select(pynvml, gpus, wanted)
@@ -58,11 +58,6 @@ def _torch_has_cuda() -> bool:
         return not version("torch").endswith("+cpu")
     except PackageNotFoundError:
         return False
-
-
-def _count(pynvml: Any) -> int:
-    count: int = pynvml.nvmlDeviceGetCount()
-    return count
 
 
 def _describe(pynvml: Any, handle: Any) -> Gpu:

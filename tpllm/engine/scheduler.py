@@ -253,7 +253,8 @@ class Scheduler:
             seq.num_steps_in_flight -= 1
             for token_id in islice(token_ids, num_yielded):
                 if seq.status is not Status.FINISHED:  # else the token is dropped
-                    updates.append(self._append(seq, token_id, new_logprobs.get(i)))
+                    logprobs = new_logprobs.get(i) if new_logprobs else None
+                    updates.append(self._append(seq, token_id, logprobs))
             if seq.num_steps_in_flight == 0 and seq in self._releasing:
                 self._release(seq)
         return updates

@@ -42,7 +42,7 @@ class Transport(Protocol):
         ...
 
     def receive(self, rank: int, kind: int) -> Record:
-        """Sleep until the next record of `kind` comes from `rank`, and return it."""
+        """Sleep until the next record of `kind` comes from `rank` or a worker fails; return it."""
         ...
 
     def receive_control(self, rank: int) -> dict[str, Any]:
@@ -50,11 +50,11 @@ class Transport(Protocol):
         ...
 
     def sleep_until_readable(self, *fds: int) -> None:
-        """Sleep until one of `fds` is readable. No step may be in flight."""
+        """Sleep until one of `fds` is readable or a worker fails. No step may be in flight."""
         ...
 
     def health(self) -> list[dict[str, Any]]:
-        """Return rank, pid, phase and whether the process is alive, for each rank."""
+        """Return rank, pid, last phase and whether the process is alive, for each rank."""
         ...
 
     def close(self) -> None:

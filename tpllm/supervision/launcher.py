@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 
 from tpllm.channel.ring import Buffer, Record, wait_readable
 from tpllm.channel.step_plan import CONTROL, RESULT
+from tpllm.engine.transport import Transport
 from tpllm.errors import SettingError
 from tpllm.supervision.diagnosis import RankState
 from tpllm.supervision.failure import Failure, failure_of_exits, failure_of_hang, wait_for_exits
@@ -28,8 +29,8 @@ CLOSE_TIMEOUT_S = 3.0
 StartHosts = Callable[[Launch, ChildProcesses], Sequence[Host]]
 
 
-class WorkerGroup:
-    """The workers of one engine, on all of its hosts: a `tpllm.engine.transport.Transport`.
+class WorkerGroup(Transport):
+    """The workers of one engine, on all of its hosts.
 
     Plans and control records go to all workers. Each worker replies, and rank 0 also sends the
     results of steps.
@@ -41,10 +42,7 @@ class WorkerGroup:
         start_hosts: starts all ranks and returns their hosts in rank order
 
     Raises:
-        WorkerError: any method raises it when a worker has failed; all processes have ended then.
-        SettingError: a worker refused a setting, or this host lacks a resource; all processes have
-            ended then.
-        RuntimeError: the group is closed, possibly by another thread during a call.
+        SettingError: this host lacks a resource; and as every method of a `Transport` raises.
     """
 
     def __init__(
@@ -75,13 +73,11 @@ class WorkerGroup:
 
     @property
     def pids(self) -> list[int]:
-        """The process id of each rank's worker."""
         return [worker.pid for worker in self._workers]
 
     # ---- messages ----------------------------------------------------------------------------
 
     def send(self, kind: int, buffers: Sequence[Buffer], step: int | None = None) -> None:
-        """Broadcast one record to every worker."""
         with self._processes.use():
             self.watch.note_sending(step)
             for host in self._hosts:
@@ -97,7 +93,6 @@ class WorkerGroup:
         self.send(CONTROL, [json.dumps(message).encode()])
 
     def receive(self, rank: int, kind: int) -> Record:
-        """Sleep until the next record of `kind` comes from `rank` or a worker fails; return it."""
         with self._processes.use():
             while True:
                 if (record := self._inbox.pop(rank, kind)) is not None:
@@ -129,7 +124,6 @@ class WorkerGroup:
         return message
 
     def sleep_until_readable(self, *fds: int) -> None:
-        """Sleep until one of `fds` is readable or a worker fails. No step may be in flight."""
         with self._processes.use():
             for fd in fds:
                 self._poll.register(fd, select.POLLIN)
@@ -143,11 +137,9 @@ class WorkerGroup:
                     self._poll.unregister(fd)
 
     def note_ready(self) -> None:
-        """Record that every worker is ready."""
         self.phases[:] = ["ready"] * self.world_size
 
     def health(self) -> list[dict[str, Any]]:
-        """Return rank, pid, last phase and whether the process is alive, for each rank."""
         return [
             {"rank": rank, "pid": worker.pid, "phase": phase, "alive": worker.poll() is None}
             for rank, (worker, phase) in enumerate(zip(self._workers, self.phases, strict=True))
@@ -171,7 +163,6 @@ class WorkerGroup:
         self._processes.release(CLOSE_TIMEOUT_S if is_sent else 0.0)
 
     def kill(self) -> None:
-        """Kill the workers at once."""
         self._processes.release()
 
     def _some_worker_ended(self, timeout_s: float) -> bool:

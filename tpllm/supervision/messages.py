@@ -24,7 +24,6 @@ import traceback
 from collections.abc import Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Any
 
 from tpllm.engine.request import AddRequest, PackedLogprobs, RequestUpdate, TokenLogprobs
 from tpllm.engine.stats import EngineStats
@@ -42,18 +41,7 @@ _SENT = [field.name for field in fields(SamplingParams) if field.name not in _NO
 
 def add(requests: Sequence[AddRequest]) -> Message:
     """Return the message that adds the requests of one prompt, in order."""
-    first = requests[0]
-    return {
-        "type": "add",
-        "request_ids": [each.request_id for each in requests],
-        "prompt_token_ids": first.prompt_token_ids,
-        "params": _changed(first.sampling_params),
-        "bad_word_ids": first.bad_word_ids,
-    }
-
-
-def _changed(params: SamplingParams) -> dict[str, Any]:
-    """Return the sampling parameters that are not the default, as plain data."""
+    first, params = requests[0], requests[0].sampling_params
     changed = {
         name: value
         for name in _SENT
@@ -61,22 +49,25 @@ def _changed(params: SamplingParams) -> dict[str, Any]:
     }
     if params.structured_outputs is not None:
         changed["structured_outputs"] = params.structured_outputs.to_dict()
-    return changed
+    return {
+        "type": "add",
+        "request_ids": [each.request_id for each in requests],
+        "prompt_token_ids": first.prompt_token_ids,
+        "params": changed,
+        "bad_word_ids": first.bad_word_ids,
+    }
 
 
 def read_add(message: Message) -> list[AddRequest]:
-    params = _read_params(message["params"])
+    changed = message["params"]
+    if (outputs := changed.get("structured_outputs")) is not None:
+        changed["structured_outputs"] = StructuredOutputsParams(**outputs)
+    params = SamplingParams(**changed)
     prompt_token_ids, bad_word_ids = message["prompt_token_ids"], message["bad_word_ids"]
     return [
         AddRequest(request_id, prompt_token_ids, params.of_continuation(index), bad_word_ids)
         for index, request_id in enumerate(message["request_ids"])
     ]
-
-
-def _read_params(changed: dict[str, Any]) -> SamplingParams:
-    fields_of_outputs = changed.pop("structured_outputs", None)
-    outputs = None if fields_of_outputs is None else StructuredOutputsParams(**fields_of_outputs)
-    return SamplingParams(**changed, structured_outputs=outputs)
 
 
 def phase(rank: int, begun: str) -> Message:

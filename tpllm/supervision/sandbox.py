@@ -106,23 +106,17 @@ class _Child:
         self._processes = ChildProcesses()
         with self._processes.released_with(self):
             with Interrupts():  # an interrupt between creating and recording a resource leaks it
-                self._start(config, module)
-            self._wait_until_ready()
-
-    def _wait_until_ready(self) -> None:
-        try:
-            with self._processes.use():
-                self._receive()
-        except (_DiedError, _KilledError) as death:
-            raise RuntimeError(
-                f"the process that checks structured_outputs ended before it was ready: {death}"
-            ) from None
-
-    def _start(self, config: EngineConfig, module: str) -> None:
-        # output of native code about a crash must not reach the user's terminal
-        silence = self._processes.keep(os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC))
-        spec = {"config": config.to_json(), "cpu_s": CPU_S, "memory_bytes": MEMORY_BYTES}
-        self._process, self._socket = self._processes.start_connected(module, spec, silence)
+                # output of native code about a crash must not reach the user's terminal
+                silence = self._processes.keep(os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC))
+                spec = {"config": config.to_json(), "cpu_s": CPU_S, "memory_bytes": MEMORY_BYTES}
+                self._process, self._socket = self._processes.start_connected(module, spec, silence)
+            try:
+                with self._processes.use():
+                    self._receive()  # it is ready
+            except (_DiedError, _KilledError) as death:
+                raise RuntimeError(
+                    f"the process that checks structured_outputs ended before it was ready: {death}"
+                ) from None
 
     def try_grammar(self, params: dict[str, Any]) -> str | None:
         """Return why the grammar cannot be used, or None if it can.
