@@ -1,4 +1,7 @@
-"""docs/tour.md leads through files that exist, by names that stand in them, and stays short."""
+"""docs/tour.md leads through files that exist, by names that stand in them, and stays short.
+
+The names of docs/extending.md stand in the files that each of its sections links to, too.
+"""
 
 import re
 from pathlib import Path
@@ -9,6 +12,7 @@ from tests.scripts import ROOT
 from tests.structure import FILES, name_of, num_lines
 
 TOUR = (ROOT / "docs" / "tour.md").read_text()
+SECTIONS = (ROOT / "docs" / "extending.md").read_text().split("\n## ")[1:]
 # rows of the table of stops: number, file, lines
 STOPS = [
     (ROOT / path, int(lines))
@@ -39,7 +43,7 @@ def test_every_stop_has_its_paragraph() -> None:
 
 def missing_names(text: str, files: set[str]) -> list[str]:
     """The names in `text` that stand in none of the files, nor in those that `text` links to."""
-    files = files | set(re.findall(r"\]\(\.\./(tpllm/.+?)\)", text))
+    files = files | set(re.findall(r"\]\(\.\./((?:tpllm|tests)/.+?)\)", text))
     code = "\n".join((ROOT / file).read_text() for file in files)
     names = re.findall(r"`(\w+)`", text)
     return [name for name in names if not re.search(rf"\b{name}\b", code)]
@@ -54,3 +58,8 @@ def test_the_names_of_an_answer_stand_in_its_files() -> None:
     answers = TOUR.partition("## Where a question is answered")[2]
     for line in re.findall(r"^\| .*\.py.* \|$", answers, re.M):
         assert missing_names(line, set()) == []
+
+
+@pytest.mark.parametrize("section", SECTIONS, ids=lambda section: section.partition("\n")[0])
+def test_the_names_of_a_section_stand_in_its_files(section: str) -> None:
+    assert missing_names(section, set()) == []
