@@ -51,9 +51,11 @@ def shipped_greedy() -> list[Greedy]:
     return [Greedy(item["prompt_ids"], item["output_ids"], item["margins"]) for item in items]
 
 
-def make_random_qwen3(folder: Path, *, max_shard_size: str = "5GB", **changes: Any) -> Path:
-    """Save a small random Qwen3 whose weights are large enough that margins are real."""
-    from transformers import Qwen3Config, Qwen3ForCausalLM
+def make_random_model(
+    folder: Path, family: str = "Qwen3", *, max_shard_size: str = "5GB", **changes: Any
+) -> Path:
+    """Save a small random model whose weights are large enough that margins are real."""
+    import transformers
 
     shape = dict(
         vocab_size=4099,
@@ -70,7 +72,11 @@ def make_random_qwen3(folder: Path, *, max_shard_size: str = "5GB", **changes: A
         eos_token_id=4098,
     )
     torch.manual_seed(0)
-    model = Qwen3ForCausalLM(Qwen3Config(**(shape | changes)))
+    config = getattr(transformers, f"{family}Config")(**(shape | changes))
+    model = getattr(transformers, f"{family}ForCausalLM")(config)
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            parameter.data.normal_(0, 0.2)
     model.save_pretrained(folder, max_shard_size=max_shard_size)
     return folder
 
@@ -78,9 +84,9 @@ def make_random_qwen3(folder: Path, *, max_shard_size: str = "5GB", **changes: A
 @torch.inference_mode()
 def transformers_greedy(folder: Path, prompts: list[list[int]], num_tokens: int) -> list[Greedy]:
     """Continue prompts with transformers in float32 on the CPU, end tokens ignored."""
-    from transformers import Qwen3ForCausalLM
+    from transformers import AutoModelForCausalLM
 
-    model = Qwen3ForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     references = []
     for prompt in prompts:
         cache, step_ids = None, torch.tensor([prompt])

@@ -13,7 +13,7 @@ from tests.reference import (
     DATA,
     Greedy,
     assert_equal,
-    make_random_qwen3,
+    make_random_model,
     shipped_greedy,
     transformers_greedy,
 )
@@ -130,18 +130,51 @@ def prompts_with_shared_prefixes(vocab_size: int) -> list[list[int]]:
     return [base, branch(0, 255), branch(0, 256), branch(250, 257), branch(512, 900), base[:513]]
 
 
-RANDOM_MODELS: dict[str, tuple[int, dict[str, Any]]] = {
-    "one KV head, tp=4": (4, {"num_key_value_heads": 1}),
-    "two KV heads, tp=4, sharded files": (4, {"max_shard_size": "500KB"}),
-    "three KV heads, tp=3": (3, {"num_attention_heads": 6, "num_key_value_heads": 3}),
-    "tied, tp=1": (1, {"tie_word_embeddings": True}),
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 1e4,
+    "factor": 8.0,
+    "original_max_position_embeddings": 512,  # the longest prompt has 2,000 tokens
+}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 5e5,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 512,
+}
+# family, ranks, changes; with "few blocks", preemptions
+RANDOM_MODELS: dict[str, tuple[str, int, dict[str, Any]]] = {
+    "one KV head, tp=4": ("Qwen3", 4, {"num_key_value_heads": 1}),
+    "two KV heads, tp=4, sharded files": ("Qwen3", 4, {"max_shard_size": "500KB"}),
+    "three KV heads, tp=3": ("Qwen3", 3, {"num_attention_heads": 6, "num_key_value_heads": 3}),
+    "tied, tp=1": ("Qwen3", 1, {"tie_word_embeddings": True}),
+    "Llama, three KV heads, groups of three, llama3, tp=3": (
+        "Llama",
+        3,
+        {"num_attention_heads": 9, "num_key_value_heads": 3, "rope_parameters": LLAMA3}
+        | {"hidden_size": 72, "tie_word_embeddings": True},
+    ),
+    "Llama with biases, tp=2, few blocks": ("Llama", 2, {"attention_bias": True, "mlp_bias": True}),
+    "Qwen2, groups of seven, yarn, tp=2": (
+        "Qwen2",
+        2,
+        {"num_attention_heads": 14, "hidden_size": 56, "rope_parameters": YARN},
+    ),
+    "Qwen2, tied, tp=1, few blocks": ("Qwen2", 1, {"tie_word_embeddings": True}),
+    "Mistral, one KV head, tp=2": (
+        "Mistral",
+        2,
+        {"num_key_value_heads": 1, "sliding_window": 4096},
+    ),
 }
 
 
 @pytest.mark.parametrize("name", RANDOM_MODELS)
 def test_random_models_continue_as_in_transformers(name: str, tmp_path: Path) -> None:
-    tp, changes = RANDOM_MODELS[name]
-    folder = make_random_qwen3(tmp_path, **changes)
+    family, tp, changes = RANDOM_MODELS[name]
+    folder = make_random_model(tmp_path, family, **changes)
     if "sharded" in name:
         assert len(list(folder.glob("*.safetensors"))) > 1
     num_tokens = 12
@@ -152,10 +185,14 @@ def test_random_models_continue_as_in_transformers(name: str, tmp_path: Path) ->
         device="cpu",
         tensor_parallel_size=tp,
         max_num_batched_tokens=700,
+        num_kv_blocks=187 if "few blocks" in name else None,
         skip_tokenizer_init=True,
     ) as llm:
         outputs = run(llm, references, params)
         stats = llm._coordinator.stats
     assert stats.num_prefill_chunks > 0
+    if "few blocks" in name:
+        assert stats.num_preemptions > 0
+        return
     # the last prompt begins like the first, which runs beside it: found within the same run
     assert outputs[-1].num_cached_tokens == 512

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from tests.marks import FOUR_GPUS
-from tests.reference import assert_equal, make_random_qwen3, shipped_greedy, transformers_greedy
+from tests.reference import assert_equal, make_random_model, shipped_greedy, transformers_greedy
 from tests.test_equality import prompts_with_shared_prefixes
 from tpllm import LLM, SamplingParams
 
@@ -35,7 +35,7 @@ def test_float32_equals_transformers(tp: int, plain: bool) -> None:
 
 @pytest.mark.parametrize("tp", TP_SIZES)
 def test_random_float32_models_continue_as_in_transformers(tp: int, tmp_path: Path) -> None:
-    folder = make_random_qwen3(tmp_path, num_key_value_heads=1, max_shard_size="500KB")
+    folder = make_random_model(tmp_path, num_key_value_heads=1, max_shard_size="500KB")
     references = transformers_greedy(folder, prompts_with_shared_prefixes(4099), 12)
     params = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
     with LLM(

@@ -144,6 +144,23 @@ def test_a_setting_the_model_cannot_have_is_refused(machine, settings, message):
         EngineConfig.resolve(**settings)
 
 
+def test_a_sliding_window_must_cover_max_model_len(machine, tmp_path):
+    fields = {"model_type": "mistral", "architectures": ["MistralForCausalLM"]}
+    folder = write_config(tmp_path, **fields, sliding_window=1024, layer_types=None)
+    config = EngineConfig.resolve(folder, load_format="dummy", max_model_len=1024)
+    assert config.max_model_len == 1024
+    with pytest.raises(ValueError, match=r"sliding_window=1024 of .*; use max_model_len=1024"):
+        EngineConfig.resolve(folder, load_format="dummy")
+
+
+def test_a_scaled_rope_allows_longer_contexts(machine, tmp_path):
+    rope = {"rope_type": "yarn", "factor": 2.0, "rope_theta": 1e6}
+    folder = write_config(tmp_path, rope_parameters=rope)
+    assert EngineConfig.resolve(folder, load_format="dummy").max_model_len == 8192
+    with pytest.raises(ValueError, match="max_position_embeddings=8192 scaled by yarn of"):
+        EngineConfig.resolve(folder, load_format="dummy", max_model_len=8193)
+
+
 def test_an_unknown_keyword_is_refused_with_the_nearest_name(machine):
     with pytest.raises(UnknownSettingError, match="LLM has no setting 'tp_size'"):
         EngineConfig.resolve(tp_size=2)

@@ -1,10 +1,14 @@
 from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from tpllm.architectures.hf_rope import read_rope
+from tpllm.architectures.spec import Rope
 from tpllm.layers.rotary import (
     QKNormRope,
     qk_norm_rope_store,
@@ -60,7 +64,7 @@ def random_case(
         ),
         QKNormRope(
             torch.randint(MAX_POSITIONS, (num_tokens,), generator=rng).int().to(device),
-            rotary_cos_sin(head_dim, MAX_POSITIONS, 10_000.0, device),
+            rotary_cos_sin(head_dim, MAX_POSITIONS, Rope(10_000.0), device),
             (
                 (torch.rand(head_dim, generator=rng) + 0.5).to(device, dtype),
                 (torch.rand(head_dim, generator=rng) + 0.5).to(device, dtype),
@@ -156,11 +160,50 @@ def test_rotation_multiplies_pairs_by_a_complex_phase(
 
 
 def test_table_is_cosines_then_sines_and_position_0_does_not_rotate() -> None:
-    table = rotary_cos_sin(8, 3, 100.0, torch.device("cpu"))
+    table = rotary_cos_sin(8, 3, Rope(100.0), torch.device("cpu"))
     assert table.dtype == torch.float32
     torch.testing.assert_close(table[0], torch.tensor([1.0] * 4 + [0.0] * 4))
     angles = 2 * 100.0 ** (-torch.arange(4) / 4)
     torch.testing.assert_close(table[2], torch.cat([angles.cos(), angles.sin()]))
+
+
+SCALED: list[dict[str, Any]] = [
+    {"rope_type": "linear", "factor": 4.0},
+    {
+        "rope_type": "llama3",
+        "factor": 32.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 64,
+    },
+    {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 2.0, "high_freq_factor": 9.0},
+    {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64},
+    {"type": "yarn", "factor": 2.5},
+    {"rope_type": "yarn", "factor": 0.5},
+    {"rope_type": "yarn", "factor": 40.0, "mscale": 1.0, "mscale_all_dim": 0.7, "beta_fast": 16},
+    {"rope_type": "yarn", "factor": 40.0, "mscale": 1.0, "beta_slow": 2, "truncate": False},
+    {"rope_type": "yarn", "factor": 4.0, "attention_factor": 1.5, "truncate": True},
+]
+
+
+@pytest.mark.parametrize("outside", [{}, {"original_max_position_embeddings": 96}])
+@pytest.mark.parametrize("head_dim", [16, 128])
+@pytest.mark.parametrize("scaling", SCALED)
+def test_scaled_rotations_are_those_of_transformers(
+    scaling: dict[str, Any], head_dim: int, outside: dict[str, int]
+) -> None:
+    from transformers import LlamaConfig
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+    fields: dict[str, Any] = {"max_position_embeddings": 256, "rope_theta": 5e5}
+    fields |= {"head_dim": head_dim, **outside}
+    fields["rope_scaling"] = scaling
+    theirs = LlamaRotaryEmbedding(LlamaConfig(**deepcopy(fields)))
+    positions = torch.arange(2000)[None]
+    cos, sin = theirs(torch.zeros(1), positions)
+    expected = torch.cat([cos[0, :, : head_dim // 2], sin[0, :, : head_dim // 2]], dim=-1)
+    rope = read_rope("config.json", fields)
+    assert torch.equal(rotary_cos_sin(head_dim, 2000, rope, torch.device("cpu")), expected)
 
 
 def test_no_tokens_store_nothing(device: torch.device) -> None:

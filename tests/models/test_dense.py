@@ -13,6 +13,32 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("Llama", {"rms_norm_eps": 1e-5, "vocab_size": 131}),
     "llama with biases": ("Llama", {"attention_bias": True, "mlp_bias": True, "head_dim": 32}),
     "tied llama": ("Llama", {"tie_word_embeddings": True, "head_dim": None}),
+    "qwen2": ("Qwen2", {}),
+    "mistral": ("Mistral", {"head_dim": 8, "sliding_window": None}),
+    "llama3 rope": (
+        "Llama",
+        {
+            "rope_parameters": {
+                "rope_type": "llama3",
+                "rope_theta": 1e4,
+                "factor": 8.0,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 8,
+            }
+        },
+    ),
+    "yarn": (
+        "Qwen3",
+        {
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "rope_theta": 1e4,
+                "factor": 4.0,
+                "original_max_position_embeddings": 8,
+            }
+        },
+    ),
 }
 
 

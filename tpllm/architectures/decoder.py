@@ -32,7 +32,7 @@ def decoder(dims: Dimensions, block: Callable[[str], BlockSpec]) -> ModelSpec:
         head=LinearSpec("lm_head", (WeightSpec(HEAD, shape, vocabulary),)),
         tied=dims.tie_word_embeddings,
         head_dim=dims.head_dim,
-        rope_theta=dims.rope_theta,
+        rope=dims.rope,
         initializer_range=dims.initializer_range,
     )
 

@@ -22,8 +22,6 @@ MAX_SIZES = {
     "head_dim": 2**12,
     "max_position_embeddings": 2**28,
 }
-DEFAULT_ROPE_THETA = 10000.0  # of every family in transformers
-
 
 # Of fields that change a model: the values that we implement, and what that means.
 IMPLEMENTED: dict[str, tuple[list[Any], str]] = {
@@ -32,6 +30,9 @@ IMPLEMENTED: dict[str, tuple[list[Any], str]] = {
     "transformers_weights": ([None], "model.safetensors, or what its index names"),
     "hidden_act": (["silu", "swish"], "hidden_act='silu'"),  # two names for one function
     "partial_rotary_factor": ([None, 1], "full rotary embeddings"),
+    "attn_logit_softcapping": ([None], "attention without a cap on its scores"),
+    "final_logit_softcapping": ([None], "models without a cap on their logits"),
+    "logit_scale": ([None, 1], "unscaled logits"),
 }
 
 
@@ -46,12 +47,12 @@ def read_fields(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
     _check_heads(where, sizes)
     return {
         **sizes,
-        "rms_norm_eps": _positive(where, "rms_norm_eps", config["rms_norm_eps"]),
-        "rope_theta": _read_rope_theta(where, config),
+        "rms_norm_eps": positive(where, "rms_norm_eps", config["rms_norm_eps"]),
         "tie_word_embeddings": _flag(where, config, "tie_word_embeddings"),
+        "sliding_window": _read_sliding_window(where, config),
         "attention_bias": _flag(where, config, "attention_bias"),
         "mlp_bias": _flag(where, config, "mlp_bias"),
-        "initializer_range": _positive(where, "initializer_range", config["initializer_range"]),
+        "initializer_range": positive(where, "initializer_range", config["initializer_range"]),
         "dtype": _read_dtype(where, config),
         "eos_token_ids": _read_eos_token_ids(folder, config, sizes["vocab_size"]),
     }
@@ -78,9 +79,6 @@ def refuse_unimplemented(where: str, config: dict[str, Any]) -> None:
     layer_types = config.get("layer_types")
     if layer_types is not None and not _are_full_attention(layer_types):
         refuse(where, config, "layer_types", "layers of full_attention")
-    for field in ("rope_scaling", "rope_parameters"):
-        if config.get(field) and not _is_plain_rope(config[field]):
-            refuse(where, config, field, "rotary embeddings without scaling (rope_type='default')")
 
 
 def refuse(where: str, config: dict[str, Any], field: str, only: str) -> NoReturn:
@@ -89,23 +87,16 @@ def refuse(where: str, config: dict[str, Any], field: str, only: str) -> NoRetur
     raise ValueError(f"{where}: {field}={short} is not implemented; tpllm runs {only}")
 
 
+def positive(where: str, field: str, value: object) -> float:
+    """Return a number that must be more than 0."""
+    number = check_number(f"{where}: {field}", value)
+    if number <= 0:
+        raise ValueError(f"{where}: {field}={number} must be more than 0")
+    return number
+
+
 def _are_full_attention(layer_types: object) -> bool:
     return isinstance(layer_types, list) and not set(map(str, layer_types)) - {"full_attention"}
-
-
-def _is_plain_rope(rope: object) -> bool:
-    """Whether it sets nothing but rope_theta. Older files call rope_type just type."""
-    if not isinstance(rope, dict):
-        return False
-    kind = rope.get("rope_type", rope.get("type"))
-    if kind not in (None, "default") and (kind, rope.get("factor")) != ("linear", 1):
-        return False
-    meaningless = ("rope_theta", "rope_type", "type", "original_max_position_embeddings")
-    ones = ("factor", "attention_factor", "partial_rotary_factor")
-    return all(
-        key in meaningless or value is None or (key in ones and value == 1)
-        for key, value in rope.items()
-    )
 
 
 def _read_sizes(where: str, config: dict[str, Any]) -> dict[str, int]:
@@ -129,20 +120,9 @@ def _check_heads(where: str, sizes: dict[str, int]) -> None:
         )
 
 
-def _read_rope_theta(where: str, config: dict[str, Any]) -> float:
-    """Read rope_theta: older files have it at the top, newer ones in rope_parameters, some in both.
-
-    rope_scaling replaces rope_parameters, and both take precedence over the top. A file with two
-    different values is refused, because programs differ in which one they take.
-    """
-    places = [config, config.get("rope_parameters") or {}, config.get("rope_scaling") or {}]
-    rope = places[2] or places[1]
-    theta = rope.get("rope_theta", config.get("rope_theta", DEFAULT_ROPE_THETA))
-    found = [place["rope_theta"] for place in places if place.get("rope_theta") is not None]
-    thetas = {_positive(where, "rope_theta", each) for each in [theta, *found]}
-    if len(thetas) > 1:
-        raise ValueError(f"{where} gives two values of rope_theta: {sorted(thetas)}; drop one")
-    return thetas.pop()
+def _read_sliding_window(where: str, config: dict[str, Any]) -> int | None:
+    window = config["sliding_window"]
+    return None if window is None else check_int(f"{where}: sliding_window", window, 1)
 
 
 def _read_dtype(where: str, config: dict[str, Any]) -> str | None:
@@ -170,10 +150,3 @@ def _read_eos_token_ids(folder: Path, config: dict[str, Any], vocab_size: int) -
 def _flag(where: str, config: dict[str, Any], field: str) -> bool:
     value = config.get(field)
     return False if value is None else check_bool(f"{where}: {field}", value)
-
-
-def _positive(where: str, field: str, value: object) -> float:
-    number = check_number(f"{where}: {field}", value)
-    if number <= 0:
-        raise ValueError(f"{where}: {field}={number} must be more than 0")
-    return number

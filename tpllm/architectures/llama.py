@@ -26,7 +26,7 @@ DEFAULTS = {
 
 
 def complete(where: str, config: dict[str, Any]) -> dict[str, Any]:
-    return with_head_dim(where, DEFAULTS | config)
+    return with_head_dim(where, DEFAULTS | config | {"sliding_window": None})
 
 
 def spec(dims: Dimensions) -> ModelSpec:

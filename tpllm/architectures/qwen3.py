@@ -28,10 +28,14 @@ DEFAULTS = {
 
 
 def complete(where: str, config: dict[str, Any]) -> dict[str, Any]:
-    config = DEFAULTS | config
+    return without_sliding_window(where, DEFAULTS | config)
+
+
+def without_sliding_window(where: str, config: dict[str, Any]) -> dict[str, Any]:
+    """Return the config with no sliding window; refuse one that is in use in some layer."""
     if config.get("layer_types") is None and _slides(where, config):
         refuse(where, config, "sliding_window", "full attention")
-    return config
+    return config | {"sliding_window": None}
 
 
 def _slides(where: str, config: dict[str, Any]) -> bool:

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from tpllm.architectures import llama, qwen3
+from tpllm.architectures import llama, mistral, qwen2, qwen3
 from tpllm.architectures.spec import Dimensions, ModelSpec
 
 
@@ -34,9 +34,12 @@ class Family:
         return self.architecture.replace("ForCausalLM", "Model")
 
 
+_DENSE = "tpllm.models.dense:blocks"
 FAMILIES = [
-    Family("Qwen3ForCausalLM", "qwen3", "tpllm.models.dense:blocks", qwen3.complete, qwen3.spec),
-    Family("LlamaForCausalLM", "llama", "tpllm.models.dense:blocks", llama.complete, llama.spec),
+    Family("Qwen3ForCausalLM", "qwen3", _DENSE, qwen3.complete, qwen3.spec),
+    Family("Qwen2ForCausalLM", "qwen2", _DENSE, qwen2.complete, qwen2.spec),
+    Family("LlamaForCausalLM", "llama", _DENSE, llama.complete, llama.spec),
+    Family("MistralForCausalLM", "mistral", _DENSE, mistral.complete, mistral.spec),
 ]
 
 

@@ -12,12 +12,39 @@ from dataclasses import dataclass
 from typing import Literal
 
 
+@dataclass(frozen=True)
+class Rope:
+    """A rotary embedding: its base, and how its frequencies are scaled for longer contexts.
+
+    Names and defaults are those of transformers' `rope_parameters`.
+
+    Attributes:
+        original_max_position_embeddings: tokens of the contexts before scaling
+        low_freq_factor, high_freq_factor: of llama3, bounds in periods per original context
+        beta_fast, beta_slow, truncate: of yarn, bounds in rotations per original context, and
+            whether they are rounded to whole dimensions
+        attention_factor: of cosines and sines
+    """
+
+    theta: float
+    rope_type: Literal["default", "linear", "llama3", "yarn"] = "default"
+    factor: float = 1.0
+    original_max_position_embeddings: float = 0.0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    truncate: bool = True
+    attention_factor: float = 1.0
+
+
 @dataclass(frozen=True, kw_only=True)
 class Dimensions:
     """A model's sizes and constants, under the names of Hugging Face's config.json.
 
     Attributes:
         tie_word_embeddings: whether the LM head is the embedding
+        sliding_window: tokens that each token sees, itself included; None for all before it
         initializer_range: the standard deviation of dummy weights
     """
 
@@ -29,12 +56,21 @@ class Dimensions:
     num_key_value_heads: int
     head_dim: int
     rms_norm_eps: float
-    rope_theta: float
+    rope: Rope
     max_position_embeddings: int
     tie_word_embeddings: bool
     attention_bias: bool
     mlp_bias: bool
+    sliding_window: int | None
     initializer_range: float
+
+    @property
+    def longest_context(self) -> int:
+        """Tokens that the rotary embedding is made for, as vLLM derives them."""
+        rope, length = self.rope, float(self.max_position_embeddings)
+        if rope.rope_type == "yarn":
+            length = rope.original_max_position_embeddings
+        return int(length * rope.factor) if rope.rope_type in ("linear", "yarn") else int(length)
 
 
 @dataclass(frozen=True)
@@ -204,7 +240,7 @@ class ModelSpec:
         embedding: [vocab_size, hidden_size]
         head: the projection to the vocabulary; without weights in the checkpoint if `tied`
         tied: whether the head's weight is the embedding's
-        head_dim, rope_theta: of the rotary embedding
+        head_dim, rope: of the rotary embedding
         initializer_range: the standard deviation of dummy weights
     """
 
@@ -214,7 +250,7 @@ class ModelSpec:
     head: LinearSpec
     tied: bool
     head_dim: int
-    rope_theta: float
+    rope: Rope
     initializer_range: float
 
     @property

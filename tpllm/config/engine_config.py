@@ -11,6 +11,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Self
 
+from tpllm.architectures.spec import Rope
 from tpllm.channel.step_plan import PlanLimits
 from tpllm.checks import MAX_INT32
 from tpllm.config.checkpoint import TOKENIZER_FILES, check_checkpoint, resolve_model
@@ -131,6 +132,7 @@ class EngineConfig(Settings):
         values = json.loads(text)
         model_config = values["model_config"]
         model_config["eos_token_ids"] = tuple(model_config["eos_token_ids"])
+        model_config["rope"] = Rope(**model_config["rope"])
         values["model_config"] = ModelConfig(**model_config)
         values["folder"] = Path(values["folder"])
         if values["tokenizer_folder"] is not None:
@@ -209,12 +211,20 @@ def _resolve_dtype(
 
 
 def _resolve_max_model_len(wanted: Settings, model_config: ModelConfig) -> int:
-    limit = model_config.max_position_embeddings
+    limit, window = model_config.longest_context, model_config.sliding_window
     length = limit if wanted.max_model_len is None else wanted.max_model_len
     if length > limit:
+        rope = model_config.rope
+        scaled = f" scaled by {rope.rope_type}" * (rope.rope_type in ("linear", "yarn"))
         raise ValueError(
-            f"max_model_len={length} is more than max_position_embeddings={limit} of "
+            f"max_model_len={length} is more than max_position_embeddings={limit}{scaled} of "
             f"{model_config.name}; use at most {limit}"
+        )
+    if window is not None and length > window:
+        raise ValueError(
+            f"sliding_window={window} of {model_config.name} is not implemented, and it is less "
+            f"than max_model_len={length}; use max_model_len={window}, where full attention is "
+            "the same"
         )
     return length
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Self
 
 from tpllm.architectures.hf_config import read_fields, refuse_unimplemented
+from tpllm.architectures.hf_rope import read_rope
 from tpllm.architectures.registry import family_named, family_of
 from tpllm.architectures.spec import Dimensions, ModelSpec
 from tpllm.checks import read_json
@@ -47,10 +48,12 @@ class ModelConfig(Dimensions):
         config = read_json(path)
         family = family_of(str(path), config)
         refuse_unimplemented(str(path), config)
+        config = family.complete(str(path), config)
         return cls(
             name=name or folder.resolve().name,
             architecture=family.architecture,
-            **read_fields(folder, family.complete(str(path), config)),
+            **read_fields(folder, config),
+            rope=read_rope(str(path), config),
         )
 
     @cached_property

@@ -8,6 +8,7 @@ Sources: RoFormer (2021), https://arxiv.org/abs/2104.09864, in the "rotate half"
 GPT-NeoX; per-head norms of q and k as in the Qwen3 Technical Report, https://arxiv.org/abs/2505.09388
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -15,21 +16,74 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from tpllm.architectures.spec import Rope
+
 _MAX_HEADS_PER_PROGRAM = 8
 
 
-def rotary_cos_sin(head_dim: int, max_positions: int, theta: float, device: torch.device) -> Tensor:
+def rotary_cos_sin(head_dim: int, max_positions: int, rope: Rope, device: torch.device) -> Tensor:
     """Return the rotation at every position: [max_positions, head_dim] fp32, cosines | sines.
 
-    Position p rotates pair i, elements i and i + D/2, by the angle p * theta ** (-2i / D).
+    Without scaling, position p rotates pair i, elements i and i + D/2, by the angle
+    p * theta ** (-2i / D).
     """
     # The angles are computed in fp32, as in transformers. At position 30,000 they are off by 1e-3,
     # but more exact angles would differ from the reference implementation.
-    exponents = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
-    frequencies = (1.0 / theta**exponents).to(device)  # [D/2]
+    frequencies = _frequencies(head_dim, rope).to(device)  # [D/2]
     positions = torch.arange(max_positions, dtype=torch.float32, device=device)
     angles = positions[:, None] * frequencies  # [L, D/2]
-    return torch.cat([angles.cos(), angles.sin()], dim=-1)  # [L, D]
+    return torch.cat([angles.cos(), angles.sin()], dim=-1) * rope.attention_factor  # [L, D]
+
+
+def _frequencies(D: int, rope: Rope) -> Tensor:
+    """Return the angle [D/2] of each pair at position 1, computed as transformers does."""
+    powers = rope.theta ** (torch.arange(0, D, 2, dtype=torch.float32) / D)
+    plain = 1.0 / powers
+    if rope.rope_type == "linear":
+        return plain / rope.factor
+    if rope.rope_type == "llama3":
+        return _llama3_frequencies(plain, rope)
+    if rope.rope_type == "yarn":
+        return _yarn_frequencies(powers, rope)
+    return plain
+
+
+def _llama3_frequencies(plain: Tensor, rope: Rope) -> Tensor:
+    """Divide low frequencies by the factor, keep high ones, interpolate between them [D/2]."""
+    length, low, high = (
+        rope.original_max_position_embeddings,
+        rope.low_freq_factor,
+        rope.high_freq_factor,
+    )
+    periods = 2 * math.pi / plain
+    scaled = torch.where(periods > length / low, plain / rope.factor, plain)
+    smooth = (length / periods - low) / (high - low)
+    between = (1 - smooth) * scaled / rope.factor + smooth * scaled
+    is_between = ~(periods < length / high) & ~(periods > length / low)
+    return torch.where(is_between, between, scaled)
+
+
+def _yarn_frequencies(powers: Tensor, rope: Rope) -> Tensor:
+    """Divide by the factor what rotates seldom in the original context, keep the rest [D/2].
+
+    Source: YaRN (2023), https://arxiv.org/abs/2309.00071
+    """
+    D = 2 * len(powers)
+
+    def dim_of(rotations: float) -> float:
+        """Return the dimension that rotates so often in the original context."""
+        length = rope.original_max_position_embeddings
+        return D * math.log(length / (rotations * 2 * math.pi)) / (2 * math.log(rope.theta))
+
+    low, high = dim_of(rope.beta_fast), dim_of(rope.beta_slow)
+    if rope.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, D - 1)
+    if low == high:
+        high += 0.001  # against a division by 0
+    ramp = ((torch.arange(D // 2, dtype=torch.float32) - low) / (high - low)).clamp(0, 1)
+    kept = 1 - ramp
+    return 1.0 / (rope.factor * powers) * (1 - kept) + 1.0 / powers * kept
 
 
 @dataclass(frozen=True)

@@ -63,7 +63,7 @@ class SelfAttention(nn.Module):
 
 def blocks(spec: ModelSpec, context: LayerContext, max_positions: int) -> Iterator[nn.Module]:
     """Yield the blocks of a model for sequences of at most `max_positions` tokens."""
-    cos_sin = rotary_cos_sin(spec.head_dim, max_positions, spec.rope_theta, context.tp.device)
+    cos_sin = rotary_cos_sin(spec.head_dim, max_positions, spec.rope, context.tp.device)
     for layer, block in enumerate(spec.blocks):
         yield SelfAttention(block.attention, layer, cos_sin, context)
         yield SwiGLU(block.mlp, context)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from tests.layers.attention.split_schedules import schedule_of
+from tpllm.architectures.spec import Rope
 from tpllm.layers.attention import split_schedule
 from tpllm.layers.attention.attention import AttentionBackend, AttentionBatch
 from tpllm.layers.attention.paged_decode import PagedDecode
@@ -111,7 +112,7 @@ def test_norms_rotates_and_stores_in_the_same_kernel(
     S, H = len(contexts), K * G
     qkv = torch.randn(S, (H + 2 * K) * D, generator=generator).to(device, dtype)
     q_weight, k_weight = torch.rand(2, D, generator=generator).to(device, dtype)
-    cos_sin = rotary_cos_sin(D, max(contexts), 1e4, device)
+    cos_sin = rotary_cos_sin(D, max(contexts), Rope(1e4), device)
     positions = batch.context_lens - 1
     pages = batch.block_tables[torch.arange(S, device=device), positions // block_size]
     slots = pages * block_size + positions % block_size
