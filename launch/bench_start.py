@@ -24,6 +24,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from engine_flags import parse_with_engine_flags
+
 from tpllm.config.checkpoint_files import INDEX_NAME
 from tpllm.config.model_config import ModelConfig
 
@@ -77,7 +79,7 @@ def _shard_name(number: int) -> str:
     return f"model-{number:05d}.safetensors"
 
 
-def start_once(args: argparse.Namespace) -> None:
+def start_once(settings: dict[str, Any]) -> None:
     """Create an engine and print when each phase of rank 0 began: the program that is measured."""
     from tpllm import LLM
 
@@ -88,23 +90,15 @@ def start_once(args: argparse.Namespace) -> None:
         if rank == 0:
             phases.setdefault(phase, time.time() - begin)
 
-    with LLM(
-        args.model,
-        tensor_parallel_size=args.tp,
-        device=args.device,
-        max_model_len=args.max_model_len,
-        skip_tokenizer_init=True,
-        on_phase=on_phase,
-    ) as llm:
+    with LLM(**settings, skip_tokenizer_init=True, on_phase=on_phase) as llm:
         phases["ready"] = time.time() - begin
         info = llm.profiler().engine_info
     print(json.dumps({"phases": phases, "info": info}))
 
 
-def measure(args: argparse.Namespace, model: Path) -> dict[str, Any]:
+def measure(settings: dict[str, Any]) -> dict[str, Any]:
     """Run `start_once` in a new process."""
-    command = [sys.executable, str(SELF), "--once", "--model", str(model), "--tp", str(args.tp)]
-    command += ["--device", args.device, "--max-model-len", str(args.max_model_len)]
+    command = [sys.executable, str(SELF), "--once", json.dumps(settings)]
     with tempfile.TemporaryDirectory() as cache:
         environment = {"TRITON_CACHE_DIR": cache, "BENCH_START_BEGIN": str(time.time())}
         done = subprocess.run(
@@ -118,41 +112,41 @@ def measure(args: argparse.Namespace, model: Path) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--model", type=Path, required=True, help="folder")
-    parser.add_argument("--tp", type=int, default=1, metavar="N", help="tensor_parallel_size")
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--max-model-len", type=int, default=4096)
     parser.add_argument(
         "--repeats", type=int, default=3, help="number of starts; the median is reported"
     )
-    parser.add_argument("--once", action="store_true", help=argparse.SUPPRESS)
-    args = parser.parse_args()
+    parser.add_argument("--once", type=json.loads, metavar="SETTINGS", help=argparse.SUPPRESS)
+    args = parse_with_engine_flags(parser)
     if args.once:
-        start_once(args)
+        start_once(args.once)
         return
+    if "model" not in args.settings:
+        parser.error("--model, a folder, is required")
+    source = Path(args.settings["model"]).resolve()
     with tempfile.TemporaryDirectory() as folder:
-        model: Path = args.model.resolve()
+        model = source
         if not list(model.glob("*.safetensors")):
             model = Path(folder) / model.name
             begin = time.perf_counter()
-            write_random_checkpoint(args.model, model)
+            write_random_checkpoint(source, model)
             print(f"weights written in {time.perf_counter() - begin:.1f} s", flush=True)
         num_bytes = sum(file.stat().st_size for file in model.glob("*.safetensors"))
         for file in model.glob("*.safetensors"):  # into the page cache
             with file.open("rb") as opened:
                 while opened.read(64 << 20):
                     pass
+        settings = {"max_model_len": 4096, **args.settings, "model": str(model)}
         starts = []
         for _ in range(args.repeats):
-            starts.append(measure(args, model))
+            starts.append(measure(settings))
             print(f"ready after {starts[-1]['phases']['ready']:.2f} s", flush=True)
     phases = [start["phases"] for start in starts]
     medians = {name: statistics.median(each[name] for each in phases) for name in phases[0]}
     for name, seconds in medians.items():
         print(f"  {seconds:7.2f} s  {name}")
-    print(f"{args.model.name}, tp={args.tp}: ready after {medians['ready']:.2f} s")
+    print(f"{source.name}, tp={args.tp}: ready after {medians['ready']:.2f} s")
     result = {
-        "arguments": {**vars(args), "model": args.model.name},
+        "arguments": {"repeats": args.repeats, **settings, "model": source.name},
         "checkpoint_bytes": num_bytes,
         "ready_s": [round(each["ready"], 2) for each in phases],
         "phases_s": {name: round(seconds, 2) for name, seconds in medians.items()},

@@ -6,10 +6,10 @@ from contextlib import closing, suppress
 from dataclasses import replace
 from typing import Any
 
+import tpllm
 from tpllm.cli.command import Commands, add_command, add_engine_flags, engine, engine_settings
 from tpllm.cli.options import add_flags, given_flags
 from tpllm.cli.sampling import LEFT_OUT, chat_prompt, stream
-from tpllm.llm import LLM
 from tpllm.sampling_params import SamplingParams
 
 # Defaults from the model's generation_config.json, as the help shows them.
@@ -65,7 +65,7 @@ class Conversation:
         system: the system prompt
     """
 
-    def __init__(self, llm: LLM, params: SamplingParams, system: str | None = None) -> None:
+    def __init__(self, llm: "tpllm.LLM", params: SamplingParams, system: str | None = None) -> None:
         self._llm = llm
         self._params = params
         self.system = system

@@ -5,7 +5,7 @@ from contextlib import closing
 from dataclasses import replace
 from typing import Any
 
-from tpllm.llm import LLM
+import tpllm
 from tpllm.outputs import RequestOutput
 from tpllm.sampling_params import RequestOutputKind, SamplingParams
 
@@ -13,7 +13,7 @@ from tpllm.sampling_params import RequestOutputKind, SamplingParams
 LEFT_OUT = ("seed", "skip_tokenizer_init")
 
 
-def chat_prompt(llm: LLM, messages: list[dict[str, str]]) -> dict[str, list[int]]:
+def chat_prompt(llm: "tpllm.LLM", messages: list[dict[str, str]]) -> dict[str, list[int]]:
     """Return a conversation as a prompt, rendered by the model's chat template.
 
     Raises:
@@ -25,7 +25,9 @@ def chat_prompt(llm: LLM, messages: list[dict[str, str]]) -> dict[str, list[int]
     return {"prompt_token_ids": tokenizer.encode_batch([text], add_special_tokens=False)[0]}
 
 
-def stream(llm: LLM, prompt: Any, params: SamplingParams) -> Generator[RequestOutput, None, None]:
+def stream(
+    llm: "tpllm.LLM", prompt: Any, params: SamplingParams
+) -> Generator[RequestOutput, None, None]:
     """Yield the new part of one answer as it comes. Closing the generator ends the request."""
     params = replace(params, output_kind=RequestOutputKind.DELTA)
     with closing(llm.generate_stream(prompt, params)) as outputs:
