@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 import tpllm.config.devices
-from tpllm.cli import hardware, main
+from tpllm.cli import main
 from tpllm.config import engine_config as config
 
 pynvml = pytest.importorskip("pynvml")
@@ -52,8 +52,7 @@ def two_gpus(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     }
     for name, answer in answers.items():
         monkeypatch.setattr(pynvml, name, answer)
-    for module in (tpllm.config.devices, hardware):
-        monkeypatch.setattr(module, "version", lambda package: "2.11.0+cu130")
+    monkeypatch.setattr(tpllm.config.devices, "version", lambda package: "2.11.0+cu130")
     monkeypatch.setattr(config, "find_spec", lambda name: None)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     return facts
@@ -174,8 +173,7 @@ def test_without_a_driver_the_cpu_serves(monkeypatch, capsys):
 def test_gpus_that_are_there_and_not_to_be_had(
     two_gpus, monkeypatch, capsys, build, visible, reason
 ):
-    for module in (tpllm.config.devices, hardware):
-        monkeypatch.setattr(module, "version", lambda package: build)
+    monkeypatch.setattr(tpllm.config.devices, "version", lambda package: build)
     if visible is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     facts = info(capsys)

@@ -7,6 +7,7 @@ from tpllm.config.engine_config import EngineConfig, why_no_flash_attn
 from tpllm.layers.linear.matmul_algorithms import table_path
 
 Choice = tuple[str, str]  # the choice, and the reason for it
+NO_16_BITS = "16 bits are emulated on most CPUs"
 
 
 def explain(given: Given, hardware: Hardware) -> dict[str, Choice]:
@@ -17,65 +18,52 @@ def explain(given: Given, hardware: Hardware) -> dict[str, Choice]:
     """
     config = EngineConfig.resolve(**given.values)
     on_gpu = config.device == "cuda"
+    pages = config.attention_backend == "flash-attn"
+    why_block = "flash-attn reads pages of 256" if pages else "the default here"
+
+    def asked(name: str) -> str | None:
+        """Return the origin of a value that overrides the default."""
+        if name in given.origins and given.values[name] not in (None, "auto"):
+            return f"asked for by {given.origins[name]}"
+        return None
+
     return {
         "model": (config.model_config.name, str(config.folder)),
-        "device": _device(config, given, hardware),
-        "dtype": _dtype(config, given, on_gpu),
+        "device": _device(config, hardware, asked("device")),
+        "dtype": (config.dtype, asked("dtype") or ("the checkpoint's" if on_gpu else NO_16_BITS)),
         "max_model_len": (
             f"{config.max_model_len} tokens",
-            _origin("max_model_len", given) or "the model's limit, or less if the cache is smaller",
+            asked("max_model_len") or "the model's limit, or less if the cache is smaller",
         ),
-        "prefill attention": _prefill_attention(config, given, on_gpu),
-        "decode attention": _decode_attention(config, given, on_gpu),
+        "prefill attention": _prefill_attention(config, on_gpu, asked("attention_backend")),
+        "decode attention": _decode_attention(config, on_gpu, asked("attention_backend")),
         "all-reduce": _all_reduce(config, hardware, on_gpu),
         "matmuls": _matmuls(config, hardware, on_gpu),
-        "decode steps": _decode_steps(config, given, on_gpu),
-        "KV block": (
-            f"{config.kv_block_size} tokens",
-            _origin("kv_block_size", given)
-            or (
-                "flash-attn reads pages of 256"
-                if config.attention_backend == "flash-attn"
-                else "the default here"
-            ),
-        ),
+        "decode steps": _decode_steps(config, on_gpu, asked("enforce_eager")),
+        "KV block": (f"{config.kv_block_size} tokens", asked("kv_block_size") or why_block),
     }
 
 
-def _origin(name: str, given: Given) -> str | None:
-    """Return the origin of a value that overrides the default."""
-    if name in given.origins and given.values[name] not in (None, "auto"):
-        return f"asked for by {given.origins[name]}"
-    return None
-
-
-def _device(config: EngineConfig, given: Given, hardware: Hardware) -> Choice:
+def _device(config: EngineConfig, hardware: Hardware, asked: str | None) -> Choice:
     ranks = config.tensor_parallel_size
     if config.device == "cuda":
         why = f"{len(hardware.gpus)} visible"
-        return f"GPU 0 to {ranks - 1}" if ranks > 1 else "GPU 0", _origin("device", given) or why
-    why = _origin("device", given) or hardware.why_no_gpu or "no GPU is visible"
+        return f"GPU 0 to {ranks - 1}" if ranks > 1 else "GPU 0", asked or why
+    why = asked or hardware.why_no_gpu or "no GPU is visible"
     return f"cpu, {ranks} process{'es' if ranks > 1 else ''}", why
 
 
-def _dtype(config: EngineConfig, given: Given, on_gpu: bool) -> Choice:
-    default = "the checkpoint's" if on_gpu else "16 bits are emulated on most CPUs"
-    return config.dtype, _origin("dtype", given) or default
-
-
-def _decode_attention(config: EngineConfig, given: Given, on_gpu: bool) -> Choice:
-    origin = _origin("attention_backend", given)
+def _decode_attention(config: EngineConfig, on_gpu: bool, asked: str | None) -> Choice:
     if config.attention_backend == "torch":
-        return "torch", (origin if on_gpu and origin else "the CPU has no other")
-    return "split kernel (Triton)", origin or "the kernel of our own, for GPUs"
+        return "torch", (asked if on_gpu and asked else "the CPU has no other")
+    return "split kernel (Triton)", asked or "the kernel of our own, for GPUs"
 
 
-def _prefill_attention(config: EngineConfig, given: Given, on_gpu: bool) -> Choice:
-    origin = _origin("attention_backend", given)
+def _prefill_attention(config: EngineConfig, on_gpu: bool, asked: str | None) -> Choice:
     if config.attention_backend == "flash-attn":
-        return "flash-attn 2", origin or "the fastest here"
-    if origin and on_gpu:
-        return "torch", origin
+        return "flash-attn 2", asked or "the fastest here"
+    if asked and on_gpu:
+        return "torch", asked
     gpus = visible_gpus()[: config.tensor_parallel_size] if on_gpu else []
     why = why_no_flash_attn(gpus, config.dtype, config.model_config.head_dim)
     return "torch", f"no flash-attn: {why}"
@@ -97,10 +85,7 @@ def _all_reduce(config: EngineConfig, hardware: Hardware, on_gpu: bool) -> Choic
     reach = "the GPUs reach each other's memory"
     if any(link.peer_access is None for link in links):
         reach = f"if {reach}, which NVML does not report"
-    return (
-        "peer memory",
-        f"{reach}; tried against NCCL when the workers start",
-    )
+    return "peer memory", f"{reach}; tried against NCCL when the workers start"
 
 
 def _matmuls(config: EngineConfig, hardware: Hardware, on_gpu: bool) -> Choice:
@@ -118,9 +103,9 @@ def _matmuls(config: EngineConfig, hardware: Hardware, on_gpu: bool) -> Choice:
     return f"{ours}, torch", f"launch/tune_matmuls.py has not measured {gpu} yet"
 
 
-def _decode_steps(config: EngineConfig, given: Given, on_gpu: bool) -> Choice:
+def _decode_steps(config: EngineConfig, on_gpu: bool, asked: str | None) -> Choice:
     if not on_gpu:
         return "eager", "CUDA graphs need a GPU"
     if config.enforce_eager:
-        return "eager", _origin("enforce_eager", given) or "enforce_eager is set"
+        return "eager", asked or "enforce_eager is set"
     return "CUDA graphs", "one launch for a whole step"

@@ -3,11 +3,10 @@
 import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from importlib.metadata import PackageNotFoundError, version
 from itertools import combinations
 from typing import Any
 
-from tpllm.config.devices import Gpu, visible_gpus
+from tpllm.config.devices import Gpu, installed, visible_gpus
 
 # Values of nvmlGpuP2PCapsIndex_t: in the binding, the constant for the first is a tuple by mistake.
 _P2P_READ, _P2P_NVLINK = 0, 2
@@ -123,11 +122,3 @@ def _why_none_is_visible(pynvml: Any) -> str:
         return f"torch {build} is a build without CUDA"
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     return f"CUDA_VISIBLE_DEVICES={visible!r} leaves none of {count}"
-
-
-def installed(package: str) -> str | None:
-    """Return the version of a package; None if it is not installed."""
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None

@@ -10,7 +10,8 @@ from typing import Any
 import tpllm
 from tpllm.cli.choices import explain
 from tpllm.cli.command import Commands, add_command, add_engine_flags, engine_settings
-from tpllm.cli.hardware import Hardware, Link, installed
+from tpllm.cli.hardware import Hardware, Link
+from tpllm.config.devices import installed
 
 VERSIONS = ("torch", "triton", "transformers", "tokenizers", "numpy")
 # The use of a backend, and the packages that it needs.

@@ -34,7 +34,7 @@ def visible_gpus() -> list[Gpu]:
     CUDA_VISIBLE_DEVICES is read as CUDA reads it: indices, or prefixes of UUIDs; the first entry
     that names no GPU ends the list, so that "" and "-1" leave none.
     """
-    if not _torch_has_cuda():
+    if (installed("torch") or "+cpu").endswith("+cpu"):
         return []
     import pynvml
 
@@ -53,11 +53,12 @@ def visible_gpus() -> list[Gpu]:
         pynvml.nvmlShutdown()
 
 
-def _torch_has_cuda() -> bool:
+def installed(package: str) -> str | None:
+    """Return the version of a package; None if it is not installed."""
     try:
-        return not version("torch").endswith("+cpu")
+        return version(package)
     except PackageNotFoundError:
-        return False
+        return None
 
 
 def _describe(pynvml: Any, handle: Any) -> Gpu:

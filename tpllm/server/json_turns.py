@@ -6,7 +6,7 @@ The log-probabilities of a prompt of 32k tokens are 48 MB of JSON, and take seco
 import asyncio
 import json
 import secrets
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,16 +45,11 @@ async def to_json_in_turns(content: object) -> list[bytes]:
     first, *rests = encoder.encode(content).encode().split(f'"{_MARK}"'.encode())
     pieces = [first]
     for long_list, rest in zip(long_lists, rests, strict=True):
-        pieces += [piece async for piece in _encode(long_list)]
-        pieces.append(rest)
+        pieces[-1] += b"["
+        for begin in range(0, long_list.num_entries, ENTRIES_PER_TURN):
+            if begin:
+                await asyncio.sleep(0)
+            entries = to_json(long_list.make(slice(begin, begin + ENTRIES_PER_TURN)))
+            pieces.append((b"," if begin else b"") + entries[1:-1].encode())
+        pieces.append(b"]" + rest)
     return pieces
-
-
-async def _encode(long_list: LongList) -> AsyncGenerator[bytes, None]:
-    yield b"["
-    for begin in range(0, long_list.num_entries, ENTRIES_PER_TURN):
-        if begin:
-            await asyncio.sleep(0)
-        entries = long_list.make(slice(begin, begin + ENTRIES_PER_TURN))
-        yield (b"," if begin else b"") + to_json(entries)[1:-1].encode()
-    yield b"]"

@@ -132,17 +132,16 @@ class Prompts:
         self, prompt: str | list[int], ids: list[int], add_special_tokens: bool
     ) -> list[int]:
         """Return the character offsets of a prompt's tokens in the prompt's text."""
-        return await self._run(len(ids), self._offsets, prompt, ids, add_special_tokens)
 
-    def _offsets(
-        self, prompt: str | list[int], ids: list[int], add_special_tokens: bool
-    ) -> list[int]:
-        if isinstance(prompt, str):
-            known = self.tokenizer.token_offsets(prompt, add_special_tokens)
-            if known is not None:
-                return known
-        offsets = self.text_offsets(skip_special_tokens=False)
-        return [offsets.feed(token_id) for token_id in ids]
+        def compute() -> list[int]:
+            if isinstance(prompt, str):
+                known = self.tokenizer.token_offsets(prompt, add_special_tokens)
+                if known is not None:
+                    return known
+            offsets = self.text_offsets(skip_special_tokens=False)
+            return [offsets.feed(token_id) for token_id in ids]
+
+        return await self._run(len(ids), compute)
 
     def text_offsets(
         self, skip_special_tokens: bool = True, spaces_between_special_tokens: bool = True

@@ -12,12 +12,11 @@ import secrets
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from tpllm import __version__
-from tpllm.config.devices import visible_gpus
+from tpllm.config.devices import installed, visible_gpus
 from tpllm.supervision.diagnosis import RankState
 
 FOLDER_VARIABLE = "TPLLM_CRASH_DIR"
@@ -91,11 +90,7 @@ def _rank_text(rank: RankState) -> str:
 
 def _versions() -> str:
     lines = [f"tpllm {__version__}", f"python {sys.version.split()[0]}", platform.platform()]
-    for package in _PACKAGES:
-        try:
-            lines.append(f"{package} {version(package)}")
-        except PackageNotFoundError:
-            continue
+    lines += [f"{name} {found}" for name in _PACKAGES if (found := installed(name))]
     return "\n".join(lines)
 
 

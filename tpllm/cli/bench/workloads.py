@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from tpllm import LLM, SamplingParams, __version__
-from tpllm.cli.hardware import installed
+from tpllm.config.devices import installed
 
 REPO = Path(__file__).resolve().parents[3]
 
@@ -59,9 +59,10 @@ def run_once(llm: LLM, prompts: list[list[int]], params: list[SamplingParams]) -
 def measure_seed(llm: LLM, repeats: int, breakdown: bool) -> dict[str, Any]:
     """Output tokens per second, all prompts handed in at once."""
     prompts, params = seed_workload(llm.config.model_config.vocab_size)
-    run_once(llm, prompts, params)
+    run = partial(run_once, llm, prompts, params)
+    run()
     profiler = llm.profiler()
-    times = [run_once(llm, prompts, params) for _ in range(repeats)]
+    times = [run() for _ in range(repeats)]
     num_out = sum(each.max_tokens or 0 for each in params)
     figures: dict[str, Any] = {
         "input_tokens": sum(map(len, prompts)),
@@ -71,7 +72,6 @@ def measure_seed(llm: LLM, repeats: int, breakdown: bool) -> dict[str, Any]:
     }
     if breakdown:
         figures["breakdown"] = profiler.step_times()
-        run = partial(run_once, llm, prompts, params)
         figures["kernels"] = profiler.decode_kernels(run, skip=300)
     return figures
 
@@ -80,11 +80,12 @@ def measure_latency(llm: LLM, repeats: int, breakdown: bool) -> dict[str, Any]:
     """The first token's time is that of a run of one token; the others share the rest."""
     prompts, params = latency_workload(llm.config.model_config.vocab_size)
     first = [SamplingParams(temperature=0, ignore_eos=True, max_tokens=1)]
-    for each in (params, first):
-        run_once(llm, prompts, each)
+    run, run_first = (partial(run_once, llm, prompts, each) for each in (params, first))
+    run()
+    run_first()
     profiler = llm.profiler()
-    first_ms = statistics.median(run_once(llm, prompts, first) for _ in range(repeats)) * 1e3
-    whole_ms = statistics.median(run_once(llm, prompts, params) for _ in range(repeats)) * 1e3
+    first_ms = statistics.median(run_first() for _ in range(repeats)) * 1e3
+    whole_ms = statistics.median(run() for _ in range(repeats)) * 1e3
     num_rest = (params[0].max_tokens or 0) - 1
     figures: dict[str, Any] = {
         "ms_to_first_token": round(first_ms, 3),
@@ -92,7 +93,6 @@ def measure_latency(llm: LLM, repeats: int, breakdown: bool) -> dict[str, Any]:
     }
     if breakdown:
         figures["breakdown"] = profiler.step_times()
-        run = partial(run_once, llm, prompts, params)
         figures["kernels"] = profiler.decode_kernels(run, skip=100)
     return figures
 
