@@ -66,7 +66,10 @@ def collect(
         UnknownSettingError: the environment or the file has an unknown setting.
         FileNotFoundError: there is no such file.
     """
-    _refuse_unknown_variables(environment)
+    known = [CONFIG_VARIABLE, crash_report.FOLDER_VARIABLE]
+    known += [PREFIX + name.upper() for name in _known_names()]
+    ours = [name for name in environment if name.startswith(PREFIX)]
+    refuse_unknown_settings("the environment", ours, known)
     path = config if config is not None else environment.get(CONFIG_VARIABLE)
     from_file = {} if path is None else read_config(Path(path).expanduser())
     given = Given()
@@ -113,11 +116,3 @@ def read_config(path: Path) -> dict[str, Any]:
 
 def _known_names() -> list[str]:
     return [option.name for settings in SETTINGS_CLASSES for option in options_of(settings)]
-
-
-def _refuse_unknown_variables(environment: Mapping[str, str]) -> None:
-    ours = [name for name in environment if name.startswith(PREFIX)]
-    known = [PREFIX + name.upper() for name in _known_names()]
-    refuse_unknown_settings(
-        "the environment", ours, [*known, CONFIG_VARIABLE, crash_report.FOLDER_VARIABLE]
-    )

@@ -1,7 +1,6 @@
 """Which web pages may use the server: checks of the host name and the origin, and CORS."""
 
 import re
-from ipaddress import ip_address
 from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers
@@ -11,7 +10,7 @@ from starlette.types import ASGIApp
 
 from tpllm.checks import short
 from tpllm.server.errors import APIError, invalid
-from tpllm.server.settings import ServerSettings, is_local_host
+from tpllm.server.settings import ServerSettings, address_of, is_local_host
 
 METHODS = ("GET", "HEAD", "POST")
 READABLE = ("x-request-id", "retry-after", "x-should-retry")  # by a page, besides the usual ones
@@ -68,7 +67,7 @@ def check_host(headers: Headers, http_version: str, settings: ServerSettings) ->
     if is_old or "*" in allowed or not (allowed or is_open):
         return
     name = host_name(hosts[0])
-    if name is None or not (is_local_host(name) or _is_address(name) or name in allowed):
+    if name is None or not (is_local_host(name) or address_of(name) or name in allowed):
         raise APIError(
             403,
             f"the host name {short(hosts[0])} is not allowed; add it to allowed_hosts, or use "
@@ -109,11 +108,3 @@ def _origin_name(origin: str) -> str | None:
         return urlsplit(origin).hostname
     except ValueError:  # for example an invalid IPv6 address
         return None
-
-
-def _is_address(name: str) -> bool:
-    try:
-        ip_address(name)
-    except ValueError:
-        return False
-    return True

@@ -2,7 +2,7 @@
 
 import re
 from dataclasses import dataclass, field
-from ipaddress import ip_address
+from ipaddress import IPv4Address, IPv6Address, ip_address
 from typing import Annotated
 
 from annotated_types import Interval
@@ -120,10 +120,16 @@ def is_local_host(host: str) -> bool:
     """Whether a host name or address, in lower case, always is this machine."""
     if host == "localhost" or host.endswith(".localhost"):  # RFC 6761, section 6.3
         return True
+    address = address_of(host)  # None for another name, such as 127.0.0.1.example.org
+    return address is not None and address.is_loopback
+
+
+def address_of(host: str) -> IPv4Address | IPv6Address | None:
+    """Return the IP address that a text is; None if it is a name."""
     try:
-        return ip_address(host).is_loopback
-    except ValueError:  # another name, such as 127.0.0.1.example.org
-        return False
+        return ip_address(host)
+    except ValueError:
+        return None
 
 
 def _split(name: str, value: object) -> tuple[str, ...]:

@@ -1,7 +1,7 @@
 """`tpllm bench seed` and `tpllm bench latency`: an engine of our own, without a server."""
 
 import json
-from argparse import ArgumentParser, Namespace
+from argparse import Namespace
 
 from tpllm.cli.command import Commands, add_command, add_engine_flags, engine, engine_settings
 
@@ -17,14 +17,10 @@ def add(commands: Commands) -> None:
     for name, summary in SUMMARIES.items():
         example = f"tpllm bench {name} Qwen/Qwen3-8B --tensor-parallel-size 2"
         parser = add_command(commands, name, run, summary, example)
-        _add_flags(parser)
+        parser.add_argument("--repeats", type=int, default=3, metavar="N", help="timed runs (3)")
+        parser.add_argument("--breakdown", action="store_true", help="where a step's time goes")
+        add_engine_flags(parser, leave_out=("tokenizer", *FORCED), defaults=DEFAULTS)
         parser.set_defaults(workload=name)
-
-
-def _add_flags(parser: ArgumentParser) -> None:
-    parser.add_argument("--repeats", type=int, default=3, metavar="N", help="timed runs (3)")
-    parser.add_argument("--breakdown", action="store_true", help="where a step's time goes")
-    add_engine_flags(parser, leave_out=("tokenizer", *FORCED), defaults=DEFAULTS)
 
 
 def run(args: Namespace) -> int:
