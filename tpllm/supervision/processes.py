@@ -12,6 +12,7 @@ import threading
 import time
 import weakref
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -155,33 +156,35 @@ class ChildProcesses:
         Returns:
             the processes; fewer than `commands` if `release` was called meanwhile
         """
-        environment = _environment(None if lifeline is None else self.directory)
-        children: list[Child] = []
-        started = threading.Event()
-        failure: list[BaseException] = []
+        started: Future[list[Child]] = Future()
 
         def run() -> None:
             try:
-                with self.lock:
-                    if lifeline is not None and not self.ending:
-                        arguments = [sys.executable, "-I", "-S", guard.__file__]
-                        arguments += [str(self.directory), str(lifeline)]
-                        self.guard = _start((arguments, (lifeline,)), dict(os.environ), output)
-                for command in commands:
-                    with self.lock:
-                        if self.ending:
-                            break
-                        self.processes.append(_start(command, environment, output))
-                        children.append(self.processes[-1])
+                started.set_result(self._start_all(commands, output, lifeline))
             except BaseException as error:
-                failure.append(error)
-            started.set()
+                started.set_exception(error)
             self.released.wait()
 
         threading.Thread(target=run, name="tpllm-launcher", daemon=True).start()
-        started.wait()
-        if failure:
-            raise failure[0]
+        return started.result()
+
+    def _start_all(
+        self, commands: Sequence[Command], output: int, lifeline: int | None
+    ) -> list[Child]:
+        if lifeline is not None:
+            arguments = [sys.executable, "-I", "-S", guard.__file__]
+            arguments += [str(self.directory), str(lifeline)]
+            with self.lock:
+                if not self.ending:
+                    self.guard = _start((arguments, (lifeline,)), dict(os.environ), output)
+        environment = _environment(None if lifeline is None else self.directory)
+        children: list[Child] = []
+        for command in commands:
+            with self.lock:
+                if self.ending:
+                    break
+                self.processes.append(_start(command, environment, output))
+                children.append(self.processes[-1])
         return children
 
     @contextmanager
