@@ -19,8 +19,7 @@ from tpllm.engine.grammars import Grammars
 from tpllm.engine.request import AddRequest, RequestUpdate, Sequence
 from tpllm.engine.request_checks import check_first_tokens, check_request
 from tpllm.engine.scheduler import Scheduler, SchedulerStats
-from tpllm.engine.stats import EngineStats
-from tpllm.engine.step_histogram import StepHistogram
+from tpllm.engine.stats import EngineStats, StepHistogram
 from tpllm.engine.transport import Transport
 from tpllm.errors import SettingError
 

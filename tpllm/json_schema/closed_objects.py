@@ -8,7 +8,8 @@ requires `"additionalProperties": false`, and xgrammar, which vLLM uses, assumes
 from collections.abc import Iterator
 from typing import Any
 
-_MAPS_OF_SCHEMAS = ("properties", "patternProperties", "$defs", "definitions")
+from tpllm.json_schema.shape import MAPS
+
 _SCHEMAS = ("anyOf", "oneOf", "allOf", "prefixItems", "items", "additionalProperties")
 _COMBINING = {"$ref", "anyOf", "oneOf", "allOf"}
 _ABOUT_OBJECTS = {
@@ -42,7 +43,7 @@ def _subschemas(schema: dict[str, Any]) -> Iterator[dict[str, Any]]:
         node = pending.pop()
         if isinstance(node, dict):
             yield node
-            for name in _MAPS_OF_SCHEMAS:
+            for name in MAPS:
                 if isinstance(schemas := node.get(name), dict):
                     pending += schemas.values()
             pending += (node.get(name) for name in _SCHEMAS)

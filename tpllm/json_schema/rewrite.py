@@ -15,17 +15,16 @@ from tpllm.checks import short
 from tpllm.json_schema.bounds import constant, count, rewrite_bounds
 from tpllm.json_schema.disjoint import refuse_overlapping, target
 from tpllm.json_schema.formats import rewrite_texts
-from tpllm.json_schema.shape import check_shape, refuse_wrapper
+from tpllm.json_schema.shape import MAPS, check_shape, refuse_wrapper
 
 Schema = dict[str, Any]
 
-_MAPS = ("properties", "patternProperties", "$defs", "definitions")
 _LISTS = ("allOf", "anyOf", "oneOf", "prefixItems")
 _SINGLE = ("items", "additionalItems", "additionalProperties")
 _COUNTS = ("minLength", "maxLength", "minItems", "maxItems", "minProperties", "maxProperties")
 _NUMBERS = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf")
 _PLAIN = ("type", "const", "enum", "required", "pattern", "format", "$ref", "$id", "id", "$anchor")
-SUPPORTED = (*_PLAIN, *_NUMBERS, *_COUNTS, *_MAPS, *_LISTS, *_SINGLE)
+SUPPORTED = (*_PLAIN, *_NUMBERS, *_COUNTS, *MAPS, *_LISTS, *_SINGLE)
 
 # Unsupported keywords, each with what to write instead.
 UNSUPPORTED = {
@@ -113,7 +112,7 @@ class _Normalizer:
             self._check_keyword(keyword, value, place)
             inside = f"{place}.{keyword}" if place else keyword
             check_shape(keyword, value, inside, self._root)
-            if keyword in _MAPS and isinstance(value, dict):
+            if keyword in MAPS and isinstance(value, dict):
                 result[keyword] = {
                     name: self.schema(each, f"{inside}.{name}") for name, each in value.items()
                 }
@@ -187,7 +186,7 @@ class _Normalizer:
             )
         if keyword == "$ref" and isinstance(value, str) and value.startswith("#/"):
             first = value.split("/")[1]
-            if first not in (*_MAPS, *_LISTS, *_SINGLE):
+            if first not in (*MAPS, *_LISTS, *_SINGLE):
                 raise ValueError(
                     f"{place}={value!r} points into {first!r}, which holds no schemas; move the "
                     "schema to $defs"

@@ -6,6 +6,7 @@ from typing import Any
 from tpllm.checks import short
 from tpllm.json_schema.disjoint import target
 
+MAPS = ("properties", "patternProperties", "$defs", "definitions")  # of schemas, by name
 TYPES = ("object", "array", "string", "number", "integer", "boolean", "null")
 
 
@@ -31,7 +32,7 @@ _WANTED: dict[str, tuple[Callable[[Any], bool], str]] = {
     "enum": (_is_list, "must be a list of at least one value"),
     "pattern": _STRING,
     "$ref": _STRING,
-    **dict.fromkeys(("properties", "patternProperties", "$defs", "definitions"), _OBJECT),
+    **dict.fromkeys(MAPS, _OBJECT),
     **dict.fromkeys(("allOf", "anyOf", "oneOf"), _SCHEMAS),
 }
 

@@ -2,7 +2,7 @@ from math import inf
 
 import pytest
 
-from tpllm.engine.step_histogram import StepHistogram
+from tpllm.engine.stats import StepHistogram
 
 
 def counts(histogram: StepHistogram) -> dict[float, int]:
