@@ -5,28 +5,22 @@ as outputs need them, up to a limit. A sequence that meets the limit continues w
 so that its output does not depend on other sequences.
 """
 
-import json
 import os
 import re
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Sequence
 from functools import cache
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 from weakref import WeakValueDictionary
 
 import numpy as np
 
-from tpllm.checks import short
 from tpllm.config.engine_config import EngineConfig
-from tpllm.engine.bounded_json import WHITESPACE, bounded_grammar, bounded_schema
+from tpllm.engine.grammar_source import has_json, setting_of, source_of
 from tpllm.engine.long_numbers import NumberLimit, NumberTokens
 from tpllm.errors import panics_as_errors
-from tpllm.structured_outputs import (
-    StructuredOutputsParams,
-    compilable_grammar,
-    compilable_schema,
-)
+from tpllm.structured_outputs import StructuredOutputsParams
 
 if TYPE_CHECKING:
     from llguidance import LLExecutor, LLMatcher, LLParserLimits, LLTokenizer
@@ -122,11 +116,11 @@ class Grammars:
             try:
                 if self._sandbox is not None:
                     self._sandbox.check(params)
-                numbers = self._numbers if _has_json(params) else None
+                numbers = self._numbers if has_json(params) else None
                 with panics_as_errors("llguidance"):
                     compiled = Grammar(self._tokenizer, source_of(params), numbers)
             except (ValueError, RecursionError) as error:
-                compiled = f"structured_outputs: {_setting_of(params)} cannot be used: {error}"
+                compiled = f"structured_outputs: {setting_of(params)} cannot be used: {error}"
             with self._cache_lock:
                 self._store(params, compiled)
         if isinstance(compiled, str):
@@ -338,50 +332,6 @@ def _executor() -> "LLExecutor":
     from llguidance import LLExecutor
 
     return LLExecutor(max(1, min(16, len(os.sched_getaffinity(0)) - 1)))
-
-
-def source_of(params: StructuredOutputsParams) -> str:
-    """Return the grammar as llguidance's source text.
-
-    Raises:
-        ValueError: it is not a valid grammar.
-    """
-    from llguidance import LLMatcher, grammar_from
-
-    if params.regex is not None:
-        return LLMatcher.grammar_from_regex(params.regex)
-    if params.choice is not None:
-        # one terminal: as alternatives of a rule, many choices exceeded _MAX_ITEMS_IN_ROW
-        words = " | ".join(json.dumps(text, ensure_ascii=False) for text in params.choice)
-        words = words.replace("\x7f", "\\u007f")  # the one letter that Lark wants escaped, too
-        # without no_forcing a text that spells a special token would become that token
-        options = '%llguidance {"no_forcing": true}'
-        return LLMatcher.grammar_from_lark(f"{options}\nstart: CHOICE\nCHOICE: {words}")
-    if params.grammar is not None:
-        return grammar_from("grammar", bounded_grammar(compilable_grammar(params.grammar)))
-    spaces: dict[str, Any] = {"whitespace_pattern": params.whitespace_pattern or WHITESPACE}
-    if params.disable_any_whitespace:
-        spaces = {"whitespace_flexible": False}
-    schema = {"type": "object"}
-    if params.json is not None:
-        schema = json.loads(compilable_schema(str(params.json)))
-    text = bounded_schema(schema)
-    return LLMatcher.grammar_from_json_schema(text, overrides=spaces)  # type: ignore[arg-type]
-
-
-def _has_json(params: StructuredOutputsParams) -> bool:
-    """Whether the output, or a piece of it, is JSON."""
-    if params.grammar is not None:
-        return "%json" in params.grammar
-    return params.json is not None or params.json_object is not None
-
-
-def _setting_of(params: StructuredOutputsParams) -> str:
-    """Return the field of `params` that is set, with its value, for an error message."""
-    for name in ("regex", "choice", "grammar"):
-        if (value := getattr(params, name)) is not None:
-            return f"{name}={short(value)}"
-    return "json" if params.json is not None else "json_object"
 
 
 def _reason(matcher: "LLMatcher") -> str:

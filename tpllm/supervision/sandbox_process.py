@@ -17,13 +17,13 @@ import numpy as np
 
 from tpllm.channel.child_process import begin_child
 from tpllm.config.engine_config import EngineConfig
+from tpllm.engine.grammar_source import source_of
 from tpllm.engine.grammars import (
     NOTHING_LEFT,
     NOTHING_SATISFIES,
     Grammar,
     fill_masks,
     read_tokenizer,
-    source_of,
 )
 from tpllm.errors import panics_as_errors
 from tpllm.structured_outputs import StructuredOutputsParams
