@@ -73,10 +73,7 @@ class ParallelLMHead(_VocabParallel):
     """
 
     def __init__(
-        self,
-        spec: LinearSpec,
-        context: LayerContext,
-        tied_to: VocabParallelEmbedding | None = None,
+        self, spec: LinearSpec, context: LayerContext, tied_to: VocabParallelEmbedding | None = None
     ) -> None:
         super().__init__(spec.weights[0], context, tied_to.weight if tied_to else None)
         self.tied = tied_to is not None

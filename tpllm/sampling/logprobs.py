@@ -14,12 +14,7 @@ from torch import Tensor
 from tpllm.parallel.collectives import all_gather, all_reduce
 from tpllm.parallel.group import TPGroup
 from tpllm.sampling.thresholds import likeliest
-from tpllm.sampling.token_order import (
-    UNIT,
-    keys_of,
-    logits_and_ids,
-    rank_and_mass,
-)
+from tpllm.sampling.token_order import UNIT, keys_of, logits_and_ids, rank_and_mass
 
 
 def token_logprobs(

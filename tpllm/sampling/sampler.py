@@ -234,11 +234,7 @@ def best_candidate_triton(candidates: Tensor) -> Tensor:
     num_candidates, _, num_rows = candidates.shape
     best = candidates.new_empty(2, num_rows)
     _best_candidate_kernel[(num_rows,)](
-        candidates,
-        best,
-        num_rows,
-        num_candidates,
-        BLOCK=triton.next_power_of_2(num_candidates),
+        candidates, best, num_rows, num_candidates, BLOCK=triton.next_power_of_2(num_candidates)
     )
     return best
 

@@ -161,11 +161,7 @@ def keys_in_kernel(scores: tl.tensor, ids: tl.tensor) -> tl.tensor:
 
 
 @triton.jit
-def weights_in_kernel(
-    scores: tl.tensor,
-    largest: tl.tensor,
-    temperature: tl.tensor,
-) -> tl.tensor:
+def weights_in_kernel(scores: tl.tensor, largest: tl.tensor, temperature: tl.tensor) -> tl.tensor:
     """Return probabilities as multiples of 1 / UNIT of the likeliest token's: int64."""
     largest = tl.minimum(tl.maximum(largest, -_LARGEST), _LARGEST)
     below = tl.minimum((scores - largest) / temperature, 0.0)

@@ -71,12 +71,7 @@ def drop_below_triton(scores: Tensor, threshold: Tensor, vocab_start: int) -> No
     """Set scores [S, Vl] whose keys are below threshold [S] to -inf, in place."""
     num_rows, local_size = scores.shape
     _drop_below_kernel[(num_rows, triton.cdiv(local_size, _TILE))](
-        scores,
-        threshold,
-        scores.stride(0),
-        local_size,
-        vocab_start,
-        TILE=_TILE,
+        scores, threshold, scores.stride(0), local_size, vocab_start, TILE=_TILE
     )
 
 

@@ -72,11 +72,7 @@ class KernelProfile:
             "step_us": round((busy + gaps) / steps / 1e3, 1),
             "gaps_us": round(gaps / steps / 1e3, 1),
             "kernels": [
-                {
-                    "name": name,
-                    "calls": round(calls / steps, 2),
-                    "us": round(ns / steps / 1e3, 1),
-                }
+                {"name": name, "calls": round(calls / steps, 2), "us": round(ns / steps / 1e3, 1)}
                 for name, (calls, ns) in by_kernel[:20]
             ],
         }

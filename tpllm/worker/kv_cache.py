@@ -45,14 +45,7 @@ class CacheShape:
             ) from None
 
     def _allocate(self, num_blocks: int, device: torch.device) -> list[KVCache]:
-        shape = (
-            self.num_layers,
-            2,
-            num_blocks,
-            self.block_size,
-            self.num_kv_heads,
-            self.head_dim,
-        )
+        shape = (self.num_layers, 2, num_blocks, self.block_size, self.num_kv_heads, self.head_dim)
         if device.type == "cpu":
             # numpy lets the operating system zero each page on first use; torch.zeros writes all
             # pages at once: 9 s for 4 GiB

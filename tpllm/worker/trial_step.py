@@ -12,12 +12,7 @@ from tpllm.worker.model_runner import ModelRunner
 from tpllm.worker.step_times import StepMarks
 
 # All options that process whole rows of the vocabulary.
-_COSTLIEST = {
-    "num_prompt_tokens": 2**31 - 1,
-    "top_k": 1,
-    "top_p": 0.5,
-    "repetition_penalty": 1.5,
-}
+_COSTLIEST = {"num_prompt_tokens": 2**31 - 1, "top_k": 1, "top_p": 0.5, "repetition_penalty": 1.5}
 
 
 def largest_step(limits: PlanLimits, row: int) -> StepPlan:

@@ -46,11 +46,7 @@ class Worker:
     """
 
     def __init__(
-        self,
-        spec: dict[str, Any],
-        plans: RingReader,
-        replies: Replies,
-        progress: Progress,
+        self, spec: dict[str, Any], plans: RingReader, replies: Replies, progress: Progress
     ) -> None:
         self._plans, self._replies, self._progress = plans, replies, progress
         config = self._config = EngineConfig.from_json(spec["settings"]["config"])
