@@ -18,6 +18,7 @@ from flash_attn import flash_attn_with_kvcache
 from probe import graph_us
 from torch import Tensor
 
+from tpllm.layers.attention.attention import AttentionBatch
 from tpllm.layers.attention.paged_decode import PagedDecode
 from tpllm.layers.attention.split_schedule import ContextSplit
 from tpllm.layers.rotary import QKNormRope
@@ -49,14 +50,16 @@ def measure(contexts: Tensor, num_heads: int, num_kv_heads: int, width: int, rop
     q = torch.randn(S, heads, HEAD_DIM, dtype=torch.bfloat16, device="cuda")[:, :num_heads]
     lengths = contexts.cuda()
     schedule = torch.from_numpy(ContextSplit(num_kv_heads).schedule(contexts.numpy())).cuda()
-    split, scale = PagedDecode(), HEAD_DIM**-0.5
+    slots = torch.zeros_like(tables[:, 0])  # the kernel finds the newest token's slot itself
+    batch = AttentionBatch(slots, S, lengths, tables, schedule, None)
+    paged, scale = PagedDecode(), HEAD_DIM**-0.5
     qk_norm_rope = None
     if rope:
         weight = torch.ones(HEAD_DIM, dtype=torch.bfloat16, device="cuda")
         cos_sin = torch.ones(int(contexts.max()), HEAD_DIM, device="cuda")
         qk_norm_rope = QKNormRope(lengths - 1, cos_sin, (weight, weight), 1e-6)
     kernels: dict[str, Callable] = {
-        "split": lambda k, v: split(q, k, v, tables, schedule, scale, qk_norm_rope)
+        "split": lambda k, v: paged.decode(q, k, v, batch, scale, qk_norm_rope)
     }
     if not rope:
         kernels["flash-attn 2"] = lambda k, v: flash_attn_with_kvcache(

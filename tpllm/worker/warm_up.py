@@ -126,8 +126,15 @@ class Kernels:
     def shared(self) -> list[Callable[[], object]]:
         """Return the launches of kernels that are the same on all ranks."""
         calls = self.of_block()
-        calls += [self.find_thresholds, self.likeliest, self.rank_and_mass, self.drop_below]
-        return [*calls, self.sample, self.sample_changed, self.gather_inputs, self.scores_of_all]
+        row, start = self.new(1, dtype=torch.int64), self.vocab_start
+        calls += [self.find_thresholds, self.rank_and_mass, self.sample, self.gather_inputs]
+        return [
+            *calls,
+            lambda: likeliest(self.scores(), 20, start),
+            lambda: drop_below(self.scores(), row, start),
+            lambda: self.candidates(self.scores(), row, is_compact=True),
+            lambda: scores_of(self.new(2, self.local_vocab_size), start, self.spec.vocab_size),
+        ]
 
     def of_block(self) -> list[Callable[[], object]]:
         """Return the launches of a block's kernels, except those of all-reduces."""
@@ -207,17 +214,11 @@ class Kernels:
         logits = self.new(2, self.local_vocab_size)
         return scores_of(logits, self.vocab_start, self.spec.vocab_size, rows)
 
-    def scores_of_all(self) -> None:
-        scores_of(self.new(2, self.local_vocab_size), self.vocab_start, self.spec.vocab_size)
-
     def sample(self) -> None:
         """Sample as a step without options; then, beside changed rows, the rows without."""
         self.candidates(self.new(2, self.local_vocab_size), None)
         self.candidates(self.new(2, self.local_vocab_size), self.new(2, dtype=torch.int64))
         best_candidate(self.new(self.tp.size, 2, 2, dtype=torch.int32))  # one candidate per rank
-
-    def sample_changed(self) -> None:
-        self.candidates(self.scores(), self.new(1, dtype=torch.int64), is_compact=True)
 
     def candidates(self, logits: Tensor, where: Tensor | None, is_compact: bool = False) -> None:
         rows = self.new(2, dtype=torch.int32)
@@ -237,16 +238,10 @@ class Kernels:
         one = self.new(1, dtype=torch.float32)
         find_thresholds(row, Truncation(one, one.int() + 20, one + 0.95, None))
 
-    def likeliest(self) -> None:
-        likeliest(self.scores(), 20, self.vocab_start)
-
     def rank_and_mass(self) -> None:
         scores = self.scores()
         key = keys_of(scores[:, 0], self.new(1, dtype=torch.int64))
         rank_and_mass(scores, key, scores[:, 0].contiguous(), self.vocab_start)
-
-    def drop_below(self) -> None:
-        drop_below(self.scores(), self.new(1, dtype=torch.int64), self.vocab_start)
 
     def gather_inputs(self) -> None:
         max_blocks = self.config.max_blocks_per_seq

@@ -78,21 +78,23 @@ def test_matches_plain_torch(
     device, dtype = device_and_dtype
     q, k_cache, v_cache, batch = make_case(contexts, K, G, D, block_size, device, dtype)
     plain, exact = plain_and_exact(q, k_cache, v_cache, batch)
-    decode = PagedDecode()
+    decode = PagedDecode().decode
     for _ in range(2):  # the second call finds used scratch memory
-        ours = decode(q, k_cache, v_cache, batch.block_tables, batch.split_schedule, 0.3)
+        ours = decode(q, k_cache, v_cache, batch, 0.3)
         assert_as_accurate(ours, plain, exact)
 
 
 def test_a_context_in_one_split_needs_no_scratch(device) -> None:
     q, k_cache, v_cache, batch = make_case([64, 640], 1, 2, 16, 16, device, torch.float32)
-    decode = PagedDecode()
-    decode(q, k_cache, v_cache, batch.block_tables, batch.split_schedule, 1.0)
-    assert decode._scratch is not None
-    counters, scratch = decode._scratch
+    paged = PagedDecode()
+    paged.decode(q, k_cache, v_cache, batch, 1.0)
+    assert paged._scratch is not None
+    counters, scratch = paged._scratch
     assert int(counters.abs().sum()) == 0  # left as they were found
     scratch.fill_(torch.nan)
-    decode(q[:1], k_cache, v_cache, batch.block_tables[:1], schedule_of([64], 1).to(device), 1.0)
+    batch.block_tables = batch.block_tables[:1]
+    batch.split_schedule = schedule_of([64], 1).to(device)
+    paged.decode(q[:1], k_cache, v_cache, batch, 1.0)
     assert bool(scratch.isnan().all())
 
 
@@ -129,7 +131,7 @@ def test_norms_rotates_and_stores_in_the_same_kernel(
     plain, plain_keys, plain_values = apart(dtype)
     exact, exact_keys, _ = apart(torch.float64)
     q = qkv.view(S, -1, D)[:, :H]
-    ours = PagedDecode()(q, k_cache, v_cache, batch.block_tables, batch.split_schedule, 0.3, rope)
+    ours = PagedDecode().decode(q, k_cache, v_cache, batch, 0.3, rope)
     assert_as_accurate(ours, plain, exact)
     at_slots = [cache.view(-1, K, D)[slots] for cache in (k_cache, plain_keys, exact_keys)]
     assert_as_accurate(*at_slots)
@@ -149,5 +151,6 @@ def test_an_extended_schedule_reads_the_new_tokens(
         schedules.next(np.array(contexts) - missing)
     schedule = torch.from_numpy(schedules.next(np.array(contexts))).to(device)
     assert not torch.equal(schedule, batch.split_schedule)
-    ours = PagedDecode()(q, k_cache, v_cache, batch.block_tables, schedule, 0.3)
+    batch.split_schedule = schedule
+    ours = PagedDecode().decode(q, k_cache, v_cache, batch, 0.3)
     assert_as_accurate(ours, *plain_and_exact(q, k_cache, v_cache, batch))

@@ -170,7 +170,7 @@ class AttentionBackend:
         return out
 
 
-class SplitDecodeBackend(AttentionBackend):
+class SplitDecodeBackend(PagedDecode, AttentionBackend):
     """Decode by our split-KV kernel in any dtype, and prefill by torch. It needs no flash-attn."""
 
     name = "split decode, torch prefill"
@@ -178,23 +178,6 @@ class SplitDecodeBackend(AttentionBackend):
     # At 8 rows one kernel takes 13.7 us and two take 15.4. At 32 rows there is no gain, and in
     # larger batches every KV split computes the norms again.
     max_rope_rows = 16
-
-    def __init__(self) -> None:
-        self._split_decode = PagedDecode()
-
-    def decode(
-        self,
-        q: Tensor,
-        k_cache: Tensor,
-        v_cache: Tensor,
-        batch: AttentionBatch,
-        scale: float,
-        rope: QKNormRope | None = None,
-        out: Tensor | None = None,
-    ) -> Tensor:
-        return self._split_decode(
-            q, k_cache, v_cache, batch.block_tables, batch.split_schedule, scale, rope, out
-        )
 
 
 class FlashAttention2Backend(SplitDecodeBackend):

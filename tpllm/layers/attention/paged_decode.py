@@ -17,6 +17,7 @@ the measured bandwidths.
 """
 
 from functools import cache
+from typing import TYPE_CHECKING
 
 import torch
 import triton
@@ -28,6 +29,9 @@ from tpllm.layers.attention import split_schedule as schedule
 from tpllm.layers.attention.split_schedule import NUM_SCRATCH_ENTRIES, ContextSplit
 from tpllm.layers.dependent_launch import dependent_launch
 from tpllm.layers.rotary import QKNormRope
+
+if TYPE_CHECKING:  # its module imports this one
+    from tpllm.layers.attention.attention import AttentionBatch
 
 _SPLIT_WORDS = tl.constexpr(schedule.SPLIT_WORDS)
 _SEQ, _CONTEXT_LEN = tl.constexpr(schedule.SEQ), tl.constexpr(schedule.CONTEXT_LEN)
@@ -221,18 +225,17 @@ def _paged_decode_kernel(
 
 
 class PagedDecode:
-    """Decode attention with its scratch memory, which all layers share."""
+    """The decode of an attention backend, with its scratch memory, which all layers share."""
 
     def __init__(self) -> None:
         self._scratch: tuple[Tensor, Tensor] | None = None
 
-    def __call__(
+    def decode(
         self,
         q: Tensor,
         k_cache: Tensor,
         v_cache: Tensor,
-        block_tables: Tensor,
-        split_schedule: Tensor,
+        batch: "AttentionBatch",
         scale: float,
         rope: QKNormRope | None = None,
         out: Tensor | None = None,
@@ -245,8 +248,6 @@ class PagedDecode:
                 it has norms) and rotated at the last position of the context, and keys and values
                 are stored in the cache
             k_cache, v_cache: [num_blocks, block_size, K, D], contiguous
-            block_tables: [S, B] int32
-            split_schedule: [P, SPLIT_WORDS] int32, of the context lengths, by `ContextSplit(K)`
             out: contiguous, S rows or more; rows with a context are written. None for a new tensor
 
         Returns:
@@ -261,28 +262,25 @@ class PagedDecode:
         assert out.is_contiguous()
         if self._scratch is None:
             # Allocated once: CUDA graphs keep using the memory they were captured with.
-            self._scratch = (
-                torch.zeros(NUM_SCRATCH_ENTRIES, dtype=torch.int32, device=q.device),
-                torch.empty(
-                    NUM_SCRATCH_ENTRIES * G * (D + 2), dtype=torch.float32, device=q.device
-                ),
-            )
+            counters = torch.zeros(NUM_SCRATCH_ENTRIES, dtype=torch.int32, device=q.device)
+            sums = torch.empty(len(counters) * G * (D + 2), dtype=torch.float32, device=q.device)
+            self._scratch = (counters, sums)
         counters, scratch = self._scratch
         D_padded = max(16, triton.next_power_of_2(D))
         token_bytes, memory = 2 * D_padded * k_cache.element_size(), _tile_memory(q.device)
         fits = _LARGE_SHAPE["BLOCK_N"] * token_bytes <= memory
         shape = _LARGE_SHAPE if ContextSplit(K).has_large_programs(S) and fits else _SMALL_SHAPE
-        _paged_decode_kernel[(K, split_schedule.shape[0])](
+        _paged_decode_kernel[(K, batch.split_schedule.shape[0])](
             q,
             k_cache,
             v_cache,
-            block_tables,
-            split_schedule,
+            batch.block_tables,
+            batch.split_schedule,
             out,
             scratch,
             counters,
             q.stride(0),
-            block_tables.stride(0),
+            batch.block_tables.stride(0),
             block_size,
             scale * 1.4426950408889634,
             rope.cos_sin if rope else q,
