@@ -164,3 +164,10 @@ def typed_default(option: Option) -> dict[str, object]:
     if option.default_text == "none":
         return {}
     return {option.name: option.parse(option.default_text)}
+
+
+def test_a_dict_of_any_fields_is_written_as_json() -> None:
+    [option] = [each for each in options_of(Settings) if each.name == "hf_overrides"]
+    assert option.parse('{"rope_scaling": {"factor": 4.0}}') == {"rope_scaling": {"factor": 4.0}}
+    assert option.parse("none") is None
+    assert option.parse("{") == "{"  # which Settings refuses

@@ -161,6 +161,34 @@ def test_a_scaled_rope_allows_longer_contexts(machine, tmp_path):
         EngineConfig.resolve(folder, load_format="dummy", max_model_len=8193)
 
 
+@pytest.mark.parametrize("field", ["rope_scaling", "rope_parameters"])
+def test_overrides_replace_fields_of_config_json(machine, field):
+    rope = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 2048}
+    config = EngineConfig.resolve(hf_overrides={field: rope, "max_position_embeddings": 1000})
+    assert config.max_model_len == 8192
+    assert (config.model_config.rope.theta, config.model_config.rope.factor) == (1e6, 4.0)
+    assert EngineConfig.from_json(config.to_json()) == config
+    rope["rope_theta"] = 5e5
+    config = EngineConfig.resolve(hf_overrides={field: rope, "layer_types": None})
+    assert config.model_config.rope.theta == 5e5
+    assert EngineConfig.resolve(hf_overrides={}).model_config.rope.factor == 1
+    assert EngineConfig.resolve(hf_overrides={"layer_types": ("full_attention",) * 6})
+
+
+@pytest.mark.parametrize(
+    "overrides, message",
+    [
+        ("{", r"hf_overrides='\{' must be a dict$"),
+        ({"rope_theta": object()}, "hf_overrides=.*not JSON serializable"),
+        ({"hidden_size": "x"}, "config.json: hidden_size='x' must be"),
+        ({"rope_scaling": {"type": "dynamic", "factor": 2}}, "with hf_overrides: rope_scaling="),
+    ],
+)
+def test_wrong_overrides_are_refused(machine, overrides, message):
+    with pytest.raises(ValueError, match=message):
+        EngineConfig.resolve(hf_overrides=overrides)
+
+
 def test_an_unknown_keyword_is_refused_with_the_nearest_name(machine):
     with pytest.raises(UnknownSettingError, match="LLM has no setting 'tp_size'"):
         EngineConfig.resolve(tp_size=2)

@@ -10,18 +10,21 @@ from tpllm.checks import check_bool
 
 DEFAULT_THETA = 10000.0  # of every family in transformers
 
+_ORIGINAL = "original_max_position_embeddings"
+
 # Of each kind: the fields that it needs, and those that it may have. Not here: "dynamic" and
 # "longrope", whose frequencies depend on the length of the longest sequence in the batch.
-_FIELDS: dict[str, tuple[set[str], set[str]]] = {
+FIELDS: dict[str, tuple[set[str], set[str]]] = {
     "default": (set(), set()),
     "linear": ({"factor"}, set()),
-    "llama3": ({"factor", "low_freq_factor", "high_freq_factor"}, set()),
+    "llama3": ({"factor", "low_freq_factor", "high_freq_factor"}, {_ORIGINAL}),
     "yarn": (
         {"factor"},
-        {"attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate"},
+        {"attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate"}
+        | {_ORIGINAL},
     ),
 }
-_MEANINGLESS = {"rope_theta", "rope_type", "type", "original_max_position_embeddings"}
+_MEANINGLESS = {"rope_theta", "rope_type", "type", _ORIGINAL}
 _ONES = {"factor", "attention_factor", "partial_rotary_factor"}  # without effect where they are 1
 
 
@@ -44,14 +47,29 @@ def read_rope(where: str, config: dict[str, Any]) -> Rope:
     return next(iter(ropes.values()), Rope(theta))
 
 
+def with_overrides(config: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
+    """Return a config with other fields. A rotary embedding replaces the old one in both spellings.
+
+    It keeps the old rope_theta, unless it has one of its own.
+    """
+    spellings = ("rope_scaling", "rope_parameters")
+    if new := [overrides[each] for each in spellings if overrides.get(each)]:
+        theta = _read_theta("config.json", config)
+        config = {name: value for name, value in config.items() if name not in spellings}
+        config.pop("rope_theta", None)
+        if not any(isinstance(each, dict) and "rope_theta" in each for each in new):
+            config["rope_theta"] = theta
+    return config | overrides
+
+
 def _read(where: str, config: dict[str, Any], field: str, theta: float) -> Rope:
     given = config[field]
     kind = given.get("rope_type", given.get("type")) if isinstance(given, dict) else None
     kind = "default" if kind is None else kind
-    if not isinstance(given, dict) or kind not in list(_FIELDS):
-        refuse(where, config, field, f"rotary embeddings of rope_type {', '.join(_FIELDS)}")
+    if not isinstance(given, dict) or kind not in list(FIELDS):
+        refuse(where, config, field, f"rotary embeddings of rope_type {', '.join(FIELDS)}")
     fields = {name: value for name, value in given.items() if value is not None}
-    needed, possible = _FIELDS[kind]
+    needed, possible = FIELDS[kind]
     for name, value in fields.items():
         if name not in _MEANINGLESS | needed | possible and not (name in _ONES and value == 1):
             refuse(where, config, field, f"rope_type={kind!r} without {name}")
@@ -66,11 +84,10 @@ def _read(where: str, config: dict[str, Any], field: str, theta: float) -> Rope:
     factor = number("factor", 1)
     if kind == "linear":
         return Rope(theta, "linear", factor)
-    length = "original_max_position_embeddings"
-    original = config.get(length)  # as in transformers, it takes precedence over the one inside
+    original = config.get(_ORIGINAL)  # as in transformers, it takes precedence over the one inside
     if original is None:
-        original = fields.get(length, config["max_position_embeddings"])
-    original = positive(where, length, original)
+        original = fields.get(_ORIGINAL, config["max_position_embeddings"])
+    original = positive(where, _ORIGINAL, original)
     if kind == "llama3":
         low, high = number("low_freq_factor", 1), number("high_freq_factor", 4)
         if low == high:

@@ -4,8 +4,10 @@ A dataclass states name, type, default and help of each setting. Here they becom
 environment variable and a row of docs/settings.md.
 """
 
+import json
 from argparse import SUPPRESS, ArgumentParser, BooleanOptionalAction, Namespace
 from collections.abc import Collection, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, fields, replace
 from types import MappingProxyType, NoneType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
@@ -22,6 +24,7 @@ KINDS = {
     float: ("number", "X"),
     str: ("text", "TEXT"),
     dict: ("numbers by token id", "ID=X"),
+    object: ("JSON object", "JSON"),
 }
 
 
@@ -31,7 +34,7 @@ class Option:
 
     Attributes:
         name: the field's
-        kind: of one item; dict stands for `id=number` pairs
+        kind: of one item; dict stands for `id=number` pairs, object for a dict as JSON
         is_list: whether it takes several items
         can_be_none: whether None, written "none", is a value
         choices: the only values, if the type names them
@@ -79,6 +82,10 @@ class Option:
         """
         if self.can_be_none and text.lower() == "none":
             return None
+        if self.kind is object:
+            with suppress(ValueError):
+                return json.loads(text)
+            return text
         if self.kind is dict:
             pairs = [item.partition("=") for item in text.split(",")]
             return {_parse(key, int): _parse(value, float) for key, _, value in pairs}
@@ -116,6 +123,8 @@ def _option(name: str, hint: Any, default: object, help: str) -> Option | None:
     by_origin = {get_origin(each) or each: each for each in types}
     choices = get_args(by_origin.get(Literal))
     items = get_args(by_origin.get(list))
+    if dict[str, Any] in types:
+        by_origin = {object if each is dict else each: hint for each, hint in by_origin.items()}
     found = [kind for kind in KINDS if kind in (items or by_origin)]
     if not found and not choices:
         return None

@@ -66,7 +66,7 @@ class EngineConfig(Settings):
         wanted = Settings(**{"model": model, **settings})
         weights = wanted.load_format == "auto"
         folder = resolve_model(wanted.model, weights=weights)
-        model_config = ModelConfig.from_folder(folder, name=_hub_name(wanted.model))
+        model_config = ModelConfig.from_folder(folder, _hub_name(wanted.model), wanted.hf_overrides)
         model_config.check_parallel(wanted.tensor_parallel_size)
         if weights:
             model_config = check_checkpoint(folder, model_config)

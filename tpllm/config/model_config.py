@@ -6,10 +6,10 @@ This module needs no torch: a model that we cannot run is refused before any wor
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 from tpllm.architectures.hf_config import read_fields, refuse_unimplemented
-from tpllm.architectures.hf_rope import read_rope
+from tpllm.architectures.hf_rope import read_rope, with_overrides
 from tpllm.architectures.registry import family_named, family_of
 from tpllm.architectures.spec import Dimensions, ModelSpec
 from tpllm.checks import read_json
@@ -33,8 +33,12 @@ class ModelConfig(Dimensions):
     eos_token_ids: tuple[int, ...]
 
     @classmethod
-    def from_folder(cls, folder: Path, name: str | None = None) -> Self:
+    def from_folder(
+        cls, folder: Path, name: str | None = None, overrides: dict[str, Any] | None = None
+    ) -> Self:
         """Read config.json, and the end tokens of generation_config.json if it exists.
+
+        `overrides` are fields of config.json with other values.
 
         Raises:
             FileNotFoundError: the folder has no config.json.
@@ -45,15 +49,17 @@ class ModelConfig(Dimensions):
             raise FileNotFoundError(
                 f"{folder} has no config.json; give the folder of a Hugging Face checkpoint"
             )
-        config = read_json(path)
-        family = family_of(str(path), config)
-        refuse_unimplemented(str(path), config)
-        config = family.complete(str(path), config)
+        config, where = read_json(path), str(path)
+        if overrides:
+            config, where = with_overrides(config, overrides), f"{path} with hf_overrides"
+        family = family_of(where, config)
+        refuse_unimplemented(where, config)
+        config = family.complete(where, config)
         return cls(
             name=name or folder.resolve().name,
             architecture=family.architecture,
             **read_fields(folder, config),
-            rope=read_rope(str(path), config),
+            rope=read_rope(where, config),
         )
 
     @cached_property

@@ -1,6 +1,7 @@
 """Settings: the keywords of LLM, each with its type, range, default and help."""
 
 import inspect
+import json
 import os
 from collections.abc import Callable
 from dataclasses import KW_ONLY, dataclass
@@ -8,7 +9,7 @@ from typing import Annotated, Any, Concatenate, Literal, ParamSpec, get_type_hin
 
 from annotated_types import Interval
 
-from tpllm.checks import MAX_INT32, MAX_SEED, MIN_SEED
+from tpllm.checks import MAX_INT32, MAX_SEED, MIN_SEED, short
 from tpllm.fields.docs import documented
 from tpllm.fields.validation import above, check_fields
 from tpllm.vllm_keywords import SETTINGS, checks_keywords
@@ -77,6 +78,8 @@ class Settings:
     """ "auto" reads the checkpoint's weights, "dummy" makes random ones and needs only
     config.json
     """
+    hf_overrides: dict[str, Any] | None = None
+    """fields of the model's config.json with other values, such as rope_scaling"""
     tokenizer: ModelPath | None = None
     """local folder or Hugging Face id; None for the model's own"""
     skip_tokenizer_init: bool = False
@@ -101,6 +104,12 @@ class Settings:
             if path == "" or not isinstance(path, str | os.PathLike | None):
                 raise ValueError(f"{name}={path!r} must be a folder or a Hugging Face id")
         check_fields(self)
+        if self.hf_overrides is not None:
+            try:  # as they would stand in config.json
+                overrides = json.loads(json.dumps(self.hf_overrides))
+            except TypeError as error:
+                raise ValueError(f"hf_overrides={short(self.hf_overrides)}: {error}") from None
+            object.__setattr__(self, "hf_overrides", overrides)
         if self.max_num_seqs > self.max_num_batched_tokens:
             raise ValueError(
                 f"max_num_seqs={self.max_num_seqs} is more than "

@@ -14,7 +14,7 @@ from tpllm.checks import short
 PROBLEMS = {
     "bool_type": "must be True or False",
     "dataclass_exact_type": "must be a {class_name}",
-    "dict_type": "must be a dict from token ids to numbers",
+    "dict_type": "must be a dict{of}",
     "finite_number": "must be finite",
     "float_type": "must be a number",
     "greater_than_equal": "must be at least {ge}",
@@ -99,7 +99,9 @@ def _check(settings: type, name: str, value: object) -> object:
     if isinstance(wrong, tuple) and not where:
         wrong = value  # as it was given
     items = "whole numbers" if "int, ..." in str(path) else "strings"
-    context = {"items": items, **problem.get("ctx", {})}
+    hint = get_type_hints(settings)[name]
+    of = " from token ids to numbers" if "int" in str(hint) else ""
+    context = {"of": of, "items": items, **problem.get("ctx", {})}
     words = PROBLEMS.get(problem["type"], "is not of its type").format(**context)
     is_secret = not next(each.repr for each in fields(settings) if each.name == name)
     shown = "" if is_secret else f"={short(wrong)}"
