@@ -104,7 +104,7 @@ def check_checkpoint(folder: Path, config: ModelConfig) -> ModelConfig:
         lacking -= {EMBEDDING, HEAD} if HEAD in used else {HEAD}
     _refuse(folder, config, "lacks", lacking)
     unknown = stored.keys() - set(used.values())
-    _refuse(folder, config, "has unknown", (each for each in unknown if not _is_harmless(each)))
+    _refuse(folder, config, "has unknown", (each for each in unknown if not _BUFFER.search(each)))
     tensors = {name: stored[found] for name, found in used.items()}
     _refuse(folder, config, "has misfit", _misfits(tensors, expected))
     if config.dtype is None:
@@ -135,11 +135,6 @@ def _are_equal(stored: dict[str, StoredTensor], used: dict[str, str]) -> bool:
         np.array_equal(left[i : i + _CHUNK_BYTES], right[i : i + _CHUNK_BYTES])
         for i in range(0, left.size, _CHUNK_BYTES)
     )
-
-
-def _is_harmless(name: str) -> bool:
-    """Whether a tensor is a buffer that the model computes itself."""
-    return _BUFFER.search(name) is not None
 
 
 def _refuse(folder: Path, config: ModelConfig, what: str, found: Iterable[str]) -> None:

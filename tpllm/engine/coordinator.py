@@ -55,7 +55,6 @@ class Coordinator:
         self.config = config
         self._workers = workers
         self._grammars = grammars
-        self.limits = config.plan_limits
         self.times = HostTimes()
         try:
             replies = [workers.receive_control(rank) for rank in range(workers.world_size)]
@@ -69,7 +68,7 @@ class Coordinator:
         except BaseException:
             workers.kill()
             raise
-        self._scheduler = Scheduler(self._blocks, self.limits)
+        self._scheduler = Scheduler(self._blocks, config.plan_limits)
         self._step_times = StepHistogram()
         self._num_requests = 0
 

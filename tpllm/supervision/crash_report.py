@@ -56,7 +56,8 @@ def write_report(
         fd = os.open(folder / name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
         with open(fd, "w", encoding="utf-8", errors="replace") as file:
             file.write(_text(message, settings, steps, ranks))
-        _drop_oldest(folder)
+        for report in sorted(folder.glob("crash-*.txt"))[:-NUM_KEPT]:  # names begin with the time
+            report.unlink(missing_ok=True)
     except OSError:
         return None
     return folder / name
@@ -104,9 +105,3 @@ def _gpus() -> list[str]:
 def _settings_text(settings: Mapping[str, Any]) -> str:
     config = settings.get("config")  # JSON inside the settings, as the workers receive it
     return json.dumps(json.loads(config) if isinstance(config, str) else settings, indent=1)
-
-
-def _drop_oldest(folder: Path) -> None:
-    reports = sorted(folder.glob("crash-*.txt"))  # their names begin with the time
-    for file in reports[:-NUM_KEPT]:
-        file.unlink(missing_ok=True)

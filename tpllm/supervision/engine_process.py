@@ -35,7 +35,9 @@ def main() -> NoReturn:
         coordinator = start_engine(
             config,
             grammars=grammars,
-            on_phase=lambda rank, phase: connection.send(messages.phase(rank, phase)),
+            on_phase=lambda rank, phase: connection.send(
+                {"type": "phase", "rank": rank, "phase": phase}
+            ),
         )
         _Engine(coordinator, compiling, connection).run()
         exit_code = 0
@@ -61,7 +63,8 @@ class _Engine:
         """Run steps, and handle messages between them, until the caller shuts the engine down."""
         engine, compiling, connection = self._coordinator, self._compiling, self._connection
         try:
-            connection.send(messages.ready(engine.worker_pids, engine.max_total_tokens))
+            ready = {"worker_pids": engine.worker_pids, "max_total_tokens": engine.max_total_tokens}
+            connection.send({"type": "ready", **ready})
             while True:
                 if not (engine.num_unfinished or engine.num_in_flight):
                     engine.sleep_until_readable(connection.fileno(), compiling.fileno())

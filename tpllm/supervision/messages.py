@@ -70,14 +70,6 @@ def read_add(message: Message) -> list[AddRequest]:
     ]
 
 
-def phase(rank: int, begun: str) -> Message:
-    return {"type": "phase", "rank": rank, "phase": begun}
-
-
-def ready(worker_pids: list[int], max_total_tokens: int) -> Message:
-    return {"type": "ready", "worker_pids": worker_pids, "max_total_tokens": max_total_tokens}
-
-
 def updates(each: list[RequestUpdate]) -> Message:
     return {"type": "updates", "updates": each}  # tuples are packed as arrays
 
