@@ -48,7 +48,7 @@ MAY_IMPORT = {
     "llm": DATA | {"config", "engine", "offline", "supervision", "text", "vllm_keywords"},
     "async_llm": DATA | {"config", "engine", "supervision", "text", "vllm_keywords"},
     "tpllm": DATA | {"async_llm", "llm", "offline"},
-    "server": DATA | {"async_llm", "text", "vllm_keywords"},
+    "server": DATA | {"async_llm", "config", "text", "vllm_keywords"},
     # of layers and supervision only where their tables and crash reports are kept
     "cli": DATA | {"config", "layers", "llm", "server", "supervision", "text"},
     "__main__": {"cli"},

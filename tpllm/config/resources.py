@@ -7,6 +7,7 @@ from tpllm.errors import SettingError
 
 # Open files of a worker: libraries, sockets of the group, and the device files of up to eight GPUs.
 WORKER_DESCRIPTORS = 256
+MAX_OPEN_FILES = 65536  # of a server, or of a client that loads one
 # The workers meet through a file and some sockets in the temporary directory: kilobytes.
 MIN_ROOM_BYTES = 1 << 20
 # NCCL keeps a segment of about 10 MB in /dev/shm for each rank where GPUs share no memory.
@@ -31,6 +32,14 @@ def refuse_too_few_descriptors(world_size: int) -> None:
             f"{needed} more for tensor_parallel_size={world_size}, and each worker up to "
             f"{WORKER_DESCRIPTORS}; raise it, as with ulimit -n 4096"
         )
+
+
+def allow_many_connections() -> None:
+    """Raise the soft limit of file descriptors, usually 1,024: each connection needs one."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = MAX_OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, MAX_OPEN_FILES)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def refuse_too_little_room(folder: str) -> None:

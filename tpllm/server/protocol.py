@@ -52,22 +52,14 @@ TEXT_OR_LIST, LIST = "(a string or a list of strings)", "(list)"
 TEXT_OR_OBJECT, OBJECT = "(a string or an object)", "(object)"
 
 
-def _text_or_list(value: object) -> str:
-    return LIST if isinstance(value, list) else TEXT_OR_LIST
-
-
-def _text_or_object(value: object) -> str:
-    return OBJECT if isinstance(value, dict) else TEXT_OR_OBJECT
-
-
 Stops = Annotated[
     Annotated[ShortText, Tag(TEXT_OR_LIST)]
     | Annotated[list[ShortText], Field(max_length=MAX_STOPS, fail_fast=True), Tag(LIST)],
-    Discriminator(_text_or_list),
+    Discriminator(lambda value: LIST if isinstance(value, list) else TEXT_OR_LIST),
 ]
 TextOrObject = Annotated[
     Annotated[str, Tag(TEXT_OR_OBJECT)] | Annotated[dict[str, Any], Tag(OBJECT)],
-    Discriminator(_text_or_object),
+    Discriminator(lambda value: OBJECT if isinstance(value, dict) else TEXT_OR_OBJECT),
 ]
 
 

@@ -3,7 +3,6 @@
 import asyncio
 import gc
 import logging
-import resource
 import signal
 import socket
 import threading
@@ -14,6 +13,7 @@ from typing import Any
 import uvicorn
 
 from tpllm.async_llm import AsyncLLM
+from tpllm.config.resources import allow_many_connections
 from tpllm.server.app import build_app
 from tpllm.server.connections import KEEP_ALIVE_S, Connection
 from tpllm.server.service import Service
@@ -26,7 +26,6 @@ ENGINE_CHECK_S = 0.2
 LAST_ANSWERS_S = 2  # for answers that are being sent when the server ends
 STALLED_S = 5.0  # after which a drain does not wait for a client that reads nothing
 BACKLOG = 4096
-MAX_OPEN_FILES = 65536
 
 
 def run(
@@ -50,7 +49,7 @@ def run(
         WorkerError: the engine failed to start.
     """
     _log_to_stderr()
-    _allow_many_connections()
+    allow_many_connections()
     with listening_socket(server_settings) as sock:
         engine = AsyncLLM(model, **engine_settings)
         # a full garbage collection would scan 380,000 loaded objects for more than 0.1 s, in
@@ -279,11 +278,3 @@ def _log_to_stderr() -> None:
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)
     logger.propagate = False
-
-
-def _allow_many_connections() -> None:
-    """Raise the soft limit of file descriptors, usually 1,024: each connection needs one."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = MAX_OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, MAX_OPEN_FILES)
-    if soft != resource.RLIM_INFINITY and soft < wanted:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))

@@ -8,12 +8,12 @@ import asyncio
 import json
 import math
 import os
-import resource
 from argparse import ArgumentTypeError, Namespace
 from typing import Any
 
 import tpllm
 from tpllm.cli.command import Commands, add_command
+from tpllm.config.resources import allow_many_connections
 
 
 def add(commands: Commands) -> None:
@@ -103,19 +103,13 @@ def _add_request_flags(group: Any) -> None:
 def run(args: Namespace) -> int:
     from tpllm.cli.bench.sweep import sweep  # other commands need no HTTP client
 
-    _allow_many_files()
+    allow_many_connections()
     runs = asyncio.run(sweep(args))
     given = {k: v for k, v in vars(args).items() if k not in ("run", "api_key", "command", "debug")}
     print(
         json.dumps({"tpllm": tpllm.__version__, "arguments": _plain(given), "runs": _plain(runs)})
     )
     return 0 if all(figures["completed"] for figures in runs) else 1
-
-
-def _allow_many_files() -> None:
-    """Allow as many connections as the system does; shells often set 1024."""
-    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 def _rate(text: str) -> float:
