@@ -26,6 +26,7 @@ class CharTokenizer:
 
     def __init__(self) -> None:
         self.has_chat_template = True
+        self.chat_template = ""
         self.template_end = ""
         self.rendered: list[dict[str, Any]] = []  # what render_chat was asked for
 

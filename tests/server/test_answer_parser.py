@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tpllm.server.answer_formats import HERMES, TOOL_FORMATS, ToolFormat
 from tpllm.server.answer_parser import AnswerParser
 from tpllm.server.answer_pieces import (
     CallArguments,
@@ -22,7 +23,7 @@ CALL = '<tool_call>\n{"name": "f", "arguments": {"a": "}</tool_call>\\"", "b": [
 def taken_apart(
     parts: list[str],
     thinking: Thinking = Thinking.POSSIBLE,
-    tools: bool = True,
+    tools: ToolFormat | None = HERMES,
     max_calls: int | None = None,
     only_calls: bool = False,
     is_cut: bool = False,
@@ -79,7 +80,7 @@ def test_name_and_arguments_of_a_call_are_unchanged() -> None:
 
 
 def test_arguments_are_streamed_before_the_call_ends() -> None:
-    parser = AnswerParser(Thinking.NONE, tools=True)
+    parser = AnswerParser(Thinking.NONE, tools=HERMES)
     pieces = parser.feed('<tool_call>{"name": "f", "arguments": {"a": 1')
     assert pieces == [CallStart(0, "f"), CallArguments(0, '{"a": 1')]
     assert parser.feed(', "b": 2}') == [CallArguments(0, ', "b": 2}')]
@@ -188,7 +189,7 @@ def test_a_truncated_call_with_another_key_order_is_dropped() -> None:
 
 
 def test_without_tools_a_call_is_content() -> None:
-    assert taken_apart(list(CALL), tools=False) == ("", CALL, [])
+    assert taken_apart(list(CALL), tools=None) == ("", CALL, [])
 
 
 PIECES = [
@@ -200,6 +201,8 @@ PIECES = [
 ]
 
 
+FOREIGN = ["tool_call>", "<|python_tag|>", "[TOOL_CALLS]", "[ARGS]", "[", "]", ",", ";", "f{"]
+FOREIGN += ['{"name": "f", "parameters": {"a": 1}}', '{"name": "f"}', '{"name"']
 OTHERS = [
     "[1]",
     '{"name": 3}',
@@ -269,14 +272,14 @@ def test_a_hostile_text_is_parsed_quickly(unit: str, size: int) -> None:
 
 
 @given(
-    st.lists(st.sampled_from([*PIECES, " ", "\n", "x", "<", '"', "}", "tool_call>"]), max_size=12),
+    st.lists(st.sampled_from([*PIECES, *FOREIGN, " ", "\n", "x", "<", '"', "}"]), max_size=12),
     SIZES,
     st.sampled_from(list(Thinking)),
-    st.booleans(),
+    st.sampled_from([None, *TOOL_FORMATS.values()]),
     st.booleans(),
 )
 def test_the_result_does_not_depend_on_the_pieces(
-    words: list[str], sizes: list[int], thinking: Thinking, tools: bool, is_cut: bool
+    words: list[str], sizes: list[int], thinking: Thinking, tools: ToolFormat | None, is_cut: bool
 ) -> None:
     text = "".join(words)
     parts = cut_up(text, sizes)

@@ -1,8 +1,8 @@
 """Parse an assistant's text into reasoning, content and tool calls while it arrives.
 
-Qwen3 writes `<think>...</think>` before its answer, and calls a tool by
-`<tool_call>{"name": ..., "arguments": {...}}</tool_call>`. Whitespace next to these tags belongs to
-them. A tag that begins no reasoning and no call is content, and so is the whitespace next to it.
+Models write `<think>...</think>` before their answer, and call a tool by an object of its name and
+arguments after a tag (`answer_formats.py`). Whitespace next to these tags belongs to them. A tag
+that begins no reasoning and no call is content, and so is the whitespace next to it.
 The result does not depend on how the text is divided into pieces.
 """
 
@@ -11,6 +11,7 @@ import re
 from collections import deque
 from collections.abc import Callable, Iterator
 
+from tpllm.server.answer_formats import HERMES, ToolFormat
 from tpllm.server.answer_pieces import (
     END_THINK,
     THINK,
@@ -24,14 +25,15 @@ from tpllm.server.answer_pieces import (
 from tpllm.server.json_scanner import SPACE, JsonScanner
 from tpllm.text.stop_strings import num_undecided
 
-CALL, END_CALL = "<tool_call>", "</tool_call>"
-
 # A long text is parsed in slices, since removing its front repeatedly copies the rest.
 SLICE_LENGTH = 4096
-# A call with its keys in Qwen3's order, up to the brace that opens the arguments. In this order the
-# arguments can be streamed.
-_NAME = re.compile(r'\s*\{\s*"name"\s*:\s*("(?:[^"\\]|\\.)*")', re.DOTALL)
-_BEFORE_ARGUMENTS = re.compile(r'\s*,\s*"arguments"\s*:\s*')
+# A call with its name first, up to the brace that opens the arguments. In this order the arguments
+# can be streamed.
+_NAME = re.compile(r'[\s\[]*\{\s*"name"\s*:\s*("(?:[^"\\]|\\.)*")', re.DOTALL)
+# Mistral's call by a name before its arguments, up to their brace, and how its text may begin
+_NAMED = re.compile(r"\s*([\w.-]+)(?:\[CALL_ID\]\w+)?(?:\[ARGS\])?\s*(?=\{)")
+_NAMED_SO_FAR = re.compile(r"[\s\w.\[\]-]*")
+_MAX_NAMED = 512  # characters
 
 
 class AnswerParser:
@@ -39,7 +41,7 @@ class AnswerParser:
 
     Args:
         thinking: whether the text may have reasoning
-        tools: whether the text may have tool calls
+        tools: the format of the tool calls that the text may have; None for a text without
         max_calls: further calls are left out; None keeps all
         only_calls: the answer consists of tool calls, so a truncated call is not content
     """
@@ -47,24 +49,31 @@ class AnswerParser:
     def __init__(
         self,
         thinking: Thinking,
-        tools: bool,
+        tools: ToolFormat | None,
         max_calls: int | None = None,
         only_calls: bool = False,
     ) -> None:
-        self._tools = tools
+        self._has_tools = tools is not None
+        self._format = tools or HERMES
         self._max_calls = max_calls
         self._only_calls = only_calls
         self._unread: deque[str] = deque()  # slices of text that are not parsed yet
         self._held = ""  # text that is being parsed; it may be the beginning of a tag
         self._unsure: list[str] = []  # whitespace that may belong to the next tag
         self._skip_space = thinking is Thinking.OPEN
+        self._always_reasons = thinking is Thinking.ALWAYS
+        is_bare = self._has_tools and self._format.is_bare
+        self._first_content = self._bare_call if is_bare else self._content
         # the method that makes the next transition; it returns False if it needs more text
         self._state = {
             Thinking.OPEN: self._reasoning,
+            Thinking.ALWAYS: self._start,
             Thinking.POSSIBLE: self._start,
-            Thinking.NONE: self._content,
+            Thinking.NONE: self._first_content,
         }[thinking]
-        self._call: list[str] = []  # text of a call after its tag
+        self._opening = ""  # what stands before a call: a tag, a separator, or nothing
+        self._call: list[str] = []  # text of a call after its opening
+        self._is_named = False  # whether the call is a name before its arguments
         self._json = JsonScanner()
         self._may_open = False  # whether the arguments may begin at the next inner brace
         self._num_calls = 0
@@ -88,15 +97,16 @@ class AnswerParser:
         Args:
             is_cut: the answer is truncated, so a call that has begun is not content
         """
-        while self._state == self._begin_call:
-            if is_cut or self._only_calls:
+        while self._state in (self._begin_call, self._begin_named):
+            if (is_cut and self._is_likely_call()) or self._only_calls:
                 self._cut_call()
             else:
                 self._no_call()
                 self._read()
-        if self._state == self._reasoning:
+        in_start = self._state == self._start
+        if self._state == self._reasoning or (in_start and self._always_reasons):
             self._emit(Reasoning(self._sure(self._held)))
-        elif self._state in (self._start, self._content):
+        elif in_start or self._state in (self._bare_call, self._content):
             self._emit(Content(self._sure(self._held)))
         self._held = ""
         return self._take()
@@ -155,7 +165,7 @@ class AnswerParser:
             return True
         if THINK.startswith(text):
             return False
-        self._state = self._content
+        self._state = self._reasoning if self._always_reasons else self._first_content
         return True
 
     def _reasoning(self) -> bool:
@@ -163,27 +173,69 @@ class AnswerParser:
         if found:
             self._pass_on(text, Reasoning)
             self._unsure.clear()
-            self._enter(self._content, rest, skip_space=True)
+            self._enter(self._first_content, rest, skip_space=True)
             return True
         sure = len(text) - num_undecided(text, [END_THINK])
         self._pass_on(text[:sure], Reasoning)
         self._held = text[sure:]
         return False
 
+    def _bare_call(self) -> bool:
+        """At the beginning of an answer, which may be a call without a tag."""
+        text = self._held.lstrip()
+        self._unsure.append(self._held[: len(self._held) - len(text)])
+        self._held = text
+        if not text:
+            return False
+        if text.startswith("{"):
+            self._open_call("", text)
+        else:
+            self._state = self._content
+        return True
+
     def _content(self) -> bool:
-        if not self._tools:
+        if not self._has_tools:
             self._emit(Content(self._sure(self._held)))
             self._held = ""
             return False
-        text, found, rest = self._held.partition(CALL)
-        sure = len(text) - (0 if found else num_undecided(text, [CALL]))
+        tag = self._format.tag
+        text, found, rest = self._held.partition(tag)
+        sure = len(text) - (0 if found else num_undecided(text, [tag]))
         self._pass_on(text[:sure], Content)
         if not found:
             self._held = text[sure:]
             return False
+        self._open_call(tag, rest)
+        if self._format.has_names:
+            self._state = self._begin_named
+        return True
+
+    def _open_call(self, opening: str, rest: str) -> None:
+        self._opening, self._is_named = opening, False
         self._call, self._json, self._may_open = [], JsonScanner(), True
         self._enter(self._begin_call, rest)
-        return True
+
+    def _begin_named(self) -> bool:
+        """After a tag that may begin a list of calls, an object, or a name before its arguments."""
+        text = self._held.lstrip()
+        self._call.append(self._held[: len(self._held) - len(text)])
+        self._held = text
+        if not text:
+            return False
+        if text[0] in "[{":
+            rest = text.removeprefix("[")
+            self._call.append(text[: len(text) - len(rest)])
+            self._enter(self._begin_call, rest)
+            return True
+        named = _NAMED.match(text)
+        if named and named.end() <= _MAX_NAMED:
+            self._start_call(named[1])
+            self._is_named = True
+            self._json.follow("{")  # as if the arguments were in an object
+            self._enter(self._arguments, text[named.end() :])
+            return True
+        may_be_named = len(text) <= _MAX_NAMED and _NAMED_SO_FAR.fullmatch(text)
+        return False if may_be_named else self._no_call()
 
     def _begin_call(self) -> bool:
         """After a tag that may begin a call: scan the object up to its arguments, or to its end."""
@@ -204,7 +256,7 @@ class AnswerParser:
         """Begin the call, and return True, if its arguments begin at this index."""
         text = "".join([*self._call, self._held[:brace]])
         named = _NAME.match(text)
-        if not named or not _BEFORE_ARGUMENTS.fullmatch(text, named.end()):
+        if not named or _dense(text[named.end() :]) not in self._before_arguments():
             return False
         if not self._start_named(named):
             return False
@@ -213,10 +265,13 @@ class AnswerParser:
 
     def _whole_call(self, end: int) -> bool:
         """Emit a call with another key order, which ends at this index, if it is a call."""
-        call = _load("".join([*self._call, self._held[:end]]))
+        call = _load("".join([*self._call, self._held[:end]]).lstrip(SPACE + "["))
         if not isinstance(call, dict) or not isinstance(call.get("name"), str):
             return self._no_call()
-        arguments = call.get("arguments") or {}
+        keys = [key for key in self._format.arguments if key in call]
+        if not (keys or self._opening):  # an answer may be an object that has a name
+            return self._no_call()
+        arguments = (call[keys[0]] if keys else None) or {}
         if not isinstance(arguments, str):
             arguments = json.dumps(arguments, ensure_ascii=False)
         self._start_call(call["name"])
@@ -231,9 +286,21 @@ class AnswerParser:
         no character is scanned for more than two objects.
         """
         self._unread.extendleft(reversed([*self._call, self._held]))
-        self._emit(Content(self._sure(CALL)))
+        self._emit(Content(self._sure(self._opening)))
         self._enter(self._content, "")
         return False
+
+    def _before_arguments(self) -> list[str]:
+        """Return the possible texts between name and arguments, without whitespace."""
+        return [f',"{key}":' for key in self._format.arguments]
+
+    def _is_likely_call(self) -> bool:
+        """Whether a truncated object is a call: without a tag, only if its name stands in it."""
+        text = "".join(self._call)
+        named = _NAME.match(text)
+        rest = _dense(text[named.end() :]) if named else ""
+        may_go_on = any(each.startswith(rest) for each in self._before_arguments())
+        return bool(self._opening) or (named is not None and may_go_on)
 
     def _cut_call(self) -> None:
         """End a call that is truncated before its arguments."""
@@ -255,21 +322,21 @@ class AnswerParser:
         self._num_calls += 1
 
     def _arguments(self) -> bool:
-        text, passed = self._held, []
+        text, passed, end = self._held, [], self._format.end
         for i, char in enumerate(text):
             in_string = self._json.in_string
-            if char == "<" and not in_string and END_CALL.startswith(text[i : i + len(END_CALL)]):
+            if char == end[:1] and not in_string and end.startswith(text[i : i + len(end)]):
                 break  # the model may have forgotten a bracket
             self._json.follow(char)
             # models write line breaks in strings, which JSON must escape
             passed.append(json.dumps(char)[1:-1] if in_string and char < " " else char)
             if self._json.depth == 1:
-                self._state = self._tail
+                self._state = self._after_call if self._is_named else self._tail
                 break
         self._held = text[len(passed) :]
         if passed:
             self._emit(CallArguments(self._num_calls - 1, "".join(passed)))
-        if self._held.startswith(END_CALL):
+        if end and self._held.startswith(end):
             self._state = self._after_call
         return self._state != self._arguments
 
@@ -285,22 +352,31 @@ class AnswerParser:
         return False
 
     def _after_call(self) -> bool:
-        """Skip the closing tag."""
+        """Skip the closing tag, or the brackets of a list, or go on with the next call."""
+        end, separator = self._format.end, self._format.separator
         rest = self._held.lstrip(SPACE + "]}")  # some models write too many closing brackets
-        self._unsure.append(self._held[: len(self._held) - len(rest)])
+        if end:
+            self._unsure.append(self._held[: len(self._held) - len(rest)])
         self._held = rest
-        if rest.startswith(END_CALL):
+        if end and rest.startswith(end):
             self._unsure.clear()
-            self._enter(self._content, rest[len(END_CALL) :], skip_space=True)
+            self._enter(self._content, rest[len(end) :], skip_space=True)
             return True
-        if END_CALL.startswith(rest):
+        if end.startswith(rest):
             return False
+        if separator and rest.startswith(separator):
+            self._open_call(separator, rest[len(separator) :])
+            return True
         self._state = self._content
         return True
 
 
 def _slices(text: str) -> Iterator[str]:
     return (text[i : i + SLICE_LENGTH] for i in range(0, len(text), SLICE_LENGTH))
+
+
+def _dense(text: str) -> str:
+    return "".join(text.split())
 
 
 def _load(text: str) -> object:

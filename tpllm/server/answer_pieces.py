@@ -39,13 +39,16 @@ class Thinking(Enum):
     """Whether an answer has reasoning, as far as the end of its prompt decides."""
 
     OPEN = "the prompt ends with <think>, so the answer begins with reasoning"
+    ALWAYS = "the answer begins with reasoning, which may begin with <think>"
     POSSIBLE = "an answer that begins with <think> has reasoning"
     NONE = "the whole answer is content"
 
     @classmethod
-    def after(cls, prompt: str) -> "Thinking":
-        """Return how the answer to a rendered prompt begins."""
+    def after(cls, prompt: str, always: bool = False) -> "Thinking":
+        """Return how the answer to a rendered prompt begins; `always` is ALWAYS for POSSIBLE."""
         end = prompt[-64:].rstrip()
         if end.endswith(THINK):
             return cls.OPEN
-        return cls.NONE if end.endswith(END_THINK) else cls.POSSIBLE
+        if end.endswith(END_THINK):
+            return cls.NONE
+        return cls.ALWAYS if always else cls.POSSIBLE

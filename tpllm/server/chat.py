@@ -47,7 +47,7 @@ class Chat(Answerer[ChatCompletionRequest]):
             raise invalid("messages make an empty prompt; add content")
         service.sampling.check_length(self._body, [ids], self._params)
         if service.settings.parse_reasoning and self._params.structured_outputs is None:
-            self._thinking = Thinking.after(text)
+            self._thinking = Thinking.after(text, service.always_reasons)
         return [ids]
 
     def _conversation(self) -> ChatCompletionRequest:
@@ -62,7 +62,8 @@ class Chat(Answerer[ChatCompletionRequest]):
     def _parser(self) -> AnswerParser:
         max_calls = 1 if self._body.parallel_tool_calls is False else None
         choice = self._tool_choice
-        return AnswerParser(self._thinking, bool(choice.tools), max_calls, choice.must_call)
+        tools = self._service.tool_format if choice.tools else None
+        return AnswerParser(self._thinking, tools, max_calls, choice.must_call)
 
     def _pieces(self, parser: AnswerParser, part: Answer | CompletionOutput) -> list[Piece]:
         """Return the new pieces that the client gets."""

@@ -5,6 +5,7 @@ from dataclasses import fields
 from typing import Any
 
 from tpllm.sampling_params import RequestOutputKind, SamplingParams
+from tpllm.server.answer_formats import ToolFormat
 from tpllm.server.errors import context_exceeded, from_value_error, invalid
 from tpllm.server.protocol import ChatCompletionRequest, CompletionRequest, GenerationRequest
 from tpllm.server.settings import ServerSettings
@@ -24,14 +25,20 @@ class Sampling:
     Args:
         defaults: values for fields that a request leaves out, from generation_config.json
         max_model_len: most tokens of prompt and answer together
+        tools: the format of tool calls
     """
 
     def __init__(
-        self, settings: ServerSettings, defaults: Mapping[str, Any], max_model_len: int
+        self,
+        settings: ServerSettings,
+        defaults: Mapping[str, Any],
+        max_model_len: int,
+        tools: ToolFormat,
     ) -> None:
         self._settings = settings
         self._defaults = defaults
         self._max_model_len = max_model_len
+        self._tools = tools
 
     def of_completion(self, body: CompletionRequest) -> SamplingParams:
         """Raises: APIError 400: a value is out of range, or not supported."""
@@ -57,7 +64,9 @@ class Sampling:
         num_top = self._num_logprobs("top_logprobs", body.top_logprobs)
         if num_top and not body.logprobs:
             raise invalid(f"top_logprobs={num_top} needs logprobs=true")
-        extra = {"logprobs": (num_top or 0) if body.logprobs else None}
+        extra: dict[str, Any] = {"logprobs": (num_top or 0) if body.logprobs else None}
+        if body.tools and self._tools.is_special:
+            extra["skip_special_tokens"] = False
         return self._make(body, extra, max_tokens, self._defaults.get("max_tokens"))
 
     def check_length(
@@ -139,7 +148,7 @@ class Sampling:
         ours = {
             "output_kind": RequestOutputKind.DELTA,
             "max_tokens": max_tokens,
-            "structured_outputs": structured_outputs(body),
+            "structured_outputs": structured_outputs(body, self._tools),
         }
         defaults = dict(self._defaults)
         if (body.n or 1) > 1 and defaults.get("temperature") == 0:

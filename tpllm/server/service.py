@@ -7,6 +7,7 @@ from dataclasses import replace
 from tpllm.async_llm import AsyncLLM
 from tpllm.sampling_params import SamplingParams
 from tpllm.server.admission import Admission
+from tpllm.server.answer_formats import always_reasons, tool_format
 from tpllm.server.errors import APIError, engine_failed, invalid
 from tpllm.server.generation import Generation
 from tpllm.server.metrics import Metrics
@@ -30,7 +31,12 @@ class Service:
         self.admission = Admission(config.max_num_seqs, settings.max_queue)
         self.metrics = Metrics()
         self.prompts = Prompts(engine.get_tokenizer(), config.max_model_len)
-        self.sampling = Sampling(settings, config.generation_defaults, config.max_model_len)
+        template = self.prompts.tokenizer.chat_template
+        self.tool_format = tool_format(settings.tool_call_parser, template)
+        self.always_reasons = always_reasons(settings.reasoning_parser, template)
+        self.sampling = Sampling(
+            settings, config.generation_defaults, config.max_model_len, self.tool_format
+        )
 
     @property
     def model_name(self) -> str:

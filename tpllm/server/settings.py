@@ -10,6 +10,7 @@ from annotated_types import Interval
 from tpllm.fields.docs import documented
 from tpllm.fields.validation import Must, above, check_fields
 from tpllm.sampling_params import MAX_LOGPROBS, MAX_N
+from tpllm.server.answer_formats import ReasoningParser, ToolCallParser
 from tpllm.vllm_keywords import checks_keywords
 
 SECONDS = above(0, 7 * 24 * 3600)
@@ -94,6 +95,14 @@ class ServerSettings:
     """how long running requests may continue after SIGTERM, in seconds"""
     parse_reasoning: bool = True
     """whether chat answers return <think>...</think> separately, as reasoning"""
+    reasoning_parser: ReasoningParser = "auto"
+    """how reasoning begins: "deepseek_r1", always, even without <think>; "qwen3", only after it;
+    "auto" decides by the model's chat template
+    """
+    tool_call_parser: ToolCallParser = "auto"
+    """the format of tool calls: Qwen's ("hermes"), Llama 3's ("llama3_json") or Mistral's; "auto"
+    decides by the model's chat template
+    """
     page: bool = True
     """whether `/` is the built-in page"""
     log_requests: bool = False

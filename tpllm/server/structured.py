@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from tpllm.checks import short
-from tpllm.server.answer_parser import CALL, END_CALL
+from tpllm.server.answer_formats import HERMES, ToolFormat
 from tpllm.server.errors import APIError, invalid
 from tpllm.server.protocol import ChatCompletionRequest, Structured, Tool
 from tpllm.server.tool_choice import tool_choice
@@ -32,8 +32,10 @@ _RULES_BEFORE_TOOLS = 3  # of the grammar of calls; then each tool has two
 _PLACE = re.compile(r"at (\d+)\(\d+\): (.*?)(?= \d+ \| |$)")
 
 
-def structured_outputs(body: Structured) -> StructuredOutputsParams | None:
-    """Return the constraint of a request; None if it has none.
+def structured_outputs(
+    body: Structured, tools: ToolFormat = HERMES
+) -> StructuredOutputsParams | None:
+    """Return the constraint of a request, with forced calls in a format; None if it has none.
 
     The engine compiles it later: see `naming_the_field`.
 
@@ -43,7 +45,7 @@ def structured_outputs(body: Structured) -> StructuredOutputsParams | None:
     """
     if isinstance(body, ChatCompletionRequest):
         _check_tools(body.tools or [])
-    constraints = _constraints(body)
+    constraints = _constraints(body, tools)
     if not constraints:
         return None
     field = next(iter(constraints))
@@ -103,7 +105,7 @@ def _blamed_tool(body: ChatCompletionRequest, reason: str) -> tuple[str, str, st
     return "tool_choice", "a tool's parameters", reason
 
 
-def _constraints(body: Structured) -> dict[str, dict[str, Any]]:
+def _constraints(body: Structured, tools: ToolFormat = HERMES) -> dict[str, dict[str, Any]]:
     """Return the keywords of StructuredOutputsParams, by the request's field."""
     constraints: dict[str, dict[str, Any]] = {}
     if body.response_format is not None:
@@ -119,7 +121,7 @@ def _constraints(body: Structured) -> dict[str, dict[str, Any]]:
         choice = tool_choice(body)
         if choice.must_call:
             several = body.parallel_tool_calls is not False and not choice.is_named
-            constraints["tool_choice"] = {"grammar": _calls(choice.tools, several)}
+            constraints["tool_choice"] = {"grammar": _calls(tools, choice.tools, several)}
     return constraints
 
 
@@ -166,16 +168,18 @@ def _response_format(value: dict[str, Any]) -> dict[str, Any] | None:
     return {"json": schema}
 
 
-def _calls(tools: Sequence[Tool], several: bool) -> str:
-    """Return a grammar of one call, or of one or more, in Qwen3's format."""
-    begin, end = _quoted(f'{CALL}\n{{"name": '), _quoted(f"}}\n{END_CALL}")
+def _calls(form: ToolFormat, tools: Sequence[Tool], several: bool) -> str:
+    """Return a grammar of one call, or of one or more, in a format."""
+    before, after = form.answer.split("*")
+    begin, middle, end = form.call.split("*")
+    calls = "call" + (f" ({_quoted(form.between)} call)*" if several else "")
     rules = [
-        "start: call" + (f" ({_quoted(chr(10))} call)*" if several else ""),
-        f"call: {begin} tool {end}",
+        f"start: {_quoted(before)} {calls} {_quoted(after)}" if before else f"start: {calls}",
+        f"call: {_quoted(begin)} tool {_quoted(end)}",
         f"tool: {' | '.join(f'tool_{i}' for i in range(len(tools)))}",
     ]
     for i, tool in enumerate(tools):
-        head = _quoted(json.dumps(tool.function.name, ensure_ascii=False) + ', "arguments": ')
+        head = _quoted(json.dumps(tool.function.name, ensure_ascii=False) + middle)
         # each schema is separate, so that its references find their own definitions
         schema = {**_arguments(tool.function.parameters or {}), "x-guidance": _ONE_LINE}
         rules.append(f"tool_{i}: {head} arguments_{i}")

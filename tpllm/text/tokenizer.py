@@ -239,6 +239,11 @@ class Tokenizer:
     def has_chat_template(self) -> bool:
         return self._inner.chat_template is not None
 
+    @property
+    def chat_template(self) -> str:
+        """The chat template; "" if there is none, all of them if there are several."""
+        return str(self._inner.chat_template or "")
+
     @panics_as_errors("the chat template cannot render these messages")
     def render_chat(
         self,
