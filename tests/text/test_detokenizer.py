@@ -1,13 +1,24 @@
 """The pieces of text add up to the text of one decode, for any tokens."""
 
+import json
+import random
 import unicodedata
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import AddedToken, decoders, models
+from tokenizers import (
+    AddedToken,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
 from tokenizers import Tokenizer as Backend
 from transformers import PreTrainedTokenizerFast
 
@@ -117,3 +128,85 @@ def test_a_token_by_itself_has_a_text_too(with_byte_pieces):
     assert SHIPPED.decode_one(4095) == "<|im_end|>"
     assert SHIPPED.decode_one(100_000) == ""
     assert with_byte_pieces.decode_one(1) == "</s>"
+
+
+README = (Path(__file__).parents[2] / "README.md").read_text()[:6000] + MULTI_BYTE
+TEMPLATE = "{{ bos_token }}{% for m in messages %}[INST] {{ m['content'] }}{% endfor %}"
+
+
+def sentencepiece(folder: Path, *, is_llama2: bool) -> Tokenizer:
+    """A trained tokenizer.json as of Llama 2 (normalizer) or Mistral v0.3 (Metaspace)."""
+    backend = Backend(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
+    if is_llama2:
+        in_turn = [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+        backend.normalizer = normalizers.Sequence(in_turn)
+    else:
+        backend.pre_tokenizer = pre_tokenizers.Metaspace("▁", prepend_scheme="first", split=False)
+    tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    trainer = trainers.BpeTrainer(
+        vocab_size=800, special_tokens=tokens, show_progress=False, limit_alphabet=60
+    )
+    backend.train_from_iterator(README.replace(" ", " \n").splitlines(), trainer)
+    backend = Backend.from_str(json.dumps(json.loads(backend.to_str()) | {"added_tokens": []}))
+    special = [AddedToken(each, normalized=False) for each in ("<unk>", "<s>", "</s>", "[INST]")]
+    backend.add_special_tokens(special)
+    backend.add_tokens([AddedToken("<tool>", normalized=False)])
+    spaced = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    backend.decoder = decoders.Sequence([*spaced, decoders.Strip(" ", 1, 0)])
+    backend.post_processor = processors.TemplateProcessing(
+        single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", 1)]
+    )
+    inner = PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token="<s>", eos_token="</s>", chat_template=TEMPLATE
+    )
+    inner.save_pretrained(folder)
+    return Tokenizer(folder)
+
+
+@pytest.fixture(scope="module", params=[True, False], ids=["llama2", "mistral"])
+def trained(request, tmp_path_factory) -> Tokenizer:
+    return sentencepiece(tmp_path_factory.mktemp("trained"), is_llama2=request.param)
+
+
+def test_random_splits_of_real_text_equal_the_text_of_one_decode(trained):
+    ids = trained.encode_batch([README])[0]
+    assert trained.decode(ids) == README
+    rng = random.Random(0)
+    added = trained.encode_batch(["[INST]<tool></s>"], add_special_tokens=False)[0][-3:]
+    for number in range(5000):
+        begin = rng.randrange(len(ids))
+        chosen = ids[begin : begin + rng.randint(1, 30)]
+        if number % 3 == 0:
+            chosen.insert(rng.randint(0, len(chosen)), rng.choice(added))
+        parts, rest = [], chosen
+        while rest:
+            size = rng.choice([1, 1, 1, 2, 5])
+            parts.append(rest[:size])
+            rest = rest[size:]
+        skip = number % 2 == 0
+        text = "".join(pieces_of(trained.detokenizer(skip), parts))
+        assert text == trained.decode(chosen, skip_special_tokens=skip)
+
+
+def test_a_prompt_and_a_chat_begin_with_one_bos_token(trained):
+    bos = 1
+    assert trained.encode_batch(["hello"])[0].count(bos) == 1
+    prompt = trained.render_chat([{"role": "user", "content": "hello"}])
+    ids = trained.encode_batch([prompt], add_special_tokens=False)[0]
+    assert ids[0] == bos and ids.count(bos) == 1
+    theirs = trained._inner.apply_chat_template([{"role": "user", "content": "hello"}])
+    assert ids == theirs["input_ids"]
+
+
+@pytest.mark.parametrize("model_type", ["llama", "qwen2", "qwen3"])
+def test_a_byte_level_tokenizer_named_llama_stays_byte_level(tmp_path, model_type):
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / file).write_bytes((SHIPPED.folder / file).read_bytes())
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    config["tokenizer_class"] = "LlamaTokenizerFast"  # as DeepSeek-R1's distillations say
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
+    text = "Hello world,  it's 123\n日本"
+    ids = Tokenizer(tmp_path).encode_batch([text])
+    assert ids == SHIPPED.encode_batch([text])
+    assert Tokenizer(tmp_path).decode(ids[0]) == text

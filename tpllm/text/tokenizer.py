@@ -37,13 +37,20 @@ class Tokenizer:
 
     @cached_property
     def _inner(self) -> Any:
-        from transformers import AutoTokenizer
+        from tokenizers import Tokenizer as Backend
+        from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+        folder, file = str(self.folder), self.folder / "tokenizer.json"
+        options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
         try:
             with panics_as_errors("tokenizers"):
-                return AutoTokenizer.from_pretrained(
-                    str(self.folder), local_files_only=True, trust_remote_code=False
-                )
+                inner = AutoTokenizer.from_pretrained(folder, **options)
+                # transformers 5 makes each LlamaTokenizer SentencePiece's, also where the file is
+                # byte-level, as DeepSeek's are: then all spaces are lost
+                is_llama = type(inner).__name__.startswith("Llama") and file.exists()
+                if is_llama and _is_byte_level(Backend.from_file(str(file))):
+                    inner = PreTrainedTokenizerFast.from_pretrained(folder, **options)
+                return inner
         except Exception as error:  # its parsers raise errors of many types
             raise ValueError(
                 f"no tokenizer can be read from {self.folder} ({first_line(error)}); "
@@ -220,10 +227,7 @@ class Tokenizer:
 
     @cached_property
     def _is_byte_level(self) -> bool:
-        from tokenizers.decoders import ByteLevel
-
-        backend = getattr(self._inner, "backend_tokenizer", None)
-        return backend is not None and isinstance(backend.decoder, ByteLevel)
+        return _is_byte_level(getattr(self._inner, "backend_tokenizer", None))
 
     @cached_property
     def _byte_level_pieces(self) -> dict[int, str | bytes]:
@@ -320,6 +324,12 @@ class Tokenizer:
                 f"{which} cannot render these messages: {first_line(error)}"
             ) from error
         return text
+
+
+def _is_byte_level(backend: Any) -> bool:
+    from tokenizers.decoders import ByteLevel
+
+    return backend is not None and isinstance(backend.decoder, ByteLevel)
 
 
 # Arguments of apply_chat_template that this module sets itself.
