@@ -51,6 +51,26 @@ def test_random_float32_models_continue_as_in_transformers(tp: int, tmp_path: Pa
     assert outputs[-1].num_cached_tokens == 512
 
 
+FAMILIES: dict[str, dict[str, Any]] = {
+    "Llama": {"attention_bias": True, "mlp_bias": True},
+    "Qwen2": {"num_attention_heads": 14, "hidden_size": 56},  # groups of seven
+}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("family", FAMILIES)
+def test_families_without_query_norms_continue_as_in_transformers(
+    family: str, tmp_path: Path
+) -> None:
+    folder = make_random_model(tmp_path, family, **FAMILIES[family])
+    references = transformers_greedy(folder, prompts_with_shared_prefixes(4099)[1:], 12)
+    params = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
+    with LLM(folder, dtype="float32", skip_tokenizer_init=True) as llm:
+        for some in (references, references[:1]):  # several rows, and one
+            prompts = [reference.prompt_ids for reference in some]
+            assert_equal(some, llm.generate(prompts, params, use_tqdm=False))
+
+
 @pytest.mark.parametrize("tp", TP_SIZES)
 def test_graphs_draw_what_eager_steps_draw(tp: int) -> None:
     """Half precision on flash-attn; every batch size from 32 down to 1 occurs as rows end."""
